@@ -1,0 +1,128 @@
+"""Configuration of EGMF, Expert-Guided Multimodal Fusion with large language models (arXiv 2601.07565).
+
+The paper fixes three experts, a hierarchical dynamic gate, pseudo tokens in front of a causal LLM and LoRA. Sizes,
+kernels, layers and every other field below are this implementation's own choice; the paper does not say.
+"""
+
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+
+
+EXPERTS = ("local", "semantic", "global")
+
+
+@strict
+class EGMFConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`EGMFForConditionalGeneration`].
+
+    A modality is part of the model when it has a tower (`audio_config`, `vision_config`) or a feature width
+    (`audio_feature_size`, `vision_feature_size`), not both. Text always is.
+
+    Args:
+        text_config: Config of the causal LLM; any decoder-only model that `AutoModelForCausalLM` loads.
+        audio_config: Config of a speech encoder (of an encoder-decoder, the encoder is used), or None.
+        vision_config: Config of an image encoder, applied frame by frame, or None.
+        audio_feature_size: Width of precomputed audio features, when there is no audio tower.
+        vision_feature_size: Width of precomputed vision features, when there is no vision tower.
+        audio_input_rate: Positions per second of the audio tower's input (16000 for waveforms at 16 kHz, 100 for
+            mel frames every 10 ms); gives the tower's frames their times in seconds.
+        pseudo_token_id: Token id whose occurrences in `input_ids` are replaced by the pseudo tokens.
+        num_pseudo_tokens: Number K of pseudo tokens per utterance, and of latents per expert and modality.
+        fusion_hidden_size: Width d of the experts and the gate.
+        fusion_num_attention_heads: Attention heads in the experts.
+        fusion_intermediate_size: Width of the experts' feed-forward layers.
+        fusion_dropout: Dropout on the projected modality sequences and inside the experts.
+        experts: Experts in use, a subset of `("local", "semantic", "global")`; order is kept.
+        local_kernel_sizes: Odd kernel widths, in frames, of the local expert's time scales.
+        global_num_layers: Transformer layers of the global expert.
+        gating: `"hierarchical"` (over modalities inside an expert, then over experts per pseudo token), `"flat"`
+            (one softmax over all expert-modality pairs per pseudo token) or `"mean"` (no gate).
+        modality_dropout: Probability, by modality name, that a present modality is dropped from a training sample;
+            one modality is always left. Dropped text is hidden from the LLM as well.
+        lm_head_bias: Whether the LLM's head has a bias (`from_language_model` finds out).
+        initializer_range: Standard deviation of new embeddings, and of a new head's weights.
+    """
+
+    model_type = "egmf"
+    sub_configs = {"text_config": AutoConfig, "audio_config": AutoConfig, "vision_config": AutoConfig}
+    keys_to_ignore_at_inference = ["past_key_values", "hidden_states", "attentions", "gate_weights"]
+
+    text_config: dict | PreTrainedConfig | None = None
+    audio_config: dict | PreTrainedConfig | None = None
+    vision_config: dict | PreTrainedConfig | None = None
+    audio_feature_size: int | None = None
+    vision_feature_size: int | None = None
+    audio_input_rate: float | int | None = None
+    pseudo_token_id: int = 0
+    num_pseudo_tokens: int = 8
+    fusion_hidden_size: int = 256
+    fusion_num_attention_heads: int = 4
+    fusion_intermediate_size: int = 512
+    fusion_dropout: float | int = 0.1
+    experts: list[str] | tuple[str, ...] = EXPERTS
+    local_kernel_sizes: list[int] | tuple[int, ...] = (3, 7, 15)
+    global_num_layers: int = 2
+    gating: Literal["hierarchical", "flat", "mean"] = "hierarchical"
+    modality_dropout: dict[str, float | int] | None = None
+    lm_head_bias: bool = False
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs):
+        for name in self.sub_configs:
+            value = getattr(self, name)
+            if isinstance(value, dict):
+                setattr(self, name, CONFIG_MAPPING[value["model_type"]](**value))
+        if self.text_config is None:
+            self.text_config = CONFIG_MAPPING["llama"]()
+        # Tying is honoured only if the top-level config says so; the LLM's config is what knows.
+        self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
+        self.modality_dropout = dict(self.modality_dropout or {})
+        self.experts = list(self.experts)
+        self.local_kernel_sizes = list(self.local_kernel_sizes)
+        super().__post_init__(**kwargs)
+        self._check()
+
+    def _check(self) -> None:
+        unknown = [name for name in self.experts if name not in EXPERTS]
+        if unknown or not self.experts or len(set(self.experts)) != len(self.experts):
+            raise ValueError(
+                f"experts: got {self.experts}, wanted a non-empty subset of {list(EXPERTS)} without repeats"
+            )
+        if any(size < 1 or size % 2 == 0 for size in self.local_kernel_sizes) or not self.local_kernel_sizes:
+            raise ValueError(f"local_kernel_sizes: got {self.local_kernel_sizes}, wanted odd positive numbers")
+        if self.fusion_hidden_size % self.fusion_num_attention_heads:
+            raise ValueError(
+                f"fusion_hidden_size: got {self.fusion_hidden_size}, wanted a multiple of "
+                f"fusion_num_attention_heads ({self.fusion_num_attention_heads})"
+            )
+        for modality in ("audio", "vision"):
+            if (
+                getattr(self, f"{modality}_config") is not None
+                and getattr(self, f"{modality}_feature_size") is not None
+            ):
+                raise ValueError(f"{modality}_feature_size: got a value beside {modality}_config, wanted one of them")
+        if self.audio_config is not None and not self.audio_input_rate:
+            raise ValueError("audio_input_rate: got nothing, wanted the audio tower's input positions per second")
+        for name, rate in self.modality_dropout.items():
+            if name not in ("text", "audio", "vision") or not 0 <= rate < 1:
+                raise ValueError(
+                    f"modality_dropout: got {{{name!r}: {rate}}}, wanted text, audio or vision with a rate in [0, 1)"
+                )
+
+    @property
+    def modalities(self) -> list[str]:
+        """Names of the modalities this model takes, in the order of the gate's modality axis."""
+        present = ["text"]
+        for name in ("audio", "vision"):
+            if getattr(self, f"{name}_config") is not None or getattr(self, f"{name}_feature_size") is not None:
+                present.append(name)
+        return present
+
+
+EGMFConfig.register_for_auto_class()
+
+__all__ = ["EGMFConfig"]

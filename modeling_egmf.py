@@ -1,0 +1,742 @@
+"""EGMF, Expert-Guided Multimodal Fusion with large language models (arXiv 2601.07565), as a transformers model.
+
+The experts, the gate and the projector live in `fusion_egmf.py`; here they are put in front of a causal LLM.
+
+Shape letters: B samples, L prompt positions, T frames of a modality, F video frames, M modalities, E experts, K pseudo
+tokens, C candidate answers, H the LLM's hidden size.
+"""
+
+import copy
+import inspect
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicLayer
+from transformers.modeling_outputs import ModelOutput
+from transformers.utils import can_return_tuple, torch_compilable_check
+
+
+try:
+    from .configuration_egmf import EGMFConfig
+    from .fusion_egmf import (
+        ClockEmbedding,
+        EGMFFusion,
+        HierarchicalGate,
+        LatentPooling,
+        LayerMix,
+        LocalExpert,
+        PseudoTokenProjector,
+        SemanticExpert,
+        masked_mean,
+    )
+except ImportError:
+    from configuration_egmf import EGMFConfig
+    from fusion_egmf import (
+        ClockEmbedding,
+        EGMFFusion,
+        HierarchicalGate,
+        LatentPooling,
+        LayerMix,
+        LocalExpert,
+        PseudoTokenProjector,
+        SemanticExpert,
+        masked_mean,
+    )
+
+
+@dataclass
+class EGMFOutput(ModelOutput):
+    """
+    Args:
+        loss: Scalar cross-entropy over the answer positions, when `labels` are given.
+        logits: (B, L, vocab), or (number of answer tokens, vocab) when `labels` are given: nothing else is computed.
+        last_hidden_state: (B, L, H), from `EGMFModel` only.
+        gate_weights: `{"modality": (B, E, M), "expert": (B, K, E)}`, axes in the order of `config.experts` and
+            `config.modalities`. An absent modality weighs exactly 0; the others sum to 1.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    last_hidden_state: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    gate_weights: dict[str, torch.Tensor] | None = None
+
+
+@dataclass
+class LabelScores(ModelOutput):
+    """
+    Args:
+        log_probs: (B, C) log-probability of each candidate answer; they sum to one over the candidates.
+        gate_weights: As in [`EGMFOutput`].
+    """
+
+    log_probs: torch.Tensor | None = None
+    gate_weights: dict[str, torch.Tensor] | None = None
+
+
+def build_tower(config) -> PreTrainedModel:
+    """The tower of a config with random weights; of an encoder-decoder, the encoder."""
+    tower = AutoModel.from_config(config)
+    return tower.get_encoder() if getattr(config, "is_encoder_decoder", False) else tower
+
+
+class EGMFPreTrainedModel(PreTrainedModel):
+    config: EGMFConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    input_modalities = ("text", "audio", "image")
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["past_key_values"]
+    _keep_in_fp32_modules_strict = ["fusion"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, (nn.Linear, nn.Conv1d)) and module is not getattr(self, "lm_head", None):
+            init.lecun_normal_(module.weight)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, ClockEmbedding):
+            init.copy_(module.frequencies, module.compute_frequencies())
+        elif isinstance(module, LatentPooling):
+            init.normal_(module.queries)
+        elif isinstance(module, LayerMix):
+            init.zeros_(module.weights)
+        elif isinstance(module, LocalExpert):
+            init.normal_(module.scale_embedding, std=0.5)
+            init.normal_(module.peak_embedding, std=0.5)
+        elif isinstance(module, SemanticExpert):
+            init.normal_(module.nothing)
+        elif isinstance(module, HierarchicalGate):
+            init.normal_(module.expert_embedding, std=0.5)
+            init.normal_(module.modality_embedding, std=0.5)
+        elif isinstance(module, PseudoTokenProjector):
+            init.normal_(module.token_embedding)
+            init.constant_(module.embedding_rms, self.config.initializer_range)
+        elif isinstance(module, EGMFFusion):
+            init.normal_(module.present_embedding, std=0.5)
+            init.normal_(module.absent_embedding)
+        else:
+            super()._init_weights(module)
+
+
+class EGMFModel(EGMFPreTrainedModel):
+    """The LLM's body, the towers and the fusion; no head.
+
+    Text goes through the LLM's input embeddings; audio and vision come as features or through a tower. The fusion
+    turns the three into K pseudo tokens, which replace the K placeholders of each prompt, and the LLM reads on.
+    """
+
+    def __init__(self, config: EGMFConfig):
+        super().__init__(config)
+        # The LLM is registered first: `model.dtype` is the dtype of the first parameter.
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.audio_tower = build_tower(config.audio_config) if config.audio_config is not None else None
+        self.vision_tower = build_tower(config.vision_config) if config.vision_config is not None else None
+        self.fusion = EGMFFusion(config)
+        for tower in (self.audio_tower, self.vision_tower):
+            if tower is not None:
+                tower.requires_grad_(False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def train(self, mode: bool = True):
+        # A frozen tower gives the same features in training and in use: no dropout, no layer drop.
+        super().train(mode)
+        for tower in (self.audio_tower, self.vision_tower):
+            if tower is not None and not any(parameter.requires_grad for parameter in tower.parameters()):
+                tower.eval()
+        return self
+
+    def get_audio_features(
+        self, inputs: torch.Tensor, mask: torch.Tensor
+    ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor, torch.Tensor]:
+        """Tower input (B, ..., positions) and mask (B, positions) -> hidden layers, mask and seconds (B, T)."""
+        kwargs = {}
+        if self.audio_tower.main_input_name == "input_values":
+            kwargs["attention_mask"] = mask
+        dtype = next(self.audio_tower.parameters()).dtype
+        outputs = self.audio_tower(inputs.to(dtype), output_hidden_states=True, return_dict=True, **kwargs)
+        length = outputs.hidden_states[-1].shape[1]
+        centres = (torch.arange(length, device=mask.device) + 0.5) / length * mask.shape[1]
+        seconds = (centres / self.config.audio_input_rate).expand(mask.shape[0], -1)
+        return outputs.hidden_states, mask[:, centres.long()], seconds
+
+    def get_vision_features(self, frames: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Frames (B, F, 3, height, width) -> the vision tower's hidden layers, averaged over patches (B, F, size)."""
+        dtype = next(self.vision_tower.parameters()).dtype
+        outputs = self.vision_tower(frames.flatten(0, 1).to(dtype), output_hidden_states=True, return_dict=True)
+        # (B * F, patches, size), or (B * F, size, rows, columns) from a convolutional encoder
+        pooled = (layer.flatten(2).mean(2) if layer.ndim == 4 else layer.mean(1) for layer in outputs.hidden_states)
+        return tuple(layer.unflatten(0, frames.shape[:2]) for layer in pooled)
+
+    def _modality(self, name: str, features, tower_inputs, mask, times):
+        """Checks one modality's inputs and brings them to (features or hidden layers, mask, times)."""
+        field = f"{name}_features"
+        if features is None and tower_inputs is None:
+            return None, None, None
+        if name not in self.config.modalities:
+            raise ValueError(f"{field}: got values, wanted None: the model has no {name} modality")
+        tower = getattr(self, f"{name}_tower")
+        if (tower is None) != (tower_inputs is None):
+            kind = "precomputed features" if tower is None else "the tower's input"
+            raise ValueError(f"{field}: the model's {name} comes as {kind}; got the other form")
+        values = features if tower is None else tower_inputs
+        if mask is None:
+            raise ValueError(f"{name}_mask: got None, wanted the mask that goes with {field}")
+        torch_compilable_check(
+            torch.isfinite(values).flatten(1).all(1).logical_or(~mask.bool().any(1)).all()
+            if tower is not None
+            else torch.isfinite(values).all(-1).logical_or(~mask.bool()).all(),
+            f"{field}: got NaN or infinite values, wanted finite ones",
+        )
+        if tower is None:
+            width = getattr(self.config, f"{name}_feature_size")
+            if values.ndim != 3 or values.shape[-1] != width:
+                raise ValueError(f"{field}: got shape {tuple(values.shape)}, wanted (batch, frames, {width})")
+            if mask.shape != values.shape[:2]:
+                raise ValueError(f"{name}_mask: got {tuple(mask.shape)}, wanted {tuple(values.shape[:2])}")
+            return values, mask, times
+        with torch.set_grad_enabled(torch.is_grad_enabled() and next(tower.parameters()).requires_grad):
+            if name == "audio":
+                return self.get_audio_features(values, mask)
+            return self.get_vision_features(values), mask, times
+
+    def _text(self, inputs_embeds: torch.Tensor, utterance_mask: torch.Tensor):
+        """The utterance's embeddings, brought together on the left: (B, T, H) and mask (B, T), or nothing."""
+        utterance_mask = utterance_mask.bool()
+        length = int(utterance_mask.sum(1).max())
+        if not length:
+            return None, None, None
+        order = (~utterance_mask).long().argsort(dim=1, stable=True)[:, :length]
+        embeds = inputs_embeds.gather(1, order.unsqueeze(-1).expand(-1, -1, inputs_embeds.shape[-1]))
+        return embeds, utterance_mask.gather(1, order), None
+
+    def _drop_modalities(self, inputs: dict) -> tuple[dict, torch.Tensor | None]:
+        """Modality dropout: hides whole modalities of random samples, never a sample's last one.
+
+        Returns the inputs and (B,) which samples lost their text.
+        """
+        rates = {name: rate for name, rate in self.config.modality_dropout.items() if inputs[name][1] is not None}
+        if not self.training or not rates:
+            return inputs, None
+        present = {name: mask.bool().any(1) for name, (_, mask, _) in inputs.items() if mask is not None}
+        keep = {
+            name: here & (torch.rand(here.shape, device=here.device) >= rates.get(name, 0.0))
+            for name, here in present.items()
+        }
+        none_left = ~torch.stack(list(keep.values())).any(0)
+        dropped = {}
+        for name, (features, mask, times) in inputs.items():
+            if mask is not None:
+                mask = mask.bool() & (keep[name] | none_left).unsqueeze(1)
+            dropped[name] = (features, mask, times)
+        lost_text = present["text"] & ~keep["text"] & ~none_left if "text" in present else None
+        return dropped, lost_text
+
+    def get_placeholder_mask(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """(B, L) -> (B, L) bool, checked to hold K placeholders in every row."""
+        mask = input_ids == self.config.pseudo_token_id
+        wanted = self.config.num_pseudo_tokens
+        counts = mask.sum(1)
+        torch_compilable_check(
+            (counts == wanted).all(),
+            lambda: (
+                f"input_ids: got {counts.tolist()} placeholders (token {self.config.pseudo_token_id}) per sample, "
+                f"wanted num_pseudo_tokens={wanted} in each"
+            ),
+        )
+        return mask
+
+    def embed(
+        self, input_ids: torch.Tensor, padding_mask: torch.Tensor, utterance_mask: torch.Tensor, inputs: dict
+    ) -> tuple[torch.Tensor, torch.Tensor | None, dict[str, torch.Tensor]]:
+        """Prompt with pseudo tokens in place: (B, L, H), samples that lost their text, gate weights."""
+        placeholders = self.get_placeholder_mask(input_ids)
+        embeds = self.get_input_embeddings()(input_ids)
+        inputs = {"text": self._text(embeds, utterance_mask & padding_mask), **inputs}
+        inputs, lost_text = self._drop_modalities(inputs)
+        # What stands before the pseudo tokens is the prompt the gate sees; the answer, after them, cannot leak.
+        before = padding_mask.bool() & (placeholders.cumsum(1) == 0) & ~utterance_mask.bool()
+        pseudo_tokens, gate_weights = self.fusion(inputs, masked_mean(embeds, before))
+        embeds = embeds.masked_scatter(placeholders.unsqueeze(-1), pseudo_tokens.to(embeds.dtype))
+        return embeds, lost_text, gate_weights
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        utterance_mask: torch.Tensor | None = None,
+        audio_features: torch.Tensor | None = None,
+        audio_mask: torch.Tensor | None = None,
+        audio_times: torch.Tensor | None = None,
+        vision_features: torch.Tensor | None = None,
+        vision_mask: torch.Tensor | None = None,
+        vision_times: torch.Tensor | None = None,
+        input_features: torch.Tensor | None = None,
+        input_values: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        padding_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs,
+    ) -> EGMFOutput:
+        """Arguments as in [`EGMFForConditionalGeneration.forward`]."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("input_ids, inputs_embeds: wanted exactly one of them")
+        given = {
+            "audio": (audio_features, input_features if input_features is not None else input_values),
+            "vision": (vision_features, pixel_values),
+        }
+        gate_weights = lost_text = None
+        if utterance_mask is not None:
+            if inputs_embeds is not None:
+                raise ValueError("inputs_embeds: got values beside utterance_mask, wanted input_ids with placeholders")
+            if padding_mask is None:
+                padding_mask = attention_mask if attention_mask is not None else torch.ones_like(input_ids)
+            if padding_mask.shape != input_ids.shape or utterance_mask.shape != input_ids.shape:
+                raise ValueError(
+                    f"attention_mask, utterance_mask: got {tuple(padding_mask.shape)} and "
+                    f"{tuple(utterance_mask.shape)}, wanted input_ids' {tuple(input_ids.shape)}"
+                )
+            inputs = {
+                "audio": self._modality("audio", *given["audio"], audio_mask, audio_times),
+                "vision": self._modality("vision", *given["vision"], vision_mask, vision_times),
+            }
+            inputs_embeds, lost_text, gate_weights = self.embed(input_ids, padding_mask, utterance_mask, inputs)
+        else:
+            if any(value is not None for pair in given.values() for value in pair):
+                raise ValueError("utterance_mask: got None beside audio or vision, wanted the processor's mask")
+            if inputs_embeds is None:
+                inputs_embeds = self.get_input_embeddings()(input_ids)
+
+        if lost_text is not None:
+            attention_mask = padding_mask & ~(utterance_mask.bool() & lost_text.unsqueeze(1))
+        if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
+            # Left padding and dropped words must not move the positions of what remains.
+            position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, -inputs_embeds.shape[1] :]
+        if accepts_position_ids(self.language_model):
+            kwargs["position_ids"] = position_ids
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            return_dict=True,
+            **kwargs,
+        )
+        return EGMFOutput(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.get("past_key_values"),
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),
+            gate_weights=gate_weights,
+        )
+
+
+def accepts_position_ids(language_model: PreTrainedModel) -> bool:
+    """Whether an LLM takes positions at all (ALiBi and state-space models do not)."""
+    return "position_ids" in inspect.signature(language_model.forward).parameters
+
+
+class AnswerTrie:
+    """The prefix tree of a set of answers, reduced to the nodes where something is decided.
+
+    Args:
+        candidates: Token ids of each answer; no answer may be a prefix of another (the processor appends EOS there).
+
+    Attributes:
+        paths: For each inner node after the root (node 0), the token ids that lead to it. A node whose continuation
+            is certain, like the "." of "+0.", is kept only on the way to a later decision.
+        token_ids: The distinct ids that some decision chooses between.
+        allowed: (nodes, token_ids) bool, the continuations of each node.
+        decisions: For each candidate, the (node, index into token_ids) pairs whose log-probabilities it sums.
+    """
+
+    def __init__(self, candidates: list[list[int]]):
+        answers = [tuple(candidate) for candidate in candidates]
+        children: dict[tuple[int, ...], set[int]] = {}
+        for answer in answers:
+            for depth in range(len(answer)):
+                children.setdefault(answer[:depth], set()).add(answer[depth])
+        for index, answer in enumerate(answers):
+            if not answer or answer in children or answers.index(answer) != index:
+                raise ValueError(
+                    f"candidates[{index}]: got {list(answer)}, which is empty, a repeat or a prefix of another; "
+                    "wanted distinct answers, with EOS appended where one is a prefix of another"
+                )
+        deciding = [prefix for prefix, tokens in children.items() if len(tokens) > 1]
+        needed = {()} | {prefix[:depth] for prefix in deciding for depth in range(len(prefix) + 1)}
+        self.paths = sorted(needed, key=lambda prefix: (len(prefix), prefix))
+        node = {prefix: index for index, prefix in enumerate(self.paths)}
+        self.token_ids = sorted({token for prefix in deciding for token in children[prefix]})
+        column = {token: index for index, token in enumerate(self.token_ids)}
+        self.allowed = torch.zeros(len(self.paths), len(self.token_ids), dtype=torch.bool)
+        for prefix in deciding:
+            for token in children[prefix]:
+                self.allowed[node[prefix], column[token]] = True
+        self.decisions = [
+            [
+                (node[answer[:depth]], column[token])
+                for depth, token in enumerate(answer)
+                if len(children[answer[:depth]]) > 1
+            ]
+            for answer in answers
+        ]
+
+    def ancestors(self) -> torch.Tensor:
+        """(nodes - 1, nodes - 1) bool: which inner nodes a node sees, itself included."""
+        inner = self.paths[1:]
+        return torch.tensor([[row[: len(seen)] == seen for seen in inner] for row in inner], dtype=torch.bool)
+
+    def log_probs(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits of every node (B, nodes, token_ids) -> log-probability of every candidate (B, C)."""
+        allowed = self.allowed.to(logits.device)
+        steps = logits.float().masked_fill(~allowed, -torch.inf)
+        # A node with one continuation has no column of its own; its row of -inf is never summed.
+        steps = torch.where(allowed, steps.log_softmax(-1), 0.0)
+        start = steps.new_zeros(len(steps))
+        return torch.stack([sum((steps[:, row, col] for row, col in path), start) for path in self.decisions], dim=1)
+
+
+class EGMFForConditionalGeneration(EGMFPreTrainedModel, GenerationMixin):
+    """EGMF with the LLM's head: `generate()` returns the answer as text, `score_labels()` its distribution."""
+
+    def __init__(self, config: EGMFConfig):
+        super().__init__(config)
+        self.model = EGMFModel(config)
+        text_config = config.text_config
+        self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=config.lm_head_bias)
+        # Every LLM names its embeddings differently, so the tie is looked up rather than written down.
+        embeddings = self.model.get_input_embeddings()
+        name = next(name for name, module in self.model.named_modules() if module is embeddings)
+        self._tied_weights_keys = {"lm_head.weight": f"model.{name}.weight"}
+        self.post_init()
+
+    @classmethod
+    def from_language_model(
+        cls,
+        language_model: str | PreTrainedModel,
+        audio_tower: str | PreTrainedModel | None = None,
+        vision_tower: str | PreTrainedModel | None = None,
+        **config_kwargs,
+    ) -> "EGMFForConditionalGeneration":
+        """Assembles a model from a pretrained causal LLM and pretrained towers; only the fusion is new.
+
+        Args:
+            language_model: A causal LLM, or what `AutoModelForCausalLM.from_pretrained` takes. Its weights are
+                shared, not copied. Its embeddings grow by what is missing if `pseudo_token_id` lies beyond them.
+            audio_tower: A speech encoder (or encoder-decoder), or what `AutoModel.from_pretrained` takes.
+            vision_tower: An image encoder, likewise.
+            **config_kwargs: Fields of [`EGMFConfig`].
+
+        Raises:
+            ValueError: If the LLM's logits are not those of its body and a linear head, in a way this model knows.
+        """
+        if isinstance(language_model, str):
+            language_model = AutoModelForCausalLM.from_pretrained(language_model)
+        towers = {}
+        for name, tower in (("audio", audio_tower), ("vision", vision_tower)):
+            if tower is not None:
+                tower = AutoModel.from_pretrained(tower) if isinstance(tower, str) else tower
+                config_kwargs[f"{name}_config"] = tower.config
+                encoder = (
+                    tower.get_encoder() if tower.config.is_encoder_decoder and hasattr(tower, "decoder") else tower
+                )
+                towers[f"{name}_tower"] = encoder.requires_grad_(False)
+        if config_kwargs.get("pseudo_token_id", 0) >= language_model.get_input_embeddings().num_embeddings:
+            language_model.resize_token_embeddings(config_kwargs["pseudo_token_id"] + 1)
+
+        head = language_model.get_output_embeddings()
+        config = EGMFConfig(
+            text_config=language_model.config, lm_head_bias=getattr(head, "bias", None) is not None, **config_kwargs
+        )
+        config.dtype = language_model.dtype
+        with torch.device("meta"):
+            model = cls(config)
+        if type(model.model.language_model) is not type(language_model.base_model):
+            raise ValueError(
+                f"language_model: got {type(language_model).__name__}, whose body is not what AutoModel builds "
+                f"from its config ({type(model.model.language_model).__name__})"
+            )
+        model.model.language_model = language_model.base_model
+        model.lm_head = head
+        for name, tower in towers.items():
+            setattr(model.model, name, tower)
+        fusion = model.model.fusion.to_empty(device=language_model.device).float()
+        fusion.apply(model._init_weights)
+        with torch.no_grad():
+            embeddings = language_model.get_input_embeddings().weight
+            fusion.projector.embedding_rms.copy_(embeddings.float().square().mean().sqrt())
+        model.generation_config = copy.deepcopy(language_model.generation_config)
+        # A generated placeholder would be taken for one of the prompt's when generating without a cache.
+        model.generation_config.suppress_tokens = [config.pseudo_token_id]
+        model.train(language_model.training)
+        model._check_head(language_model)
+        return model
+
+    @torch.no_grad()
+    def _check_head(self, language_model: PreTrainedModel) -> None:
+        """Compares this model's text-only logits with the LLM's own: some LLMs do more than a linear head."""
+        training, self_training = language_model.training, self.training
+        language_model.eval(), self.eval()
+        probe = torch.arange(4, device=language_model.device).unsqueeze(0)
+        wanted = language_model(input_ids=probe, use_cache=False).logits.float()
+        got = self(input_ids=probe, use_cache=False).logits.float()
+        language_model.train(training), self.train(self_training)
+        difference = (got - wanted).abs().max().item()
+        if difference > 1e-3 * max(1.0, wanted.abs().max().item()):
+            raise ValueError(
+                f"language_model: {type(language_model).__name__} computes logits in a way EGMF does not know "
+                f"(largest difference to its body and head {difference:.3g})"
+            )
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.lm_head = value
+
+    def _finish_logits(self, logits: torch.Tensor) -> torch.Tensor:
+        """What some LLMs do after the head: scale (Cohere, Granite) and soft-cap (Gemma) the logits."""
+        text_config = self.config.text_config
+        if getattr(text_config, "logit_scale", None):
+            logits = logits * text_config.logit_scale
+        if getattr(text_config, "logits_scaling", None):
+            logits = logits / text_config.logits_scaling
+        if getattr(text_config, "final_logit_softcapping", None):
+            cap = text_config.final_logit_softcapping
+            logits = (logits / cap).tanh() * cap
+        return logits
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        utterance_mask: torch.Tensor | None = None,
+        audio_features: torch.Tensor | None = None,
+        audio_mask: torch.Tensor | None = None,
+        audio_times: torch.Tensor | None = None,
+        vision_features: torch.Tensor | None = None,
+        vision_mask: torch.Tensor | None = None,
+        vision_times: torch.Tensor | None = None,
+        input_features: torch.Tensor | None = None,
+        input_values: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        padding_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs,
+    ) -> EGMFOutput:
+        """
+        Args:
+            input_ids: (B, L), each row with `config.num_pseudo_tokens` placeholders when `utterance_mask` is given.
+            attention_mask: (B, L), 1 where a token stands; 4-D from a static cache.
+            utterance_mask: (B, L), 1 on the utterance's own tokens. Given with a prompt, absent in later steps.
+            audio_features, vision_features: (B, T, feature size); `*_mask` (B, T), all 0 for an absent modality;
+                `*_times` (B, T) seconds on the clip's clock, NaN where not known.
+            input_features, input_values: The audio tower's input, with `audio_mask` (B, positions).
+            pixel_values: (B, F, 3, height, width) frames, with `vision_mask` and `vision_times` (B, F).
+            padding_mask: (B, L), the 2-D `attention_mask` when that one is 4-D.
+            labels: (B, L), -100 everywhere but on the answer's tokens and EOS. The loss, and the logits, are
+                computed there alone.
+            logits_to_keep: Without labels: how many last positions, or which, get logits; 0 for all.
+            num_items_in_batch: Number of labels the summed loss is divided by, over a whole accumulated batch.
+
+        Raises:
+            ValueError: Naming the field, what came and what was wanted.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            utterance_mask=utterance_mask,
+            audio_features=audio_features,
+            audio_mask=audio_mask,
+            audio_times=audio_times,
+            vision_features=vision_features,
+            vision_mask=vision_mask,
+            vision_times=vision_times,
+            input_features=input_features,
+            input_values=input_values,
+            pixel_values=pixel_values,
+            padding_mask=padding_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        hidden, loss = outputs.last_hidden_state, None
+        if labels is not None:
+            answers = labels[:, 1:] != -100
+            logits = self._finish_logits(self.lm_head(hidden[:, :-1][answers]))
+            loss = self.loss_function(
+                logits=logits,
+                labels=None,
+                shift_labels=labels[:, 1:][answers],
+                vocab_size=self.config.text_config.vocab_size,
+                num_items_in_batch=num_items_in_batch,
+            )
+        else:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self._finish_logits(self.lm_head(hidden[:, kept]))
+        return EGMFOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            gate_weights=outputs.gate_weights,
+        )
+
+    MODALITY_INPUTS = (
+        *("audio_features", "audio_mask", "audio_times", "vision_features", "vision_mask", "vision_times"),
+        *("utterance_mask", "input_features", "input_values", "pixel_values"),
+    )
+
+    def prepare_inputs_for_generation(
+        self, input_ids, attention_mask=None, is_first_iteration=False, use_cache=True, **kwargs
+    ):
+        # The modalities are in the cache after the prompt; without a cache every step is a prompt again.
+        modalities = {name: kwargs.pop(name, None) for name in self.MODALITY_INPUTS}
+        inputs = super().prepare_inputs_for_generation(
+            input_ids,
+            attention_mask=attention_mask,
+            is_first_iteration=is_first_iteration,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        if modalities["utterance_mask"] is not None and (is_first_iteration or not use_cache):
+            new_tokens = input_ids.shape[1] - modalities["utterance_mask"].shape[1]
+            modalities["utterance_mask"] = F.pad(modalities["utterance_mask"], (0, new_tokens))
+            inputs.update({name: value for name, value in modalities.items() if value is not None})
+            inputs["padding_mask"] = attention_mask
+        return inputs
+
+    @torch.no_grad()
+    def score_labels(
+        self,
+        candidates: list[list[int]],
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        **inputs,
+    ) -> LabelScores:
+        """Log-probability of every legal answer, from one prefill and at most one further forward.
+
+        The answers' token trie is laid out as one sequence behind the prompt, with a tree attention mask and depth
+        positions; only its inner nodes are run (an LLM that takes no such mask reads them as a batch of sequences).
+        The probability of an answer is the product over its tokens of the softmax over the legal continuations,
+        p(answer) = prod_t exp(z[a_t]) / sum_{v legal after a_<t} exp(z[v]): what `generate()` samples from under the
+        processor's logits processor. The head is evaluated for the ids that some decision chooses between.
+
+        Args:
+            candidates: Token ids of every legal answer, from `processor.candidates(task)`.
+            input_ids, attention_mask, **inputs: What the processor returns for prompts without an answer.
+
+        Returns:
+            [`LabelScores`] with `log_probs` (B, C) in the order of the candidates.
+        """
+        trie = AnswerTrie(candidates)
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        as_tree = len(trie.paths) > 1 and self._takes_tree_mask()
+        outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=as_tree, **inputs)
+        last = attention_mask.shape[1] - 1 - attention_mask.flip(1).argmax(1)
+        hidden = outputs.last_hidden_state[torch.arange(len(last), device=last.device), last].unsqueeze(1)
+        if as_tree and all(type(layer) is DynamicLayer for layer in outputs.past_key_values.layers):
+            inner = self._tree_states(trie, attention_mask, outputs.past_key_values)
+            hidden = torch.cat([hidden, inner], 1)
+        elif len(trie.paths) > 1:
+            inner = self._batch_states(trie, input_ids, attention_mask, inputs)
+            hidden = torch.cat([hidden, inner], 1)
+        token_ids = torch.tensor(trie.token_ids, device=hidden.device)
+        bias = self.lm_head.bias[token_ids] if self.lm_head.bias is not None else None
+        logits = self._finish_logits(F.linear(hidden, self.lm_head.weight[token_ids], bias))
+        return LabelScores(log_probs=trie.log_probs(logits), gate_weights=outputs.gate_weights)
+
+    def _takes_tree_mask(self) -> bool:
+        text_config = self.model.language_model.config
+        return (
+            text_config._attn_implementation in ("eager", "sdpa")
+            and accepts_position_ids(self.model.language_model)
+            and not getattr(text_config, "alibi", False)
+        )
+
+    def _tree_states(self, trie: AnswerTrie, attention_mask: torch.Tensor, cache: Cache) -> torch.Tensor:
+        """Hidden states of the trie's inner nodes (B, nodes - 1, H), one forward behind the cached prompt."""
+        device, batch_size = attention_mask.device, attention_mask.shape[0]
+        tokens = torch.tensor([path[-1] for path in trie.paths[1:]], device=device).expand(batch_size, -1)
+        depths = torch.tensor([len(path) for path in trie.paths[1:]], device=device)
+        seen = torch.cat(
+            [
+                attention_mask.bool().unsqueeze(1).expand(-1, len(depths), -1),
+                trie.ancestors().to(device).expand(batch_size, -1, -1),
+            ],
+            dim=-1,
+        )
+        embeds = self.model.get_input_embeddings()(tokens)
+        mask = torch.zeros(seen.shape, dtype=embeds.dtype, device=device)
+        mask = mask.masked_fill(~seen, torch.finfo(embeds.dtype).min).unsqueeze(1)
+        outputs = self.model.language_model(
+            inputs_embeds=embeds,
+            attention_mask=mask,
+            position_ids=attention_mask.sum(1, keepdim=True) + depths - 1,
+            past_key_values=cache,
+            use_cache=True,
+            return_dict=True,
+        )
+        return outputs.last_hidden_state
+
+    def _batch_states(self, trie: AnswerTrie, input_ids, attention_mask, inputs: dict) -> torch.Tensor:
+        """As `_tree_states`, for an LLM that takes no tree mask: every branch of the trie as a sequence of its own."""
+        inner = trie.paths[1:]
+        branches = [path for path in inner if not any(other[:-1] == path for other in inner)]
+        length, batch_size, prompt_length = max(map(len, branches)), *input_ids.shape
+        tokens = torch.tensor([list(path) + [path[-1]] * (length - len(path)) for path in branches])
+        stands = torch.tensor([[1] * len(path) + [0] * (length - len(path)) for path in branches])
+        repeated = {
+            name: value.repeat_interleave(len(branches), 0) if torch.is_tensor(value) else value
+            for name, value in inputs.items()
+        }
+        if repeated.get("utterance_mask") is not None:
+            repeated["utterance_mask"] = F.pad(repeated["utterance_mask"], (0, length))
+
+        def behind(prompt: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
+            branch = branch.to(prompt).repeat(batch_size, 1)
+            return torch.cat([prompt.repeat_interleave(len(branches), 0), branch], 1)
+
+        outputs = self.model(
+            input_ids=behind(input_ids, tokens),
+            attention_mask=behind(attention_mask, stands),
+            use_cache=False,
+            **repeated,
+        )
+        states = outputs.last_hidden_state[:, prompt_length:].unflatten(0, (batch_size, len(branches)))
+        where = [
+            next((row, len(path) - 1) for row, branch in enumerate(branches) if branch[: len(path)] == path)
+            for path in inner
+        ]
+        return torch.stack([states[:, row, depth] for row, depth in where], 1)
+
+
+EGMFForConditionalGeneration.register_for_auto_class("AutoModel")
+
+__all__ = ["EGMFForConditionalGeneration", "EGMFModel", "EGMFPreTrainedModel"]
