@@ -1,0 +1,46 @@
+"""Corpora: published files in, one `datasets.DatasetDict` schema out.
+
+Each module reads one data set and has one function, `load(source, **options)`. What they return is described
+in `corpora/schema.py`; nothing in here knows the model.
+
+    from corpora import load_corpus
+    splits = load_corpus("mosi", "path/to/mosi", context=3)
+    splits["train"][0]["emotion"]
+"""
+
+import importlib
+import inspect
+import os
+
+from datasets import DatasetDict
+
+
+CORPORA = ("generated", "meld", "mosi")
+
+
+def load_corpus(name: str, source: str | os.PathLike | None = None, **options) -> DatasetDict:
+    """Load a corpus by name.
+
+    Args:
+        name: one of `CORPORA`.
+        source: the folder (or file) with the published files; `None` for `generated`, which has none.
+        **options: the named module's own options, see its `load`.
+
+    Returns:
+        The splits `train`, `validation` and `test`, with the columns of `corpora.schema.FEATURES`.
+
+    Raises:
+        ValueError: an unknown corpus or option (the message names it and lists the known ones), no source where
+            one is needed, or files that are not what the corpus publishes.
+        FileNotFoundError: the source, or a file in it, does not exist.
+    """
+    if name not in CORPORA:
+        raise ValueError(f"corpus: unknown name {name!r}, expected one of {', '.join(CORPORA)}")
+    load = importlib.import_module(f"{__name__}.{name}").load
+    known = [option for option in inspect.signature(load).parameters if option != "source"]
+    for option in options:
+        if option not in known:
+            raise ValueError(f"corpus {name!r}: unknown option {option!r}, expected one of {', '.join(known)}")
+    if source is None and name != "generated":
+        raise ValueError(f"corpus {name!r}: source is None, expected the folder with its published files")
+    return load(source, **options)

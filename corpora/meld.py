@@ -1,0 +1,135 @@
+"""MELD (declare-lab/MELD): dialogues from a television series, one of seven emotions per utterance.
+
+Read from the official `{train,dev,test}_sent_emo.csv`: `Utterance, Speaker, Emotion, Dialogue_ID, Utterance_ID`.
+MELD's `dev` is called `validation` here, in the split and in the ids (`validation_dia0_utt0`); ids carry the split,
+as dialogue numbers repeat across splits. Utterance numbers have gaps: the context is made of what the file has.
+
+The files are UTF-8, and some published copies hold cp1252 punctuation as control characters (U+0092 for a right
+single quote): U+0080 to U+009F are put back to what cp1252 means by them. Proper Unicode punctuation is kept.
+
+Clips are `dia{D}_utt{U}.mp4` in `train_splits/`, `dev_splits_complete/` and `output_repeated_splits_test/`. Whether a
+clip can be decoded is not checked here (train dia125_utt3 cannot, dev dia110_utt7 does not exist).
+"""
+
+import logging
+import os
+from pathlib import Path
+
+import pandas as pd
+from datasets import DatasetDict
+
+from corpora.schema import build_split, check_count
+
+
+logger = logging.getLogger(__name__)
+
+EMOTIONS = ("neutral", "surprise", "fear", "sadness", "joy", "disgust", "anger")  # in the order of MELD's ids
+FILES = {"train": "train_sent_emo.csv", "validation": "dev_sent_emo.csv", "test": "test_sent_emo.csv"}
+CLIPS = {"train": "train_splits", "validation": "dev_splits_complete", "test": "output_repeated_splits_test"}
+
+_COLUMNS = ("Utterance", "Speaker", "Emotion", "Dialogue_ID", "Utterance_ID")
+# Python leaves five of the 32 bytes undefined in cp1252: those stay as they are.
+_CP1252 = {code: bytes([code]).decode("cp1252", errors="ignore") or chr(code) for code in range(0x80, 0xA0)}
+
+
+def load(source: str | os.PathLike, context: int = 8, media: str | os.PathLike | None = None) -> DatasetDict:
+    """Load MELD as emotion classification over `EMOTIONS`.
+
+    Args:
+        source: the folder with the three CSV files.
+        context: how many preceding utterances of the dialogue, with their speakers, each row carries.
+        media: the folder with the three clip folders. Fills `audio` and `video` with the clip's path, null where
+            there is no such file; how many are missing is logged for each split.
+
+    Raises:
+        FileNotFoundError: a CSV file, or the media folder, does not exist.
+        ValueError: `context` out of range, a media folder with none of the clip folders, or a CSV file that is not as
+            described above (names file, row and column; rows count from 1, without the header).
+    """
+    context = check_count("context", context)
+    if media is not None:
+        media = Path(media)
+        if not media.is_dir():
+            raise FileNotFoundError(f"media: {media} is not a folder")
+        if not any((media / folder).is_dir() for folder in CLIPS.values()):
+            raise ValueError(f"media: {media} has none of the folders {', '.join(CLIPS.values())}")
+
+    splits = {}
+    for split, name in FILES.items():
+        frame = _read(Path(source) / name)
+        rows = []
+        for dialogue_id, dialogue in frame.groupby("Dialogue_ID", sort=True):
+            turns = [
+                {"speaker": speaker, "text": text}
+                for speaker, text in zip(dialogue["Speaker"], dialogue["Utterance"], strict=True)
+            ]
+            for here, (utterance_id, emotion) in enumerate(
+                zip(dialogue["Utterance_ID"], dialogue["Emotion"], strict=True)
+            ):
+                clip = _clip(media, split, dialogue_id, utterance_id)
+                rows.append(
+                    turns[here]
+                    | {
+                        "id": f"{split}_dia{dialogue_id}_utt{utterance_id}",
+                        "context": turns[max(0, here - context) : here],
+                        "language": "en",
+                        "audio": clip,  # a video's own sound track is its audio
+                        "video": clip,
+                        "emotion": emotion,
+                    }
+                )
+        if media is not None:
+            missing = [row["id"] for row in rows if row["video"] is None]
+            logger.log(
+                logging.WARNING if missing else logging.INFO,
+                "MELD %s: %d of %d clips are not in %s%s",
+                split,
+                len(missing),
+                len(rows),
+                media / CLIPS[split],
+                f" (first: {', '.join(missing[:3])})" if missing else "",
+            )
+        splits[split] = build_split(rows)
+    return DatasetDict(splits)
+
+
+def _clip(media: Path | None, split: str, dialogue_id: int, utterance_id: int) -> str | None:
+    """The path of an utterance's clip, None where there is no such file."""
+    if media is None:
+        return None
+    path = media / CLIPS[split] / f"dia{dialogue_id}_utt{utterance_id}.mp4"
+    return str(path) if path.is_file() else None
+
+
+def _read(file: Path) -> pd.DataFrame:
+    """Read and check one CSV file; sorted by dialogue and utterance, text and speaker repaired."""
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such file, expected one of MELD's CSV files")
+    try:
+        # Strings, and no nulls: "None" and "NA" are things that people say.
+        frame = pd.read_csv(file, dtype=str, keep_default_na=False, encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: not UTF-8 ({error})") from error
+    except (pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+        raise ValueError(f"{file}: not a readable CSV file ({error})") from error
+    for column in _COLUMNS:
+        if column not in frame:
+            raise ValueError(f"{file}: column {column!r} is missing, got {', '.join(frame)}")
+    for column in ("Dialogue_ID", "Utterance_ID"):
+        _check(file, frame[column], frame[column].str.fullmatch(r"\d+"), "a number")
+        frame[column] = frame[column].astype(int)
+    _check(file, frame["Emotion"], frame["Emotion"].isin(EMOTIONS), f"one of {', '.join(EMOTIONS)}")
+    doubled = frame.duplicated(["Dialogue_ID", "Utterance_ID"])
+    _check(file, frame["Utterance_ID"], ~doubled, "each utterance of a dialogue once")
+    for column in ("Utterance", "Speaker"):
+        frame[column] = frame[column].map(lambda text: text.translate(_CP1252).strip())
+    return frame.sort_values(["Dialogue_ID", "Utterance_ID"], ignore_index=True)
+
+
+def _check(file: Path, values: pd.Series, good: pd.Series, expected: str) -> None:
+    """Raise a ValueError for the first row that is not `good`."""
+    if not good.all():
+        row = int((~good).to_numpy().argmax())
+        raise ValueError(
+            f"{file}: row {row + 1}, column {values.name!r}: got {str(values.iloc[row])!r}, expected {expected}"
+        )

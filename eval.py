@@ -1,0 +1,140 @@
+"""Evaluates a trained EGMF model on a split of a corpus, and compares two evaluations.
+
+    python eval.py runs/mosi/model --corpus mosi --corpus_dir DIR --split test --output runs/mosi/test
+    python eval.py ... --compare runs/other/test/predictions.jsonl
+
+Writes `metrics.json` and `predictions.jsonl` (id, gold, greedy text, distribution, answers, gate weights) to the
+output folder and prints one table. Two answers are judged side by side: the greedy text of plain `generate()`, in
+which an unparsable answer is a wrong one and is counted, and the most probable legal answer of `score_labels()`.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import AutoModel, AutoProcessor
+
+from corpora import CORPORA, load_corpus
+from evaluation import AffectCollator, classification_metrics, gold_answer, mcnemar, prompt_lengths, regression_metrics
+
+
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("model", help="folder or Hub id of a trained model")
+    parser.add_argument("--corpus", required=True, choices=CORPORA)
+    parser.add_argument("--corpus_dir", help="folder with the corpus's published files")
+    parser.add_argument("--corpus_options", type=json.loads, default={}, help="as in the recipe, JSON")
+    parser.add_argument("--task", help="task to ask; the corpus's name by default")
+    parser.add_argument("--split", default="test", choices=["train", "validation", "test"])
+    parser.add_argument("--modalities", nargs="+", default=["text", "audio", "vision"])
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--output", required=True, type=Path, help="folder for metrics.json and predictions.jsonl")
+    parser.add_argument("--compare", type=Path, help="predictions.jsonl of another run on the same samples")
+    return parser.parse_args(arguments)
+
+
+def gate_names(weights: dict[str, torch.Tensor], experts: list[str], modalities: list[str]) -> list[dict]:
+    """Gate weights by sample: `modality` by expert and modality, `expert` by expert (mean over pseudo tokens)."""
+    return [
+        {
+            "modality": {
+                expert: dict(zip(modalities, map(float, row), strict=True))
+                for expert, row in zip(experts, modality, strict=True)
+            },
+            "expert": dict(zip(experts, map(float, expert_rows.mean(0)), strict=True)),
+        }
+        for modality, expert_rows in zip(weights["modality"].cpu(), weights["expert"].cpu(), strict=True)
+    ]
+
+
+@torch.no_grad()
+def predict(model, processor, rows, task, modalities: list[str], batch_size: int, device) -> list[dict]:
+    """One prediction per row, in the rows' order."""
+    collator = AffectCollator(processor, task, modalities, with_answers=False)
+    # Alike lengths together: less padding, the same numbers.
+    order = sorted(range(len(rows)), key=prompt_lengths(rows, collator).__getitem__)
+    loader = DataLoader(rows.select(order), batch_size=batch_size, collate_fn=collator)
+    candidates, predictions = processor.candidates(task), []
+    for batch in tqdm(loader, desc="evaluating", unit="batch", disable=None):
+        inputs = {name: value.to(device) for name, value in batch.items() if name != "answer_index"}
+        scores = model.score_labels(candidates=candidates, **inputs)
+        generated = model.generate(**inputs, max_new_tokens=processor.max_answer_tokens(task), do_sample=False)
+        greedy = processor.decode_answers(generated[:, inputs["input_ids"].shape[1] :], task)
+        distributions = processor.summarize(scores.log_probs, task)
+        gates = gate_names(scores.gate_weights, model.config.experts, model.config.modalities)
+        predictions += zip(greedy, distributions, gates, strict=True)
+
+    results: list[dict] = [{}] * len(order)
+    for index, (greedy, distribution, gate) in zip(order, predictions, strict=True):
+        answers = {"greedy": greedy.value, "distribution": task.parse(distribution.top)}
+        if task.kind == "regression":
+            answers |= {"expected": distribution.expected, "median": distribution.median}
+        results[index] = {
+            "id": rows[index]["id"],
+            "gold": gold_answer(rows[index], task),
+            "greedy_text": greedy.text,
+            "answers": answers,
+            "distribution": distribution.probabilities,
+            "gate_weights": gate,
+        }
+    return results
+
+
+def compare(predictions: list[dict], other_file: Path, answer: str) -> dict:
+    """Paired test of two runs' answers to the same samples, by id."""
+    others = {row["id"]: row for row in map(json.loads, other_file.read_text(encoding="utf-8").splitlines())}
+    if set(others) != {row["id"] for row in predictions}:
+        raise ValueError(f"{other_file}: its ids are not those of this evaluation, wanted the same samples")
+    correct = [row["answers"][answer] == row["gold"] for row in predictions]
+    return mcnemar(correct, [others[row["id"]]["answers"][answer] == row["gold"] for row in predictions])
+
+
+def main(arguments: list[str]) -> None:
+    args = parse_arguments(arguments)
+    device = Accelerator().device
+    processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=True)
+    model = AutoModel.from_pretrained(args.model, trust_remote_code=True).to(device).eval()
+    name = args.task or args.corpus
+    if name not in processor.tasks:
+        raise ValueError(f"task: got {name!r}, wanted one of {', '.join(processor.tasks)}")
+    task = processor.tasks[name]
+    rows = load_corpus(args.corpus, args.corpus_dir, **args.corpus_options)[args.split]
+    modalities = [modality for modality in args.modalities if modality in model.config.modalities]
+    predictions = predict(model, processor, rows, task, modalities, args.batch_size, device)
+
+    gold = [row["gold"] for row in predictions]
+    measure = classification_metrics if task.kind == "classification" else regression_metrics
+    metrics = {
+        answer: measure(gold, [row["answers"][answer] for row in predictions]) for answer in predictions[0]["answers"]
+    }
+    report = {"model": args.model, "task": task.name, "split": args.split, "samples": len(rows), "answers": metrics}
+    report["modalities"] = modalities
+    if args.compare:
+        report["compared_to"] = {
+            answer: compare(predictions, args.compare, answer) for answer in ("greedy", "distribution")
+        }
+
+    args.output.mkdir(parents=True, exist_ok=True)
+    with (args.output / "predictions.jsonl").open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in predictions)
+    (args.output / "metrics.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+    columns = list(next(iter(metrics.values())))
+    print(f"{task.name} / {args.split}: {len(rows)} samples")
+    print("answer".ljust(14) + "".join(column.rjust(14) for column in columns))
+    for answer, row in metrics.items():
+        cells = (
+            "-" if row[c] is None else f"{row[c]:.4f}" if isinstance(row[c], float) else str(row[c]) for c in columns
+        )
+        print(answer.ljust(14) + "".join(cell.rjust(14) for cell in cells))
+    for answer, test in report.get("compared_to", {}).items():
+        print(f"{answer} against {args.compare}: {test}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,112 @@
+"""From predictions to figures: batches for the model, metrics, and a paired test between two runs."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from datasets import Dataset
+from scipy.stats import binomtest
+from sklearn.metrics import accuracy_score, f1_score
+
+from processing_egmf import AffectTask, EGMFProcessor
+
+
+FEATURE_COLUMNS = ("audio_features", "vision_features", "audio_times", "vision_times")
+
+
+def gold_answer(row: dict, task: AffectTask) -> str | float:
+    """The row's label for a task.
+
+    Raises:
+        ValueError: If the row has none of the task's kind, or one outside the task.
+    """
+    column = "emotion" if task.kind == "classification" else "sentiment"
+    if row[column] is None:
+        raise ValueError(f"{row['id']}: {column} is null, wanted a label of task {task.name!r}")
+    task.format(row[column])
+    return row[column]
+
+
+@dataclass
+class AffectCollator:
+    """Rows of the corpus schema -> the processor's batch.
+
+    Args:
+        processor: The processor.
+        task: The task asked of every row.
+        modalities: What the model may see; the columns of others are left out, with the text its context too.
+        with_answers: True for training: answers are appended and `labels` returned. False for scoring: prompts alone,
+            and `answer_index` (B,), the gold answer's place in `task.answers`.
+    """
+
+    processor: EGMFProcessor
+    task: AffectTask
+    modalities: list[str]
+    with_answers: bool
+
+    def __call__(self, rows: list[dict]):
+        columns = {
+            name: [row[name] for row in rows] for name in FEATURE_COLUMNS if name.split("_")[0] in self.modalities
+        }
+        text = [None] * len(rows)
+        if "text" in self.modalities:
+            text = [row["text"] for row in rows]
+            columns |= {name: [row[name] for row in rows] for name in ("context", "following", "speaker")}
+        gold = [gold_answer(row, self.task) for row in rows]
+        if self.with_answers:
+            return self.processor(text=text, task=self.task, answer=gold, **columns)
+        batch = self.processor(text=text, task=self.task, **columns)
+        batch["answer_index"] = torch.tensor([self.task.answers.index(self.task.format(answer)) for answer in gold])
+        return batch
+
+
+def prompt_lengths(dataset: Dataset, collator: AffectCollator) -> list[int]:
+    """Tokens of each row's prompt, for length-grouped batches."""
+    if "text" not in collator.modalities:
+        return [1] * len(dataset)
+    light = AffectCollator(collator.processor, collator.task, ["text"], with_answers=False)
+    rows = dataset.select_columns([name for name in dataset.column_names if name not in FEATURE_COLUMNS])
+    return [int(light([row])["input_ids"].shape[1]) for row in rows]
+
+
+def classification_metrics(gold: list[str], predicted: list[str | None]) -> dict[str, float]:
+    """Accuracy and weighted F1 over the gold classes, and the number of unparsable answers.
+
+    An unparsable answer (None) is a wrong answer of no class. Weighted F1 is the mean of the classes' F1 weighted by
+    their gold counts (scikit-learn's `average="weighted"`; the measure of the MELD and CHERMA papers).
+    """
+    answers = ["<unparsable>" if answer is None else answer for answer in predicted]
+    return {
+        "accuracy": float(accuracy_score(gold, answers)),
+        "weighted_f1": float(f1_score(gold, answers, labels=sorted(set(gold)), average="weighted", zero_division=0)),
+        "unparsable": sum(answer is None for answer in predicted),
+    }
+
+
+def regression_metrics(gold: list[float], predicted: list[float | None]) -> dict[str, float | None]:
+    """Mean absolute error and Pearson correlation over the parsable answers, and the number of the others.
+
+    A correlation with a constant is not defined: None.
+    """
+    kept = [(g, p) for g, p in zip(gold, predicted, strict=True) if p is not None]
+    metrics = {"mae": None, "corr": None, "unparsable": len(predicted) - len(kept)}
+    if kept:
+        y, p = np.asarray(kept, dtype=np.float32).T
+        metrics["mae"] = float(np.abs(y - p).mean())
+        if len(kept) > 1 and y.std() > 0 and p.std() > 0:
+            metrics["corr"] = float(np.corrcoef(y, p)[0, 1])
+    return metrics
+
+
+def mcnemar(first_correct: list[bool], second_correct: list[bool]) -> dict[str, float]:
+    """Exact two-sided McNemar test of two runs' answers to the same samples (McNemar 1947, Psychometrika 12).
+
+    Of the samples that exactly one run has right, each run has about half if the runs are equally good: a binomial
+    test. `first_only` and `second_only` count those samples.
+    """
+    pairs = list(zip(first_correct, second_correct, strict=True))
+    first_only = sum(a and not b for a, b in pairs)
+    second_only = sum(b and not a for a, b in pairs)
+    total = first_only + second_only
+    p_value = binomtest(first_only, total).pvalue if total else 1.0
+    return {"first_only": first_only, "second_only": second_only, "p_value": float(p_value)}

@@ -1,0 +1,651 @@
+"""EGMF's processor: a question about an utterance becomes model inputs, generated tokens become labels or scores.
+
+`AffectTask` says what is asked and which answers are legal. `EGMFProcessor` lays out one utterance with its context
+and its audio and vision features, and offers everything that reads answers: the candidates that the model scores, a
+logits processor that admits legal answers only, and the reading of generated text and of scored distributions.
+
+This file travels with every checkpoint and needs transformers, torch and numpy only. The paper (arXiv 2601.07565)
+asks an LLM with a prompt and pseudo tokens; the layout and the wording below are this implementation's own choice.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from decimal import ROUND_HALF_EVEN, Decimal
+from functools import cached_property
+from itertools import takewhile
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from transformers import LogitsProcessor, LogitsProcessorList
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.processing_utils import ProcessorMixin
+
+
+# How each language writes a line: what follows a name, what follows a colon, and the head of the later lines.
+COLON = {"en": ":", "zh": "："}
+SPACE = {"en": " ", "zh": ""}
+FOLLOWING = {"en": "Afterwards:\n", "zh": "之后：\n"}
+
+# Prompt and cue of a task that brings none.
+DEFAULTS = {
+    ("classification", "en"): ("Which emotion does the last speaker express?", "Emotion:"),
+    ("classification", "zh"): ("最后一位说话人表达了哪种情绪？", "情绪："),
+    ("regression", "en"): ("How negative or positive is the last speaker's sentiment?", "Sentiment:"),
+    ("regression", "zh"): ("最后一位说话人的情感有多消极或积极？", "情感："),
+}
+
+# Spare special tokens, by what their names contain; the first pattern that matches wins.
+SPARE_TOKENS = ("pseudo", "reserved", "unused", "placeholder", "extra", "empty_output", "_pad")
+NEW_PSEUDO_TOKEN = "<|pseudo|>"
+
+
+def _number(value: Any) -> Decimal | None:
+    """A finite real number with the decimal digits that it prints with, or None."""
+    value = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
+    if isinstance(value, bool | str | np.bool_):
+        return None
+    try:
+        return Decimal(str(value)) if math.isfinite(value) else None
+    except (TypeError, ArithmeticError):
+        return None
+
+
+def _tenths(value: Any) -> int | None:
+    """`value` in tenths, None if it is no multiple of 0.1."""
+    number = _number(value)
+    return int(number * 10) if number is not None and number * 10 == int(number * 10) else None
+
+
+@dataclass(frozen=True)
+class AffectTask:
+    """What is asked about an utterance, and which answers are legal.
+
+    Args:
+        name: Key of the task in `EGMFProcessor.tasks`.
+        kind: `"classification"` (one of `labels`) or `"regression"` (a score from `low` to `high` in `step`s).
+        labels: The legal labels, in the order in which distributions are reported. Classification only.
+        low, high, step: The legal scores, all in tenths, `low` and `high` multiples of `step`. Regression only.
+        language: `"en"` or `"zh"`, the language of prompt and labels.
+        prompt: The instruction in front of the sequence. Constant, so that its prefix is computed once.
+        cue: What the answer follows, such as `"Emotion:"`. Prompt and cue have a default for each kind and language.
+
+    Fields that do not describe a task are a ValueError.
+    """
+
+    name: str
+    kind: str
+    labels: tuple[str, ...] | None = None
+    low: float | None = None
+    high: float | None = None
+    step: float | None = None
+    language: str = "en"
+    prompt: str = ""
+    cue: str = ""
+
+    def __post_init__(self):
+        if (self.kind, self.language) not in DEFAULTS:
+            wanted = f"a pair (kind, language) of {list(DEFAULTS)}"
+            raise ValueError(f"Task {self.name!r}: wanted {wanted}, got {(self.kind, self.language)}.")
+        labels, scale = self.labels, (self.low, self.high, self.step)
+        if self.kind == "classification":
+            labels = tuple(labels) if isinstance(labels, list | tuple) else ()
+            clean = all(isinstance(label, str) and label and label == label.strip() for label in labels)
+            legal = clean and len(set(labels)) == len(labels) > 1 and scale == (None, None, None)
+            wanted = "two or more different `labels` without outer spaces, and no `low`, `high`, `step`"
+        else:
+            low, high, step = map(_tenths, scale)
+            legal = None not in (low, high, step) and low < high and 0 < step and not (low % step or high % step)
+            legal = legal and labels is None
+            wanted = "`low` < `high`, multiples of `step`, which is a positive multiple of 0.1, and no `labels`"
+        if not legal:
+            raise ValueError(f"Task {self.name!r}: wanted {wanted}; got {self.labels} and {scale}.")
+        prompt, cue = DEFAULTS[self.kind, self.language]
+        for field, value in (("labels", labels), ("prompt", self.prompt or prompt), ("cue", self.cue or cue)):
+            object.__setattr__(self, field, value)
+
+    @cached_property
+    def answers(self) -> tuple[str, ...]:
+        """All legal answer texts: the labels, or the scores from low to high as `"-3.0"`, ..., `"+0.0"`, `"+3.0"`."""
+        if self.kind == "classification":
+            return self.labels
+        low, high, step = (_tenths(value) for value in (self.low, self.high, self.step))
+        return tuple(f"{tenth / 10:+.1f}" for tenth in range(low, high + 1, step))
+
+    def parse(self, text: str) -> str | float | None:
+        """The label or score that `text` is, outer white space aside; None if it is not exactly a legal answer."""
+        text = text.strip()
+        if text not in self.answers:
+            return None
+        return text if self.kind == "classification" else float(text)
+
+    def format(self, value: Any) -> str:
+        """The legal answer text of a label or of a score.
+
+        A score is rounded to the nearest multiple of `step`, a tie to the even one, on its decimal digits as printed
+        (with a step of 0.1, 0.25 is "+0.2" and 0.35 is "+0.4"). ValueError if `value` is no label of the task, no
+        finite number, or outside `[low, high]`.
+        """
+        if self.kind == "classification":
+            if not isinstance(value, str) or value not in self.labels:
+                raise ValueError(f"Task {self.name!r}: got the label {value!r}, wanted one of {list(self.labels)}.")
+            return value
+        number = _number(value)
+        # The tolerance lets a label through that left float32 a hair outside the scale.
+        if number is None or not self.low - 1e-6 <= number <= self.high + 1e-6:
+            wanted = f"a finite number in [{self.low}, {self.high}]"
+            raise ValueError(f"Task {self.name!r}: got the score {value!r}, wanted {wanted}.")
+        steps = (number / Decimal(str(self.step))).to_integral_value(ROUND_HALF_EVEN)
+        return f"{int(steps) * _tenths(self.step) / 10:+.1f}"
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> "AffectTask":
+        """A task from its fields; a ValueError names a field that does not exist or is missing."""
+        try:
+            return cls(**fields)
+        except TypeError as error:
+            raise ValueError(f"Task {fields.get('name')!r}: {error}.") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields that are set, in a form that JSON holds."""
+        fields = {name: value for name, value in asdict(self).items() if value is not None}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+
+
+_MELD = ("neutral", "surprise", "fear", "sadness", "joy", "disgust", "anger")
+_CHERMA = ("愤怒", "厌恶", "恐惧", "高兴", "平静", "悲伤", "惊奇")
+_RAVDESS = ("neutral", "calm", "happy", "sad", "angry", "fearful", "disgust", "surprised")
+_MOSI_PROMPT = "Is the last speaker's opinion negative or positive?"
+_TASKS = (
+    AffectTask("mosi", "classification", ("negative", "positive"), prompt=_MOSI_PROMPT, cue="Opinion:"),
+    AffectTask("mosei", "regression", low=-3.0, high=3.0, step=0.1),
+    AffectTask("meld", "classification", _MELD),
+    AffectTask("cherma", "classification", _CHERMA, language="zh"),
+    AffectTask("simsv2", "regression", low=-1.0, high=1.0, step=0.1, language="zh"),
+    AffectTask("ravdess", "classification", _RAVDESS),
+)
+BUILTIN_TASKS = {task.name: task for task in _TASKS}
+
+
+class AnswerText(NamedTuple):
+    """A generated answer: its text, and the label or score that it is (None if it is no legal answer)."""
+
+    text: str
+    value: str | float | None
+
+
+@dataclass(frozen=True)
+class AnswerDistribution:
+    """A distribution over a task's legal answers.
+
+    `probabilities` maps every legal answer text to its probability, in task order, and `top` is the most probable
+    one. The rest is for scores only, None otherwise: `expected` is the mean, which is best for correlation; `median`
+    is best for the mean absolute error; `interval` holds the 5 % and the 95 % quantile, so at least 90 % of the mass
+    lies in it. The q-quantile is the smallest legal score whose cumulative probability is at least q.
+    """
+
+    probabilities: dict[str, float]
+    top: str
+    expected: float | None = None
+    median: float | None = None
+    interval: tuple[float, float] | None = None
+
+    @classmethod
+    def over(cls, task: AffectTask, probabilities: np.ndarray) -> "AnswerDistribution":
+        """The summary of `probabilities` `(C,)` over `task.answers`."""
+        by_answer = dict(zip(task.answers, probabilities.tolist(), strict=True))
+        top = max(by_answer, key=by_answer.get)
+        if task.kind == "classification":
+            return cls(by_answer, top)
+        scores = np.array([float(answer) for answer in task.answers])
+        # The tolerance keeps rounding in the sum from skipping a score whose cumulative probability is exactly q.
+        ranks = np.searchsorted(probabilities.cumsum() + 1e-12, (0.05, 0.5, 0.95))
+        low, median, high = scores[ranks].tolist()
+        return cls(by_answer, top, float(probabilities @ scores), median, (low, high))
+
+
+class AnswerConstraint(LogitsProcessor):
+    """Admits only the legal continuations of what has been generated: a task's answers, then EOS, then EOS or padding.
+
+    Rows are independent, so it holds for greedy search, sampling and beams; beams beyond the number of legal answers
+    score -inf. `tries` has one dict per input, from a generated prefix to the token ids that may follow (row `r` of a
+    generation with `n` rows per input belongs to input `r // n`); `prompt_length` is the number of tokens in front of
+    the generated ones, padding included; `ended` are the ids that may follow a finished answer.
+    """
+
+    def __init__(self, tries: list[dict[tuple[int, ...], list[int]]], prompt_length: int, ended: list[int]):
+        self.tries = tries
+        self.prompt_length = prompt_length
+        self.ended = ended
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """Scores `(rows, vocabulary)` with -inf wherever a token may not follow `input_ids` `(rows, length)`."""
+        constrained = torch.full_like(scores, -math.inf)
+        repeats = len(input_ids) // len(self.tries)
+        for row, generated in enumerate(input_ids[:, self.prompt_length :].tolist()):
+            allowed = self.tries[row // repeats].get(tuple(generated), self.ended)
+            constrained[row, allowed] = scores[row, allowed]
+        return constrained
+
+
+class EGMFProcessor(ProcessorMixin):
+    """Turns utterances into the inputs of EGMF, and its answers into labels and scores.
+
+    One sample becomes one sequence:
+
+        [bos] prompt \\n context lines [following lines] K x pseudo token \\n [Speaker:] utterance \\n cue [answer eos]
+
+    What stands in front of the pseudo tokens conditions the gate. The utterance comes after them, so that the LLM
+    reads it with the fused modalities in view. The pieces are tokenised one by one, and special tokens inside a user's
+    text stay plain text, so nobody can write a placeholder. White space in a text, line ends included, is folded.
+
+    Args:
+        tokenizer: The LLM's tokenizer.
+        pseudo_token: The placeholder of the pseudo tokens. None takes a spare special token of the tokenizer, or else
+            adds `"<|pseudo|>"` to it; the LLM's embeddings then have to be resized to `len(tokenizer)`.
+        num_pseudo_tokens: Number K of placeholders per sample.
+        tasks: The user's own tasks, `{name: AffectTask or dict of its fields}`, beside the built-in ones.
+        max_context_tokens: Budget of the context and following lines together. While they exceed it, the utterance
+            farthest from the one in question is dropped whole (of two equally far ones, the following one).
+        chat_template: Kept for the tokenizer's sake; EGMF's own sequences do not use it.
+    """
+
+    text_kwargs = {"padding_side": "left"}
+
+    def __init__(
+        self,
+        tokenizer=None,
+        pseudo_token: str | None = None,
+        num_pseudo_tokens: int = 8,
+        tasks: dict[str, Any] | None = None,
+        max_context_tokens: int = 256,
+        chat_template=None,
+    ):
+        super().__init__(tokenizer, chat_template=chat_template or getattr(tokenizer, "chat_template", None))
+        self.pseudo_token = pseudo_token or self.find_pseudo_token(tokenizer) or NEW_PSEUDO_TOKEN
+        if tokenizer.eos_token is None or self.pseudo_token in _used_tokens(tokenizer):
+            used = _used_tokens(tokenizer)
+            raise ValueError(
+                f"EGMF needs an `eos_token` and a `pseudo_token` ({self.pseudo_token!r}) apart from {used}."
+            )
+        # A token that is there already keeps its id; being special is what keeps users' texts clear of it.
+        tokenizer.add_tokens([self.pseudo_token], special_tokens=True)
+        self.num_pseudo_tokens = num_pseudo_tokens
+        self.max_context_tokens = max_context_tokens
+        self.tasks = dict(BUILTIN_TASKS)
+        for name, task in (tasks or {}).items():
+            task = task if isinstance(task, AffectTask) else AffectTask.from_dict({"name": name, **task})
+            if task.name != name:
+                raise ValueError(f"`tasks[{name!r}]` holds a task of another name, {task.name!r}.")
+            self.tasks[name] = task
+
+        self._special_ids = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self._special_ids -= {tokenizer.unk_token_id} - {tokenizer.eos_token_id, self.pseudo_token_id}
+        self._pieces: dict[str, list[int]] = {}
+        self._answer_ids: dict[AffectTask, list[list[int]]] = {}
+        # What the tokenizer puts in front of a text by default: often bos, often nothing.
+        letter, full = self._piece("a"), tokenizer("a")["input_ids"]
+        self._start_ids = full[: full.index(letter[0])] if letter and letter[0] in full else []
+
+    @staticmethod
+    def find_pseudo_token(tokenizer) -> str | None:
+        """A spare special token that `tokenizer` already has, never one it uses itself; None if there is none."""
+        used = _used_tokens(tokenizer)
+        special = [token.content for _, token in sorted(tokenizer.added_tokens_decoder.items()) if token.special]
+        spare = (token for pattern in SPARE_TOKENS for token in special if pattern in token and token not in used)
+        return next(spare, None)
+
+    @property
+    def pseudo_token_id(self) -> int:
+        """Token id of the placeholders, the model's `config.pseudo_token_id`."""
+        return self.tokenizer.convert_tokens_to_ids(self.pseudo_token)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        media = [f"{name}_{part}" for name in ("audio", "vision") for part in ("features", "mask", "times")]
+        return ["input_ids", "attention_mask", "utterance_mask", *media]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), "tasks": {name: task.to_dict() for name, task in self.tasks.items()}}
+
+    def __call__(
+        self,
+        text: str | Sequence[str | None] | None = None,
+        context: Sequence | None = None,
+        following: Sequence | None = None,
+        speaker: str | Sequence[str | None] | None = None,
+        audio_features: Any = None,
+        vision_features: Any = None,
+        audio_times: Any = None,
+        vision_times: Any = None,
+        task: "str | AffectTask | Sequence[str | AffectTask] | None" = None,
+        answer: Any = None,
+        return_tensors: str | None = "pt",
+        **kwargs,
+    ) -> BatchFeature:
+        """Model inputs of one sample, or of a batch if `text` (without text: the features) is a list of samples.
+
+        In a batch every argument is None or a list with one entry per sample; a single `task` serves all samples.
+        A missing modality is None (for text also ""), and always legal.
+
+        Args:
+            text: The utterance.
+            context: Per sample the preceding utterances, oldest first: strings or `{"speaker", "text"}` dicts.
+            following: Per sample the utterances after it, nearest first, in the same form.
+            speaker: Who says the utterance.
+            audio_features, vision_features: Per sample an array `(T, D)` of finite numbers, `T` >= 1.
+            audio_times, vision_times: Per sample the seconds `(T,)` of the features' rows; NaN where unknown.
+            task: Name of a task in `tasks`, or an `AffectTask`.
+            answer: The label or score to learn; adds `labels`, and the answer and EOS to the sequence.
+            return_tensors: `"pt"`, or `"np"` or None for numpy arrays.
+            padding_side: `"left"` (default, what generation needs) or `"right"`; also inside `text_kwargs`.
+
+        Returns:
+            Padded to the longest sequence L, clip T: `input_ids`, `attention_mask`, `utterance_mask` (1 on the tokens
+            of the utterance, a space in front of it included) and, given answers, `labels` (-100 except on the answer
+            and EOS), all `(B, L)` int64; where the batch has audio, `audio_features` `(B, T, D)` float32 padded with
+            zeros on the right, `audio_mask` `(B, T)` int64, `audio_times` `(B, T)` float32 (NaN: unknown or padding);
+            the same for vision.
+
+        Raises:
+            ValueError: If an argument is not as described; the message names it, what it got and what it wanted.
+        """
+        options = {**self.text_kwargs, **kwargs.pop("text_kwargs", {}), **kwargs}
+        padding_side = options.pop("padding_side")
+        if options or padding_side not in ("left", "right"):
+            wanted = "`padding_side` 'left' or 'right' and no other option"
+            raise ValueError(f"EGMFProcessor wanted {wanted}, got {padding_side!r} and {options}.")
+
+        columns = dict(text=text, context=context, following=following, speaker=speaker, task=task, answer=answer)
+        columns.update(audio_features=audio_features, audio_times=audio_times)
+        columns.update(vision_features=vision_features, vision_times=vision_times)
+        columns = _as_columns(columns) if _is_batch(columns) else {name: [value] for name, value in columns.items()}
+        tasks = [self._task(one) for one in columns["task"]]
+
+        rows: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "utterance_mask": []}
+        if answer is not None:
+            rows["labels"] = []
+        for i, one in enumerate(tasks):
+            before, utterance, after = self._layout(i, columns, one)
+            if answer is not None:
+                target = [*self.answer_ids(one, columns["answer"][i]), self.tokenizer.eos_token_id]
+                rows["labels"].append([-100] * len(before + utterance + after) + target)
+                after = after + target
+            rows["input_ids"].append(before + utterance + after)
+            rows["attention_mask"].append([1] * len(before + utterance + after))
+            rows["utterance_mask"].append([0] * len(before) + [1] * len(utterance) + [0] * len(after))
+
+        # Padding is masked, so that EOS will do where there is no token for it.
+        no_pad = self.tokenizer.pad_token_id is None
+        fill = {"input_ids": self.tokenizer.eos_token_id if no_pad else self.tokenizer.pad_token_id, "labels": -100}
+        data = {name: _pad(values, fill.get(name, 0), padding_side) for name, values in rows.items()}
+        for modality in ("audio", "vision"):
+            data.update(_stack(modality, columns[f"{modality}_features"], columns[f"{modality}_times"]))
+        return BatchFeature(data, tensor_type=return_tensors)
+
+    def candidates(self, task: str | AffectTask) -> list[list[int]]:
+        """Token ids of every legal answer, in task order, none a prefix of another.
+
+        EOS closes an answer only where it is a proper prefix of another one ("calm", "calm down"), so that comparing
+        the candidates needs no EOS elsewhere.
+        """
+        task = self._task(task)
+        trie = self._trie(task)
+        return [
+            ids + [self.tokenizer.eos_token_id] * (len(trie[tuple(ids)]) > 1) for ids in self._all_answer_ids(task)
+        ]
+
+    def answer_ids(self, task: str | AffectTask, answer: Any) -> list[int]:
+        """Token ids of a legal answer text, label or score as it follows the cue, without EOS."""
+        task = self._task(task)
+        text = answer if isinstance(answer, str) and answer in task.answers else task.format(answer)
+        return list(self._all_answer_ids(task)[task.answers.index(text)])
+
+    def max_answer_tokens(self, task: str | AffectTask) -> int:
+        """Length of the longest legal answer and its EOS: what `max_new_tokens` has to allow."""
+        return max(len(ids) for ids in self._all_answer_ids(self._task(task))) + 1
+
+    def logits_processor(self, task: "str | AffectTask | Sequence", inputs: dict[str, Any]) -> LogitsProcessorList:
+        """For `generate(**inputs, logits_processor=...)`: admits only legal answers of `task` (or of a task per row).
+
+        `inputs` are the processor's own, left-padded and without answers.
+        """
+        size, prompt_length = inputs["input_ids"].shape
+        tasks = self._tasks(task, size)
+        tries = {one: self._trie(one) for one in set(tasks)}
+        ended = [i for i in (self.tokenizer.eos_token_id, self.tokenizer.pad_token_id) if i is not None]
+        return LogitsProcessorList([AnswerConstraint([tries[one] for one in tasks], prompt_length, ended)])
+
+    def decode_answers(self, generated_ids: Any, task: "str | AffectTask | Sequence") -> list[AnswerText]:
+        """The answers in newly generated tokens, `generated[:, inputs["input_ids"].shape[1]:]`, of shape `(B, N)`.
+
+        An answer ends at EOS or padding. `task` is one task or one per row (`num_return_sequences` included).
+        """
+        rows = generated_ids.tolist() if hasattr(generated_ids, "tolist") else generated_ids
+        ends = {self.tokenizer.eos_token_id, self.tokenizer.pad_token_id}
+        texts = [self._decode(list(takewhile(lambda token: token not in ends, ids))) for ids in rows]
+        tasks = self._tasks(task, len(rows))
+        return [AnswerText(text, one.parse(text)) for text, one in zip(texts, tasks, strict=True)]
+
+    def summarize(self, log_probs: Any, task: str | AffectTask) -> list[AnswerDistribution]:
+        """The distributions in `log_probs` `(B, C)`, natural logarithms over `task.answers`, normalised or not.
+
+        ValueError if the shape is another, or a row holds NaN, +inf or nothing but -inf.
+        """
+        task = self._task(task)
+        scores = torch.as_tensor(log_probs).detach().double().cpu()
+        if scores.ndim != 2 or scores.shape[1] != len(task.answers):
+            wanted = f"(batch, {len(task.answers)}) for task {task.name!r}"
+            raise ValueError(f"`log_probs` has the shape {tuple(scores.shape)}, wanted {wanted}.")
+        rows = scores.softmax(dim=-1).numpy()
+        if not np.isfinite(rows).all():
+            raise ValueError("`log_probs` must have a finite value and neither NaN nor +inf in every row.")
+        return [AnswerDistribution.over(task, row) for row in rows]
+
+    def _task(self, task: str | AffectTask | None) -> AffectTask:
+        if isinstance(task, AffectTask):
+            return task
+        if not isinstance(task, str) or task not in self.tasks:
+            raise ValueError(f"`task` got {task!r}, wanted an AffectTask or one of {sorted(self.tasks)}.")
+        return self.tasks[task]
+
+    def _tasks(self, task: Any, rows: int) -> list[AffectTask]:
+        tasks = list(task) if isinstance(task, list | tuple) else [task] * rows
+        if len(tasks) != rows:
+            raise ValueError(f"`task` has {len(tasks)} entries, wanted one, or one per row of {rows}.")
+        return [self._task(one) for one in tasks]
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of one or more plain texts."""
+        plain = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+        rows = self.tokenizer(texts, return_attention_mask=False, **plain)["input_ids"]
+        # Unigram and word-level vocabularies hold special tokens as ordinary pieces and match them in spite of
+        # `split_special_tokens`; those are left out.
+        return [[i for i in row if i not in self._special_ids] for row in rows]
+
+    def _piece(self, text: str) -> list[int]:
+        """Token ids of a constant piece of text, tokenised once."""
+        if text not in self._pieces:
+            self._pieces[text] = self._encode([text])[0]
+        return self._pieces[text]
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False).strip()
+
+    def _layout(self, i: int, columns: dict[str, list], task: AffectTask) -> tuple[list[int], list[int], list[int]]:
+        """Token ids of sample `i`: up to the utterance, the utterance, and from there to the cue."""
+        colon, space = COLON[task.language], SPACE[task.language]
+        context = _lines(f"context[{i}]", columns["context"][i], colon + space)
+        following = _lines(f"following[{i}]", columns["following"][i], colon + space)
+        name, utterance = _fold(f"speaker[{i}]", columns["speaker"][i]), _fold(f"text[{i}]", columns["text"][i])
+        if name:
+            name, utterance = name + colon, utterance and space + utterance
+
+        ids = self._encode([*context, *following, name, utterance])
+        name, utterance = ids[-2:]
+        marker = self._piece(FOLLOWING[task.language])
+        lines = self._fit(ids[: len(context)], ids[len(context) : -2], marker)
+        prompt = self._start_ids + self._piece(task.prompt) + self._piece("\n")
+        pseudo = [self.pseudo_token_id] * self.num_pseudo_tokens + self._piece("\n")
+        return prompt + lines + pseudo + name, utterance, self._piece("\n") + self._piece(task.cue)
+
+    def _fit(self, context: list[list[int]], following: list[list[int]], marker: list[int]) -> list[int]:
+        """The context lines, then marker and following lines, less the farthest ones that exceed the budget."""
+        while True:
+            lines = sum(context + [marker] * bool(following) + following, [])
+            if not lines or len(lines) <= self.max_context_tokens:
+                return lines
+            if len(following) >= len(context):
+                following = following[:-1]
+            else:
+                context = context[1:]
+
+    def _all_answer_ids(self, task: AffectTask) -> list[list[int]]:
+        """Token ids of every legal answer, checked to decode to the answer (so no two are the same)."""
+        if task not in self._answer_ids:
+            cue, space = self._piece(task.cue), SPACE[task.language]
+            joined = self._encode([task.cue + space + answer for answer in task.answers])
+            alone = self._encode([space + answer for answer in task.answers])
+            # Where the tokenizer merges cue and answer, the answer is spelled as it stands alone.
+            rows = [a[len(cue) :] if a[: len(cue)] == cue else b for a, b in zip(joined, alone, strict=True)]
+            for answer, ids in zip(task.answers, rows, strict=True):
+                if (spelled := self._decode(ids)) != answer:
+                    raise ValueError(f"Task {task.name!r}: the tokenizer turns answer {answer!r} into {spelled!r}.")
+            self._answer_ids[task] = rows
+        return self._answer_ids[task]
+
+    def _trie(self, task: AffectTask) -> dict[tuple[int, ...], list[int]]:
+        """From each prefix of a legal answer and its EOS to the ids that may follow."""
+        trie: dict[tuple[int, ...], list[int]] = {}
+        for ids in self._all_answer_ids(task):
+            path = (*ids, self.tokenizer.eos_token_id)
+            for n, token in enumerate(path):
+                allowed = trie.setdefault(path[:n], [])
+                if token not in allowed:
+                    allowed.append(token)
+        return trie
+
+
+def _used_tokens(tokenizer) -> set[str]:
+    """The special tokens that have a part in the tokenizer."""
+    names = ("bos", "eos", "unk", "pad", "sep", "cls", "mask")
+    return {getattr(tokenizer, f"{name}_token", None) for name in names} - {None}
+
+
+def _fold(name: str, text: str | None) -> str:
+    """One line of text, "" for None."""
+    if text is not None and not isinstance(text, str):
+        raise ValueError(f"`{name}` must be a string or None, got {type(text).__name__} {text!r}.")
+    return " ".join((text or "").split())
+
+
+def _lines(name: str, items: Any, colon: str) -> list[str]:
+    """The lines of context utterances, empty ones left out."""
+    wanted = "a list of strings or {'speaker', 'text'} dicts"
+    if not isinstance(items, list | tuple | None):
+        raise ValueError(f"`{name}` must be {wanted}, got {items!r}.")
+    lines = []
+    for item in items or ():
+        item = {"text": item} if isinstance(item, str) else item
+        if not isinstance(item, dict) or "text" not in item:
+            raise ValueError(f"`{name}` must be {wanted}, got {item!r} in it.")
+        text, speaker = _fold(name, item["text"]), _fold(name, item.get("speaker"))
+        if text:
+            lines.append(f"{speaker}{colon if speaker else ''}{text}\n")
+    return lines
+
+
+def _ndim(value: Any) -> int:
+    """Array dimensions of nested lists or an array; a missing sample counts as a 2-D one."""
+    if hasattr(value, "ndim"):
+        return value.ndim
+    if isinstance(value, list | tuple):
+        return 1 + next((_ndim(item) for item in value if item is not None), 2)
+    return 0
+
+
+def _is_batch(columns: dict[str, Any]) -> bool:
+    if columns["text"] is not None:
+        return not isinstance(columns["text"], str)
+    features = [columns[name] for name in ("audio_features", "vision_features") if columns[name] is not None]
+    if features:
+        return any(_ndim(value) > 2 for value in features)
+    return any(isinstance(columns[name], list | tuple) for name in ("speaker", "task", "answer"))
+
+
+def _as_columns(columns: dict[str, Any]) -> dict[str, list]:
+    """Every argument as a list with one entry per sample; a single task serves all samples."""
+    lists = {}
+    for name, value in columns.items():
+        single = isinstance(value, str | dict | AffectTask) or not hasattr(value, "__len__")
+        if single and value is not None and name != "task":
+            raise ValueError(f"`{name}` must be a list with one entry per sample of the batch, got {value!r}.")
+        if not single:
+            lists[name] = list(value)
+    longest = max(lists, key=lambda name: len(lists[name]))
+    size = len(lists[longest])
+    for name, values in lists.items():
+        if len(values) != size or size == 0:
+            raise ValueError(f"`{name}` has {len(values)} entries, wanted {size or 'at least 1'} as in `{longest}`.")
+    return {name: lists.get(name, [value] * size) for name, value in columns.items()}
+
+
+def _pad(rows: list[list[int]], fill: int, side: str) -> np.ndarray:
+    """`(B, L)` int64, each row padded to the longest."""
+    padded = np.full((len(rows), max(map(len, rows))), fill, dtype=np.int64)
+    for target, row in zip(padded, rows, strict=True):
+        target[len(target) - len(row) if side == "left" else 0 :][: len(row)] = row
+    return padded
+
+
+def _array(name: str, value: Any, ndim: int, wanted: str) -> np.ndarray:
+    """`value` as a float32 array of `ndim` dimensions."""
+    try:
+        array = np.asarray(value.detach().float().cpu() if isinstance(value, torch.Tensor) else value, np.float32)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`{name}` must be {wanted} of numbers, got {type(value).__name__} ({error}).") from error
+    if array.ndim != ndim:
+        raise ValueError(f"`{name}` must be {wanted} of numbers, got the shape {array.shape}.")
+    return array
+
+
+def _features(name: str, value: Any) -> np.ndarray:
+    """One sample's features `(T, D)`, checked."""
+    array = _array(name, value, 2, "an array (frames, features)")
+    size = " x ".join(map(str, array.shape))
+    if array.size == 0:
+        raise ValueError(f"`{name}` is empty ({size}), wanted at least one frame; pass None for a missing modality.")
+    if not np.isfinite(array).all():
+        counts = f"{np.isnan(array).sum()} NaN and {np.isinf(array).sum()} infinite values"
+        raise ValueError(f"`{name}` has {counts} in {size}, wanted finite values only.")
+    return array
+
+
+def _stack(modality: str, features: list, times: list) -> dict[str, np.ndarray]:
+    """A modality's features, mask and times, padded on the right; nothing if no sample has it."""
+    arrays = {i: _features(f"{modality}_features[{i}]", x) for i, x in enumerate(features) if x is not None}
+    untimed = [i for i, seconds in enumerate(times) if seconds is not None and i not in arrays]
+    if untimed:
+        raise ValueError(f"`{modality}_times[{untimed[0]}]` is given without `{modality}_features[{untimed[0]}]`.")
+    if not arrays:
+        return {}
+    first, width = next((i, array.shape[1]) for i, array in arrays.items())
+    shape = (len(features), max(map(len, arrays.values())))
+    stacked, mask = np.zeros((*shape, width), dtype=np.float32), np.zeros(shape, dtype=np.int64)
+    clock = np.full(shape, np.nan, dtype=np.float32)
+    for i, array in arrays.items():
+        if array.shape[1] != width:
+            name, other = f"{modality}_features[{i}]", f"{modality}_features[{first}]"
+            raise ValueError(f"`{name}` has {array.shape[1]} columns, wanted {width} as in `{other}`.")
+        stacked[i, : len(array)], mask[i, : len(array)] = array, 1
+        if times[i] is not None:
+            name = f"{modality}_times[{i}]"
+            seconds = _array(name, times[i], 1, "a list (frames) of seconds")
+            if len(seconds) != len(array) or np.isinf(seconds).any():
+                raise ValueError(f"`{name}` has {len(seconds)} times, wanted {len(array)}, finite or NaN.")
+            clock[i, : len(array)] = seconds
+    return {f"{modality}_features": stacked, f"{modality}_mask": mask, f"{modality}_times": clock}
+
+
+EGMFProcessor.register_for_auto_class()

@@ -1,0 +1,103 @@
+"""Recipes: one YAML per run, and the fields it may set. Nothing is configured anywhere else.
+
+A recipe's fields are those of [`ModelArguments`], [`DataArguments`] and `transformers.TrainingArguments`; the command
+line may override any of them: `python train.py recipes/mosi_smollm2.yaml --seed 2222 --experts local global`.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+
+def _json_field(default: str) -> str:
+    return field(default=default, metadata={"help": "a mapping, as JSON on the command line"})
+
+
+@dataclass
+class ModelArguments:
+    """What is assembled; fields named as in `EGMFConfig` are passed on to it."""
+
+    language_model: str = field(metadata={"help": "local folder or Hub id of a causal LLM, or `tiny-random`"})
+    attn_implementation: str = field(default="sdpa", metadata={"help": "attention of the LLM, e.g. sdpa or eager"})
+    num_pseudo_tokens: int = 8
+    fusion_hidden_size: int = 256
+    fusion_intermediate_size: int = 512
+    fusion_dropout: float = 0.1
+    experts: list[str] = field(default_factory=lambda: ["local", "semantic", "global"])
+    local_kernel_sizes: list[int] = field(default_factory=lambda: [3, 7, 15])
+    gating: str = "hierarchical"
+    modality_dropout: str = _json_field("{}")
+    lora_r: int = 16
+    lora_alpha: int = 32
+    lora_target_modules: str = field(
+        default=r"model\.language_model\..*\.(q|k|v|o|gate|up|down)_proj",
+        metadata={"help": "regex over full module names; anchored to the LLM so that the fusion is not hit"},
+    )
+
+    def __post_init__(self):
+        self.modality_dropout = json.loads(self.modality_dropout)
+
+
+@dataclass
+class DataArguments:
+    """What it is trained on."""
+
+    corpus: str = field(metadata={"help": "name of a corpus, see `corpora.CORPORA`"})
+    task: str = field(metadata={"help": "name of a task, see `processing_egmf.BUILTIN_TASKS`"})
+    corpus_dir: str | None = field(default=None, metadata={"help": "folder with the corpus's published files"})
+    corpus_options: str = _json_field("{}")
+    max_context_tokens: int = 256
+    modalities: list[str] = field(
+        default_factory=lambda: ["text", "audio", "vision"], metadata={"help": "modalities the model may see"}
+    )
+
+    def __post_init__(self):
+        self.corpus_options = json.loads(self.corpus_options)
+        unknown = set(self.modalities) - {"text", "audio", "vision"}
+        if unknown or not self.modalities:
+            raise ValueError(f"modalities: got {self.modalities}, wanted some of text, audio, vision")
+
+
+@dataclass
+class Recipe:
+    """A parsed recipe; `fields` is what was set, for the record."""
+
+    model: ModelArguments
+    data: DataArguments
+    training: TrainingArguments
+    fields: dict
+
+
+def _as_arguments(fields: dict) -> list[str]:
+    arguments = []
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            value = json.dumps(value)
+        values = value if isinstance(value, list) else [value]
+        arguments += [f"--{name}", *map(str, values)]
+    return arguments
+
+
+def load_recipe(arguments: list[str]) -> Recipe:
+    """Parses `[recipe.yaml, --field, value, ...]`.
+
+    Raises:
+        ValueError: If the file holds no mapping or a field is unknown.
+        FileNotFoundError: If there is no such file.
+    """
+    if not arguments or arguments[0].startswith("-"):
+        raise ValueError("recipe: got no YAML file, wanted `recipes/NAME.yaml [--field value ...]`")
+    fields = yaml.safe_load(Path(arguments[0]).read_text(encoding="utf-8"))
+    if not isinstance(fields, dict):
+        raise ValueError(f"{arguments[0]}: got {type(fields).__name__}, wanted a mapping of fields")
+    parser = HfArgumentParser([ModelArguments, DataArguments, TrainingArguments])
+    # The last value of a repeated argument holds, so the command line overrides the recipe.
+    *parsed, unknown = parser.parse_args_into_dataclasses(
+        [*_as_arguments(fields), *arguments[1:]], return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        raise ValueError(f"{arguments[0]}: unknown {unknown}, wanted fields of a recipe or of TrainingArguments")
+    return Recipe(*parsed, fields=fields)

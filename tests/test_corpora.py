@@ -1,0 +1,429 @@
+"""The corpora: schema, splits, context, alignment, and that a damaged file is told from a good one by name.
+
+Checks on the published files read them from `$EGMF_SHARED/data`, by default `../shared/data` beside the repository,
+and skip where they are absent; everything else runs on small files of the same layout.
+"""
+
+import logging
+import os
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from corpora import CORPORA, generated, load_corpus, meld, mosi
+from corpora.schema import FEATURES
+
+
+SHARED = Path(os.environ.get("EGMF_SHARED", Path(__file__).resolve().parents[2] / "shared")) / "data"
+MELD_FILE_OF = {"train": "train_sent_emo.csv", "validation": "dev_sent_emo.csv", "test": "test_sent_emo.csv"}
+
+
+def published(name: str) -> Path:
+    folder = SHARED / name
+    if not folder.is_dir():
+        pytest.skip(f"the published files of {name} are not in {folder} (EGMF_SHARED names another place)")
+    return folder
+
+
+def videos_of(split) -> set[str]:
+    return {row_id.split("$_$")[0] for row_id in split["id"]}
+
+
+# --- by name ---------------------------------------------------------------------------------------------------------
+
+
+def test_unknown_corpus_names_the_known_ones():
+    with pytest.raises(ValueError, match="'mosie'.*" + ", ".join(CORPORA)):
+        load_corpus("mosie", "anywhere")
+
+
+def test_unknown_option_is_named():
+    with pytest.raises(ValueError, match="unknown option 'contxt'.*context"):
+        load_corpus("meld", "anywhere", contxt=3)
+
+
+@pytest.mark.parametrize("name", ["mosi", "meld"])
+def test_missing_source(name, tmp_path):
+    with pytest.raises(ValueError, match="source is None"):
+        load_corpus(name)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        load_corpus(name, tmp_path / "nowhere")
+
+
+# --- generated -------------------------------------------------------------------------------------------------------
+
+
+def test_generated_is_deterministic_and_to_the_schema():
+    first, again, other = (load_corpus("generated", None, seed=seed) for seed in (1, 1, 2))
+    assert list(first) == ["train", "validation", "test"]
+    for split in first:
+        assert first[split].features == FEATURES
+        assert first[split].to_list() == again[split].to_list()
+        assert set(first[split]["emotion"]) == set(generated.LABELS)
+    assert first["train"].to_list() != other["train"].to_list()
+    ids = [row_id for split in first.values() for row_id in split["id"]]
+    assert len(ids) == len(set(ids)) == 360
+
+
+def test_generated_sequences_vary_and_some_are_missing():
+    rows = load_corpus("generated")["train"]
+    for modality, width, longest in (("audio", 6, 12), ("vision", 5, 9)):
+        features, times = rows[f"{modality}_features"], rows[f"{modality}_times"]
+        present = [sequence for sequence in features if sequence is not None]
+        assert 0 < len(present) < len(features)
+        assert {len(sequence) for sequence in present} == set(range(1, longest + 1))
+        assert {len(frame) for sequence in present for frame in sequence} == {width}
+        for sequence, positions in zip(features, times, strict=True):
+            assert (sequence is None) == (positions is None)
+            assert sequence is None or (len(positions) == len(sequence) and np.all(np.diff(positions) > 0))
+
+
+def test_generated_label_is_in_exactly_one_modality():
+    """The sign of the mean, or the words, give the label of every row, and each modality of about a third."""
+    words = {word: label for label, known in generated._WORDS.items() for word in known}
+    carriers = []
+    for row in load_corpus("generated")["train"]:
+        found = {}
+        if row["text"].split()[-1] in words:
+            found["text"] = words[row["text"].split()[-1]]
+        for modality in ("audio", "vision"):
+            if row[f"{modality}_features"] is not None:
+                mean = np.mean(row[f"{modality}_features"])
+                if abs(mean) > generated._SIGNAL * 0.6:
+                    found[modality] = generated.LABELS[int(mean > 0)]
+        assert list(found.values()) == [row["emotion"]], row["id"]
+        carriers.extend(found)
+    assert {carriers.count(modality) for modality in ("text", "audio", "vision")} == {len(carriers) // 3}
+
+
+@pytest.mark.parametrize("option, value", [("size", 35), ("size", "360"), ("seed", -1), ("source", "a folder")])
+def test_generated_options_out_of_range(option, value):
+    with pytest.raises(ValueError, match=option):
+        generated.load(**{option: value})
+
+
+# --- MOSI ------------------------------------------------------------------------------------------------------------
+
+
+def mosi_frame(seed: int = 0) -> pd.DataFrame:
+    """Nine videos of 1 to 5 utterances in the published layout, rows in random order."""
+    rng = np.random.default_rng(seed)
+    rows = [
+        {
+            "split": "test" if video >= 6 else "train",
+            "video_id": f"video{video}",
+            "clip_id": np.int32(clip),
+            "text": f"WORD {video} {clip}",
+            "label": np.int8((video + clip) % 2),
+            "text_features": rng.normal(size=100).astype(np.float32),
+            "audio_features": rng.normal(scale=30, size=73).astype(np.float32),
+            "vision_features": rng.exponential(scale=30, size=100).astype(np.float32),
+        }
+        for video in range(9)
+        for clip in range(1, 2 + video % 5)
+    ]
+    return pd.DataFrame(rows).sample(frac=1.0, random_state=seed, ignore_index=True)
+
+
+def write_mosi(folder: Path, frame: pd.DataFrame) -> Path:
+    frame.to_parquet(folder / "mosi.parquet")
+    return folder
+
+
+def test_mosi_small_file(tmp_path):
+    splits = mosi.load(write_mosi(tmp_path, mosi_frame()), context=2, following=1, neighbours=1, validation_videos=2)
+    assert {name: len(videos_of(split)) for name, split in splits.items()} == {"train": 4, "validation": 2, "test": 3}
+    rows = {row["id"]: row for split in splits.values() for row in split}
+    assert all(split.features == FEATURES for split in splits.values())
+    middle = rows["video8$_$3"]
+    assert middle["text"] == "word 8 3" and middle["emotion"] == "positive" and middle["language"] == "en"
+    assert middle["context"] == [{"speaker": None, "text": "word 8 1"}, {"speaker": None, "text": "word 8 2"}]
+    assert middle["following"] == [{"speaker": None, "text": "word 8 4"}]
+    assert middle["audio_times"] == middle["vision_times"] == [-1.0, 0.0, 1.0]
+    last = rows["video8$_$4"]
+    assert last["following"] == [] and last["audio_times"] == [-1.0, 0.0]
+    only = rows["video5$_$1"]
+    assert only["context"] == only["following"] == [] and only["vision_times"] == [0.0]
+    file = tmp_path / "mosi.parquet"
+    assert len(mosi.load(file, neighbours=0, validation_videos=1)["test"]["audio_features"][0]) == 1
+
+
+def test_mosi_statistics_are_those_of_train(tmp_path):
+    """What is in validation and test changes no train feature, and train is zero mean, unit variance."""
+    frame = mosi_frame()
+    options = {"neighbours": 0, "validation_videos": 2}
+    before = mosi.load(write_mosi(tmp_path, frame), **options)
+    held_out = frame["video_id"].isin(videos_of(before["validation"]) | videos_of(before["test"]))
+    frame.loc[held_out, "audio_features"] = frame.loc[held_out, "audio_features"].map(lambda vector: vector * 9 + 100)
+    after = mosi.load(write_mosi(tmp_path, frame), **options)
+    assert before["train"].to_list() == after["train"].to_list()
+    for split in ("validation", "test"):
+        assert np.abs(np.subtract(before[split]["audio_features"], after[split]["audio_features"])).max() > 0.5
+    train = np.array(before["train"]["vision_features"])[:, 0]  # (N, 100)
+    np.testing.assert_allclose(train.mean(axis=0), 0.0, atol=1e-5)
+    np.testing.assert_allclose(train.std(axis=0), 1.0, atol=1e-5)
+
+
+def test_mosi_constant_column_and_outlier(tmp_path):
+    """A column that is constant on train stays finite, and nothing leaves the limits."""
+    frame = mosi_frame()
+    for row, split in enumerate(frame["split"]):
+        frame.at[row, "vision_features"][0] = 0.0 if split == "train" else 1e6
+    splits = mosi.load(write_mosi(tmp_path, frame), neighbours=0, validation_videos=1)
+    assert np.all(np.array(splits["train"]["vision_features"])[..., 0] == 0.0)
+    assert np.all(np.array(splits["test"]["vision_features"])[..., 0] == mosi.FEATURE_LIMIT)
+
+
+def _set(column, value):
+    def change(frame):
+        frame[column] = frame[column].astype(object)
+        frame.at[0, column] = value
+        return frame
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda frame: frame.drop(columns="audio_features"), "column 'audio_features' is missing"),
+        (_set("audio_features", np.full(73, np.nan, np.float32)), "'audio_features' has 73 values that are not fin"),
+        (_set("vision_features", np.full(100, -np.inf, np.float32)), "column 'vision_features' has 100 values"),
+        (_set("vision_features", np.zeros(99, np.float32)), "column 'vision_features' has a vector of width 99"),
+        (_set("audio_features", None), "column 'audio_features' has 1 nulls"),
+        (_set("text", None), "column 'text' has 1 nulls"),
+        (_set("split", "dev"), "column 'split' has 'dev'"),
+        (_set("label", 2), "column 'label' has 2"),
+        (lambda frame: frame.replace({"video_id": {"video8": "video4"}}), "'video4' is in both splits"),
+        (lambda frame: pd.concat([frame, frame.iloc[[0]]], ignore_index=True), "more than once"),
+        (lambda frame: frame[frame["split"] == "train"], "no row of 'test'"),
+    ],
+)
+def test_mosi_faults_name_file_and_column(tmp_path, change, message):
+    write_mosi(tmp_path, change(mosi_frame()))
+    with pytest.raises(ValueError, match=message) as error:
+        mosi.load(tmp_path, validation_videos=1)
+    assert "mosi.parquet" in str(error.value)
+
+
+def test_mosi_not_a_parquet_file(tmp_path):
+    (tmp_path / "mosi.parquet").write_bytes(b"<html>not found</html>")
+    with pytest.raises(ValueError, match="mosi.parquet: not a readable parquet"):
+        mosi.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "option, value",
+    [("context", -1), ("following", 0.5), ("neighbours", True), ("validation_videos", 0), ("validation_videos", 6)],
+)
+def test_mosi_options_out_of_range(tmp_path, option, value):
+    write_mosi(tmp_path, mosi_frame())
+    with pytest.raises(ValueError, match=f"{option}: got {value}"):
+        mosi.load(tmp_path, **({"validation_videos": 1} | {option: value}))
+
+
+@pytest.fixture(scope="module")
+def published_mosi():
+    folder = published("mosi")
+    return pd.read_parquet(folder / "mosi.parquet"), load_corpus("mosi", folder, following=2)
+
+
+def test_mosi_published_splits(published_mosi):
+    raw, splits = published_mosi
+    assert {name: len(split) for name, split in splits.items()} == {"train": 1207, "validation": 240, "test": 752}
+    videos = {name: videos_of(split) for name, split in splits.items()}
+    assert {name: len(ids) for name, ids in videos.items()} == {"train": 52, "validation": 10, "test": 31}
+    assert not (videos["train"] & videos["validation"] or videos["train"] & videos["test"])
+    assert videos["test"] == set(raw.loc[raw["split"] == "test", "video_id"])
+    assert splits["test"]["emotion"].count("positive") == 467
+    assert {label: splits["validation"]["emotion"].count(label) for label in mosi.LABELS} == {
+        "negative": 109,
+        "positive": 131,
+    }
+
+
+def test_mosi_published_windows_match_the_file(published_mosi):
+    """Text, context and every vector of a row's window are those of the right utterance of the raw file."""
+    raw, splits = published_mosi
+    raw = raw.set_index(["video_id", "clip_id"])
+    train_keys = [(row_id.split("$_$")[0], int(row_id.split("$_$")[1])) for row_id in splits["train"]["id"]]
+    expected = {}
+    for column in ("audio_features", "vision_features"):
+        squashed = np.stack(raw[column].to_list()).astype(np.float64)
+        squashed = np.sign(squashed) * np.log1p(np.abs(squashed))
+        train = squashed[raw.index.isin(train_keys)]
+        deviation = train.std(axis=0)
+        scaled = np.clip((squashed - train.mean(axis=0)) / np.where(deviation > 1e-6, deviation, 1.0), -5, 5)
+        expected[column] = dict(zip(raw.index, scaled, strict=True))
+
+    rng = random.Random(0)
+    for split in splits.values():
+        for row in split.select(rng.sample(range(len(split)), 40)):
+            video, clip = row["id"].split("$_$")
+            clip, last = int(clip), raw.loc[video].index.max()
+            clips = list(range(max(1, clip - 3), min(last, clip + 3) + 1))  # the file numbers clips without gaps
+            for modality in ("audio", "vision"):
+                assert row[f"{modality}_times"] == [float(other - clip) for other in clips]
+                np.testing.assert_allclose(
+                    row[f"{modality}_features"],
+                    np.stack([expected[f"{modality}_features"][video, other] for other in clips]),
+                    atol=1e-5,
+                )
+            assert row["text"] == raw.loc[(video, clip), "text"].lower()
+            assert row["emotion"] == mosi.LABELS[raw.loc[(video, clip), "label"]]
+            before = [raw.loc[(video, other), "text"].lower() for other in range(max(1, clip - 3), clip)]
+            after = [raw.loc[(video, other), "text"].lower() for other in range(clip + 1, min(last, clip + 2) + 1)]
+            assert [turn["text"] for turn in row["context"]] == before
+            assert [turn["text"] for turn in row["following"]] == after
+
+
+# --- MELD ------------------------------------------------------------------------------------------------------------
+
+MELD_HEADER = "Sr No.,Utterance,Speaker,Emotion,Sentiment,Dialogue_ID,Utterance_ID,Season,Episode,StartTime,EndTime"
+MELD_ROWS = [  # out of order, with a gap in the numbers, and punctuation in three forms
+    "3,None,Joey,joy,positive,0,3,1,1,0:06:06,00:16:16",
+    "1,It\x92s \x93me\x94\x85 caf\u00e9,Joey\x92s Date,neutral,neutral,0,0,1,1,x,x",
+    '2,"That\u2019s right, ""Joey""",Chandler,surprise,positive,0,1,1,1,x,x',
+    "4,Hi,Joey,anger,negative,7,0,1,1,x,x",
+]
+
+
+def write_meld(folder: Path, rows: list[str] = MELD_ROWS, header: str = MELD_HEADER) -> Path:
+    for name in MELD_FILE_OF.values():
+        (folder / name).write_text("\n".join([header, *rows]) + "\n", encoding="utf-8")
+    return folder
+
+
+def test_meld_small_files(tmp_path):
+    splits = meld.load(write_meld(tmp_path), context=1)
+    assert list(splits) == ["train", "validation", "test"]
+    assert all(split.features == FEATURES for split in splits.values())
+    rows = splits["validation"].to_list()
+    assert [row["id"] for row in rows] == [
+        f"validation_{clip}" for clip in ("dia0_utt0", "dia0_utt1", "dia0_utt3", "dia7_utt0")
+    ]
+    assert [row["emotion"] for row in rows] == ["neutral", "surprise", "joy", "anger"]
+    assert [row["speaker"] for row in rows] == ["Joey’s Date", "Chandler", "Joey", "Joey"]
+    assert rows[2]["context"] == [{"speaker": "Chandler", "text": 'That’s right, "Joey"'}]
+    assert rows[3]["context"] == [] and rows[3]["following"] == []
+    assert rows[2]["text"] == "None"
+    assert rows[0]["audio"] is None and rows[0]["video"] is None
+
+
+def test_meld_repairs_cp1252(tmp_path):
+    first = meld.load(write_meld(tmp_path))["train"][0]
+    assert first["text"] == "It’s “me”… café"
+    assert first["speaker"] == "Joey’s Date"
+
+
+def test_meld_media_paths(tmp_path, caplog):
+    media = tmp_path / "media"
+    clips = {"train_splits": ("dia0_utt0", "dia0_utt1", "dia0_utt3", "dia7_utt0"), "dev_splits_complete": ()}
+    clips["output_repeated_splits_test"] = ("dia7_utt0", "dia9_utt9")  # one more than there are utterances
+    for folder, names in clips.items():
+        (media / folder).mkdir(parents=True)
+        for name in names:
+            (media / folder / f"{name}.mp4").touch()
+    with caplog.at_level(logging.INFO, logger="corpora.meld"):
+        splits = meld.load(write_meld(tmp_path), media=media)
+    assert all(split["audio"] == split["video"] for split in splits.values())
+    assert splits["train"]["video"][1] == str(media / "train_splits" / "dia0_utt1.mp4")
+    assert [sum(path is None for path in split["video"]) for split in splits.values()] == [0, 4, 3]
+    assert splits["test"]["video"][3] == str(media / "output_repeated_splits_test" / "dia7_utt0.mp4")
+    said = [(record.levelname, record.getMessage()) for record in caplog.records]
+    assert [level for level, _ in said] == ["INFO", "WARNING", "WARNING"]
+    assert "MELD validation: 4 of 4" in said[1][1] and "MELD test: 3 of 4" in said[2][1]
+    assert "test_dia0_utt0" in said[2][1]
+
+
+def test_meld_media_folder_faults(tmp_path):
+    write_meld(tmp_path)
+    with pytest.raises(FileNotFoundError, match="media"):
+        meld.load(tmp_path, media=tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="media: .* none of the folders train_splits"):
+        meld.load(tmp_path, media=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "rows, header, message",
+    [
+        (["1,Hi,Joey,bored,neutral,0,0,1,1,x,x"], MELD_HEADER, "row 1, column 'Emotion': got 'bored'"),
+        ([MELD_ROWS[0], "1,Hi,Joey,joy,neutral,zero,0,1,1,x,x"], MELD_HEADER, "row 2, column 'Dialogue_ID'.*'zero'"),
+        (["1,Hi,Joey,joy,neutral,0,1.5,1,1,x,x"], MELD_HEADER, "column 'Utterance_ID': got '1.5'"),
+        ([MELD_ROWS[0], MELD_ROWS[0]], MELD_HEADER, "row 2, column 'Utterance_ID': got '3'.*once"),
+        (MELD_ROWS, MELD_HEADER.replace("Speaker", "Person"), "column 'Speaker' is missing"),
+    ],
+)
+def test_meld_faults_name_file_row_and_column(tmp_path, rows, header, message):
+    with pytest.raises(ValueError, match=message) as error:
+        meld.load(write_meld(tmp_path, rows, header))
+    assert "train_sent_emo.csv" in str(error.value)
+
+
+def test_meld_unreadable_files(tmp_path):
+    write_meld(tmp_path)
+    (tmp_path / "test_sent_emo.csv").write_bytes(b"Utterance\n\x92\n")
+    with pytest.raises(ValueError, match="test_sent_emo.csv: not UTF-8"):
+        meld.load(tmp_path)
+    (tmp_path / "test_sent_emo.csv").write_bytes(b"")
+    with pytest.raises(ValueError, match="test_sent_emo.csv: not a readable CSV"):
+        meld.load(tmp_path)
+    with pytest.raises(ValueError, match="context: got -1"):
+        meld.load(tmp_path, context=-1)
+
+
+# neutral, surprise, fear, sadness, joy, disgust, anger
+MELD_COUNTS = {
+    "train": (9989, 1038, (4710, 1205, 268, 683, 1743, 271, 1109)),
+    "validation": (1109, 114, (470, 150, 40, 111, 163, 22, 153)),
+    "test": (2610, 280, (1256, 281, 50, 208, 402, 68, 345)),
+}
+
+
+@pytest.fixture(scope="module")
+def published_meld():
+    folder = published("meld")
+    return folder, load_corpus("meld", folder)
+
+
+def test_meld_published_counts(published_meld):
+    _, splits = published_meld
+    for name, (utterances, dialogues, counts) in MELD_COUNTS.items():
+        split = splits[name]
+        emotions = split["emotion"][:]
+        assert len(split) == utterances
+        assert len({row_id.rsplit("_utt", 1)[0] for row_id in split["id"]}) == dialogues
+        assert tuple(emotions.count(emotion) for emotion in meld.EMOTIONS) == counts
+    ids = [row_id for split in splits.values() for row_id in split["id"]]
+    assert len(set(ids)) == len(ids)
+
+
+def test_meld_published_context(published_meld):
+    """Every context is the eight utterances before, of the same dialogue, as the raw file has them."""
+    folder, splits = published_meld
+    for name, split in splits.items():
+        raw = pd.read_csv(folder / MELD_FILE_OF[name], keep_default_na=False)
+        raw = raw.set_index("Dialogue_ID")
+        for row in split.select(random.Random(1).sample(range(len(split)), 60)):
+            dialogue, utterance = (int(part) for part in row["id"].split("_dia")[1].split("_utt"))
+            before = raw.loc[[dialogue]].sort_values("Utterance_ID")
+            before = before[before["Utterance_ID"] < utterance].tail(8)
+            expected = list(zip(before["Speaker"], before["Utterance"], strict=True))
+            assert [(turn["speaker"], turn["text"]) for turn in row["context"]] == expected
+
+
+def test_meld_published_text_has_no_control_characters(published_meld, tmp_path):
+    """Also when the punctuation of the published files is put into the damaged form: the repair undoes it."""
+    folder, splits = published_meld
+    for name in MELD_FILE_OF.values():
+        shutil.copyfile(folder / name, tmp_path / name)
+    text = (folder / "dev_sent_emo.csv").read_text(encoding="utf-8")
+    damaged = text.translate({ord(mark): ord(mark.encode("cp1252")) for mark in "’‘“”…—"})
+    assert damaged.count("\x92") > 100
+    (tmp_path / "dev_sent_emo.csv").write_text(damaged, encoding="utf-8")
+    assert load_corpus("meld", tmp_path)["validation"].to_list() == splits["validation"].to_list()
+    assert not any("\x80" <= character < "\xa0" for character in "".join(splits["train"]["text"]))

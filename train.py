@@ -1,0 +1,163 @@
+"""Trains EGMF by a recipe.
+
+    python train.py recipes/mosi_smollm2.yaml --corpus_dir DIR [--any_field value ...]
+    accelerate launch train.py recipes/mosi_smollm2.yaml --corpus_dir DIR
+
+Writes to `output_dir`: the Trainer's checkpoints (the same command resumes from the last one), `log.jsonl`, and
+`model/`: merged and self-contained, for `AutoModel.from_pretrained(..., trust_remote_code=True)`.
+"""
+
+import json
+import logging
+import sys
+from pathlib import Path
+
+import numpy as np
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.helpers import disable_input_dtype_casting
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from corpora import load_corpus
+from evaluation import AffectCollator, classification_metrics, prompt_lengths, regression_metrics
+from language_models import resolve_language_model
+from modeling_egmf import EGMFForConditionalGeneration
+from processing_egmf import EGMFProcessor
+from recipes import Recipe, load_recipe
+
+
+class JsonLinesLog(TrainerCallback):
+    """Appends every log entry of the Trainer to a file, one JSON object a line."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+
+
+class AffectTrainer(Trainer):
+    """Trainer whose evaluation scores every legal answer instead of comparing logits at the gold tokens.
+
+    Evaluation loss is the negative log-probability of the gold answer among the legal ones; selection sees the
+    validation split alone.
+    """
+
+    def __init__(self, *args, scoring_collator: AffectCollator, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.scoring_collator = scoring_collator
+        self.candidates = scoring_collator.processor.candidates(scoring_collator.task)
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        training_collator, self.data_collator = self.data_collator, self.scoring_collator
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = training_collator
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        inputs = self._prepare_inputs(inputs)
+        answers = inputs.pop("answer_index")
+        with self.compute_loss_context_manager():
+            scores = self.accelerator.unwrap_model(model).score_labels(candidates=self.candidates, **inputs)
+        loss = -scores.log_probs.gather(1, answers.unsqueeze(1)).mean()
+        return loss, scores.log_probs, answers
+
+
+def build_processor(recipe: Recipe, language_model: str) -> EGMFProcessor:
+    return EGMFProcessor(
+        AutoTokenizer.from_pretrained(language_model),
+        num_pseudo_tokens=recipe.model.num_pseudo_tokens,
+        max_context_tokens=recipe.data.max_context_tokens,
+    )
+
+
+def build_model(recipe: Recipe, language_model: str, processor: EGMFProcessor, train_split) -> PeftModel:
+    """The LLM with LoRA on its projections, and the fusion, which is trained whole."""
+    arguments = recipe.model
+    sizes = {}
+    for modality in ("audio", "vision"):
+        features = next((row for row in train_split[f"{modality}_features"] if row is not None), None)
+        if modality in recipe.data.modalities and features is not None:
+            sizes[f"{modality}_feature_size"] = len(features[0])
+    model = EGMFForConditionalGeneration.from_language_model(
+        AutoModelForCausalLM.from_pretrained(language_model, attn_implementation=arguments.attn_implementation),
+        pseudo_token_id=processor.pseudo_token_id,
+        num_pseudo_tokens=arguments.num_pseudo_tokens,
+        fusion_hidden_size=arguments.fusion_hidden_size,
+        fusion_intermediate_size=arguments.fusion_intermediate_size,
+        fusion_dropout=arguments.fusion_dropout,
+        experts=arguments.experts,
+        local_kernel_sizes=arguments.local_kernel_sizes,
+        gating=arguments.gating,
+        modality_dropout=arguments.modality_dropout,
+        **sizes,
+    )
+    lora = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=arguments.lora_r,
+        lora_alpha=arguments.lora_alpha,
+        target_modules=arguments.lora_target_modules,
+        modules_to_save=["fusion"],
+    )
+    return get_peft_model(model, lora)
+
+
+def metrics_of(task, predictions) -> dict[str, float]:
+    """Trainer's validation metrics from the answers' log-probabilities and the gold indices."""
+    gold = [task.parse(task.answers[index]) for index in predictions.label_ids]
+    if task.kind == "classification":
+        best = [task.answers[index] for index in predictions.predictions.argmax(-1)]
+        return classification_metrics(gold, best)
+    scores = np.asarray([task.parse(answer) for answer in task.answers])
+    return regression_metrics(gold, list(np.exp(predictions.predictions) @ scores))
+
+
+def main(arguments: list[str]) -> None:
+    recipe = load_recipe(arguments)
+    training, data = recipe.training, recipe.data
+    output = Path(training.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    set_seed(training.seed)
+
+    corpus = load_corpus(data.corpus, data.corpus_dir, **data.corpus_options)
+    language_model = resolve_language_model(recipe.model.language_model)
+    processor = build_processor(recipe, language_model)
+    task = processor.tasks.get(data.task)
+    if task is None:
+        raise ValueError(f"task: got {data.task!r}, wanted one of {', '.join(processor.tasks)}")
+    model = build_model(recipe, language_model, processor, corpus["train"])
+    model.print_trainable_parameters()
+
+    collators = [AffectCollator(processor, task, data.modalities, with_answers=flag) for flag in (True, False)]
+    training.remove_unused_columns = False  # the collator reads the corpus's columns
+    for split in ("train", "validation"):
+        corpus[split] = corpus[split].add_column("length", prompt_lengths(corpus[split], collators[0]))
+    trainer = AffectTrainer(
+        model,
+        training,
+        data_collator=collators[0],
+        scoring_collator=collators[1],
+        train_dataset=corpus["train"],
+        eval_dataset=corpus["validation"],
+        processing_class=processor,
+        compute_metrics=lambda predictions: metrics_of(task, predictions),
+        callbacks=[JsonLinesLog(output / "log.jsonl")],
+    )
+    # Under autocast LoRA's own cast of its input to float32 and back is a quarter of a step's time, for nothing.
+    with disable_input_dtype_casting(model, active=training.bf16):
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(training.output_dir))
+
+    if trainer.is_world_process_zero():
+        merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
+        merged.save_pretrained(output / "model")
+        processor.save_pretrained(output / "model")
+        (output / "recipe.json").write_text(json.dumps(vars(recipe.data) | vars(recipe.model), indent=2))
+        print(f"model: {output / 'model'}")
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    main(sys.argv[1:])
