@@ -43,6 +43,8 @@ class EGMFConfig(PreTrainedConfig):
         modality_dropout: Probability, by modality name, that a present modality is dropped from a training sample;
             one modality is always left. Dropped text is hidden from the LLM as well.
         lm_head_bias: Whether the LLM's head has a bias (`from_language_model` finds out).
+        feature_noise: Gaussian noise added in training to precomputed features, by modality name, in units of their
+            standard deviation; regularises weak or contaminated features.
         initializer_range: Standard deviation of new embeddings, and of a new head's weights.
     """
 
@@ -67,6 +69,7 @@ class EGMFConfig(PreTrainedConfig):
     global_num_layers: int = 2
     gating: Literal["hierarchical", "flat", "mean"] = "hierarchical"
     modality_dropout: dict[str, float | int] | None = None
+    feature_noise: dict[str, float | int] | None = None
     lm_head_bias: bool = False
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
@@ -81,6 +84,7 @@ class EGMFConfig(PreTrainedConfig):
         # Tying is honoured only if the top-level config says so; the LLM's config is what knows.
         self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
         self.modality_dropout = dict(self.modality_dropout or {})
+        self.feature_noise = dict(self.feature_noise or {})
         self.experts = list(self.experts)
         self.local_kernel_sizes = list(self.local_kernel_sizes)
         super().__post_init__(**kwargs)
@@ -105,6 +109,11 @@ class EGMFConfig(PreTrainedConfig):
                 and getattr(self, f"{modality}_feature_size") is not None
             ):
                 raise ValueError(f"{modality}_feature_size: got a value beside {modality}_config, wanted one of them")
+            tower = getattr(self, f"{modality}_config")
+            if tower is not None and not hasattr(tower, "hidden_size"):
+                raise ValueError(
+                    f"{modality}_config: got {tower.model_type}, wanted an encoder whose hidden layers have one width"
+                )
         if self.audio_config is not None and not self.audio_input_rate:
             raise ValueError("audio_input_rate: got nothing, wanted the audio tower's input positions per second")
         for name, rate in self.modality_dropout.items():
@@ -112,6 +121,16 @@ class EGMFConfig(PreTrainedConfig):
                 raise ValueError(
                     f"modality_dropout: got {{{name!r}: {rate}}}, wanted text, audio or vision with a rate in [0, 1)"
                 )
+        for name, deviation in self.feature_noise.items():
+            if name not in ("audio", "vision") or deviation < 0:
+                raise ValueError(
+                    f"feature_noise: got {{{name!r}: {deviation}}}, wanted audio or vision with a deviation >= 0"
+                )
+
+    @property
+    def text_embedding_size(self) -> int:
+        """Width H of the LLM's input embeddings and of what its head reads; OPT-350m's differs from its layers'."""
+        return getattr(self.text_config, "word_embed_proj_dim", None) or self.text_config.hidden_size
 
     @property
     def modalities(self) -> list[str]:

@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoModel, AutoProcessor
+from transformers.utils import cached_file
 
 from corpora import CORPORA, load_corpus
 from evaluation import AffectCollator, classification_metrics, gold_answer, mcnemar, prompt_lengths, regression_metrics
@@ -28,14 +29,20 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("model", help="folder or Hub id of a trained model")
     parser.add_argument("--corpus", required=True, choices=CORPORA)
     parser.add_argument("--corpus_dir", help="folder with the corpus's published files")
-    parser.add_argument("--corpus_options", type=json.loads, default={}, help="as in the recipe, JSON")
-    parser.add_argument("--task", help="task to ask; the corpus's name by default")
+    parser.add_argument("--corpus_options", type=json.loads, help="JSON; by default those the model was trained with")
+    parser.add_argument("--task", help="task to ask; by default the one the model was trained on")
     parser.add_argument("--split", default="test", choices=["train", "validation", "test"])
-    parser.add_argument("--modalities", nargs="+", default=["text", "audio", "vision"])
+    parser.add_argument("--modalities", nargs="+", help="what the model may see; by default what it was trained on")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--output", required=True, type=Path, help="folder for metrics.json and predictions.jsonl")
     parser.add_argument("--compare", type=Path, help="predictions.jsonl of another run on the same samples")
     return parser.parse_args(arguments)
+
+
+def load_training_fields(model: str) -> dict:
+    """The recipe a model was trained by, from `recipe.json` beside its weights; empty where there is none."""
+    file = cached_file(model, "recipe.json", _raise_exceptions_for_missing_entries=False)
+    return json.loads(Path(file).read_text(encoding="utf-8")) if file else {}
 
 
 def gate_names(weights: dict[str, torch.Tensor], experts: list[str], modalities: list[str]) -> list[dict]:
@@ -99,12 +106,17 @@ def main(arguments: list[str]) -> None:
     device = Accelerator().device
     processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=True)
     model = AutoModel.from_pretrained(args.model, trust_remote_code=True).to(device).eval()
-    name = args.task or args.corpus
+    trained = load_training_fields(args.model)
+    name = args.task or trained.get("task", args.corpus)
     if name not in processor.tasks:
         raise ValueError(f"task: got {name!r}, wanted one of {', '.join(processor.tasks)}")
     task = processor.tasks[name]
-    rows = load_corpus(args.corpus, args.corpus_dir, **args.corpus_options)[args.split]
-    modalities = [modality for modality in args.modalities if modality in model.config.modalities]
+    options = args.corpus_options
+    if options is None:
+        options = trained.get("corpus_options", {}) if trained.get("corpus") == args.corpus else {}
+    rows = load_corpus(args.corpus, args.corpus_dir, **options)[args.split]
+    allowed = args.modalities or trained.get("modalities", model.config.modalities)
+    modalities = [modality for modality in model.config.modalities if modality in allowed]
     predictions = predict(model, processor, rows, task, modalities, args.batch_size, device)
 
     gold = [row["gold"] for row in predictions]

@@ -265,7 +265,7 @@ class HierarchicalGate(nn.Module):
         size = config.fusion_hidden_size
         self.gating = config.gating
         self.context = nn.Linear(size, size)
-        self.prompt = nn.Linear(config.text_config.hidden_size, size)
+        self.prompt = nn.Linear(config.text_embedding_size, size)
         self.norm = nn.LayerNorm(size)
         # One scorer per level; a flat gate has one level.
         self.modality_score = nn.Linear(size, 1) if config.gating == "hierarchical" else None
@@ -317,7 +317,7 @@ class PseudoTokenProjector(nn.Module):
 
     def __init__(self, config: EGMFConfig):
         super().__init__()
-        size = config.text_config.hidden_size
+        size = config.text_embedding_size
         self.token_embedding = nn.Parameter(torch.empty(config.num_pseudo_tokens, config.fusion_hidden_size))
         self.layers = nn.Sequential(
             nn.LayerNorm(config.fusion_hidden_size),
@@ -331,6 +331,23 @@ class PseudoTokenProjector(nn.Module):
     def forward(self, latents: torch.Tensor) -> torch.Tensor:
         # The token's own embedding keeps the K tokens apart, also where no modality is present.
         return self.norm(self.layers(latents + self.token_embedding)) * self.embedding_rms
+
+
+class FeatureNorm(nn.Module):
+    """Standardises precomputed features (..., size) by their training split's statistics, which travel with the model.
+
+    A layer norm would take the level out of every frame, and with it what a loud voice or an open mouth says.
+    """
+
+    LIMIT = 5.0  # standard deviations; extractors are prone to outliers
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("std", torch.ones(size))
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return ((features - self.mean) / self.std).clamp(-self.LIMIT, self.LIMIT)
 
 
 class LayerMix(nn.Module):
@@ -351,7 +368,7 @@ class EGMFFusion(nn.Module):
     def __init__(self, config: EGMFConfig):
         super().__init__()
         size = config.fusion_hidden_size
-        widths = {"text": config.text_config.hidden_size}
+        widths = {"text": config.text_embedding_size}
         self.layer_mix = nn.ModuleDict()
         for name in config.modalities[1:]:
             tower = getattr(config, f"{name}_config")
@@ -360,14 +377,30 @@ class EGMFFusion(nn.Module):
                 self.layer_mix[name] = LayerMix(tower_num_layers(tower) + 1)
         self.widths = widths
         self.clock = ClockEmbedding(size)
-        self.input_norm = nn.ModuleDict({name: nn.LayerNorm(width) for name, width in widths.items()})
+        self.input_norm = nn.ModuleDict(
+            {
+                name: nn.LayerNorm(width) if name == "text" or name in self.layer_mix else FeatureNorm(width)
+                for name, width in widths.items()
+            }
+        )
         self.input_proj = nn.ModuleDict({name: nn.Linear(width, size) for name, width in widths.items()})
         self.dropout = nn.Dropout(config.fusion_dropout)
+        self.feature_noise = config.feature_noise
         self.present_embedding = nn.Parameter(torch.empty(len(widths), size))
         self.absent_embedding = nn.Parameter(torch.empty(len(widths), size))
         self.experts = nn.ModuleDict({name: EXPERT_CLASSES[name](config) for name in config.experts})
         self.gate = HierarchicalGate(config)
         self.projector = PseudoTokenProjector(config)
+
+    @torch.no_grad()
+    def set_feature_statistics(self, name: str, mean: torch.Tensor, std: torch.Tensor) -> None:
+        """Sets what the precomputed features of a modality are standardised by: (feature size,) each.
+
+        A feature that never varies (deviation 0) is centred and left at that.
+        """
+        norm = self.input_norm[name]
+        norm.mean.copy_(mean)
+        norm.std.copy_(torch.where(std > 1e-6, std, 1.0))
 
     def sequence(
         self, name: str, index: int, batch_size: int, features, mask: torch.Tensor | None, times: torch.Tensor | None
@@ -382,8 +415,10 @@ class EGMFFusion(nn.Module):
             features = self.layer_mix[name](features)
         mask = mask.bool()
         # Padding may hold anything, NaN too: it must not reach a sum, where 0 * NaN is NaN.
-        features = features.to(weight.dtype).masked_fill(~mask.unsqueeze(-1), 0.0)
-        frames = self.input_proj[name](self.input_norm[name](features)) + self.clock(mask, times)
+        features = self.input_norm[name](features.to(weight.dtype).masked_fill(~mask.unsqueeze(-1), 0.0))
+        if self.training and self.feature_noise.get(name):
+            features = features + self.feature_noise[name] * torch.randn_like(features)
+        frames = self.input_proj[name](features) + self.clock(mask, times)
         frames = self.dropout(frames + self.present_embedding[index])
         present = mask.any(1)
         state = torch.where(present[:, None], self.present_embedding[index], self.absent_embedding[index])

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicLayer
@@ -25,6 +26,7 @@ try:
     from .fusion_egmf import (
         ClockEmbedding,
         EGMFFusion,
+        FeatureNorm,
         HierarchicalGate,
         LatentPooling,
         LayerMix,
@@ -38,6 +40,7 @@ except ImportError:
     from fusion_egmf import (
         ClockEmbedding,
         EGMFFusion,
+        FeatureNorm,
         HierarchicalGate,
         LatentPooling,
         LayerMix,
@@ -99,6 +102,14 @@ class EGMFPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
 
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        # Loading makes new parameters, which train: the towers are frozen again.
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.base_model.freeze_towers()
+        return loaded
+
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, (nn.Linear, nn.Conv1d)) and module is not getattr(self, "lm_head", None):
             init.lecun_normal_(module.weight)
@@ -106,6 +117,9 @@ class EGMFPreTrainedModel(PreTrainedModel):
                 init.zeros_(module.bias)
         elif isinstance(module, ClockEmbedding):
             init.copy_(module.frequencies, module.compute_frequencies())
+        elif isinstance(module, FeatureNorm):
+            init.zeros_(module.mean)
+            init.ones_(module.std)
         elif isinstance(module, LatentPooling):
             init.normal_(module.queries)
         elif isinstance(module, LayerMix):
@@ -142,10 +156,14 @@ class EGMFModel(EGMFPreTrainedModel):
         self.audio_tower = build_tower(config.audio_config) if config.audio_config is not None else None
         self.vision_tower = build_tower(config.vision_config) if config.vision_config is not None else None
         self.fusion = EGMFFusion(config)
+        self.post_init()
+        self.freeze_towers()
+
+    def freeze_towers(self) -> None:
+        """Keeps the towers as they are; `tower.requires_grad_()` trains one."""
         for tower in (self.audio_tower, self.vision_tower):
             if tower is not None:
                 tower.requires_grad_(False)
-        self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
@@ -164,24 +182,40 @@ class EGMFModel(EGMFPreTrainedModel):
     def get_audio_features(
         self, inputs: torch.Tensor, mask: torch.Tensor
     ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor, torch.Tensor]:
-        """Tower input (B, ..., positions) and mask (B, positions) -> hidden layers, mask and seconds (B, T)."""
-        kwargs = {}
-        if self.audio_tower.main_input_name == "input_values":
-            kwargs["attention_mask"] = mask
+        """Tower input and mask (B, positions) -> hidden layers, mask and seconds (B, T).
+
+        A fixed window (B, size, positions), as Whisper has it, is read whole, padding included. Where the positions
+        come first, (B, positions) or (B, positions, size), the tower reads every clip on its own without padding:
+        group norms and convolutions of wav2vec2-like encoders do not honour a mask.
+        """
         dtype = next(self.audio_tower.parameters()).dtype
-        outputs = self.audio_tower(inputs.to(dtype), output_hidden_states=True, return_dict=True, **kwargs)
-        length = outputs.hidden_states[-1].shape[1]
-        centres = (torch.arange(length, device=mask.device) + 0.5) / length * mask.shape[1]
-        seconds = (centres / self.config.audio_input_rate).expand(mask.shape[0], -1)
-        return outputs.hidden_states, mask[:, centres.long()], seconds
+        options = {"output_hidden_states": True, "return_dict": True}
+        if inputs.shape[: mask.ndim] != mask.shape:
+            layers = self.audio_tower(inputs.to(dtype), **options).hidden_states
+            centres = self._frame_centres(layers[-1].shape[1], mask.shape[1], mask.device)
+            seconds = (centres / self.config.audio_input_rate).expand(mask.shape[0], -1)
+            return layers, mask[:, centres.long()], seconds
+        clips = []
+        for clip, heard in zip(inputs, mask.bool(), strict=True):
+            # An absent clip reads as silence, for the shapes; its mask stays 0.
+            clip = clip[heard] if heard.any() else torch.zeros_like(clip)
+            layers = torch.stack(self.audio_tower(clip.unsqueeze(0).to(dtype), **options).hidden_states)
+            centres = self._frame_centres(layers.shape[2], clip.shape[0], mask.device)
+            clips.append((layers[:, 0].transpose(0, 1), centres, heard.any().expand(len(centres))))
+        layers, centres, mask = (pad_sequence(column, batch_first=True) for column in zip(*clips, strict=True))
+        return layers.unbind(2), mask, centres / self.config.audio_input_rate
+
+    @staticmethod
+    def _frame_centres(frames: int, positions: int, device: torch.device) -> torch.Tensor:
+        """Where the tower's frames are centred among its input positions: (frames,)."""
+        return (torch.arange(frames, device=device) + 0.5) / frames * positions
 
     def get_vision_features(self, frames: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Frames (B, F, 3, height, width) -> the vision tower's hidden layers, averaged over patches (B, F, size)."""
         dtype = next(self.vision_tower.parameters()).dtype
         outputs = self.vision_tower(frames.flatten(0, 1).to(dtype), output_hidden_states=True, return_dict=True)
-        # (B * F, patches, size), or (B * F, size, rows, columns) from a convolutional encoder
-        pooled = (layer.flatten(2).mean(2) if layer.ndim == 4 else layer.mean(1) for layer in outputs.hidden_states)
-        return tuple(layer.unflatten(0, frames.shape[:2]) for layer in pooled)
+        # (B * F, patches, size) -> (B, F, size)
+        return tuple(layer.mean(1).unflatten(0, frames.shape[:2]) for layer in outputs.hidden_states)
 
     def _modality(self, name: str, features, tower_inputs, mask, times):
         """Checks one modality's inputs and brings them to (features or hidden layers, mask, times)."""
@@ -197,18 +231,22 @@ class EGMFModel(EGMFPreTrainedModel):
         values = features if tower is None else tower_inputs
         if mask is None:
             raise ValueError(f"{name}_mask: got None, wanted the mask that goes with {field}")
-        torch_compilable_check(
-            torch.isfinite(values).flatten(1).all(1).logical_or(~mask.bool().any(1)).all()
-            if tower is not None
-            else torch.isfinite(values).all(-1).logical_or(~mask.bool()).all(),
-            f"{field}: got NaN or infinite values, wanted finite ones",
-        )
+        width = getattr(self.config, f"{name}_feature_size")
+        if tower is None and (values.ndim != 3 or values.shape[-1] != width):
+            raise ValueError(f"{field}: got shape {tuple(values.shape)}, wanted (batch, frames, {width})")
+        if tower is not None and name == "vision" and values.ndim != 5:
+            raise ValueError(f"pixel_values: got {tuple(values.shape)}, wanted (batch, frames, 3, height, width)")
+        # Only a fixed window of audio has its positions last, and is read whole by the tower.
+        window = (values.shape[0], values.shape[-1]) if tower is not None and name == "audio" else None
+        if mask.shape not in (values.shape[:2], window):
+            raise ValueError(f"{name}_mask: got {tuple(mask.shape)}, wanted {tuple(values.shape[:2])}")
+        used, finite = mask.bool(), torch.isfinite(values)
+        if mask.shape == values.shape[:2]:
+            finite = finite.flatten(2).all(2) if values.ndim > 2 else finite
+        else:
+            used, finite = used.any(1), finite.flatten(1).all(1)
+        torch_compilable_check((finite | ~used).all(), f"{field}: got NaN or infinite values, wanted finite ones")
         if tower is None:
-            width = getattr(self.config, f"{name}_feature_size")
-            if values.ndim != 3 or values.shape[-1] != width:
-                raise ValueError(f"{field}: got shape {tuple(values.shape)}, wanted (batch, frames, {width})")
-            if mask.shape != values.shape[:2]:
-                raise ValueError(f"{name}_mask: got {tuple(mask.shape)}, wanted {tuple(values.shape[:2])}")
             return values, mask, times
         with torch.set_grad_enabled(torch.is_grad_enabled() and next(tower.parameters()).requires_grad):
             if name == "audio":
@@ -420,7 +458,7 @@ class EGMFForConditionalGeneration(EGMFPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = EGMFModel(config)
         text_config = config.text_config
-        self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=config.lm_head_bias)
+        self.lm_head = nn.Linear(config.text_embedding_size, text_config.vocab_size, bias=config.lm_head_bias)
         # Every LLM names its embeddings differently, so the tie is looked up rather than written down.
         embeddings = self.model.get_input_embeddings()
         name = next(name for name, module in self.model.named_modules() if module is embeddings)
@@ -453,11 +491,12 @@ class EGMFForConditionalGeneration(EGMFPreTrainedModel, GenerationMixin):
         for name, tower in (("audio", audio_tower), ("vision", vision_tower)):
             if tower is not None:
                 tower = AutoModel.from_pretrained(tower) if isinstance(tower, str) else tower
+                tower = getattr(tower, f"{name}_model", tower)  # of CLIP and the like, the image part
                 config_kwargs[f"{name}_config"] = tower.config
                 encoder = (
                     tower.get_encoder() if tower.config.is_encoder_decoder and hasattr(tower, "decoder") else tower
                 )
-                towers[f"{name}_tower"] = encoder.requires_grad_(False)
+                towers[f"{name}_tower"] = encoder.requires_grad_(False).to(language_model.dtype)
         if config_kwargs.get("pseudo_token_id", 0) >= language_model.get_input_embeddings().num_embeddings:
             language_model.resize_token_embeddings(config_kwargs["pseudo_token_id"] + 1)
 
@@ -480,11 +519,17 @@ class EGMFForConditionalGeneration(EGMFPreTrainedModel, GenerationMixin):
         fusion = model.model.fusion.to_empty(device=language_model.device).float()
         fusion.apply(model._init_weights)
         with torch.no_grad():
-            embeddings = language_model.get_input_embeddings().weight
-            fusion.projector.embedding_rms.copy_(embeddings.float().square().mean().sqrt())
+            # Some LLMs (Gemma 3) scale what they look up, so the table's own size would mislead.
+            embeddings = language_model.get_input_embeddings()
+            sample = torch.arange(0, embeddings.num_embeddings, embeddings.num_embeddings // 4096 + 1)
+            scale = embeddings(sample.to(language_model.device)).float().square().mean().sqrt()
+            fusion.projector.embedding_rms.copy_(scale)
         model.generation_config = copy.deepcopy(language_model.generation_config)
         # A generated placeholder would be taken for one of the prompt's when generating without a cache.
         model.generation_config.suppress_tokens = [config.pseudo_token_id]
+        if "past_key_values" not in inspect.signature(language_model.base_model.forward).parameters:
+            # A state-space model's own kind of cache (Mamba): it reads the whole sequence at every step instead.
+            model.generation_config.use_cache = False
         model.train(language_model.training)
         model._check_head(language_model)
         return model
@@ -554,7 +599,8 @@ class EGMFForConditionalGeneration(EGMFPreTrainedModel, GenerationMixin):
             utterance_mask: (B, L), 1 on the utterance's own tokens. Given with a prompt, absent in later steps.
             audio_features, vision_features: (B, T, feature size); `*_mask` (B, T), all 0 for an absent modality;
                 `*_times` (B, T) seconds on the clip's clock, NaN where not known.
-            input_features, input_values: The audio tower's input, with `audio_mask` (B, positions).
+            input_features, input_values: The audio tower's input, with `audio_mask` (B, positions). A fixed window
+                (Whisper) is read whole: its padding is what the tower's feature extractor puts there.
             pixel_values: (B, F, 3, height, width) frames, with `vision_mask` and `vision_times` (B, F).
             padding_mask: (B, L), the 2-D `attention_mask` when that one is 4-D.
             labels: (B, L), -100 everywhere but on the answer's tokens and EOS. The loss, and the logits, are
@@ -657,10 +703,14 @@ class EGMFForConditionalGeneration(EGMFPreTrainedModel, GenerationMixin):
         trie = AnswerTrie(candidates)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
+        # The answer follows the prompt directly: padding goes to the left.
+        order = attention_mask.bool().long().argsort(dim=1, stable=True)
+        input_ids, attention_mask = input_ids.gather(1, order), attention_mask.gather(1, order)
+        if inputs.get("utterance_mask") is not None:
+            inputs["utterance_mask"] = inputs["utterance_mask"].gather(1, order)
         as_tree = len(trie.paths) > 1 and self._takes_tree_mask()
         outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=as_tree, **inputs)
-        last = attention_mask.shape[1] - 1 - attention_mask.flip(1).argmax(1)
-        hidden = outputs.last_hidden_state[torch.arange(len(last), device=last.device), last].unsqueeze(1)
+        hidden = outputs.last_hidden_state[:, -1:]
         if as_tree and all(type(layer) is DynamicLayer for layer in outputs.past_key_values.layers):
             inner = self._tree_states(trie, attention_mask, outputs.past_key_values)
             hidden = torch.cat([hidden, inner], 1)
@@ -678,6 +728,7 @@ class EGMFForConditionalGeneration(EGMFPreTrainedModel, GenerationMixin):
             text_config._attn_implementation in ("eager", "sdpa")
             and accepts_position_ids(self.model.language_model)
             and not getattr(text_config, "alibi", False)
+            and "local" not in getattr(text_config, "attention_layers", ())  # GPT-Neo: windows by index, not position
         )
 
     def _tree_states(self, trie: AnswerTrie, attention_mask: torch.Tensor, cache: Cache) -> torch.Tensor:

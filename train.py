@@ -4,7 +4,8 @@
     accelerate launch train.py recipes/mosi_smollm2.yaml --corpus_dir DIR
 
 Writes to `output_dir`: the Trainer's checkpoints (the same command resumes from the last one), `log.jsonl`, and
-`model/`: merged and self-contained, for `AutoModel.from_pretrained(..., trust_remote_code=True)`.
+`model/`: merged and self-contained, for `AutoModel.from_pretrained(..., trust_remote_code=True)`, with the recipe's
+fields in `recipe.json`.
 """
 
 import json
@@ -13,6 +14,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.helpers import disable_input_dtype_casting
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, set_seed
@@ -60,7 +62,7 @@ class AffectTrainer(Trainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)
         answers = inputs.pop("answer_index")
-        with self.compute_loss_context_manager():
+        with self.accelerator.autocast():
             scores = self.accelerator.unwrap_model(model).score_labels(candidates=self.candidates, **inputs)
         loss = -scores.log_probs.gather(1, answers.unsqueeze(1)).mean()
         return loss, scores.log_probs, answers
@@ -74,14 +76,20 @@ def build_processor(recipe: Recipe, language_model: str) -> EGMFProcessor:
     )
 
 
+def feature_statistics(sequences: list) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation (D,) over all frames of the clips' features (T, D); absent clips are None."""
+    frames = np.concatenate([np.asarray(sequence, dtype=np.float64) for sequence in sequences if sequence is not None])
+    return torch.from_numpy(frames.mean(0)), torch.from_numpy(frames.std(0))
+
+
 def build_model(recipe: Recipe, language_model: str, processor: EGMFProcessor, train_split) -> PeftModel:
     """The LLM with LoRA on its projections, and the fusion, which is trained whole."""
     arguments = recipe.model
-    sizes = {}
+    statistics = {}
     for modality in ("audio", "vision"):
-        features = next((row for row in train_split[f"{modality}_features"] if row is not None), None)
-        if modality in recipe.data.modalities and features is not None:
-            sizes[f"{modality}_feature_size"] = len(features[0])
+        sequences = train_split[f"{modality}_features"]
+        if modality in recipe.data.modalities and any(sequence is not None for sequence in sequences):
+            statistics[modality] = feature_statistics(sequences)
     model = EGMFForConditionalGeneration.from_language_model(
         AutoModelForCausalLM.from_pretrained(language_model, attn_implementation=arguments.attn_implementation),
         pseudo_token_id=processor.pseudo_token_id,
@@ -93,8 +101,11 @@ def build_model(recipe: Recipe, language_model: str, processor: EGMFProcessor, t
         local_kernel_sizes=arguments.local_kernel_sizes,
         gating=arguments.gating,
         modality_dropout=arguments.modality_dropout,
-        **sizes,
+        feature_noise=arguments.feature_noise,
+        **{f"{modality}_feature_size": len(mean) for modality, (mean, _) in statistics.items()},
     )
+    for modality, (mean, std) in statistics.items():
+        model.model.fusion.set_feature_statistics(modality, mean, std)
     lora = LoraConfig(
         task_type="CAUSAL_LM",
         r=arguments.lora_r,
@@ -154,7 +165,9 @@ def main(arguments: list[str]) -> None:
         merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
         merged.save_pretrained(output / "model")
         processor.save_pretrained(output / "model")
-        (output / "recipe.json").write_text(json.dumps(vars(recipe.data) | vars(recipe.model), indent=2))
+        fields = vars(recipe.data) | vars(recipe.model)
+        del fields["corpus_dir"]  # a path of this machine is nobody else's business
+        (output / "model" / "recipe.json").write_text(json.dumps(fields, indent=2) + "\n")
         print(f"model: {output / 'model'}")
 
 

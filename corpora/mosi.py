@@ -40,7 +40,7 @@ _COLUMNS = ("split", "video_id", "clip_id", "text", "label", *FEATURE_SIZES)
 
 def load(
     source: str | os.PathLike,
-    context: int = 3,
+    context: int = 2,
     following: int = 0,
     neighbours: int = 3,
     validation_videos: int = 10,

@@ -8,6 +8,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
@@ -30,6 +31,7 @@ class ModelArguments:
     local_kernel_sizes: list[int] = field(default_factory=lambda: [3, 7, 15])
     gating: str = "hierarchical"
     modality_dropout: str = _json_field("{}")
+    feature_noise: str = _json_field("{}")
     lora_r: int = 16
     lora_alpha: int = 32
     lora_target_modules: str = field(
@@ -39,6 +41,7 @@ class ModelArguments:
 
     def __post_init__(self):
         self.modality_dropout = json.loads(self.modality_dropout)
+        self.feature_noise = json.loads(self.feature_noise)
 
 
 @dataclass
@@ -93,10 +96,12 @@ def load_recipe(arguments: list[str]) -> Recipe:
     fields = yaml.safe_load(Path(arguments[0]).read_text(encoding="utf-8"))
     if not isinstance(fields, dict):
         raise ValueError(f"{arguments[0]}: got {type(fields).__name__}, wanted a mapping of fields")
+    # Trainer falls back to the CPU by itself, but refuses bf16 there unless told so.
+    defaults = {} if torch.accelerator.is_available() else {"use_cpu": True}
     parser = HfArgumentParser([ModelArguments, DataArguments, TrainingArguments])
     # The last value of a repeated argument holds, so the command line overrides the recipe.
     *parsed, unknown = parser.parse_args_into_dataclasses(
-        [*_as_arguments(fields), *arguments[1:]], return_remaining_strings=True, look_for_args_file=False
+        [*_as_arguments(defaults | fields), *arguments[1:]], return_remaining_strings=True, look_for_args_file=False
     )
     if unknown:
         raise ValueError(f"{arguments[0]}: unknown {unknown}, wanted fields of a recipe or of TrainingArguments")

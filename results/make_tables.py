@@ -1,0 +1,335 @@
+"""Finished runs -> results/NAME.json -> the tables in results/NAME.md and README.md, for mosi and meld.
+
+    python results/make_tables.py collect mosi RUNS_DIR
+    python results/make_tables.py render
+
+`collect` reads every folder `RUNS_DIR/<variant>_<seed>/` that has been evaluated: `test/metrics.json` and
+`test/predictions.jsonl` as `eval.py` writes them, and `command.txt`, the two commands that made the run, one a line,
+training first. `render` reads the JSON files alone.
+"""
+
+import argparse
+import json
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+
+RESULTS = Path(__file__).resolve().parent
+README = RESULTS.parent / "README.md"
+ANSWERS = ("distribution", "greedy")
+RESAMPLES, BOOTSTRAP_SEED = 10_000, 0
+MEASURES = ("accuracy", "weighted_f1")
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What is constant about a benchmark.
+
+    Args:
+        title: Heading of its file.
+        about: What was trained and tested, in a sentence or two.
+        cluster: Regular expression of a test id; its first group is what the bootstrap draws.
+        clusters: What the first group is, in the plural.
+        variants: Plain words for each variant, in the order of the table. The first two are compared by paired tests.
+        measure: What the published numbers are.
+        published: Model, what it reads, its score in percent, where it was published.
+    """
+
+    title: str
+    about: str
+    cluster: str
+    clusters: str
+    variants: dict[str, str]
+    measure: str
+    published: tuple[tuple[str, str, str, str], ...]
+
+
+PARTS = {
+    "no_local": "without the local expert",
+    "no_semantic": "without the semantic correlation expert",
+    "no_global": "without the global expert",
+    "flat": "flat gate instead of the hierarchical one",
+}
+MODALITIES = {
+    "full": "full model: text, audio and vision",
+    "text": "text only",
+    "audio": "audio only",
+    "vision": "vision only",
+}
+COSMIC = "Ghosal et al. 2020, arXiv 2010.02795"
+MSE_ADAPTER = "Yang et al. 2025, arXiv 2502.12478; mean of 5 seeds"
+BENCHMARKS = {
+    "mosi": Benchmark(
+        title="CMU-MOSI",
+        about="Positive or negative, on the utterance features of contextual-multimodal-fusion. SmolLM2-135M-Instruct "
+        "with LoRA; validation is cut off train by video, and nothing is selected on test.",
+        cluster=r"(.+)\$_\$[^$]+",
+        clusters="videos",
+        variants=MODALITIES | PARTS,
+        measure="Accuracy",
+        published=(
+            ("bc-LSTM", "text, audio, vision", "80.3", "Poria et al. 2017, ACL"),
+            ("MMMU-BA", "text, audio, vision", "82.31", "Ghosal et al. 2018, EMNLP"),
+        ),
+    ),
+    "meld": Benchmark(
+        title="MELD",
+        about="Seven emotions, from the text and the dialogue before it (MELD's CSV files come without media). "
+        "SmolLM2-135M-Instruct with LoRA; validation is MELD's dev split, and nothing is selected on test.",
+        cluster=r"test_(dia\d+)_utt\d+",
+        clusters="dialogues",
+        variants=MODALITIES | {"full": "full model: text with its dialogue"} | PARTS,
+        measure="Weighted F1",
+        published=(
+            ("MSE-Adapter, Qwen-1.8B", "text, audio, vision, no context", "59.87", MSE_ADAPTER),
+            ("RoBERTa", "text", "62.02", COSMIC),
+            ("RoBERTa DialogueRNN", "text with its dialogue", "63.61", COSMIC),
+            ("MSE-Adapter, ChatGLM3-6B", "text, audio, vision, no context", "65.13", MSE_ADAPTER),
+            ("COSMIC", "text with its dialogue", "65.21", COSMIC),
+            ("EGMF (the paper)", "text, audio, vision", "65.57", "arXiv 2601.07565"),
+            ("InstructERC, LLaMA2-7B", "text with its dialogue", "69.15", "Lei et al. 2023, arXiv 2309.11911"),
+        ),
+    ),
+}
+
+
+def collect(name: str, runs_dir: Path) -> dict:
+    """What `results/NAME.json` holds, from the evaluated runs of a folder; one line is printed for each run left out.
+
+    Returns:
+        `test_set` (samples, clusters, and how often the most frequent class is right), `runs` (two per folder, one
+        for each answer) and `paired_tests` (the full model against text only).
+
+    Raises:
+        ValueError: If there is no evaluated run, or a run's name, command, ids or metrics are not as they should be.
+    """
+    benchmark, runs, predictions = BENCHMARKS[name], [], {}
+    for folder in sorted(path for path in runs_dir.iterdir() if path.is_dir()):
+        if not (folder / "test" / "metrics.json").is_file():
+            print(f"{folder}: not evaluated, left out")
+            continue
+        variant, _, seed = folder.name.rpartition("_")
+        if variant not in benchmark.variants or not seed.isdecimal():
+            raise ValueError(f"{folder}: wanted a name VARIANT_SEED with a variant of {list(benchmark.variants)}")
+        commands = (folder / "command.txt").read_text(encoding="utf-8").split("\n")
+        commands = [line.strip() for line in commands if line.strip()]
+        if len(commands) != 2 or "train.py" not in commands[0] or "eval.py" not in commands[1]:
+            raise ValueError(f"{folder / 'command.txt'}: wanted two lines, train.py and eval.py, got {commands}")
+        lines = (folder / "test" / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+        rows = predictions[variant, int(seed)] = {row["id"]: row for row in map(json.loads, lines)}
+        metrics = json.loads((folder / "test" / "metrics.json").read_text(encoding="utf-8"))["answers"]
+        for answer in ANSWERS:
+            got, wanted = metrics[answer]["accuracy"], float(np.mean(list(_correct(rows, answer).values())))
+            if abs(got - wanted) > 1e-6:
+                raise ValueError(f"{folder}: metrics.json has accuracy {got}, predictions.jsonl has {wanted}")
+            run = {"variant": variant, "seed": int(seed), "answer": answer}
+            run |= {measure: round(metrics[answer][measure], 6) for measure in MEASURES}
+            runs.append(run | {"unparsable": metrics[answer]["unparsable"], "command": " && ".join(commands)})
+    if not runs:
+        raise ValueError(f"{runs_dir}: no run has been evaluated")
+
+    gold = {key: {row_id: row["gold"] for row_id, row in rows.items()} for key, rows in predictions.items()}
+    first_key = next(iter(gold))
+    for key, labels in gold.items():
+        if labels != gold[first_key]:
+            raise ValueError(f"{runs_dir}: {key} and {first_key} were not tested on the same samples")
+    clusters = {row_id: _cluster(benchmark, row_id) for row_id in gold[first_key]}
+    labels = list(gold[first_key].values())
+    test_set = {
+        "samples": len(labels),
+        "clusters": len(set(clusters.values())),
+        "majority_accuracy": round(max(map(labels.count, set(labels))) / len(labels), 6),
+    }
+    order = list(benchmark.variants)
+    runs.sort(key=lambda run: (order.index(run["variant"]), run["seed"], ANSWERS.index(run["answer"])))
+    tests = [test for answer in ANSWERS for test in _paired_tests(order[:2], answer, predictions, clusters)]
+    return {"test_set": test_set, "runs": runs, "paired_tests": tests}
+
+
+def _correct(rows: dict[str, dict], answer: str) -> dict[str, bool]:
+    """By id, whether a run's answer is the gold one; an unparsable answer (None) is not."""
+    return {row_id: row["answers"][answer] == row["gold"] for row_id, row in rows.items()}
+
+
+def _cluster(benchmark: Benchmark, row_id: str) -> str:
+    match = re.fullmatch(benchmark.cluster, row_id)
+    if match is None:
+        raise ValueError(f"id {row_id!r}: wanted one like {benchmark.cluster}")
+    return match[1]
+
+
+def _paired_tests(variants: list[str], answer: str, predictions: dict, clusters: dict[str, str]) -> list[dict]:
+    """McNemar's test per seed and over all seeds, and a bootstrap over clusters; nothing without a common seed."""
+    sys.path.insert(0, str(RESULTS.parent))
+    from evaluation import mcnemar  # takes seconds, and rendering does not need it
+
+    first, second = variants
+    seeds = sorted(seed for variant, seed in predictions if variant == first and (second, seed) in predictions)
+    if not seeds:
+        return []
+    ids = sorted(clusters)
+    outcomes = {}
+    for variant in variants:
+        by_seed = [_correct(predictions[variant, seed], answer) for seed in seeds]
+        outcomes[variant] = np.array([[correct[row_id] for row_id in ids] for correct in by_seed])  # (seeds, samples)
+    head = {"first": first, "second": second, "answer": answer}
+    groups = [([seed], slice(i, i + 1)) for i, seed in enumerate(seeds)]
+    groups += [(seeds, slice(None))] if len(seeds) > 1 else []
+    tests = []
+    for group, rows in groups:
+        pair = [outcomes[variant][rows].ravel().tolist() for variant in variants]
+        tests.append({"test": "mcnemar"} | head | {"seeds": group} | mcnemar(*pair))
+    difference = outcomes[first].mean(0) - outcomes[second].mean(0)  # (samples,)
+    names = [clusters[row_id] for row_id in ids]
+    return [*tests, {"test": "bootstrap"} | head | {"seeds": seeds} | cluster_bootstrap(difference, names)]
+
+
+def cluster_bootstrap(difference: np.ndarray, clusters: list[str]) -> dict[str, float]:
+    """Bootstrap of a mean over samples that come in clusters: whole clusters are drawn, with replacement.
+
+    The interval is the percentile interval, and the two-sided p-value twice the smaller share of resamples on either
+    side of 0, counting the observed sample in (Davison and Hinkley 1997, Bootstrap Methods and their Application,
+    sections 3.8 and 4.2).
+
+    Args:
+        difference: (samples,) difference of two models on each sample, averaged over seeds.
+        clusters: The cluster of each sample.
+    """
+    names, index = np.unique(clusters, return_inverse=True)
+    sums, sizes = np.bincount(index, weights=difference), np.bincount(index)
+    rng = np.random.default_rng(BOOTSTRAP_SEED)
+    drawn = rng.multinomial(len(names), [1 / len(names)] * len(names), size=RESAMPLES)  # (resamples, clusters)
+    means = (drawn @ sums) / (drawn @ sizes)
+    low, high = np.quantile(means, (0.025, 0.975))
+    tail = 1 + min((means <= 0).sum(), (means >= 0).sum())
+    figures = {"difference": difference.mean(), "low": low, "high": high}
+    figures = {key: round(float(value), 6) for key, value in figures.items()}
+    return figures | {"p_value": min(1.0, 2 * float(tail) / (RESAMPLES + 1)), "resamples": RESAMPLES}
+
+
+def render(name: str, data: dict) -> str:
+    """The whole text of `results/NAME.md`."""
+    benchmark, runs, tests = BENCHMARKS[name], data["runs"], data["paired_tests"]
+    parts = [f"# {benchmark.title}: test results", benchmark.about]
+    if runs:
+        test_set = data["test_set"]
+        parts.append(
+            f"{test_set['samples']} test utterances of {test_set['clusters']} {benchmark.clusters}; always answering "
+            f"the most frequent class has accuracy {_percent(test_set['majority_accuracy'])}. Figures are percent, "
+            "mean ± standard deviation over seeds. *Greedy* is the text of plain `generate()`, and an unparsable text "
+            "is a wrong answer; *distribution* is the most probable legal answer of `score_labels()`."
+        )
+    parts.append(main_table(name, data))
+    parts += ["## Published", _table(["model", "input", benchmark.measure, "source"], benchmark.published)]
+    if tests:
+        parts += ["## Full model against text only", *_test_tables(benchmark, tests)]
+    if runs:
+        commands = {(run["variant"], run["seed"]): run["command"].replace(" && ", "\n") for run in runs}
+        blocks = [f"# {variant}, seed {seed}\n{command}" for (variant, seed), command in commands.items()]
+        parts += ["## Commands", "```bash\n" + "\n\n".join(blocks) + "\n```"]
+    source = f"results/{name}.json"
+    parts.append(f"Made from `{source}` by `python results/make_tables.py render`.")
+    return "\n\n".join(parts) + "\n"
+
+
+def main_table(name: str, data: dict) -> str:
+    """One row per variant that was run."""
+    if not data["runs"]:
+        return "No run has been collected yet."
+    rows = []
+    for variant, words in BENCHMARKS[name].variants.items():
+        runs = {
+            answer: [r for r in data["runs"] if (r["variant"], r["answer"]) == (variant, answer)] for answer in ANSWERS
+        }
+        if runs["greedy"]:
+            cells = [_spread([r[measure] for r in runs[answer]]) for answer in ANSWERS for measure in MEASURES]
+            unparsable = sum(run["unparsable"] for run in runs["greedy"])
+            rows.append((words, str(len(runs["greedy"])), *cells, str(unparsable)))
+    head = ["model", "seeds"] + [f"{answer}: {m}" for answer in ANSWERS for m in ("accuracy", "weighted F1")]
+    return _table([*head, "unparsable, all seeds"], rows)
+
+
+def _test_tables(benchmark: Benchmark, tests: list[dict]) -> list[str]:
+    counts = [
+        (t["answer"], _seeds(t), str(t["first_only"]), str(t["second_only"]), _p(t))
+        for t in tests
+        if t["test"] == "mcnemar"
+    ]
+    means = [
+        (t["answer"], _seeds(t), _points(t["difference"]), f"{_points(t['low'])} to {_points(t['high'])}", _p(t))
+        for t in tests
+        if t["test"] == "bootstrap"
+    ]
+    return [
+        "McNemar's exact test on the same samples. Over several seeds it counts every sample once per seed, as if "
+        "those were independent: the bootstrap below does not.",
+        _table(["answer", "seeds", "only the full model right", "only text right", "p"], counts),
+        f"Bootstrap over {benchmark.clusters} ({RESAMPLES:,} resamples) of the difference in accuracy, averaged over "
+        "the seeds that both have.",
+        _table(["answer", "seeds", "difference, points", "95 % interval", "p"], means),
+    ]
+
+
+def _table(head: list[str], rows) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f}"
+
+
+def _points(share: float) -> str:
+    return f"{100 * share:+.2f}"
+
+
+def _spread(shares: list[float]) -> str:
+    """Mean and sample standard deviation in percent; of one seed, its value."""
+    deviation = f" ± {_percent(np.std(shares, ddof=1))}" if len(shares) > 1 else ""
+    return _percent(np.mean(shares)) + deviation
+
+
+def _seeds(test: dict) -> str:
+    return ", ".join(map(str, test["seeds"]))
+
+
+def _p(test: dict) -> str:
+    return f"{test['p_value']:.4f}" if test["p_value"] >= 1e-4 else "< 0.0001"
+
+
+def fill_readme(text: str, name: str, table: str) -> str:
+    """README text with what stands between the markers of a benchmark replaced by its table."""
+    start, end = f"<!-- results/{name}.md -->", f"<!-- end of results/{name}.md -->"
+    pattern = re.escape(start) + ".*?" + re.escape(end)
+    if len(re.findall(pattern, text, re.DOTALL)) != 1:
+        raise ValueError(f"README.md: wanted one pair of markers {start} and {end}")
+    return re.sub(pattern, lambda _: f"{start}\n{table}\n{end}", text, flags=re.DOTALL)
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    collector = commands.add_parser("collect", help="runs -> results/NAME.json")
+    collector.add_argument("name", choices=BENCHMARKS)
+    collector.add_argument("runs_dir", type=Path)
+    commands.add_parser("render", help="results/*.json -> results/*.md and README.md")
+    args = parser.parse_args(arguments)
+    if args.command == "collect":
+        text = json.dumps(collect(args.name, args.runs_dir), indent=1) + "\n"
+        (RESULTS / f"{args.name}.json").write_text(text, encoding="utf-8")
+        print(f"{RESULTS / args.name}.json")
+        return
+    readme = README.read_text(encoding="utf-8")
+    for name in BENCHMARKS:
+        data = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+        (RESULTS / f"{name}.md").write_text(render(name, data), encoding="utf-8")
+        readme = fill_readme(readme, name, main_table(name, data))
+    README.write_text(readme, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,59 @@
+"""Trains and evaluates the variants of a recipe that the tables in this folder compare.
+
+    python results/run_variants.py recipes/mosi_smollm2.yaml --corpus_dir DIR --runs_dir runs/mosi \
+        --variants full text --seeds 1111 2222 3333
+
+One run after the other; a finished one is skipped, an interrupted one goes on from its last checkpoint. Each run's
+folder `RUNS_DIR/VARIANT_SEED` also holds the commands it was made with. Then `make_tables.py collect` gathers them.
+"""
+
+import argparse
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+
+# What a variant changes in the recipe.
+VARIANTS = {
+    "full": [],
+    "text": ["--modalities", "text"],
+    "audio": ["--modalities", "audio"],
+    "vision": ["--modalities", "vision"],
+    "no_local": ["--experts", "semantic", "global"],
+    "no_semantic": ["--experts", "local", "global"],
+    "no_global": ["--experts", "local", "semantic"],
+    "flat": ["--gating", "flat"],
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("--corpus_dir", required=True)
+    parser.add_argument("--runs_dir", type=Path, required=True)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1111, 2222, 3333, 4444, 5555])
+    args = parser.parse_args()
+    corpus = yaml.safe_load(args.recipe.read_text())["corpus"]
+    for seed in args.seeds:
+        for variant in args.variants:
+            folder = args.runs_dir / f"{variant}_{seed}"
+            if (folder / "test" / "metrics.json").exists():
+                print(f"{folder}: finished already")
+                continue
+            train = ["train.py", args.recipe, "--corpus_dir", args.corpus_dir, "--output_dir", folder, "--seed", seed]
+            test = ["eval.py", folder / "model", "--corpus", corpus, "--corpus_dir", args.corpus_dir]
+            test += ["--split", "test", "--output", folder / "test"]
+            commands = [["python", *map(str, [*train, *VARIANTS[variant]])], ["python", *map(str, test)]]
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "command.txt").write_text("".join(shlex.join(command) + "\n" for command in commands))
+            for command in commands:
+                print(shlex.join(command), flush=True)
+                subprocess.run([sys.executable, *command[1:]], check=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""What the model's tests share: tiny language models on disk, EGMF assembled from one, and batches for it."""
+
+import copy
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from language_models import build_tiny_language_model
+from modeling_egmf import EGMFForConditionalGeneration
+from processing_egmf import AffectTask, EGMFProcessor
+
+
+torch.set_num_threads(1)
+
+# "calm" is a prefix of "calm down": the only built-in-like task whose candidates need EOS.
+CALM = AffectTask("calm", "classification", labels=("calm", "calm down", "angry"))
+SMALL_FUSION = {
+    "fusion_hidden_size": 16,
+    "fusion_intermediate_size": 32,
+    "fusion_num_attention_heads": 2,
+    "local_kernel_sizes": [3, 5],
+    "num_pseudo_tokens": 3,
+}
+FEATURES = {"audio_feature_size": 5, "vision_feature_size": 7}
+
+
+@pytest.fixture(scope="session")
+def llm_folder(tmp_path_factory):
+    """`llm_folder(architecture, tied, spare)`: a tiny language model's folder, written once a session."""
+    folders = {}
+
+    def folder_of(architecture: str = "llama", tied: bool = True, spare: bool = True) -> str:
+        key = (architecture, tied, spare)
+        if key not in folders:
+            folders[key] = tmp_path_factory.mktemp("llm")
+            build_tiny_language_model(folders[key], architecture, tie_word_embeddings=tied, spare_token=spare)
+        return str(folders[key])
+
+    return folder_of
+
+
+@pytest.fixture(scope="session")
+def processor(llm_folder):
+    """The processor of the tiny models with a spare token."""
+    return EGMFProcessor(
+        AutoTokenizer.from_pretrained(llm_folder()),
+        num_pseudo_tokens=SMALL_FUSION["num_pseudo_tokens"],
+        tasks={"calm": CALM},
+    )
+
+
+@pytest.fixture(scope="session")
+def assemble(llm_folder, processor):
+    """`assemble(language_model, **config)`: a small EGMF in eval mode; features are 5 wide (audio) and 7 (vision)."""
+
+    def assembled(language_model=None, seed: int = 0, **config) -> EGMFForConditionalGeneration:
+        if language_model is None:
+            language_model = AutoModelForCausalLM.from_pretrained(llm_folder())
+        features = {
+            name: size
+            for name, size in FEATURES.items()
+            if f"{name.split('_')[0]}_tower" not in config and name not in config
+        }
+        torch.manual_seed(seed)
+        model = EGMFForConditionalGeneration.from_language_model(
+            language_model, **{"pseudo_token_id": processor.pseudo_token_id, **SMALL_FUSION, **features, **config}
+        )
+        return model.eval()
+
+    return assembled
+
+
+@pytest.fixture(scope="session")
+def egmf(assemble):
+    """A small EGMF on the tiny Llama. Shared: leave it as it is, or take `fresh_egmf`."""
+    return assemble()
+
+
+@pytest.fixture
+def fresh_egmf(egmf):
+    return copy.deepcopy(egmf)
+
+
+@pytest.fixture(scope="session")
+def samples():
+    """Four utterances: everything, text and audio, text alone, vision alone."""
+    generator = torch.Generator().manual_seed(7)
+
+    def frames(length, width):
+        return torch.randn(length, width, generator=generator)
+
+    return [
+        {
+            "text": "I really did not expect that!",
+            "speaker": "Ross",
+            "context": [{"speaker": "Joey", "text": "Surprise!"}],
+            "audio_features": frames(9, 5),
+            "audio_times": torch.arange(9) * 0.3,
+            "vision_features": frames(4, 7),
+        },
+        {"text": "no", "audio_features": frames(1, 5)},
+        {"text": "well, well"},
+        {"text": "", "vision_features": frames(6, 7), "vision_times": torch.arange(6) * 0.5},
+    ]
+
+
+@pytest.fixture(scope="session")
+def make_batch(processor):
+    """`make_batch(samples, task, **options)`: the processor's own batch; only modalities that some sample has."""
+
+    def batched(samples: list[dict], task="meld", processor=processor, **options):
+        names = [name for name in ("speaker", "context") if any(name in sample for sample in samples)]
+        names += [
+            f"{modality}_{part}"
+            for modality in ("audio", "vision")
+            for part in ("features", "times")
+            if any(f"{modality}_features" in sample for sample in samples)
+        ]
+        columns = {name: [sample.get(name) for sample in samples] for name in names}
+        return processor(text=[sample.get("text") for sample in samples], task=task, **columns, **options)
+
+    return batched
+
+
+@pytest.fixture(scope="session")
+def row_of():
+    """`row_of(batch, i)`: one sample of a batch alone, without its padding of tokens and frames."""
+
+    def cut(batch, index: int) -> dict[str, torch.Tensor]:
+        row = {name: value[index : index + 1] for name, value in batch.items()}
+        stands = row["attention_mask"][0].bool()
+        for name in ("input_ids", "attention_mask", "utterance_mask", "labels"):
+            if name in row:
+                row[name] = row[name][:, stands]
+        for modality in ("audio", "vision"):
+            if f"{modality}_mask" not in row:
+                continue
+            heard = row[f"{modality}_mask"][0].bool()
+            for part in ("features", "mask", "times"):
+                name = f"{modality}_{part}"
+                if heard.any():
+                    row[name] = row[name][:, heard]
+                else:
+                    row.pop(name)
+        return row
+
+    return cut

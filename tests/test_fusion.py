@@ -1,0 +1,266 @@
+"""The fusion alone: config errors, each expert learns what it is named for, noise, the gate, the clock."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import CLIPVisionConfig, LlamaConfig, ResNetConfig
+
+from configuration_egmf import EGMFConfig
+from fusion_egmf import ClockEmbedding, EGMFFusion
+from modeling_egmf import EGMFModel
+
+
+TEXT = LlamaConfig(vocab_size=8, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+
+
+def build_fusion(seed: int = 0, **config) -> EGMFFusion:
+    """A fusion at its initialisation, with pseudo tokens of size 1."""
+    torch.manual_seed(seed)
+    fusion = EGMFModel(
+        EGMFConfig(
+            text_config=TEXT,
+            audio_feature_size=8,
+            vision_feature_size=6,
+            **{
+                "num_pseudo_tokens": 2,
+                "fusion_hidden_size": 32,
+                "fusion_intermediate_size": 64,
+                "fusion_num_attention_heads": 2,
+                "fusion_dropout": 0.0,
+                "local_kernel_sizes": [3, 7],
+                **config,
+            },
+        )
+    ).fusion
+    nn.init.ones_(fusion.projector.embedding_rms)
+    return fusion
+
+
+def inputs_of(**features) -> dict:
+    """Whole sequences as the fusion takes them; what is not given is absent."""
+    inputs = {name: (None, None, None) for name in ("text", "audio", "vision")}
+    for name, values in features.items():
+        inputs[name] = (values, torch.ones(values.shape[:2], dtype=torch.long), None)
+    return inputs
+
+
+# Each expert by itself learns what it is named for, from scratch, with a linear read-out on the pseudo tokens.
+
+
+def brief_event(size: int, generator: torch.Generator):
+    """Two of 200 noisy frames, anywhere, hold a pattern or its negative."""
+    label = torch.randint(0, 2, (size,), generator=generator)
+    audio = torch.randn(size, 200, 8, generator=generator)
+    where = torch.randint(0, 199, (size,), generator=generator)
+    pattern = torch.tensor([1.0, -1.0] * 4)
+    for offset in (0, 1):
+        audio[torch.arange(size), where + offset] += 4 * (2 * label - 1)[:, None] * pattern
+    return {"audio": audio}, label
+
+
+def constant_agreement(size: int, generator: torch.Generator):
+    """Audio and vision each have a sign; the label is whether the signs agree (an exclusive or)."""
+    signs = 2 * torch.randint(0, 2, (size, 2), generator=generator) - 1
+    audio = torch.randn(size, 12, 8, generator=generator)
+    vision = torch.randn(size, 9, 6, generator=generator)
+    audio[:, :, 0] += 2 * signs[:, :1]
+    vision[:, :, 0] += 2 * signs[:, 1:]
+    return {"audio": audio, "vision": vision}, (signs[:, 0] == signs[:, 1]).long()
+
+
+def moving_agreement(size: int, generator: torch.Generator):
+    """Both modalities change sign at random, and vision follows audio or contradicts it, moment by moment."""
+    label = torch.randint(0, 2, (size,), generator=generator)
+    signs = 2 * torch.randint(0, 2, (size, 8), generator=generator) - 1
+    audio = 0.5 * torch.randn(size, 8, 8, generator=generator)
+    vision = 0.5 * torch.randn(size, 8, 6, generator=generator)
+    audio[:, :, 0] += 2 * signs
+    vision[:, :, 0] += 2 * signs * (2 * label - 1)[:, None]
+    return {"audio": audio, "vision": vision}, label
+
+
+def slow_drift(size: int, generator: torch.Generator):
+    """Over 120 frames one channel goes slowly up or down, far below the noise from frame to frame."""
+    label = torch.randint(0, 2, (size,), generator=generator)
+    audio = torch.randn(size, 120, 8, generator=generator) + torch.randn(size, 1, 8, generator=generator)
+    audio[:, :, 0] += (2 * label - 1)[:, None] * torch.linspace(-1, 1, 120)
+    return {"audio": audio}, label
+
+
+@pytest.mark.parametrize(
+    "expert,draw,steps,batch_size",
+    [
+        ("local", brief_event, 150, 32),
+        ("semantic", constant_agreement, 40, 32),
+        ("semantic", moving_agreement, 180, 64),
+        ("global", slow_drift, 70, 32),
+    ],
+    ids=["local-brief-event", "semantic-agreement", "semantic-agreement-in-time", "global-slow-drift"],
+)
+def test_expert_learns_its_kind(expert, draw, steps, batch_size):
+    fusion, read_out = build_fusion(experts=[expert]), nn.Linear(2 * TEXT.hidden_size, 2)
+    optimizer = torch.optim.AdamW([*fusion.parameters(), *read_out.parameters()], lr=3e-3)
+    generator = torch.Generator().manual_seed(0)
+
+    def predict(features):
+        prompt = torch.zeros(len(features["audio"]), TEXT.hidden_size)
+        return read_out(fusion(inputs_of(**features), prompt)[0].flatten(1))
+
+    for _ in range(steps):
+        features, label = draw(batch_size, generator)
+        loss = nn.functional.cross_entropy(predict(features), label)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        features, label = draw(400, generator)
+        accuracy = (predict(features).argmax(1) == label).float().mean()
+    assert accuracy > 0.9
+
+
+@torch.no_grad()
+def test_all_but_the_local_expert_hear_the_other_modality():
+    """In the local expert a modality's latents are its own; in the semantic and global ones they are not."""
+    generator = torch.Generator().manual_seed(1)
+    audio, vision = torch.randn(1, 12, 8, generator=generator), torch.randn(1, 9, 6, generator=generator)
+    fusion = build_fusion().eval()
+
+    def latents(expert, vision):
+        inputs = inputs_of(audio=audio, vision=vision)
+        sequences = {
+            name: fusion.sequence(name, index, 1, *inputs[name])
+            for index, name in enumerate(("text", "audio", "vision"))
+        }
+        return fusion.experts[expert](sequences)[:, 1]  # audio's
+
+    assert torch.equal(latents("local", vision), latents("local", -vision))
+    assert (latents("semantic", vision) - latents("semantic", -vision)).abs().max() > 1e-2
+    assert (latents("global", vision) - latents("global", -vision)).abs().max() > 1e-2
+
+
+@torch.no_grad()
+def test_local_expert_sees_short_stretches_only():
+    """Swapping the two halves of a clip moves no short stretch: up to the seam, its peaks stay."""
+    fusion = build_fusion(local_kernel_sizes=[3]).eval()
+    frames = torch.randn(1, 40, 8, generator=torch.Generator().manual_seed(2))
+    expert = fusion.experts["local"]
+    peaks = []
+    expert.pooling.register_forward_pre_hook(lambda module, args: peaks.append(args[0][:, -1]))
+    for order in (frames, frames.roll(20, dims=1)):
+        sequence = fusion.sequence("audio", 1, 1, order, torch.ones(1, 40, dtype=torch.long), None)
+        # The clock's share would move with the frames.
+        states = fusion.input_proj["audio"](fusion.input_norm["audio"](order))
+        sequence.states = torch.cat([sequence.states[:, :1], states], 1)
+        expert({"audio": sequence})
+    changed = (peaks[0] - peaks[1]).abs() > 1e-4
+    assert changed.float().mean() < 0.3
+
+
+# The gate
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("gating", ["hierarchical", "flat"])
+def test_gate_depends_on_prompt_and_context(gating):
+    fusion = build_fusion(gating=gating).eval()
+    generator = torch.Generator().manual_seed(4)
+    features = {
+        "audio": torch.randn(2, 12, 8, generator=generator),
+        "vision": torch.randn(2, 9, 6, generator=generator),
+    }
+    prompts = torch.randn(2, TEXT.hidden_size, generator=generator)
+    same = {name: values[:1].expand(2, -1, -1) for name, values in features.items()}
+    by_prompt = fusion(inputs_of(**same), prompts)[1]
+    by_context = fusion(inputs_of(**features), prompts[:1].expand(2, -1))[1]
+    for weights in (by_prompt, by_context):
+        for level in ("modality", "expert"):
+            assert (weights[level][0] - weights[level][1]).abs().max() > 1e-3
+    # One weight per pseudo token and expert, not one for all tokens.
+    assert (by_prompt["expert"][:, 0] - by_prompt["expert"][:, 1]).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_mean_gating_is_even():
+    fusion = build_fusion(gating="mean").eval()
+    inputs = inputs_of(audio=torch.randn(1, 4, 8), vision=torch.randn(1, 5, 6))
+    weights = fusion(inputs, torch.randn(1, TEXT.hidden_size))[1]
+    torch.testing.assert_close(weights["modality"], torch.tensor([0, 0.5, 0.5]).expand(1, 3, 3))
+    torch.testing.assert_close(weights["expert"], torch.full((1, 2, 3), 1 / 3))
+
+
+# The clock
+
+
+@torch.no_grad()
+def test_seconds_place_a_frame_whatever_the_rate():
+    """Half a second is half a second; an unknown time is neither that nor second zero."""
+    torch.manual_seed(0)
+    clock = ClockEmbedding(8)
+    mask = torch.ones(1, 3)
+    known = clock(mask, torch.tensor([[0.0, 0.5, 1.0]]))
+    assert (known - clock(mask, torch.tensor([[0.0, 0.7, 1.0]])))[0, 1].abs().max() > 1e-2
+    unknown = clock(mask, torch.full((1, 3), torch.nan))
+    assert torch.equal(unknown, clock(mask, None))
+    assert (unknown - clock(mask, torch.zeros(1, 3))).abs().min(1).values.max() > 1e-3
+
+
+# Noise
+
+
+def test_feature_noise_is_for_training_only():
+    fusion = build_fusion(feature_noise={"audio": 0.3}).eval()
+    inputs = inputs_of(audio=torch.randn(1, 4, 8), vision=torch.randn(1, 5, 6))
+    prompt = torch.zeros(1, TEXT.hidden_size)
+    with torch.no_grad():
+        assert torch.equal(fusion(inputs, prompt)[0], fusion(inputs, prompt)[0])
+        fusion.train()
+        assert (fusion(inputs, prompt)[0] - fusion(inputs, prompt)[0]).abs().max() > 1e-3
+        quiet = build_fusion().train()
+        assert torch.equal(quiet(inputs, prompt)[0], quiet(inputs, prompt)[0])
+
+
+# The config
+
+
+@pytest.mark.parametrize(
+    "fields,message",
+    [
+        ({"experts": ["local", "far"]}, r"experts: got \['local', 'far'\], wanted a non-empty subset of"),
+        ({"experts": []}, r"experts: got \[\], wanted"),
+        ({"experts": ["local", "local"]}, "experts: got .* without repeats"),
+        ({"local_kernel_sizes": [3, 4]}, r"local_kernel_sizes: got \[3, 4\], wanted odd positive"),
+        ({"local_kernel_sizes": []}, r"local_kernel_sizes: got \[\], wanted"),
+        ({"fusion_hidden_size": 30, "fusion_num_attention_heads": 4}, "fusion_hidden_size: got 30, wanted a multiple"),
+        ({"audio_feature_size": 4, "audio_config": TEXT}, "audio_feature_size: got a value beside audio_config"),
+        ({"audio_config": TEXT}, "audio_input_rate: got nothing, wanted"),
+        ({"vision_config": ResNetConfig()}, "vision_config: got resnet, wanted an encoder whose hidden layers"),
+        ({"modality_dropout": {"smell": 0.5}}, "modality_dropout: got {'smell': 0.5}, wanted text, audio or vision"),
+        ({"modality_dropout": {"text": 1.0}}, "modality_dropout: got .* wanted .* a rate in"),
+        ({"feature_noise": {"text": 0.1}}, "feature_noise: got {'text': 0.1}, wanted audio or vision"),
+        ({"feature_noise": {"audio": -0.1}}, "feature_noise: got .* wanted .* >= 0"),
+    ],
+)
+def test_bad_config(fields, message):
+    with pytest.raises(ValueError, match=message):
+        EGMFConfig(text_config=TEXT, **fields)
+
+
+@pytest.mark.parametrize("fields", [{"gating": "loud"}, {"num_pseudo_tokens": "many"}, {"fusion_hidden_size": 1.5}])
+def test_config_fields_are_typed(fields):
+    with pytest.raises(Exception, match=next(iter(fields))):
+        EGMFConfig(text_config=TEXT, **fields)
+
+
+def test_config_roundtrip(tmp_path):
+    config = EGMFConfig(
+        text_config=TEXT,
+        audio_feature_size=8,
+        vision_config=CLIPVisionConfig(hidden_size=24),
+        experts=("global", "local"),
+        modality_dropout={"audio": 0.2},
+    )
+    config.save_pretrained(tmp_path)
+    loaded = EGMFConfig.from_pretrained(tmp_path)
+    assert loaded.experts == ["global", "local"] and loaded.modalities == ["text", "audio", "vision"]
+    assert loaded.vision_config.hidden_size == 24 and loaded.text_config.hidden_size == 16
+    assert loaded.to_diff_dict() == config.to_diff_dict()

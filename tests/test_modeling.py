@@ -1,0 +1,522 @@
+"""The model: independence of batch and padding, generation, missing modalities, errors, loss, training."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BloomConfig,
+    CohereConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPTNeoConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MistralConfig,
+    OPTConfig,
+    PhiConfig,
+)
+
+from processing_egmf import EGMFProcessor
+
+
+TOLERANCE = 1e-4
+# architecture, tied head, spare token in the tokenizer (without one the embeddings grow by one)
+LLMS = [
+    ("llama", True, True),
+    ("llama", False, False),
+    ("qwen3", True, False),
+    ("qwen3", False, True),
+    ("gpt2", True, False),
+    ("gpt2", False, True),
+]
+LORA_TARGETS = r"model\.language_model\..*\.(q|k|v|o|gate|up|down)_proj"
+
+VOCABULARY = {"vocab_size": 258, "bos_token_id": 256, "eos_token_id": 256, "pad_token_id": 256}
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+# Each is here for what it does differently from Llama.
+OTHER_LLMS = {
+    "sliding-window": MistralConfig(**SIZES, **VOCABULARY, num_key_value_heads=2, sliding_window=16),
+    "softcap": Gemma2Config(**SIZES, **VOCABULARY, num_key_value_heads=2, head_dim=8, sliding_window=16),
+    "scaled-embedding": Gemma3TextConfig(**SIZES, **VOCABULARY, num_key_value_heads=2, head_dim=8, sliding_window=16),
+    "logit-scale": CohereConfig(**SIZES, **VOCABULARY, num_key_value_heads=2, logit_scale=0.25),
+    "head-bias": PhiConfig(**SIZES, **VOCABULARY),
+    "narrow-embedding": OPTConfig(
+        **VOCABULARY, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=16
+    ),
+    "window-by-index": GPTNeoConfig(
+        **VOCABULARY,
+        hidden_size=32,
+        num_layers=2,
+        num_heads=4,
+        attention_types=[[["global", "local"], 1]],
+        window_size=16,
+    ),
+    "alibi": BloomConfig(**VOCABULARY, hidden_size=32, n_layer=2, n_head=4),
+    "state-space": MambaConfig(**VOCABULARY, hidden_size=32, num_hidden_layers=2, state_size=8),
+}
+
+
+def random_llm(name: str):
+    """One of `OTHER_LLMS` with weights large enough that its outputs differ."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(OTHER_LLMS[name]).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(std=0.15)
+        if model.get_output_embeddings().bias is not None:
+            model.get_output_embeddings().bias.normal_()
+    return model
+
+
+@pytest.fixture(scope="module", params=LLMS, ids=lambda case: f"{case[0]}-{'tied' if case[1] else 'untied'}")
+def any_egmf(request, llm_folder, assemble):
+    """A model and its processor, over architectures, tied and untied heads, spare and added tokens."""
+    folder = llm_folder(*request.param)
+    processor = EGMFProcessor(AutoTokenizer.from_pretrained(folder), num_pseudo_tokens=3)
+    assert (processor.pseudo_token == "<|pseudo|>") != request.param[2]
+    model = assemble(AutoModelForCausalLM.from_pretrained(folder), pseudo_token_id=processor.pseudo_token_id)
+    assert model.get_input_embeddings().num_embeddings == 258
+    assert (model.lm_head.weight is model.get_input_embeddings().weight) == request.param[1]
+    return model, processor
+
+
+def pad(batch, side: str, tokens: int = 6, frames: int = 5):
+    """The batch with more padding on one side, of text and features, holding arbitrary tokens and NaN."""
+
+    def widths(n):
+        return (n, 0) if side == "left" else (0, n)
+
+    padded = {name: F.pad(value, widths(tokens)) for name, value in batch.items() if value.shape == batch_shape(batch)}
+    padded["input_ids"] = padded["input_ids"].masked_fill(F.pad(batch["attention_mask"], widths(tokens)) == 0, 42)
+    for modality in ("audio", "vision"):
+        mask = F.pad(batch[f"{modality}_mask"], widths(frames))
+        features = F.pad(batch[f"{modality}_features"], (0, 0, *widths(frames)))
+        padded[f"{modality}_mask"] = mask
+        padded[f"{modality}_features"] = features.masked_fill(mask.unsqueeze(-1) == 0, torch.nan)
+        padded[f"{modality}_times"] = F.pad(batch[f"{modality}_times"], widths(frames)).masked_fill(
+            mask == 0, torch.inf
+        )
+    return padded
+
+
+def batch_shape(batch):
+    return batch["input_ids"].shape
+
+
+def largest_difference(model, first, second) -> float:
+    """Largest difference of two inputs' outputs, over the logits where tokens stand and all gate weights."""
+    with torch.no_grad():
+        one, two = model(**first), model(**second)
+    stands_one, stands_two = first["attention_mask"].bool(), second["attention_mask"].bool()
+    differences = [(one.logits[stands_one] - two.logits[stands_two]).abs().max()]
+    differences += [(one.gate_weights[level] - two.gate_weights[level]).abs().max() for level in one.gate_weights]
+    assert all(torch.isfinite(difference) for difference in differences)
+    return max(difference.item() for difference in differences)
+
+
+# Independence of the batch and of padding
+
+
+def test_alone_is_as_in_a_batch(any_egmf, samples, make_batch, row_of):
+    model, processor = any_egmf
+    batch = make_batch(samples, processor=processor)
+    with torch.no_grad():
+        together = model(**batch)
+        for index in range(len(samples)):
+            alone = model(**row_of(batch, index))
+            stands = batch["attention_mask"][index].bool()
+            assert (together.logits[index, stands] - alone.logits[0]).abs().max() < TOLERANCE
+            for level, weights in alone.gate_weights.items():
+                assert (together.gate_weights[level][index] - weights[0]).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("text_side", ["left", "right"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_and_what_it_holds_change_nothing(any_egmf, samples, make_batch, text_side, side):
+    model, processor = any_egmf
+    batch = make_batch(samples, processor=processor, padding_side=text_side)
+    assert largest_difference(model, batch, pad(batch, side)) < TOLERANCE
+
+
+def test_features_reach_the_answer(any_egmf, samples, make_batch):
+    """The counterpart of the tests above: what is not padding does change the last token's logits."""
+    model, processor = any_egmf
+    batch = make_batch(samples[:1], processor=processor)
+    with torch.no_grad():
+        logits = model(**batch).logits[:, -1]
+        for name in ("audio_features", "vision_features", "audio_times", "utterance_mask"):
+            changed = {**batch, name: batch[name].flip(1)}
+            assert (model(**changed).logits[:, -1] - logits).abs().max() > 1e-3, name
+
+
+# Generation
+
+
+def greedy(model, inputs, **options):
+    settings = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 256}
+    return model.generate(**inputs, **settings, **options)
+
+
+def test_cached_uncached_and_static_generation_agree(any_egmf, samples, make_batch):
+    model, processor = any_egmf
+    batch = make_batch(samples, processor=processor)
+    cached = greedy(model, batch)
+    assert cached.shape[1] == batch["input_ids"].shape[1] + 5
+    assert torch.equal(cached, greedy(model, batch, use_cache=False))
+    assert torch.equal(cached, greedy(model, batch, cache_implementation="static"))
+
+
+def test_beams_with_and_without_a_cache_agree(any_egmf, samples, make_batch):
+    model, processor = any_egmf
+    batch = make_batch(samples, processor=processor)
+    beams = greedy(model, batch, num_beams=3, num_return_sequences=2)
+    assert beams.shape == (2 * len(samples), batch["input_ids"].shape[1] + 5)
+    assert torch.equal(beams, greedy(model, batch, num_beams=3, num_return_sequences=2, use_cache=False))
+
+
+def test_generation_never_writes_a_placeholder(fresh_egmf, samples, make_batch):
+    """Uncached, a generated placeholder would be taken for one of the prompt's."""
+    batch = make_batch(samples[:1])
+    placeholder = fresh_egmf.config.pseudo_token_id
+    with torch.no_grad():
+        hidden = fresh_egmf(**batch, output_hidden_states=True).hidden_states[-1]
+        fresh_egmf.lm_head.weight[placeholder] = 100 * hidden[0, -1]
+        assert fresh_egmf(**batch).logits[0, -1].argmax() == placeholder
+    assert (greedy(fresh_egmf, batch, use_cache=False)[:, batch["input_ids"].shape[1] :] != placeholder).all()
+
+
+# Other language models
+
+
+@pytest.mark.parametrize("name", OTHER_LLMS)
+def test_other_language_models(name, assemble, samples, make_batch, row_of):
+    model = assemble(random_llm(name))
+    batch = make_batch(samples[:2])
+    with torch.no_grad():
+        together = model(**batch).logits
+        for index in range(2):
+            stands = batch["attention_mask"][index].bool()
+            alone = model(**row_of(batch, index)).logits[0]
+            assert (together[index, stands] - alone).abs().max() < TOLERANCE
+    cached = greedy(model, batch)
+    assert torch.equal(cached, greedy(model, batch, use_cache=False))
+    assert greedy(model, batch, num_beams=2).shape == cached.shape
+
+
+def test_pseudo_tokens_have_the_size_of_what_the_llm_reads(assemble, samples, make_batch):
+    """Gemma 3 multiplies its embeddings by the root of the hidden size; the pseudo tokens must follow."""
+    model = assemble(random_llm("scaled-embedding"))
+    batch = make_batch(samples[:1])
+    seen = []
+    model.model.language_model.register_forward_hook(
+        lambda module, args, kwargs, output: seen.append(kwargs["inputs_embeds"]), with_kwargs=True
+    )
+    with torch.no_grad():
+        model(**batch)
+    pseudo = batch["input_ids"] == model.config.pseudo_token_id
+    ratio = seen[0][pseudo].square().mean().sqrt() / seen[0][~pseudo].square().mean().sqrt()
+    assert 0.8 < ratio < 1.25
+
+
+def test_unknown_head_is_refused(llm_folder, assemble):
+    class Doubling(LlamaForCausalLM):
+        def forward(self, *args, **kwargs):
+            outputs = super().forward(*args, **kwargs)
+            outputs.logits = 2 * outputs.logits
+            return outputs
+
+    with pytest.raises(ValueError, match="Doubling computes logits in a way EGMF does not know"):
+        assemble(Doubling.from_pretrained(llm_folder()))
+
+
+def test_weights_are_the_llms_own(llm_folder, assemble):
+    """Assembling leaves a text-only prompt's logits as the LLM gives them."""
+    llm = AutoModelForCausalLM.from_pretrained(llm_folder("qwen3", False, True)).eval()
+    ids = torch.arange(20).reshape(2, 10)
+    with torch.no_grad():
+        wanted = llm(input_ids=ids).logits
+        assert (assemble(llm)(input_ids=ids).logits - wanted).abs().max() < 1e-5
+
+
+# Missing modalities
+
+PRESENCE = list(itertools.product([True, False], repeat=3))
+EXPERT_SETS = [
+    list(names) for size in (1, 2, 3) for names in itertools.combinations(("local", "semantic", "global"), size)
+]
+
+
+@pytest.fixture(scope="module")
+def every_presence():
+    """One sample for each combination of present modalities; some sequences have one frame."""
+    generator = torch.Generator().manual_seed(3)
+    columns = {"text": [], "audio_features": [], "vision_features": []}
+    for index, (text, audio, vision) in enumerate(PRESENCE):
+        columns["text"].append("so what?" if text else None)
+        columns["audio_features"].append(torch.randn(1 + 3 * (index % 2), 5, generator=generator) if audio else None)
+        columns["vision_features"].append(torch.randn(1 + index % 3, 7, generator=generator) if vision else None)
+    return columns
+
+
+@pytest.mark.parametrize("gating", ["hierarchical", "flat", "mean"])
+@pytest.mark.parametrize("experts", EXPERT_SETS, ids="-".join)
+def test_every_combination_of_modalities(assemble, processor, every_presence, row_of, gating, experts):
+    model = assemble(gating=gating, experts=experts)
+    batch = processor(**every_presence, task="mosi")
+    present = torch.tensor(PRESENCE)
+    with torch.no_grad():
+        outputs = model(**batch)
+        modality, expert = outputs.gate_weights["modality"], outputs.gate_weights["expert"]
+        assert modality.shape == (8, len(experts), 3) and expert.shape == (8, 3, len(experts))
+        assert torch.isfinite(outputs.logits).all()
+        absent = ~present[:, None, :].expand_as(modality)
+        assert (modality[absent] == 0).all() and (modality[~absent] > 0).all()
+        some = present.any(1)
+        torch.testing.assert_close(modality.sum(-1)[some], torch.ones(7, len(experts)))
+        torch.testing.assert_close(expert.sum(-1)[some], torch.ones(7, 3))
+        for index in range(8):
+            alone = model(**row_of(batch, index))
+            stands = batch["attention_mask"][index].bool()
+            assert (outputs.logits[index, stands] - alone.logits[0]).abs().max() < TOLERANCE
+
+
+def test_nothing_at_all_still_answers(egmf, processor):
+    batch = processor(text="", task="meld")
+    assert batch["utterance_mask"].sum() == 0
+    scores = egmf.score_labels(processor.candidates("meld"), **batch)
+    torch.testing.assert_close(scores.log_probs.exp().sum(-1), torch.ones(1))
+    assert (scores.gate_weights["modality"] == 0).all()
+    assert greedy(egmf, batch).shape[1] == batch["input_ids"].shape[1] + 5
+
+
+def test_absent_is_not_zeros(egmf, processor):
+    """A sequence of zeros is data; a missing one is not."""
+    zeros = processor(text="so", audio_features=torch.zeros(3, 5), task="mosi")
+    missing = processor(text="so", task="mosi")
+    with torch.no_grad():
+        with_zeros, without = egmf(**zeros), egmf(**missing)
+    assert (with_zeros.logits - without.logits).abs().max() > 1e-3
+    assert (with_zeros.gate_weights["modality"][..., 1] > 0).all()
+
+
+def test_pseudo_tokens_differ(egmf, samples, make_batch):
+    """K queries give K tokens, not K copies of one."""
+    batch = make_batch(samples)
+    with torch.no_grad():
+        embeds, _, _ = egmf.model.embed(
+            batch["input_ids"],
+            batch["attention_mask"],
+            batch["utterance_mask"],
+            {
+                name: (batch[f"{name}_features"], batch[f"{name}_mask"], batch[f"{name}_times"])
+                for name in ("audio", "vision")
+            },
+        )
+    tokens = embeds[batch["input_ids"] == egmf.config.pseudo_token_id].view(len(samples), 3, -1)
+    similarity = F.cosine_similarity(tokens[:, :, None], tokens[:, None], dim=-1)
+    assert similarity[:, ~torch.eye(3, dtype=torch.bool)].max() < 0.95
+
+
+# Errors
+
+
+def test_wrong_width(egmf, processor):
+    batch = processor(text="so", audio_features=torch.zeros(3, 4), task="mosi")
+    with pytest.raises(ValueError, match=r"audio_features: got shape \(1, 3, 4\), wanted \(batch, frames, 5\)"):
+        egmf(**batch)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_nan_in_features(egmf, processor, value):
+    features = torch.zeros(3, 7)
+    batch = processor(text="so", vision_features=features, task="mosi")
+    batch["vision_features"][0, 1, 2] = value
+    with pytest.raises(ValueError, match="vision_features: got NaN or infinite values, wanted finite"):
+        egmf(**batch)
+    features[1, 2] = value
+    with pytest.raises(ValueError, match=r"`vision_features\[0\]` has .* NaN and .* infinite .* wanted finite"):
+        processor(text="so", vision_features=features, task="mosi")
+
+
+def test_placeholders_that_do_not_match(egmf, llm_folder):
+    other = EGMFProcessor(AutoTokenizer.from_pretrained(llm_folder()), num_pseudo_tokens=2)
+    with pytest.raises(ValueError, match=r"input_ids: got \[2\] placeholders .* wanted num_pseudo_tokens=3"):
+        egmf(**other(text="so", task="mosi"))
+
+
+def test_modality_the_model_lacks(assemble, processor):
+    model = assemble(vision_feature_size=None)
+    assert model.config.modalities == ["text", "audio"]
+    batch = processor(text="so", vision_features=torch.zeros(3, 7), task="mosi")
+    with pytest.raises(ValueError, match="vision_features: got values, wanted None: the model has no vision"):
+        model(**batch)
+
+
+def test_missing_masks(egmf, processor):
+    batch = processor(text="so", audio_features=torch.zeros(3, 5), task="mosi")
+    without = {name: value for name, value in batch.items() if name != "utterance_mask"}
+    with pytest.raises(ValueError, match="utterance_mask: got None beside audio or vision"):
+        egmf(**without)
+    without = {name: value for name, value in batch.items() if name != "audio_mask"}
+    with pytest.raises(ValueError, match="audio_mask: got None, wanted the mask"):
+        egmf(**without)
+    with pytest.raises(ValueError, match=r"audio_mask: got \(1, 2\), wanted \(1, 3\)"):
+        egmf(**{**batch, "audio_mask": torch.ones(1, 2, dtype=torch.long)})
+    with pytest.raises(ValueError, match=r"attention_mask, utterance_mask: got .* wanted input_ids'"):
+        egmf(**{**batch, "utterance_mask": batch["utterance_mask"][:, 1:]})
+
+
+def test_exactly_one_kind_of_input(egmf):
+    with pytest.raises(ValueError, match="input_ids, inputs_embeds: wanted exactly one"):
+        egmf()
+
+
+def test_precomputed_features_for_a_tower_and_the_reverse(egmf, processor):
+    batch = processor(text="so", audio_features=torch.zeros(3, 5), task="mosi")
+    batch["input_features"] = batch.pop("audio_features")
+    with pytest.raises(ValueError, match="audio_features: the model's audio comes as precomputed features"):
+        egmf(**batch)
+
+
+# Loss and training
+
+
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+def test_loss_and_logits_on_the_answers_alone(egmf, samples, make_batch, processor, padding_side):
+    answers = ["joy", "anger", "neutral", "surprise"]
+    batch = make_batch(samples, answer=answers, padding_side=padding_side)
+    count = sum(len(processor.answer_ids("meld", answer)) + 1 for answer in answers)
+    seen = []
+    hook = egmf.lm_head.register_forward_pre_hook(lambda module, args: seen.append(tuple(args[0].shape)))
+    with torch.no_grad():
+        outputs = egmf(**batch)
+        hook.remove()
+        labels = batch.pop("labels")
+        full = egmf(**batch).logits
+    assert seen == [(count, 64)]
+    assert outputs.logits.shape == (count, 258)
+    wanted = F.cross_entropy(full[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+    torch.testing.assert_close(outputs.loss, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_loss_over_an_accumulated_batch(egmf, samples, make_batch):
+    """With `num_items_in_batch`, two halves add up to the whole, as gradient accumulation needs."""
+    batch = make_batch(samples, answer=["joy", "anger", "neutral", "surprise"])
+    total = (batch["labels"] != -100).sum()
+    with torch.no_grad():
+        whole = egmf(**batch).loss
+        halves = [
+            egmf(**{name: value[rows] for name, value in batch.items()}, num_items_in_batch=total).loss
+            for rows in (slice(0, 2), slice(2, 4))
+        ]
+    torch.testing.assert_close(halves[0] + halves[1], whole, atol=1e-5, rtol=1e-5)
+
+
+def test_answer_does_not_reach_the_gate(egmf, samples, make_batch):
+    batches = [make_batch(samples[:1], answer=[answer]) for answer in ("joy", "sadness")]
+    with torch.no_grad():
+        one, two = (egmf(**batch).gate_weights for batch in batches)
+    assert all(torch.equal(one[level], two[level]) for level in one)
+
+
+def test_logits_to_keep(egmf, samples, make_batch):
+    batch = make_batch(samples)
+    with torch.no_grad():
+        assert torch.equal(egmf(**batch, logits_to_keep=2).logits, egmf(**batch).logits[:, -2:])
+
+
+def test_gradients_reach_all_that_trains_and_nothing_else(fresh_egmf, samples, make_batch):
+    fresh_egmf.config.modality_dropout = {}
+    lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=LORA_TARGETS, modules_to_save=["fusion"])
+    model = get_peft_model(fresh_egmf, lora).train()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:  # zero at the start, which would keep gradients from lora_A
+                parameter.normal_(std=0.02)
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert sum("lora_" in name for name in trainable) == 2 * 7 * 2
+    assert any(".experts.semantic." in name for name in trainable)
+    batch = make_batch(samples, answer=["joy", "anger", "neutral", "surprise"])
+    model(**batch).loss.backward()
+    for name, parameter in model.named_parameters():
+        if name in trainable:
+            assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+        else:
+            assert parameter.grad is None, name
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(fresh_egmf, samples, make_batch):
+    batch = make_batch(samples, answer=["joy", "anger", "neutral", "surprise"])
+    fresh_egmf.train()
+    fresh_egmf.model.fusion.eval()
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            fresh_egmf.gradient_checkpointing_enable({"use_reentrant": False})
+        fresh_egmf.zero_grad()
+        fresh_egmf(**batch).loss.backward()
+        gradients.append([p.grad.clone() for p in fresh_egmf.parameters() if p.grad is not None])
+    assert len(gradients[0]) == len(gradients[1])
+    assert max((a - b).abs().max() for a, b in zip(*gradients, strict=True)) < 1e-5
+
+
+def test_bf16_llm_keeps_the_fusion_in_float32(llm_folder, assemble, samples, make_batch):
+    model = assemble(AutoModelForCausalLM.from_pretrained(llm_folder(), dtype=torch.bfloat16))
+    assert model.dtype == torch.bfloat16 and next(model.model.fusion.parameters()).dtype == torch.float32
+    batch = make_batch(samples, answer=["joy", "anger", "neutral", "surprise"])
+    model(**batch).loss.backward()
+    assert torch.isfinite(model.model.fusion.projector.token_embedding.grad).all()
+
+
+# Modality dropout
+
+
+@pytest.fixture(scope="module")
+def forgetful(assemble):
+    return assemble(modality_dropout={"text": 0.5, "audio": 0.5, "vision": 0.5}, fusion_dropout=0.0)
+
+
+def test_modality_dropout_leaves_one(forgetful, samples, make_batch):
+    batch = make_batch(samples * 60)
+    torch.manual_seed(0)
+    forgetful.train()
+    with torch.no_grad():
+        kept = (forgetful(**batch).gate_weights["modality"][:, 0] > 0).view(60, 4, 3)
+    forgetful.eval()
+    assert kept.any(-1).all()
+    # Two of these samples have one modality: it stays.
+    assert kept[:, 2].tolist() == [[True, False, False]] * 60
+    assert kept[:, 3].tolist() == [[False, False, True]] * 60
+    # Of three, each goes half the time, but for the eighth of the cases in which all would.
+    share = kept[:, 0].float().mean(0)
+    assert ((share > 0.45) & (share < 0.8)).all()
+    assert not kept[:, 1, 2].any()
+
+
+def test_modality_dropout_is_off_in_eval(forgetful, samples, make_batch):
+    batch = make_batch(samples[:1] * 30)
+    with torch.no_grad():
+        outputs = forgetful(**batch)
+    assert (outputs.gate_weights["modality"] > 0).all()
+    assert (outputs.logits[0] - outputs.logits[1:]).abs().max() < TOLERANCE
+
+
+def test_dropped_text_is_an_empty_utterance(assemble, samples, make_batch):
+    """To the fusion and to the LLM: the words are masked, and the positions of what follows close up."""
+    model = assemble(modality_dropout={"text": 0.999999}, fusion_dropout=0.0)
+    spoken, empty = make_batch(samples[:1]), make_batch([{**samples[0], "text": ""}])
+    with torch.no_grad():
+        wanted = model(**empty)
+        model.train()
+        dropped = model(**spoken)
+    assert (dropped.gate_weights["modality"][..., 0] == 0).all()
+    others = ~spoken["utterance_mask"][0].bool()
+    assert (dropped.logits[0, others] - wanted.logits[0]).abs().max() < TOLERANCE
+    with torch.no_grad():
+        assert (model.eval()(**spoken).logits[0, others] - wanted.logits[0]).abs().max() > 1e-2

@@ -1,0 +1,126 @@
+"""The README: a valid model card whose code runs, whose links and commands exist, and whose numbers were measured."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import eval as eval_script
+from language_models import build_tiny_language_model
+from modeling_egmf import EGMFForConditionalGeneration
+from processing_egmf import BUILTIN_TASKS, EGMFProcessor
+from results.make_tables import BENCHMARKS
+
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def code_blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+
+
+def commands(script: str) -> list[list[str]]:
+    """The arguments of every `python SCRIPT ...` in the README."""
+    lines = "\n".join(code_blocks("bash")).replace("\\\n", " ").split("\n")
+    words = [shlex.split(line, comments=True) for line in lines]
+    return [line[2:] for line in words if line[:2] == ["python", script]]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory) -> Path:
+    """A folder with a freshly assembled model where `make quickstart` leaves its own."""
+    folder = tmp_path_factory.mktemp("readme")
+    build_tiny_language_model(folder / "llm")
+    processor = EGMFProcessor(AutoTokenizer.from_pretrained(folder / "llm"), num_pseudo_tokens=4)
+    model = EGMFForConditionalGeneration.from_language_model(
+        AutoModelForCausalLM.from_pretrained(folder / "llm"),
+        pseudo_token_id=processor.pseudo_token_id,
+        num_pseudo_tokens=4,
+        fusion_hidden_size=32,
+        fusion_intermediate_size=64,
+        audio_feature_size=6,
+        vision_feature_size=5,
+    )
+    model.save_pretrained(folder / "runs/tiny/model")
+    processor.save_pretrained(folder / "runs/tiny/model")
+    return folder
+
+
+def test_code_runs_as_printed(workplace):
+    blocks = code_blocks("python")
+    assert len(blocks[0].strip().split("\n")) <= 13  # ten lines and the imports
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(workplace / "modules")}
+    outcome = subprocess.run(
+        [sys.executable, "-c", "\n".join(blocks)], cwd=workplace, env=environment, capture_output=True, text=True
+    )
+    assert outcome.returncode == 0, outcome.stderr
+    answer, probabilities, scores = outcome.stdout.strip().split("\n")
+    assert answer in BUILTIN_TASKS["mosi"].labels
+    assert sum(json.loads(probabilities.replace("'", '"')).values()) == pytest.approx(1.0)
+    assert scores.startswith("('+0.0', '+0.5',") and scores.endswith("'+10.0')")
+
+
+def test_card():
+    card = ModelCard.load(ROOT / "README.md")
+    data = card.data.to_dict()
+    assert card.text.strip().startswith("# EGMF")
+    assert data["library_name"] == "transformers"
+    assert data["pipeline_tag"] == "video-text-to-text"
+    assert data["license"] == "apache-2.0"
+    assert data["language"] == ["en", "zh"]
+    recipes = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in (ROOT / "recipes").glob("*smollm2.yaml")]
+    assert {recipe["language_model"] for recipe in recipes} == {data["base_model"]}
+
+
+def test_card_scores_are_the_measured_means():
+    card = ModelCard.load(ROOT / "README.md")
+    measured = []
+    for name in BENCHMARKS:
+        runs = json.loads((ROOT / f"results/{name}.json").read_text(encoding="utf-8"))["runs"]
+        for answer in ("greedy", "distribution"):
+            full = [run for run in runs if (run["variant"], run["answer"]) == ("full", answer)]
+            measured += [100 * np.mean([run[m] for run in full]) for m in ("accuracy", "weighted_f1") if full]
+    for result in card.data.eval_results or []:
+        assert any(abs(result.metric_value - value) < 0.0051 for value in measured), result
+
+
+def test_numbers_in_the_results_section_are_in_results():
+    section = re.search(r"^## Results\n(.*?)^## ", README, re.DOTALL | re.MULTILINE)[1]
+    tables = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "results").glob("*.md"))
+    number = re.compile(r"\d+(?:\.\d+)?")
+    assert set(number.findall(section)) <= set(number.findall(tables))
+
+
+def test_links_and_files_exist():
+    links = [link for link in re.findall(r"\]\(([^)#\s]+)", README) if "://" not in link]
+    files = re.findall(r"(?<![\w/])(?:[\w.]+/)*\w+\.(?:py|yaml|md|json)\b", re.sub(r"\]\([^)]*\)", "]", README))
+    made = {"metrics.json"}  # written by eval.py
+    missing = {name for name in [*links, *files] if name not in made and not (ROOT / name).exists()}
+    assert not missing
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert {"test", "quickstart"} <= set(re.findall(r"`?make (\w+)", README)) <= set(targets)
+
+
+def test_evaluation_commands_fit_the_recipes():
+    trained = {}
+    for recipe, *options in commands("train.py"):
+        fields = yaml.safe_load((ROOT / recipe).read_text(encoding="utf-8"))
+        assert options == ["--corpus_dir", "DIR"]
+        trained[fields["corpus"]] = fields
+    evaluated = {args.corpus: args for args in map(eval_script.parse_arguments, commands("eval.py"))}
+    assert set(trained) == set(evaluated) == {"mosi", "meld"}
+    for corpus, args in evaluated.items():
+        assert args.model == f"{trained[corpus]['output_dir']}/model"
+        assert (args.task or corpus) == trained[corpus]["task"]
+        assert args.corpus_options == trained[corpus].get("corpus_options", {})

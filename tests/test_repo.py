@@ -1,0 +1,79 @@
+"""The repository: pinned and complete requirements, the commands it promises, nothing of the machine it came from."""
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+from importlib.metadata import packages_distributions, version
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).resolve().parents[1]
+REQUIREMENTS = [
+    line for line in (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines() if not line.startswith("#")
+]
+NOT_IMPORTED = {"gguf": "transformers reads the registry's model with it", "ruff": "make test calls it"}
+
+
+@pytest.fixture(scope="module")
+def files() -> list[Path]:
+    """Every file of the repository that git does not ignore."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines()
+    return [ROOT / name for name in names if (ROOT / name).is_file()]
+
+
+@pytest.mark.parametrize("requirement", REQUIREMENTS)
+def test_requirement_is_pinned_and_installed(requirement):
+    name, pinned = re.fullmatch(r"([a-z0-9-]+)==([0-9.]+)", requirement).groups()
+    assert version(name).split("+")[0] == pinned  # a build such as 2.13.0+cpu is the same version
+
+
+def test_requirements_are_what_is_imported(files):
+    imported = set()
+    for path in files:
+        if path.suffix == ".py":
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Import):
+                    imported |= {alias.name.split(".")[0] for alias in node.names}
+                elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                    imported.add(node.module.split(".")[0])
+    own = {path.relative_to(ROOT).parts[0] for path in files} | {path.stem for path in files}
+    third_party = imported - own - set(sys.stdlib_module_names)
+    distributions = packages_distributions()
+    names = {name for module in third_party for name in distributions.get(module, [module])}
+    names = {re.sub(r"[-_.]+", "-", name).lower() for name in names}
+    assert names | set(NOT_IMPORTED) == {requirement.split("==")[0] for requirement in REQUIREMENTS}
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+@pytest.mark.parametrize(
+    ("target", "parts"),
+    [
+        ("test", ["ruff check .", "ruff format --check .", 'pytest -q -m "not slow"', "pytest -q -m slow"]),
+        ("quickstart", ["nothing else", "train.py recipes/tiny.yaml", "eval.py runs/tiny/model"]),
+        ("results", ["results/make_tables.py render"]),
+    ],
+)
+def test_make_targets(target, parts):
+    command = ["make", "--dry-run", "--always-make", target]
+    steps = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    places = [steps.index(part) for part in ["pip install -r requirements.txt", *parts]]
+    assert places == sorted(places)
+
+
+def test_continuous_integration_calls_make_test():
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    assert script.read_text(encoding="utf-8").rstrip().endswith("make test")
+
+
+def test_no_absolute_home_paths(files):
+    home = re.compile(rb"(?<![\w.])/(?:home|root|Users|work)/\w")
+    assert not [path.name for path in files if home.search(path.read_bytes())]

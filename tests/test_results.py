@@ -1,0 +1,159 @@
+"""Result tables: the right numbers out of runs on disk, and every table in the repository out of its JSON."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from evaluation import mcnemar
+from results import make_tables
+from results.make_tables import BENCHMARKS, cluster_bootstrap, collect, fill_readme, main, main_table, render
+
+
+RESULTS = Path(make_tables.__file__).parent
+IDS = [f"video{number // 3}$_${number}" for number in range(9)]  # three videos of three clips
+
+
+def write_run(folder: Path, distribution: list[bool], greedy: list[bool | None], weighted_f1=(0.5, 0.25)) -> None:
+    """A run as `eval.py` leaves it, from which answers are right (None: unparsable)."""
+    (folder / "test").mkdir(parents=True)
+    rows, accuracy = [], {}
+    for row_id, top, text in zip(IDS, distribution, greedy, strict=True):
+        gold = "positive" if row_id.startswith("video0") else "negative"
+        other = "negative" if gold == "positive" else "positive"
+        answers = {"distribution": gold if top else other, "greedy": None if text is None else gold if text else other}
+        rows.append(json.dumps({"id": row_id, "gold": gold, "answers": answers}))
+    (folder / "test/predictions.jsonl").write_text("\n".join(rows) + "\n")
+    for answer, right, f1 in zip(("distribution", "greedy"), (distribution, greedy), weighted_f1, strict=True):
+        accuracy[answer] = {"accuracy": sum(map(bool, right)) / 9, "weighted_f1": f1, "unparsable": right.count(None)}
+    (folder / "test/metrics.json").write_text(json.dumps({"answers": accuracy}))
+    (folder / "command.txt").write_text(f"python train.py {folder.name}\npython eval.py {folder.name}\n")
+
+
+@pytest.fixture
+def runs(tmp_path) -> Path:
+    right, wrong = [True], [False]
+    folder = tmp_path / "runs"
+    write_run(folder / "full_1111", right * 9, right * 8 + [None], (1.0, 0.9))
+    write_run(folder / "full_2222", right * 7 + wrong * 2, right * 6 + [None] * 3, (0.8, 0.7))
+    write_run(folder / "text_1111", right * 6 + wrong * 3, right * 6 + wrong * 3)
+    write_run(folder / "text_2222", right * 5 + wrong * 3 + right, right * 6 + wrong * 3)
+    write_run(folder / "no_local_1111", right * 4 + wrong * 5, wrong * 9, (0.4, 0.0))
+    (folder / "flat_1111").mkdir()  # still training
+    return folder
+
+
+def test_collect(runs, capsys):
+    data = collect("mosi", runs)
+    assert "flat_1111: not evaluated" in capsys.readouterr().out
+    assert data["test_set"] == {"samples": 9, "clusters": 3, "majority_accuracy": 0.666667}
+    order = [(run["variant"], run["seed"]) for run in data["runs"][::2]]
+    assert order == [("full", 1111), ("full", 2222), ("text", 1111), ("text", 2222), ("no_local", 1111)]
+    assert data["runs"][3] == {
+        "variant": "full",
+        "seed": 2222,
+        "answer": "greedy",
+        "accuracy": 0.666667,
+        "weighted_f1": 0.7,
+        "unparsable": 3,
+        "command": "python train.py full_2222 && python eval.py full_2222",
+    }
+
+    tests = [test for test in data["paired_tests"] if test["answer"] == "distribution"]
+    assert [(test["test"], test["seeds"]) for test in tests] == [
+        ("mcnemar", [1111]),
+        ("mcnemar", [2222]),
+        ("mcnemar", [1111, 2222]),
+        ("bootstrap", [1111, 2222]),
+    ]
+    assert [(test["first_only"], test["second_only"]) for test in tests[:3]] == [(3, 0), (2, 1), (5, 1)]
+    assert tests[2]["p_value"] == pytest.approx(mcnemar([True] * 5 + [False], [False] * 5 + [True])["p_value"])
+    # By video: 0, then clips 5, 6, 7 gain (1/2, 1, 1/2) and clip 8 is right once in each model.
+    wanted = cluster_bootstrap(np.array([0, 0, 0, 0, 0, 0.5, 1, 0.5, 0]), [row_id[:6] for row_id in IDS])
+    assert tests[3] == tests[3] | wanted
+    assert wanted["difference"] == pytest.approx(2 / 9, abs=1e-6)
+
+
+def test_render(runs):
+    text = render("mosi", collect("mosi", runs))
+    # full: 9/9 and 7/9, greedy 8/9 and 6/9; sample standard deviations.
+    cells = "88.89 ± 15.71 | 90.00 ± 14.14 | 77.78 ± 15.71 | 80.00 ± 14.14 | 4 |"
+    assert f"| full model: text, audio and vision | 2 | {cells}" in text
+    assert "| without the local expert | 1 | 44.44 | 40.00 | 0.00 | 0.00 | 0 |" in text
+    assert "audio only" not in text and "flat gate" not in text
+    assert "| distribution | 1111, 2222 | 5 | 1 | 0.2188 |" in text
+    assert "| distribution | 1111, 2222 | +22.22 | +0.00 to +50.00 |" in text
+    assert "9 test utterances of 3 videos" in text and "accuracy 66.67" in text
+    assert "# full, seed 2222\npython train.py full_2222\npython eval.py full_2222" in text
+    assert "| MMMU-BA | text, audio, vision | 82.31 | Ghosal et al. 2018, EMNLP |" in text
+
+
+def test_commands(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(make_tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(make_tables, "README", tmp_path / "README.md")
+    monkeypatch.setattr(make_tables, "_paired_tests", lambda *_: [])
+    markers = "".join(f"<!-- results/{name}.md -->\n<!-- end of results/{name}.md -->\n" for name in BENCHMARKS)
+    (tmp_path / "README.md").write_text(markers)
+    (tmp_path / "meld.json").write_text(json.dumps({"test_set": None, "runs": [], "paired_tests": []}))
+    main(["collect", "mosi", str(runs)])
+    main(["render"])
+    assert "| text only | 2 |" in (tmp_path / "mosi.md").read_text()
+    assert "No run has been collected yet." in (tmp_path / "meld.md").read_text()
+    readme = (tmp_path / "README.md").read_text()
+    assert readme.count("| text only | 2 |") == 1 and readme.count("No run has been collected yet.") == 1
+    main(["render"])
+    assert (tmp_path / "README.md").read_text() == readme
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("test/metrics.json", '{"answers": {"distribution": {"accuracy": 0.5}}}', "has accuracy 0.5"),
+        ("command.txt", "python train.py\n", "wanted two lines"),
+        ("test/predictions.jsonl", None, "same samples"),
+    ],
+)
+def test_collect_refuses_a_run_that_does_not_fit(runs, file, content, message):
+    path = runs / "text_2222" / file
+    # None: another id in one row.
+    path.write_text(path.read_text().replace(IDS[0], "video0$_$77") if content is None else content)
+    with pytest.raises(ValueError, match=message):
+        collect("mosi", runs)
+
+
+def test_collect_refuses_unknown_names(runs, tmp_path):
+    (runs / "full_1111").rename(runs / "best_1111")
+    with pytest.raises(ValueError, match="VARIANT_SEED"):
+        collect("mosi", runs)
+    with pytest.raises(ValueError, match="no run has been evaluated"):
+        collect("mosi", runs / "flat_1111")
+
+
+def test_clusters_of_the_published_ids():
+    assert make_tables._cluster(BENCHMARKS["mosi"], "03bSnISJMiM$_$11") == "03bSnISJMiM"
+    assert make_tables._cluster(BENCHMARKS["meld"], "test_dia12_utt3") == "dia12"
+    with pytest.raises(ValueError, match="train_dia0_utt0"):
+        make_tables._cluster(BENCHMARKS["meld"], "train_dia0_utt0")
+
+
+def test_cluster_bootstrap_sees_clusters():
+    rng = np.random.default_rng(0)
+    one_by_one = rng.normal(0.1, 1.0, 200)
+    outcome = cluster_bootstrap(one_by_one, [str(i) for i in range(200)])
+    error = one_by_one.std() / np.sqrt(200)
+    assert outcome["low"] == pytest.approx(one_by_one.mean() - 1.96 * error, abs=0.1 * error)
+    assert outcome["high"] == pytest.approx(one_by_one.mean() + 1.96 * error, abs=0.1 * error)
+    # Every sample five times is no more evidence than once.
+    fivefold = cluster_bootstrap(np.repeat(one_by_one, 5), [str(i // 5) for i in range(1000)])
+    assert fivefold["high"] - fivefold["low"] == pytest.approx(outcome["high"] - outcome["low"], rel=0.05)
+    certain = cluster_bootstrap(np.full(9, 0.5), IDS)
+    assert (certain["low"], certain["high"]) == (0.5, 0.5) and certain["p_value"] == pytest.approx(2 / 10_001)
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_tables_in_the_repository_are_what_render_makes(name):
+    data = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    assert (RESULTS / f"{name}.md").read_text(encoding="utf-8") == render(name, data)
+    readme = make_tables.README.read_text(encoding="utf-8")
+    assert readme == fill_readme(readme, name, main_table(name, data))

@@ -1,0 +1,232 @@
+"""Answering: `score_labels` against scoring every answer alone, and generation among the legal answers."""
+
+import pytest
+import torch
+from scipy.stats import chisquare
+from test_modeling import OTHER_LLMS, random_llm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from modeling_egmf import AnswerTrie
+from processing_egmf import EGMFProcessor
+
+
+TASKS = {"mosi": 2, "meld": 7, "mosei": 61, "calm": 3}
+
+
+@torch.no_grad()
+def score_alone(model, row: dict, candidates: list[list[int]]) -> torch.Tensor:
+    """(C,) log-probability of each candidate: the plain way, one teacher-forced forward per candidate.
+
+    At each of its tokens, a softmax over the tokens with which some candidate goes on from there.
+    """
+    prompt = row["input_ids"].shape[1]
+    scores = []
+    for candidate in candidates:
+        answer = torch.tensor([candidate])
+        inputs = {
+            **row,
+            "input_ids": torch.cat([row["input_ids"], answer], 1),
+            "attention_mask": torch.ones(1, prompt + len(candidate), dtype=torch.long),
+            "utterance_mask": torch.cat([row["utterance_mask"], torch.zeros_like(answer)], 1),
+        }
+        logits = model(**inputs, use_cache=False).logits[0]
+        score = 0.0
+        for step, token in enumerate(candidate):
+            legal = sorted({other[step] for other in candidates if other[:step] == candidate[:step]})
+            score += logits[prompt - 1 + step, legal].log_softmax(-1)[legal.index(token)].item()
+        scores.append(score)
+    return torch.tensor(scores)
+
+
+def largest_error(model, batch, candidates, row_of) -> float:
+    log_probs = model.score_labels(candidates, **batch).log_probs
+    torch.testing.assert_close(log_probs.exp().sum(-1), torch.ones(len(log_probs)))
+    wanted = [score_alone(model, row_of(batch, index), candidates) for index in range(len(log_probs))]
+    return (log_probs - torch.stack(wanted)).abs().max().item()
+
+
+def forward_lengths(model, function) -> list[int]:
+    """Lengths of the sequences that the language model reads while `function` runs."""
+    lengths = []
+    hook = model.model.language_model.register_forward_hook(
+        lambda module, args, kwargs, output: lengths.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+    )
+    function()
+    hook.remove()
+    return lengths
+
+
+# score_labels
+
+
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+@pytest.mark.parametrize("task", TASKS)
+def test_scores_are_those_of_every_answer_alone(egmf, processor, samples, make_batch, row_of, task, padding_side):
+    batch = make_batch(samples[:3], task=task, padding_side=padding_side)
+    candidates = processor.candidates(task)
+    assert len(candidates) == TASKS[task]
+    assert (candidates[0][-1] == processor.tokenizer.eos_token_id) == (task == "calm")
+    assert largest_error(egmf, batch, candidates, row_of) < 1e-4
+    if len(set(map(len, candidates))) > 1 or task == "mosei":
+        assert forward_lengths(egmf, lambda: egmf.score_labels(candidates, **batch))[0] == batch["input_ids"].shape[1]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("architecture,tied", [("llama", False), ("qwen3", True), ("gpt2", True), ("gpt2", False)])
+def test_scores_over_architectures(llm_folder, assemble, samples, make_batch, row_of, architecture, tied, attention):
+    folder = llm_folder(architecture, tied, False)
+    processor = EGMFProcessor(AutoTokenizer.from_pretrained(folder), num_pseudo_tokens=3)
+    llm = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention)
+    model = assemble(llm, pseudo_token_id=processor.pseudo_token_id)
+    batch = make_batch(samples[:2], task="simsv2", processor=processor)
+    candidates = processor.candidates("simsv2")
+    assert largest_error(model, batch, candidates, row_of) < 1e-4
+    assert len(forward_lengths(model, lambda: model.score_labels(candidates, **batch))) == 2
+
+
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+@pytest.mark.parametrize("name", OTHER_LLMS)
+def test_scores_of_other_language_models(assemble, processor, samples, make_batch, row_of, name, padding_side):
+    """Windows, ALiBi and state spaces take no tree mask: they read the trie's branches behind the prompt instead."""
+    model = assemble(random_llm(name))
+    batch = make_batch(samples[:2], task="meld", padding_side=padding_side)
+    candidates = processor.candidates("meld")
+    assert largest_error(model, batch, candidates, row_of) < 1e-4
+    as_tree = name in ("logit-scale", "head-bias", "narrow-embedding")
+    lengths = forward_lengths(model, lambda: model.score_labels(candidates, **batch))
+    inner = len(AnswerTrie(candidates).paths) - 1
+    assert lengths[0] == batch["input_ids"].shape[1]
+    assert (lengths[1:] == [inner]) if as_tree else (lengths[1] > lengths[0])
+
+
+def test_the_two_ways_agree(fresh_egmf, processor, samples, make_batch):
+    """Tree and batch of sequences, of the same model."""
+    batch = make_batch(samples, task="mosei")
+    candidates = processor.candidates("mosei")
+    tree = fresh_egmf.score_labels(candidates, **batch).log_probs
+    fresh_egmf._takes_tree_mask = lambda: False
+    assert forward_lengths(fresh_egmf, lambda: fresh_egmf.score_labels(candidates, **batch))[1] > 18
+    sequences = fresh_egmf.score_labels(candidates, **batch).log_probs
+    assert (tree - sequences).abs().max() < 1e-4
+
+
+def test_61_scores_need_the_inner_nodes_alone(egmf, processor, samples, make_batch):
+    batch = make_batch(samples[:1], task="mosei")
+    # One token a byte: " ", two signs, three digits each (3 has one continuation) and their points.
+    lengths = forward_lengths(egmf, lambda: egmf.score_labels(processor.candidates("mosei"), **batch))
+    assert lengths == [batch["input_ids"].shape[1], 15]
+    # " +" and " -" are tokens of SmolLM2, Llama and Qwen; digits stand alone.
+    signed = [[ids[1], *ids[2:]] for ids in processor.candidates("mosei")]
+    lengths = forward_lengths(egmf, lambda: egmf.score_labels(signed, **batch))
+    assert lengths == [batch["input_ids"].shape[1], 14]
+
+
+def test_two_labels_that_differ_at_once_need_the_prompt_alone(egmf, samples, make_batch):
+    batch = make_batch(samples[:1], task="mosi")
+    assert len(forward_lengths(egmf, lambda: egmf.score_labels([[10, 3], [11, 4]], **batch))) == 1
+
+
+@pytest.mark.parametrize("task", ["meld", "mosei", "calm"])
+def test_head_is_evaluated_for_the_candidates_alone(llm_folder, assemble, processor, samples, make_batch, task):
+    """No other row of the head matters, and none is computed."""
+    model = assemble(AutoModelForCausalLM.from_pretrained(llm_folder("llama", False)))
+    batch = make_batch(samples, task=task)
+    candidates = processor.candidates(task)
+    before = model.score_labels(candidates, **batch).log_probs
+    others = torch.ones(model.config.text_config.vocab_size, dtype=torch.bool)
+    others[sorted({token for ids in candidates for token in ids})] = False
+    calls = []
+    model.lm_head.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        model.lm_head.weight[others] = torch.nan
+    assert torch.equal(model.score_labels(candidates, **batch).log_probs, before)
+    assert not calls
+
+
+def test_gate_weights_come_with_the_scores(egmf, processor, samples, make_batch):
+    batch = make_batch(samples)
+    scored = egmf.score_labels(processor.candidates("meld"), **batch).gate_weights
+    with torch.no_grad():
+        wanted = egmf(**batch).gate_weights
+    for level in ("modality", "expert"):
+        torch.testing.assert_close(scored[level], wanted[level])
+
+
+@pytest.mark.parametrize("candidates", [[[1, 2], [1, 2, 3]], [[1, 2], [1, 2]], [[1], []]])
+def test_candidates_that_cannot_be_told_apart(egmf, samples, make_batch, candidates):
+    with pytest.raises(ValueError, match=r"candidates\[\d\]: got .* wanted distinct answers, with EOS"):
+        egmf.score_labels(candidates, **make_batch(samples[:1]))
+
+
+# generate() among the legal answers
+
+
+@pytest.mark.parametrize("task", ["meld", "mosei", "calm"])
+def test_1000_random_models_never_leave_the_legal_set(fresh_egmf, processor, samples, make_batch, task):
+    """25 sets of random weights, 40 hot samples each."""
+    batch = make_batch(samples, task=task)
+    answers = set()
+    for seed in range(25):
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for parameter in fresh_egmf.parameters():
+                parameter.normal_(std=0.3)
+        generated = fresh_egmf.generate(
+            **batch,
+            logits_processor=processor.logits_processor(task, batch),
+            max_new_tokens=processor.max_answer_tokens(task),
+            do_sample=True,
+            temperature=3.0,
+            num_return_sequences=10,
+        )
+        decoded = processor.decode_answers(generated[:, batch["input_ids"].shape[1] :], task)
+        assert len(decoded) == 40 and all(answer.value is not None for answer in decoded)
+        answers |= {answer.text for answer in decoded}
+    # Hot samples of random models reach most of the answers, else the test would show little.
+    assert len(answers) > 0.8 * len(processor.tasks[task].answers)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"num_beams": 3}], ids=["greedy", "uncached", "beams"])
+@pytest.mark.parametrize("task", ["meld", "mosei"])
+def test_greedy_and_beams_stay_legal_too(egmf, processor, samples, make_batch, task, options):
+    batch = make_batch(samples, task=task)
+    generated = egmf.generate(
+        **batch,
+        logits_processor=processor.logits_processor(task, batch),
+        max_new_tokens=processor.max_answer_tokens(task),
+        do_sample=False,
+        **options,
+    )
+    decoded = processor.decode_answers(generated[:, batch["input_ids"].shape[1] :], task)
+    assert all(answer.value is not None for answer in decoded)
+
+
+@pytest.mark.parametrize("task,draws", [("calm", 1500), ("mosei", 1500)])
+def test_samples_have_the_scored_distribution(fresh_egmf, processor, samples, make_batch, task, draws):
+    """`score_labels` says what constrained sampling does; a chi-square test over rare answers taken together."""
+    egmf = fresh_egmf
+    with torch.no_grad():  # less certain of its answers
+        egmf.model.language_model.norm.weight.mul_(0.3)
+    batch = make_batch(samples[2:3], task=task)
+    torch.manual_seed(1)
+    generated = egmf.generate(
+        **batch,
+        logits_processor=processor.logits_processor(task, batch),
+        max_new_tokens=processor.max_answer_tokens(task),
+        do_sample=True,
+        top_k=0,
+        num_return_sequences=draws,
+    )
+    texts = [answer.text for answer in processor.decode_answers(generated[:, batch["input_ids"].shape[1] :], task)]
+    answers = processor.tasks[task].answers
+    counts = torch.tensor([texts.count(answer) for answer in answers])
+    expected = draws * egmf.score_labels(processor.candidates(task), **batch).log_probs[0].exp()
+    common = expected >= 5
+    assert common.sum() >= min(3, len(answers))
+    # The scored distribution is far from even, so that the test can fail.
+    assert expected.max() > 1.5 * draws / len(answers)
+    pooled = [torch.cat([x[common], x[~common].sum(0, keepdim=True)]).double() for x in (counts, expected)]
+    if pooled[1][-1] < 1e-6:
+        pooled = [x[:-1] for x in pooled]
+    assert chisquare(pooled[0], pooled[1] * draws / pooled[1].sum()).pvalue > 1e-3
+    assert (counts - expected).abs().sum() / (2 * draws) < 0.1

@@ -1,0 +1,258 @@
+"""Towers: audio and image encoders inside the model, frozen, whose layers are mixed."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    HubertConfig,
+    HubertModel,
+    Wav2Vec2Config,
+    Wav2Vec2Model,
+    WhisperConfig,
+    WhisperModel,
+)
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+from modeling_egmf import EGMFForConditionalGeneration
+
+
+TOLERANCE = 1e-4
+WAVE = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+    "conv_dim": (8, 8),
+    "conv_kernel": (10, 4),
+    "conv_stride": (5, 4),
+    "num_conv_pos_embeddings": 8,
+    "num_conv_pos_embedding_groups": 2,
+    "layerdrop": 0.5,
+    "hidden_dropout": 0.5,
+}
+IMAGE = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 8,
+}
+
+
+def whisper() -> WhisperModel:
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    sizes = {"num_mel_bins": 8, "d_model": 16, "encoder_layers": 2, "decoder_layers": 1, "max_source_positions": 50}
+    return WhisperModel(WhisperConfig(vocab_size=20, **special, **heads, **sizes, dropout=0.5))
+
+
+# Tower and the name of its input.
+TOWERS = {
+    "whisper": (whisper, "input_features"),
+    "hubert": (lambda: HubertModel(HubertConfig(**WAVE)), "input_values"),  # group norm, as hubert-base
+    "wav2vec2": (
+        lambda: Wav2Vec2Model(Wav2Vec2Config(**WAVE, feat_extract_norm="layer", do_stable_layer_norm=True)),
+        "input_values",
+    ),
+    "clip-vision": (lambda: CLIPVisionModel(CLIPVisionConfig(**IMAGE)), "pixel_values"),
+    "clip": (
+        lambda: CLIPModel(CLIPConfig(text_config={**IMAGE, "vocab_size": 9}, vision_config=IMAGE)),
+        "pixel_values",
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=TOWERS)
+def towered(request, assemble, processor):
+    """A model with a tower, the name of the tower's modality and input, and a batch: long, short and absent."""
+    build, field = TOWERS[request.param]
+    torch.manual_seed(1)
+    tower = build()
+    if field == "pixel_values":
+        modality, model = "vision", assemble(vision_tower=tower)
+        values, lengths = torch.randn(3, 4, 3, 16, 16), (4, 2, 0)
+    else:
+        rate = 100 if field == "input_features" else 16000
+        modality, model = "audio", assemble(audio_tower=tower, audio_input_rate=rate)
+        # A Whisper window has its positions last; of a wave they are all there is.
+        values, lengths = (
+            (torch.randn(3, 8, 100), (100, 30, 0)) if rate == 100 else (torch.randn(3, 400), (400, 150, 0))
+        )
+    positions = max(lengths)
+    mask = (torch.arange(positions) < torch.tensor(lengths)[:, None]).long()
+    batch = dict(processor(text=["it is good", "no", "well"], task="meld"))
+    batch |= {field: values, f"{modality}_mask": mask}
+    if modality == "vision":
+        batch["vision_times"] = torch.arange(4.0).expand(3, 4)
+    return model, modality, field, batch
+
+
+def outputs_of(model, batch) -> tuple[torch.Tensor, torch.Tensor]:
+    with torch.no_grad():
+        outputs = model(**batch)
+    return outputs.logits[batch["attention_mask"].bool()], outputs.gate_weights["modality"]
+
+
+def assert_close(first, second, tolerance=TOLERANCE):
+    for one, two in zip(first, second, strict=True):
+        assert (one - two).abs().max() < tolerance
+
+
+def test_tower_is_frozen_and_stays_in_eval_mode(towered):
+    model, modality, _, batch = towered
+    tower = getattr(model.model, f"{modality}_tower")
+    assert not any(parameter.requires_grad for parameter in tower.parameters())
+    before = outputs_of(model, batch)
+    model.train()
+    assert not tower.training and model.model.language_model.training
+    model.model.fusion.eval()  # its own dropout aside, training sees what use sees
+    try:
+        assert_close(before, outputs_of(model, batch), 1e-6)
+    finally:
+        model.eval()
+
+
+def test_gate_takes_a_tower_as_it_takes_features(towered):
+    model, modality, _, batch = towered
+    gates = outputs_of(model, batch)[1]
+    column = model.config.modalities.index(modality)
+    assert (gates[:2, :, column] > 0).all() and (gates[2, :, column] == 0).all()
+    torch.testing.assert_close(gates.sum(-1), torch.ones(3, 3))
+
+
+def test_tower_reaches_the_answer(towered):
+    model, _, field, batch = towered
+    changed = {**batch, field: batch[field].roll(1, dims=-1) * 2}
+    first, second = (outputs_of(model, inputs)[1] for inputs in (batch, changed))
+    assert (first[:2] - second[:2]).abs().max() > 1e-4
+
+
+def test_clip_alone_is_as_in_the_batch(towered):
+    """Without the batch's padding, text and media; a Whisper window is of one length by nature."""
+    model, modality, field, batch = towered
+    gates = outputs_of(model, batch)[1]
+    with torch.no_grad():
+        logits = model(**batch).logits
+    for index in range(3):
+        row = {name: value[index : index + 1] for name, value in batch.items()}
+        stands = row["attention_mask"][0].bool()
+        for name in ("input_ids", "attention_mask", "utterance_mask"):
+            row[name] = row[name][:, stands]
+        length = int(row[f"{modality}_mask"].sum())
+        if not length:
+            row = {name: value for name, value in row.items() if name.split("_")[0] != modality and name != field}
+        elif field != "input_features":
+            for name in (field, f"{modality}_mask", f"{modality}_times"):
+                if name in row:
+                    row[name] = row[name][:, :length]
+        with torch.no_grad():
+            alone = model(**row)
+        assert (alone.logits[0] - logits[index, stands]).abs().max() < TOLERANCE
+        assert (alone.gate_weights["modality"][0] - gates[index]).abs().max() < TOLERANCE
+
+
+def test_padding_of_media_changes_nothing(towered):
+    model, modality, field, batch = towered
+    mask = batch[f"{modality}_mask"].bool()
+    values = batch[field].clone()
+    if field == "input_features":
+        values[2] = torch.nan  # of a window, only an absent one's content is padding
+    else:
+        values[~mask] = torch.nan
+    assert_close(outputs_of(model, batch), outputs_of(model, {**batch, field: values}))
+    if field == "input_values":
+        for widths in ((50, 0), (0, 50)):
+            padded = {
+                **batch,
+                field: torch.nn.functional.pad(batch[field], widths, value=9.0),
+                "audio_mask": torch.nn.functional.pad(batch["audio_mask"], widths),
+            }
+            assert_close(outputs_of(model, batch), outputs_of(model, padded))
+
+
+def test_nan_where_a_tower_listens(towered):
+    model, _, field, batch = towered
+    values = batch[field].clone()
+    values[0].view(-1)[3] = torch.nan
+    with pytest.raises(ValueError, match="features: got NaN or infinite values, wanted finite"):
+        model(**{**batch, field: values})
+
+
+def test_mask_of_another_length(towered):
+    model, modality, _, batch = towered
+    with pytest.raises(ValueError, match=f"{modality}_mask: got .* wanted"):
+        model(**{**batch, f"{modality}_mask": batch[f"{modality}_mask"][:, :-1]})
+
+
+def test_generation_and_scores(towered, processor):
+    model, _, _, batch = towered
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 256}
+    cached = model.generate(**batch, **options)
+    assert torch.equal(cached, model.generate(**batch, **options, use_cache=False))
+    assert model.generate(**batch, **options, num_beams=2).shape == cached.shape
+    scores = model.score_labels(processor.candidates("meld"), **batch)
+    torch.testing.assert_close(scores.log_probs.exp().sum(-1), torch.ones(3))
+
+
+def test_layer_mix_learns(towered, processor):
+    model, modality, _, batch = towered
+    targets = processor(text=["it is good", "no", "well"], task="meld", answer=["joy", "anger", "fear"])
+    model.zero_grad()
+    model(**{**batch, **targets}).loss.backward()
+    mix = model.model.fusion.layer_mix[modality].weights
+    assert mix.shape == (3,) and torch.allclose(mix.softmax(0), torch.full((3,), 1 / 3))
+    assert (mix.grad != 0).all()
+    tower = getattr(model.model, f"{modality}_tower")
+    assert all(parameter.grad is None for parameter in tower.parameters())
+    model.zero_grad()
+
+
+def test_tower_travels_with_the_model(towered, tmp_path):
+    model, modality, _, batch = towered
+    model.save_pretrained(tmp_path)
+    loaded = EGMFForConditionalGeneration.from_pretrained(tmp_path).eval()
+    assert_close(outputs_of(model, batch), outputs_of(loaded, batch), 1e-5)
+    assert not any(parameter.requires_grad for parameter in getattr(loaded.model, f"{modality}_tower").parameters())
+
+
+def test_times_of_a_towers_frames(assemble):
+    """Frames of a wave are placed in seconds, whatever the clip is padded to."""
+    model = assemble(audio_tower=TOWERS["hubert"][0](), audio_input_rate=16000)
+    mask = torch.zeros(2, 3200, dtype=torch.long)
+    mask[0, :1600], mask[1, :] = 1, 1
+    layers, heard, seconds = model.model.get_audio_features(torch.randn(2, 3200), mask)
+    frames = heard.sum(1)
+    assert layers[0].shape[:2] == heard.shape and frames[0] < frames[1]
+    for row, duration in ((0, 0.1), (1, 0.2)):
+        times = seconds[row, : frames[row]]
+        step = duration / frames[row]
+        torch.testing.assert_close(times[0], step / 2)
+        torch.testing.assert_close(times[-1], duration - step / 2)
+
+
+def test_real_whisper_encoder(assemble, processor):
+    shared = Path(os.environ.get("EGMF_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+    folder = shared / "models" / "whisper-tiny-en-encoder"
+    if not folder.is_dir():
+        pytest.skip("no whisper-tiny-en-encoder in EGMF_SHARED/models, nor in ../shared/models")
+    model = assemble(audio_tower=WhisperEncoder.from_pretrained(folder), audio_input_rate=100)
+    assert next(model.model.audio_tower.parameters()).dtype == model.dtype
+    mask = torch.zeros(2, 3000, dtype=torch.long)
+    mask[0, :400], mask[1, :50] = 1, 1
+    torch.manual_seed(0)
+    batch = dict(processor(text=["it is good", "no"], task="meld"))
+    batch |= {"input_features": torch.randn(2, 80, 3000), "audio_mask": mask}
+    with torch.no_grad():
+        layers, heard, seconds = model.model.get_audio_features(batch["input_features"], mask)
+    assert len(layers) == 5 and layers[0].shape == (2, 1500, 384)
+    assert heard.sum(1).tolist() == [200, 25]
+    assert seconds[0, 199] < 4.0 < seconds[0, 200]
+    logits, gates = outputs_of(model, batch)
+    assert torch.isfinite(logits).all() and (gates[..., :2] > 0).all()

@@ -1,0 +1,223 @@
+"""Recipes, train.py and eval.py on the tiny recipe: what they write, that a killed run goes on as if nothing was."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from corpora import load_corpus
+from evaluation import AffectCollator, classification_metrics, gold_answer, mcnemar, regression_metrics
+from processing_egmf import BUILTIN_TASKS
+from recipes import load_recipe
+
+
+REPO = Path(__file__).resolve().parents[1]
+SHORT = ["--num_train_epochs", "2", "--corpus_options", '{"size": 96}', "--per_device_train_batch_size", "8"]
+
+
+def run(script: str, *arguments, check: bool = True) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(REPO / script), *map(str, arguments)]
+    process = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
+    assert not check or process.returncode == 0, process.stderr
+    return process
+
+
+def train(output: Path, *arguments, **kwargs) -> subprocess.CompletedProcess:
+    return run("train.py", "recipes/tiny.yaml", "--output_dir", output, *SHORT, *arguments, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("run")
+    train(output)
+    return output
+
+
+@pytest.fixture(scope="module")
+def evaluated(trained) -> Path:
+    run("eval.py", trained / "model", "--corpus", "generated", "--output", trained / "test")
+    return trained / "test"
+
+
+def read_lines(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.parametrize("recipe", sorted((REPO / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_parses_and_names_a_task_of_its_corpus_kind(recipe):
+    parsed = load_recipe([str(recipe)])
+    assert parsed.data.task in BUILTIN_TASKS
+    assert parsed.training.output_dir.startswith("runs/")
+
+
+def test_command_line_overrides_the_recipe():
+    recipe = load_recipe(
+        [str(REPO / "recipes/tiny.yaml"), "--seed", "7", "--experts", "local", "--learning_rate", "1e-2"]
+    )
+    assert (recipe.training.seed, recipe.model.experts, recipe.training.learning_rate) == (7, ["local"], 0.01)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "recipe: got no YAML file"),
+        (["recipes/tiny.yaml", "--learning_rat", "1"], "learning_rat"),
+        (["recipes/tiny.yaml", "--modalities", "smell"], "modalities: got .*smell"),
+    ],
+)
+def test_a_wrong_recipe_is_named(arguments, message, monkeypatch):
+    monkeypatch.chdir(REPO)
+    with pytest.raises(ValueError, match=message):
+        load_recipe(arguments)
+
+
+def test_unknown_task_ends_training_with_its_name(tmp_path):
+    process = train(tmp_path, "--task", "moud", check=False)
+    assert process.returncode != 0 and "task: got 'moud', wanted one of mosi" in process.stderr
+
+
+def test_a_label_outside_the_task_names_row_and_label():
+    row = load_corpus("generated", None)["train"][0]
+    with pytest.raises(ValueError, match="emotion"):
+        gold_answer({**row, "emotion": None}, BUILTIN_TASKS["mosi"])
+    with pytest.raises(ValueError, match="positive|negative"):
+        gold_answer(row, BUILTIN_TASKS["meld"])
+
+
+def test_training_log_and_model_folder(trained):
+    log = read_lines(trained / "log.jsonl")
+    assert any("loss" in row for row in log) and [row["epoch"] for row in log if "eval_loss" in row] == [1.0, 2.0]
+    assert all(0 <= row["eval_weighted_f1"] <= 1 for row in log if "eval_loss" in row)
+    files = {path.name for path in (trained / "model").iterdir()}
+    assert {"model.safetensors", "config.json", "processor_config.json", "modeling_egmf.py", "fusion_egmf.py"} <= files
+    fields = json.loads((trained / "model" / "recipe.json").read_text())
+    assert fields["corpus"] == "generated" and fields["corpus_options"] == {"size": 96} and "corpus_dir" not in fields
+
+
+def test_evaluation_files_agree_with_each_other(evaluated):
+    metrics, rows = json.loads((evaluated / "metrics.json").read_text()), read_lines(evaluated / "predictions.jsonl")
+    test_split = load_corpus("generated", None, size=96)["test"]
+    assert [(row["id"], row["gold"]) for row in rows] == [(row["id"], row["emotion"]) for row in test_split]
+    assert metrics["samples"] == len(rows) and metrics["modalities"] == ["text", "audio", "vision"]
+    for answer, figures in metrics["answers"].items():
+        correct = [row["answers"][answer] == row["gold"] for row in rows]
+        assert figures["accuracy"] == pytest.approx(sum(correct) / len(rows))
+        assert figures["unparsable"] == sum(row["answers"][answer] is None for row in rows)
+    for row, given in zip(rows, test_split, strict=True):
+        assert sum(row["distribution"].values()) == pytest.approx(1)
+        assert row["answers"]["distribution"] == max(row["distribution"], key=row["distribution"].get)
+        for weights in row["gate_weights"]["modality"].values():
+            assert sum(weights.values()) == pytest.approx(1)
+            assert (weights["audio"] == 0) == (given["audio_features"] is None)
+        assert sum(row["gate_weights"]["expert"].values()) == pytest.approx(1)
+
+
+def test_evaluation_asks_one_sample_as_it_asks_many(trained, evaluated):
+    run("eval.py", trained / "model", "--corpus", "generated", "--output", trained / "single", "--batch_size", 1)
+    for one, many in zip(
+        read_lines(trained / "single" / "predictions.jsonl"), read_lines(evaluated / "predictions.jsonl"), strict=True
+    ):
+        assert one["greedy_text"] == many["greedy_text"]
+        assert one["distribution"] == pytest.approx(many["distribution"], abs=1e-4)
+
+
+def test_comparison_with_itself_finds_nothing_and_other_samples_are_refused(trained, evaluated):
+    same = evaluated / "predictions.jsonl"
+    arguments = [trained / "model", "--corpus", "generated", "--output", trained / "again", "--compare"]
+    run("eval.py", *arguments, same)
+    report = json.loads((trained / "again" / "metrics.json").read_text())
+    assert report["compared_to"]["distribution"] == {"first_only": 0, "second_only": 0, "p_value": 1.0}
+    other = trained / "other.jsonl"
+    other.write_text("".join(line + "\n" for line in same.read_text().splitlines()[1:]))
+    process = run("eval.py", *arguments, other, check=False)
+    assert process.returncode != 0 and "wanted the same samples" in process.stderr
+
+
+def test_a_killed_run_goes_on_as_if_nothing_was(trained, tmp_path):
+    """SIGKILL after the first checkpoint, the same command again: bit-equal weights and the same validation log."""
+    command = [sys.executable, "train.py", "recipes/tiny.yaml", "--output_dir", str(tmp_path), *SHORT]
+    process = subprocess.Popen(command, cwd=REPO, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    first = tmp_path / "checkpoint-8" / "trainer_state.json"
+    deadline = time.monotonic() + 240
+    while not first.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert first.exists() and not (tmp_path / "model").exists(), "the run was to be killed between its checkpoints"
+
+    output = train(tmp_path)
+    assert "8/16" in output.stderr or "model:" in output.stdout
+    whole, resumed = (load_file(folder / "model" / "model.safetensors") for folder in (trained, tmp_path))
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    losses = [
+        [row["eval_loss"] for row in read_lines(folder / "log.jsonl") if "eval_loss" in row]
+        for folder in (trained, tmp_path)
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_a_finished_run_stays_what_it_is(trained):
+    before = load_file(trained / "model" / "model.safetensors")
+    train(trained)
+    after = load_file(trained / "model" / "model.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_modalities_that_a_run_may_not_see_do_not_reach_the_model():
+    corpus, task = load_corpus("generated", None, size=24)["train"], BUILTIN_TASKS["mosi"]
+    rows = [row for row in corpus if row["audio_features"] and row["vision_features"]][:4]
+    seen = {}
+
+    class Recorder:
+        def __call__(self, **columns):
+            seen.update(columns)
+            return {}
+
+    AffectCollator(Recorder(), task, ["audio"], with_answers=True)(rows)
+    assert seen["text"] == [None] * 4 and "context" not in seen and "vision_features" not in seen
+    assert seen["audio_features"] == [row["audio_features"] for row in rows]
+
+
+@pytest.mark.slow
+def test_accelerate_launch(tmp_path):
+    command = [
+        "launch",
+        "--cpu",
+        "--num_processes",
+        "1",
+        "train.py",
+        "recipes/tiny.yaml",
+        "--output_dir",
+        str(tmp_path),
+    ]
+    launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *command, *SHORT, "--max_steps", "2"]
+    process = subprocess.run(launcher, cwd=REPO, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert (tmp_path / "model" / "model.safetensors").exists()
+
+
+def test_classification_metrics_count_unparsable_answers_as_wrong():
+    gold = ["joy", "joy", "anger", "neutral"]
+    metrics = classification_metrics(gold, ["joy", None, "anger", "joy"])
+    # F1 of joy 2 * 1 / (2 + 2) = 0.5, of anger 1, of neutral 0; weighted 2, 1, 1.
+    assert metrics == {"accuracy": 0.5, "weighted_f1": pytest.approx((2 * 0.5 + 1 + 0) / 4), "unparsable": 1}
+
+
+def test_regression_metrics_leave_unparsable_answers_out_and_say_so():
+    metrics = regression_metrics([1.0, -1.0, 2.0], [0.5, -0.5, None])
+    assert metrics == {"mae": pytest.approx(0.5), "corr": pytest.approx(1.0), "unparsable": 1}
+    assert regression_metrics([1.0, 2.0], [0.5, 0.5])["corr"] is None
+
+
+def test_mcnemar_is_the_exact_binomial():
+    # 5 samples that the first run alone has right, none the other way: 2 * 0.5 ** 5.
+    test = mcnemar([True] * 5 + [True, False], [False] * 5 + [True, False])
+    assert test == {"first_only": 5, "second_only": 0, "p_value": pytest.approx(2 * 0.5**5)}
