@@ -267,9 +267,9 @@ class HierarchicalGate(nn.Module):
         self.context = nn.Linear(size, size)
         self.prompt = nn.Linear(config.text_embedding_size, size)
         self.norm = nn.LayerNorm(size)
-        # One scorer per level; a flat gate has one level.
-        self.modality_score = nn.Linear(size, 1) if config.gating == "hierarchical" else None
-        self.expert_score = nn.Linear(size, 1) if config.gating != "mean" else None
+        # One scorer per level; a flat gate has one level. A softmax knows no bias.
+        self.modality_score = nn.Linear(size, 1, bias=False) if config.gating == "hierarchical" else None
+        self.expert_score = nn.Linear(size, 1, bias=False) if config.gating != "mean" else None
         self.expert_embedding = nn.Parameter(torch.empty(len(config.experts), size))
         self.modality_embedding = nn.Parameter(torch.empty(len(config.modalities), size))
 

@@ -98,7 +98,7 @@ def load_recipe(arguments: list[str]) -> Recipe:
         raise ValueError(f"{arguments[0]}: got {type(fields).__name__}, wanted a mapping of fields")
     # Trainer falls back to the CPU by itself, but refuses bf16 there unless told so.
     defaults = {} if torch.accelerator.is_available() else {"use_cpu": True}
-    parser = HfArgumentParser([ModelArguments, DataArguments, TrainingArguments])
+    parser = HfArgumentParser([ModelArguments, DataArguments, TrainingArguments], allow_abbrev=False)
     # The last value of a repeated argument holds, so the command line overrides the recipe.
     *parsed, unknown = parser.parse_args_into_dataclasses(
         [*_as_arguments(defaults | fields), *arguments[1:]], return_remaining_strings=True, look_for_args_file=False

@@ -49,7 +49,8 @@ def main() -> None:
             test += ["--split", "test", "--output", folder / "test"]
             commands = [["python", *map(str, [*train, *VARIANTS[variant]])], ["python", *map(str, test)]]
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "command.txt").write_text("".join(shlex.join(command) + "\n" for command in commands))
+            lines = "".join(shlex.join(command) + "\n" for command in commands)
+            (folder / "command.txt").write_text(lines.replace(f"--corpus_dir {args.corpus_dir} ", "--corpus_dir DIR "))
             for command in commands:
                 print(shlex.join(command), flush=True)
                 subprocess.run([sys.executable, *command[1:]], check=True)
