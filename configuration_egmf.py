@@ -4,6 +4,7 @@ The paper fixes three experts, a hierarchical dynamic gate, pseudo tokens in fro
 kernels, layers and every other field below are this implementation's own choice; the paper does not say.
 """
 
+import os
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
@@ -126,6 +127,15 @@ class EGMFConfig(PreTrainedConfig):
                 raise ValueError(
                     f"feature_noise: got {{{name!r}: {deviation}}}, wanted audio or vision with a deviation >= 0"
                 )
+
+    def to_dict(self) -> dict:
+        fields = super().to_dict()
+        for name in self.sub_configs:
+            part = fields.get(name) or {}
+            # A name on the Hub is worth keeping; a folder on the disk of whoever trained is nobody's business.
+            if os.path.isdir(part.get("_name_or_path") or ""):
+                part["_name_or_path"] = ""
+        return fields
 
     @property
     def text_embedding_size(self) -> int:

@@ -96,7 +96,13 @@ def test_training_log_and_model_folder(trained):
     assert any("loss" in row for row in log) and [row["epoch"] for row in log if "eval_loss" in row] == [1.0, 2.0]
     assert all(0 <= row["eval_weighted_f1"] <= 1 for row in log if "eval_loss" in row)
     files = {path.name for path in (trained / "model").iterdir()}
-    assert {"model.safetensors", "config.json", "processor_config.json", "modeling_egmf.py", "fusion_egmf.py"} <= files
+    assert {
+        "model.safetensors",
+        "config.json",
+        "processor_config.json",
+        "modeling_egmf.py",
+        "scoring_egmf.py",
+    } <= files
     fields = json.loads((trained / "model" / "recipe.json").read_text())
     assert fields["corpus"] == "generated" and fields["corpus_options"] == {"size": 96} and "corpus_dir" not in fields
 

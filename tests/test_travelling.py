@@ -164,15 +164,16 @@ def test_buffers_that_are_not_saved_are_right(travelled, name):
 def test_merged_equals_unmerged(travelled):
     _, here, there = travelled
     stands = here["lora"]["batch"]["attention_mask"].bool()
-    assert (here["unmerged"] - here["lora"]["logits"])[stands].abs().max() < 1e-5
-    assert (here["unmerged"] - there["lora"]["logits"])[stands].abs().max() < 1e-5
+    for merged in (here, there):
+        # Merging rounds each weight once more in float32, so what it moves grows with the logits (here up to 8).
+        torch.testing.assert_close(merged["lora"]["logits"][stands], here["unmerged"][stands], rtol=1e-5, atol=1e-5)
 
 
 def test_checkpoint_holds_its_own_code(travelled):
     root, _, _ = travelled
     folder = root / "checkpoints" / "llama"
     files = {path.name for path in folder.iterdir()}
-    assert {"configuration_egmf.py", "fusion_egmf.py", "modeling_egmf.py", "processing_egmf.py"} <= files
+    assert {f"{name}_egmf.py" for name in ("configuration", "fusion", "modeling", "processing", "scoring")} <= files
     assert {"config.json", "generation_config.json", "processor_config.json", "model.safetensors"} <= files
 
 

@@ -1,0 +1,204 @@
+"""Scoring of answers: the distribution over every legal answer, from one prefill and one tree-masked forward.
+
+Shape letters: B samples, C candidate answers, H the LLM's hidden size.
+"""
+
+import inspect
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicLayer
+from transformers.modeling_outputs import ModelOutput
+
+
+@dataclass
+class LabelScores(ModelOutput):
+    """
+    Args:
+        log_probs: (B, C) log-probability of each candidate answer; they sum to one over the candidates.
+        gate_weights: As in [`EGMFOutput`].
+    """
+
+    log_probs: torch.Tensor | None = None
+    gate_weights: dict[str, torch.Tensor] | None = None
+
+
+def accepts_position_ids(language_model: PreTrainedModel) -> bool:
+    """Whether an LLM takes positions at all (ALiBi and state-space models do not)."""
+    return "position_ids" in inspect.signature(language_model.forward).parameters
+
+
+class AnswerTrie:
+    """The prefix tree of a set of answers, reduced to the nodes where something is decided.
+
+    Args:
+        candidates: Token ids of each answer; no answer may be a prefix of another (the processor appends EOS there).
+
+    Attributes:
+        paths: For each inner node after the root (node 0), the token ids that lead to it. A node whose continuation
+            is certain, like the "." of "+0.", is kept only on the way to a later decision.
+        token_ids: The distinct ids that some decision chooses between.
+        allowed: (nodes, token_ids) bool, the continuations of each node.
+        decisions: For each candidate, the (node, index into token_ids) pairs whose log-probabilities it sums.
+    """
+
+    def __init__(self, candidates: list[list[int]]):
+        answers = [tuple(candidate) for candidate in candidates]
+        children: dict[tuple[int, ...], set[int]] = {}
+        for answer in answers:
+            for depth in range(len(answer)):
+                children.setdefault(answer[:depth], set()).add(answer[depth])
+        for index, answer in enumerate(answers):
+            if not answer or answer in children or answers.index(answer) != index:
+                raise ValueError(
+                    f"candidates[{index}]: got {list(answer)}, which is empty, a repeat or a prefix of another; "
+                    "wanted distinct answers, with EOS appended where one is a prefix of another"
+                )
+        deciding = [prefix for prefix, tokens in children.items() if len(tokens) > 1]
+        needed = {()} | {prefix[:depth] for prefix in deciding for depth in range(len(prefix) + 1)}
+        self.paths = sorted(needed, key=lambda prefix: (len(prefix), prefix))
+        node = {prefix: index for index, prefix in enumerate(self.paths)}
+        self.token_ids = sorted({token for prefix in deciding for token in children[prefix]})
+        column = {token: index for index, token in enumerate(self.token_ids)}
+        self.allowed = torch.zeros(len(self.paths), len(self.token_ids), dtype=torch.bool)
+        for prefix in deciding:
+            for token in children[prefix]:
+                self.allowed[node[prefix], column[token]] = True
+        self.decisions = [
+            [
+                (node[answer[:depth]], column[token])
+                for depth, token in enumerate(answer)
+                if len(children[answer[:depth]]) > 1
+            ]
+            for answer in answers
+        ]
+
+    def ancestors(self) -> torch.Tensor:
+        """(nodes - 1, nodes - 1) bool: which inner nodes a node sees, itself included."""
+        inner = self.paths[1:]
+        return torch.tensor([[row[: len(seen)] == seen for seen in inner] for row in inner], dtype=torch.bool)
+
+    def log_probs(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits of every node (B, nodes, token_ids) -> log-probability of every candidate (B, C)."""
+        allowed = self.allowed.to(logits.device)
+        steps = logits.float().masked_fill(~allowed, -torch.inf)
+        # A node with one continuation has no column of its own; its row of -inf is never summed.
+        steps = torch.where(allowed, steps.log_softmax(-1), 0.0)
+        start = steps.new_zeros(len(steps))
+        return torch.stack([sum((steps[:, row, col] for row, col in path), start) for path in self.decisions], dim=1)
+
+
+class ScoringMixin:
+    """`score_labels()` for a model with an LLM's body in `model.language_model` and its head in `lm_head`."""
+
+    @torch.no_grad()
+    def score_labels(
+        self,
+        candidates: list[list[int]],
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        **inputs,
+    ) -> LabelScores:
+        """Log-probability of every legal answer, from one prefill and at most one further forward.
+
+        The answers' token trie is laid out as one sequence behind the prompt, with a tree attention mask and depth
+        positions; only its inner nodes are run (an LLM that takes no such mask reads them as a batch of sequences).
+        The probability of an answer is the product over its tokens of the softmax over the legal continuations,
+        p(answer) = prod_t exp(z[a_t]) / sum_{v legal after a_<t} exp(z[v]): what `generate()` samples from under the
+        processor's logits processor. The head is evaluated for the ids that some decision chooses between.
+
+        Args:
+            candidates: Token ids of every legal answer, from `processor.candidates(task)`.
+            input_ids, attention_mask, **inputs: What the processor returns for prompts without an answer.
+
+        Returns:
+            [`LabelScores`] with `log_probs` (B, C) in the order of the candidates.
+        """
+        trie = AnswerTrie(candidates)
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        # The answer follows the prompt directly: padding goes to the left.
+        order = attention_mask.bool().long().argsort(dim=1, stable=True)
+        input_ids, attention_mask = input_ids.gather(1, order), attention_mask.gather(1, order)
+        if inputs.get("utterance_mask") is not None:
+            inputs["utterance_mask"] = inputs["utterance_mask"].gather(1, order)
+        as_tree = len(trie.paths) > 1 and self._takes_tree_mask()
+        outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=as_tree, **inputs)
+        hidden = outputs.last_hidden_state[:, -1:]
+        if as_tree and all(type(layer) is DynamicLayer for layer in outputs.past_key_values.layers):
+            inner = self._tree_states(trie, attention_mask, outputs.past_key_values)
+            hidden = torch.cat([hidden, inner], 1)
+        elif len(trie.paths) > 1:
+            inner = self._batch_states(trie, input_ids, attention_mask, inputs)
+            hidden = torch.cat([hidden, inner], 1)
+        token_ids = torch.tensor(trie.token_ids, device=hidden.device)
+        bias = self.lm_head.bias[token_ids] if self.lm_head.bias is not None else None
+        logits = self._finish_logits(F.linear(hidden, self.lm_head.weight[token_ids], bias))
+        return LabelScores(log_probs=trie.log_probs(logits), gate_weights=outputs.gate_weights)
+
+    def _takes_tree_mask(self) -> bool:
+        text_config = self.model.language_model.config
+        return (
+            text_config._attn_implementation in ("eager", "sdpa")
+            and accepts_position_ids(self.model.language_model)
+            and not getattr(text_config, "alibi", False)
+            and "local" not in getattr(text_config, "attention_layers", ())  # GPT-Neo: windows by index, not position
+        )
+
+    def _tree_states(self, trie: AnswerTrie, attention_mask: torch.Tensor, cache: Cache) -> torch.Tensor:
+        """Hidden states of the trie's inner nodes (B, nodes - 1, H), one forward behind the cached prompt."""
+        device, batch_size = attention_mask.device, attention_mask.shape[0]
+        tokens = torch.tensor([path[-1] for path in trie.paths[1:]], device=device).expand(batch_size, -1)
+        depths = torch.tensor([len(path) for path in trie.paths[1:]], device=device)
+        seen = torch.cat(
+            [
+                attention_mask.bool().unsqueeze(1).expand(-1, len(depths), -1),
+                trie.ancestors().to(device).expand(batch_size, -1, -1),
+            ],
+            dim=-1,
+        )
+        embeds = self.model.get_input_embeddings()(tokens)
+        mask = torch.zeros(seen.shape, dtype=embeds.dtype, device=device)
+        mask = mask.masked_fill(~seen, torch.finfo(embeds.dtype).min).unsqueeze(1)
+        outputs = self.model.language_model(
+            inputs_embeds=embeds,
+            attention_mask=mask,
+            position_ids=attention_mask.sum(1, keepdim=True) + depths - 1,
+            past_key_values=cache,
+            use_cache=True,
+            return_dict=True,
+        )
+        return outputs.last_hidden_state
+
+    def _batch_states(self, trie: AnswerTrie, input_ids, attention_mask, inputs: dict) -> torch.Tensor:
+        """As `_tree_states`, for an LLM that takes no tree mask: every branch of the trie as a sequence of its own."""
+        inner = trie.paths[1:]
+        branches = [path for path in inner if not any(other[:-1] == path for other in inner)]
+        length, batch_size, prompt_length = max(map(len, branches)), *input_ids.shape
+        tokens = torch.tensor([list(path) + [path[-1]] * (length - len(path)) for path in branches])
+        stands = torch.tensor([[1] * len(path) + [0] * (length - len(path)) for path in branches])
+        repeated = {
+            name: value.repeat_interleave(len(branches), 0) if torch.is_tensor(value) else value
+            for name, value in inputs.items()
+        }
+        if repeated.get("utterance_mask") is not None:
+            repeated["utterance_mask"] = F.pad(repeated["utterance_mask"], (0, length))
+
+        def behind(prompt: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
+            branch = branch.to(prompt).repeat(batch_size, 1)
+            return torch.cat([prompt.repeat_interleave(len(branches), 0), branch], 1)
+
+        outputs = self.model(
+            input_ids=behind(input_ids, tokens),
+            attention_mask=behind(attention_mask, stands),
+            use_cache=False,
+            **repeated,
+        )
+        states = outputs.last_hidden_state[:, prompt_length:].unflatten(0, (batch_size, len(branches)))
+        where = [
+            next((row, len(path) - 1) for row, branch in enumerate(branches) if branch[: len(path)] == path)
+            for path in inner
+        ]
+        return torch.stack([states[:, row, depth] for row, depth in where], 1)
