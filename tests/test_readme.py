@@ -123,4 +123,4 @@ def test_evaluation_commands_fit_the_recipes():
     for corpus, args in evaluated.items():
         assert args.model == f"{trained[corpus]['output_dir']}/model"
         assert (args.task or corpus) == trained[corpus]["task"]
-        assert args.corpus_options == trained[corpus].get("corpus_options", {})
+        assert args.corpus_options is None  # read from the model folder's recipe.json
