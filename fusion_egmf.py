@@ -17,8 +17,10 @@ from torch import nn
 
 try:
     from .configuration_egmf import EGMFConfig
+    from .towers_egmf import tower_num_layers, tower_size
 except ImportError:
     from configuration_egmf import EGMFConfig
+    from towers_egmf import tower_num_layers, tower_size
 
 
 @dataclass
@@ -443,13 +445,3 @@ class EGMFFusion(nn.Module):
         present = torch.stack([sequence.present for sequence in sequences.values()], 1)  # (B, M)
         mixed, weights = self.gate(latents, present, prompt.to(latents.dtype))
         return self.projector(mixed), weights
-
-
-def tower_size(config) -> int:
-    """Hidden size of a tower."""
-    return config.hidden_size
-
-
-def tower_num_layers(config) -> int:
-    """Number of layers of a tower's encoder."""
-    return getattr(config, "encoder_layers", None) or config.num_hidden_layers

@@ -1,7 +1,7 @@
 """EGMF, Expert-Guided Multimodal Fusion with large language models (arXiv 2601.07565), as a transformers model.
 
-The experts, the gate and the projector live in `fusion_egmf.py`, the scoring of answers in `scoring_egmf.py`; here
-they are put in front of a causal LLM and behind its head.
+The experts, the gate and the projector live in `fusion_egmf.py`, what reads sound and pictures in `towers_egmf.py`,
+the scoring of answers in `scoring_egmf.py`; here they are put around a causal LLM.
 
 Shape letters: B samples, L prompt positions, T frames of a modality, F video frames, M modalities, E experts, K pseudo
 tokens, H the LLM's hidden size.
@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
@@ -37,6 +36,16 @@ try:
         masked_mean,
     )
     from .scoring_egmf import ScoringMixin, accepts_position_ids
+    from .towers_egmf import (
+        build_tower,
+        check_positions,
+        is_trained,
+        is_window,
+        read_audio,
+        read_frames,
+        tower_num_layers,
+        tower_size,
+    )
 except ImportError:
     from configuration_egmf import EGMFConfig
     from fusion_egmf import (
@@ -52,6 +61,16 @@ except ImportError:
         masked_mean,
     )
     from scoring_egmf import ScoringMixin, accepts_position_ids
+    from towers_egmf import (
+        build_tower,
+        check_positions,
+        is_trained,
+        is_window,
+        read_audio,
+        read_frames,
+        tower_num_layers,
+        tower_size,
+    )
 
 
 @dataclass
@@ -72,12 +91,6 @@ class EGMFOutput(ModelOutput):
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
     gate_weights: dict[str, torch.Tensor] | None = None
-
-
-def build_tower(config) -> PreTrainedModel:
-    """The tower of a config with random weights; of an encoder-decoder, the encoder."""
-    tower = AutoModel.from_config(config)
-    return tower.get_encoder() if getattr(config, "is_encoder_decoder", False) else tower
 
 
 class EGMFPreTrainedModel(PreTrainedModel):
@@ -166,83 +179,51 @@ class EGMFModel(EGMFPreTrainedModel):
         # A frozen tower gives the same features in training and in use: no dropout, no layer drop.
         super().train(mode)
         for tower in (self.audio_tower, self.vision_tower):
-            if tower is not None and not any(parameter.requires_grad for parameter in tower.parameters()):
+            if tower is not None and not is_trained(tower):
                 tower.eval()
         return self
 
     def get_audio_features(
         self, inputs: torch.Tensor, mask: torch.Tensor
     ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor, torch.Tensor]:
-        """Tower input and mask (B, positions) -> hidden layers, mask and seconds (B, T).
+        """The audio tower's hidden layers (B, T, size) each, mask (B, T) and seconds (B, T); see [`read_audio`]."""
+        return read_audio(self.audio_tower, inputs, mask, self.config.audio_input_rate)
 
-        A fixed window (B, size, positions), as Whisper has it, is read whole, padding included. Where the positions
-        come first, (B, positions) or (B, positions, size), the tower reads every clip on its own without padding:
-        group norms and convolutions of wav2vec2-like encoders do not honour a mask.
-        """
-        dtype = next(self.audio_tower.parameters()).dtype
-        options = {"output_hidden_states": True, "return_dict": True}
-        if inputs.shape[: mask.ndim] != mask.shape:
-            layers = self.audio_tower(inputs.to(dtype), **options).hidden_states
-            centres = self._frame_centres(layers[-1].shape[1], mask.shape[1], mask.device)
-            seconds = (centres / self.config.audio_input_rate).expand(mask.shape[0], -1)
-            return layers, mask[:, centres.long()], seconds
-        clips = []
-        for clip, heard in zip(inputs, mask.bool(), strict=True):
-            # An absent clip reads as silence, for the shapes; its mask stays 0.
-            clip = clip[heard] if heard.any() else torch.zeros_like(clip)
-            layers = torch.stack(self.audio_tower(clip.unsqueeze(0).to(dtype), **options).hidden_states)
-            centres = self._frame_centres(layers.shape[2], clip.shape[0], mask.device)
-            clips.append((layers[:, 0].transpose(0, 1), centres, heard.any().expand(len(centres))))
-        layers, centres, mask = (pad_sequence(column, batch_first=True) for column in zip(*clips, strict=True))
-        return layers.unbind(2), mask, centres / self.config.audio_input_rate
-
-    @staticmethod
-    def _frame_centres(frames: int, positions: int, device: torch.device) -> torch.Tensor:
-        """Where the tower's frames are centred among its input positions: (frames,)."""
-        return (torch.arange(frames, device=device) + 0.5) / frames * positions
-
-    def get_vision_features(self, frames: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Frames (B, F, 3, height, width) -> the vision tower's hidden layers, averaged over patches (B, F, size)."""
-        dtype = next(self.vision_tower.parameters()).dtype
-        outputs = self.vision_tower(frames.flatten(0, 1).to(dtype), output_hidden_states=True, return_dict=True)
-        # (B * F, patches, size) -> (B, F, size)
-        return tuple(layer.mean(1).unflatten(0, frames.shape[:2]) for layer in outputs.hidden_states)
+    def get_vision_features(self, frames: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The vision tower's hidden layers (B, F, size) each; see [`read_frames`]."""
+        return read_frames(self.vision_tower, frames, mask)
 
     def _modality(self, name: str, features, tower_inputs, mask, times):
         """Checks one modality's inputs and brings them to (features or hidden layers, mask, times)."""
-        field = f"{name}_features"
         if features is None and tower_inputs is None:
             return None, None, None
         if name not in self.config.modalities:
-            raise ValueError(f"{field}: got values, wanted None: the model has no {name} modality")
+            raise ValueError(f"{name}_features: got values, wanted None: the model has no {name} modality")
         tower = getattr(self, f"{name}_tower")
-        if (tower is None) != (tower_inputs is None):
-            kind = "precomputed features" if tower is None else "the tower's input"
-            raise ValueError(f"{field}: the model's {name} comes as {kind}; got the other form")
-        values = features if tower is None else tower_inputs
+        if features is not None and tower_inputs is not None or (tower is None and features is None):
+            wanted = "one of features and the tower's input" if tower is not None else "precomputed features"
+            raise ValueError(f"{name}_features: got the tower's input, wanted {wanted}")
         if mask is None:
-            raise ValueError(f"{name}_mask: got None, wanted the mask that goes with {field}")
-        width = getattr(self.config, f"{name}_feature_size")
-        if tower is None and (values.ndim != 3 or values.shape[-1] != width):
-            raise ValueError(f"{field}: got shape {tuple(values.shape)}, wanted (batch, frames, {width})")
-        if tower is not None and name == "vision" and values.ndim != 5:
-            raise ValueError(f"pixel_values: got {tuple(values.shape)}, wanted (batch, frames, 3, height, width)")
-        # Only a fixed window of audio has its positions last, and is read whole by the tower.
-        window = (values.shape[0], values.shape[-1]) if tower is not None and name == "audio" else None
-        if mask.shape not in (values.shape[:2], window):
-            raise ValueError(f"{name}_mask: got {tuple(mask.shape)}, wanted {tuple(values.shape[:2])}")
-        used, finite = mask.bool(), torch.isfinite(values)
-        if mask.shape == values.shape[:2]:
-            finite = finite.flatten(2).all(2) if values.ndim > 2 else finite
-        else:
-            used, finite = used.any(1), finite.flatten(1).all(1)
-        torch_compilable_check((finite | ~used).all(), f"{field}: got NaN or infinite values, wanted finite ones")
-        if tower is None:
-            return values, mask, times
-        with torch.set_grad_enabled(torch.is_grad_enabled() and next(tower.parameters()).requires_grad):
+            raise ValueError(f"{name}_mask: got None, wanted the mask that goes with {name}_features")
+        if features is not None:
+            if tower is None:
+                sizes = (getattr(self.config, f"{name}_feature_size"),)
+            else:  # what `get_audio_features` gave, computed beforehand
+                sizes = (tower_num_layers(tower.config) + 1, tower_size(tower.config))
+            if features.ndim != 2 + len(sizes) or features.shape[2:] != sizes:
+                wanted = ", ".join(map(str, ("batch", "frames", *sizes)))
+                raise ValueError(f"{name}_features: got shape {tuple(features.shape)}, wanted ({wanted})")
+            check_positions(name, features, mask)
+            return features if tower is None else features.unbind(2), mask, times
+        with torch.set_grad_enabled(torch.is_grad_enabled() and is_trained(tower)):
             if name == "audio":
-                return self.get_audio_features(values, mask)
-            return self.get_vision_features(values), mask, times
+                check_positions(name, tower_inputs, mask, is_window(tower_inputs, mask))
+                return self.get_audio_features(tower_inputs, mask)
+            if tower_inputs.ndim != 5:
+                wanted = "(batch, frames, 3, height, width)"
+                raise ValueError(f"pixel_values: got shape {tuple(tower_inputs.shape)}, wanted {wanted}")
+            check_positions(name, tower_inputs, mask)
+            return self.get_vision_features(tower_inputs, mask), mask, times
 
     def _text(self, inputs_embeds: torch.Tensor, utterance_mask: torch.Tensor):
         """The utterance's embeddings, brought together on the left: (B, T, H) and mask (B, T), or nothing."""
@@ -523,7 +504,8 @@ class EGMFForConditionalGeneration(EGMFPreTrainedModel, ScoringMixin, Generation
             input_ids: (B, L), each row with `config.num_pseudo_tokens` placeholders when `utterance_mask` is given.
             attention_mask: (B, L), 1 where a token stands; 4-D from a static cache.
             utterance_mask: (B, L), 1 on the utterance's own tokens. Given with a prompt, absent in later steps.
-            audio_features, vision_features: (B, T, feature size); `*_mask` (B, T), all 0 for an absent modality;
+            audio_features, vision_features: (B, T, feature size), or of a model with a tower its hidden layers,
+                computed beforehand: (B, T, layers + 1, tower size). `*_mask` (B, T), all 0 for an absent modality;
                 `*_times` (B, T) seconds on the clip's clock, NaN where not known.
             input_features, input_values: The audio tower's input, with `audio_mask` (B, positions). A fixed window
                 (Whisper) is read whole: its padding is what the tower's feature extractor puts there.

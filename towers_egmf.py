@@ -1,0 +1,116 @@
+"""Towers: pretrained (or new) speech and image encoders inside the model, read layer by layer.
+
+A tower gives all its hidden layers; which of them matter, the fusion learns. What a clip gives does not depend on what
+it is batched with, nor on how far it was padded.
+
+Shape letters: B samples, T frames of a tower's output, F video frames.
+"""
+
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.utils import torch_compilable_check
+
+
+OPTIONS = {"output_hidden_states": True, "return_dict": True}
+
+
+def build_tower(config: PreTrainedConfig) -> PreTrainedModel:
+    """The tower of a config with random weights; of an encoder-decoder, the encoder."""
+    tower = AutoModel.from_config(config)
+    return tower.get_encoder() if getattr(config, "is_encoder_decoder", False) else tower
+
+
+def tower_size(config: PreTrainedConfig) -> int:
+    """Hidden size of a tower."""
+    return config.hidden_size
+
+
+def tower_num_layers(config: PreTrainedConfig) -> int:
+    """Number of layers of a tower's encoder; it has one hidden state more, its input."""
+    return getattr(config, "encoder_layers", None) or config.num_hidden_layers
+
+
+def is_trained(tower: nn.Module) -> bool:
+    """Whether any of a tower's parameters learns."""
+    return any(parameter.requires_grad for parameter in tower.parameters())
+
+
+def is_window(inputs: torch.Tensor, mask: torch.Tensor) -> bool:
+    """Whether audio inputs are fixed windows (B, size, positions), as Whisper has them: positions last."""
+    return inputs.shape[:2] != mask.shape and (inputs.shape[0], inputs.shape[-1]) == tuple(mask.shape)
+
+
+def check_positions(name: str, values: torch.Tensor, mask: torch.Tensor, window: bool = False) -> None:
+    """A ValueError where `mask` (B, positions) does not fit `values`, or where values in use are not finite."""
+    if mask.shape != values.shape[:2] and not window:
+        raise ValueError(f"{name}_mask: got {tuple(mask.shape)}, wanted {tuple(values.shape[:2])}")
+    used, finite = mask.bool(), torch.isfinite(values)
+    if window:  # it is read whole, padding included
+        used, finite = used.any(1), finite.flatten(1).all(1)
+    elif values.ndim > 2:
+        finite = finite.flatten(2).all(2)
+    torch_compilable_check((finite | ~used).all(), f"{name}_features: got NaN or infinite values, wanted finite ones")
+
+
+def read_audio(
+    tower: PreTrainedModel, inputs: torch.Tensor, mask: torch.Tensor, input_rate: float
+) -> tuple[tuple[torch.Tensor, ...], torch.Tensor, torch.Tensor]:
+    """Audio through a speech encoder.
+
+    A fixed window is read whole, padding included. Where the positions come first, every clip is read on its own,
+    without padding: group norms and convolutions of wav2vec2-like encoders do not honour a mask.
+
+    Args:
+        tower: The encoder.
+        inputs: What its feature extractor makes: (B, size, positions), (B, positions) or (B, positions, size).
+        mask: (B, positions), 1 where there is sound.
+        input_rate: Positions per second.
+
+    Returns:
+        Hidden layers (B, T, size) each, mask (B, T), and seconds (B, T) of the frames' centres.
+    """
+    dtype = next(tower.parameters()).dtype
+    if is_window(inputs, mask):
+        layers = tower(inputs.to(dtype), **OPTIONS).hidden_states
+        centres = _frame_centres(layers[-1].shape[1], mask.shape[1], mask.device)
+        seconds = (centres / input_rate).expand(mask.shape[0], -1)
+        return layers, mask[:, centres.long()], seconds
+    clips = []
+    for clip, heard in zip(inputs, mask.bool(), strict=True):
+        # An absent clip reads as silence, for the shapes; its mask stays 0.
+        clip = clip[heard] if heard.any() else torch.zeros_like(clip)
+        layers = torch.stack(tower(clip.unsqueeze(0).to(dtype), **OPTIONS).hidden_states)
+        centres = _frame_centres(layers.shape[2], clip.shape[0], mask.device)
+        clips.append((layers[:, 0].transpose(0, 1), centres, heard.any().expand(len(centres))))
+    layers, centres, mask = (pad_sequence(column, batch_first=True) for column in zip(*clips, strict=True))
+    return layers.unbind(2), mask, centres / input_rate
+
+
+def _frame_centres(frames: int, positions: int, device: torch.device) -> torch.Tensor:
+    """Where a tower's frames are centred among its input positions: (frames,)."""
+    return (torch.arange(frames, device=device) + 0.5) / frames * positions
+
+
+def read_frames(tower: PreTrainedModel, frames: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Video frames through an image encoder, one by one.
+
+    Args:
+        tower: The encoder.
+        frames: (B, F, 3, height, width), as its image processor makes them.
+        mask: (B, F), 1 where there is a frame; nothing else is read.
+
+    Returns:
+        Hidden layers, averaged over an image's patches: (B, F, size) each, 0 where there is no frame.
+    """
+    mask = mask.bool()
+    if not mask.any():
+        return tuple(
+            frames.new_zeros(*mask.shape, tower_size(tower.config)) for _ in range(tower_num_layers(tower.config) + 1)
+        )
+    layers = tower(frames[mask].to(next(tower.parameters()).dtype), **OPTIONS).hidden_states
+    means = (layer.mean(1) for layer in layers)  # (frames in use, patches, size) -> (frames in use, size)
+    return tuple(
+        mean.new_zeros(*mask.shape, mean.shape[-1]).masked_scatter(mask.unsqueeze(-1), mean) for mean in means
+    )
