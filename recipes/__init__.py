@@ -49,7 +49,7 @@ class DataArguments:
     """What it is trained on."""
 
     corpus: str = field(metadata={"help": "name of a corpus, see `corpora.CORPORA`"})
-    task: str = field(metadata={"help": "name of a task, see `processing_egmf.BUILTIN_TASKS`"})
+    task: str = field(metadata={"help": "name of a task, see `tasks_egmf.BUILTIN_TASKS`"})
     corpus_dir: str | None = field(default=None, metadata={"help": "folder with the corpus's published files"})
     corpus_options: str = _json_field("{}")
     max_context_tokens: int = 256

@@ -174,7 +174,8 @@ def test_checkpoint_holds_its_own_code(travelled):
     folder = root / "checkpoints" / "llama"
     files = {path.name for path in folder.iterdir()}
     assert {
-        f"{name}_egmf.py" for name in ("configuration", "fusion", "modeling", "processing", "scoring", "towers")
+        f"{name}_egmf.py"
+        for name in ("configuration", "fusion", "modeling", "processing", "scoring", "tasks", "towers")
     } <= files
     assert {"config.json", "generation_config.json", "processor_config.json", "model.safetensors"} <= files
 
