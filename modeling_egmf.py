@@ -73,6 +73,10 @@ except ImportError:
     )
 
 
+# What a tower reads, and the modality that it is.
+TOWER_INPUTS = {"input_features": "audio", "input_values": "audio", "pixel_values": "vision"}
+
+
 @dataclass
 class EGMFOutput(ModelOutput):
     """
@@ -192,6 +196,23 @@ class EGMFModel(EGMFPreTrainedModel):
     def get_vision_features(self, frames: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The vision tower's hidden layers (B, F, size) each; see [`read_frames`]."""
         return read_frames(self.vision_tower, frames, mask)
+
+    @torch.no_grad()
+    def encode_media(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Runs the towers on a processor's batch, once.
+
+        Returns the batch with the towers' hidden layers (B, T, layers + 1, size) in place of their inputs, as
+        `audio_features` and `vision_features` with mask and times: scoring and generating then need no tower any
+        more, and what a frozen tower gives can be kept. A batch without tower inputs comes back as it is.
+        """
+        encoded = dict(inputs)
+        for field in TOWER_INPUTS:
+            if encoded.get(field) is not None:
+                name = TOWER_INPUTS[field]
+                fields = [f"{name}_{part}" for part in ("features", "mask", "times")]
+                layers, mask, times = self._modality(name, None, encoded.pop(field), *map(encoded.get, fields[1:]))
+                encoded.update(zip(fields, (torch.stack(layers, 2), mask, times), strict=True))
+        return encoded
 
     def _modality(self, name: str, features, tower_inputs, mask, times):
         """Checks one modality's inputs and brings them to (features or hidden layers, mask, times)."""
@@ -457,6 +478,10 @@ class EGMFForConditionalGeneration(EGMFPreTrainedModel, ScoringMixin, Generation
                 f"(largest difference to its body and head {difference:.3g})"
             )
 
+    def encode_media(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The processor's batch with the towers' hidden layers in place of their inputs; see [`EGMFModel`]."""
+        return self.model.encode_media(inputs)
+
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
@@ -563,7 +588,7 @@ class EGMFForConditionalGeneration(EGMFPreTrainedModel, ScoringMixin, Generation
 
     MODALITY_INPUTS = (
         *("audio_features", "audio_mask", "audio_times", "vision_features", "vision_mask", "vision_times"),
-        *("utterance_mask", "input_features", "input_values", "pixel_values"),
+        *("utterance_mask", *TOWER_INPUTS),
     )
 
     def prepare_inputs_for_generation(
