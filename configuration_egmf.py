@@ -4,6 +4,7 @@ The paper fixes three experts, a hierarchical dynamic gate, pseudo tokens in fro
 kernels, layers and every other field below are this implementation's own choice; the paper does not say.
 """
 
+import copy
 import os
 from typing import Literal
 
@@ -12,6 +13,14 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 
 EXPERTS = ("local", "semantic", "global")
+# How `pipeline()` finds what travels with the checkpoint.
+PIPELINES = {
+    "affect-recognition": {
+        "impl": "pipeline_egmf.AffectRecognitionPipeline",
+        "pt": ["AutoModel"],
+        "type": "multimodal",
+    }
+}
 
 
 @strict
@@ -89,6 +98,7 @@ class EGMFConfig(PreTrainedConfig):
         self.experts = list(self.experts)
         self.local_kernel_sizes = list(self.local_kernel_sizes)
         super().__post_init__(**kwargs)
+        self.custom_pipelines = copy.deepcopy(PIPELINES)
         self._check()
 
     def _check(self) -> None:
@@ -130,6 +140,7 @@ class EGMFConfig(PreTrainedConfig):
 
     def to_dict(self) -> dict:
         fields = super().to_dict()
+        fields["custom_pipelines"] = copy.deepcopy(PIPELINES)  # `pipeline()` puts classes into its config's own
         for name in self.sub_configs:
             part = fields.get(name) or {}
             # A name on the Hub is worth keeping; a folder on the disk of whoever trained is nobody's business.

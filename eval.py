@@ -22,6 +22,7 @@ from transformers.utils import cached_file
 
 from corpora import CORPORA, load_corpus
 from evaluation import AffectCollator, classification_metrics, gold_answer, mcnemar, prompt_lengths, regression_metrics
+from pipeline_egmf import gate_names
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -45,20 +46,6 @@ def load_training_fields(model: str) -> dict:
     return json.loads(Path(file).read_text(encoding="utf-8")) if file else {}
 
 
-def gate_names(weights: dict[str, torch.Tensor], experts: list[str], modalities: list[str]) -> list[dict]:
-    """Gate weights by sample: `modality` by expert and modality, `expert` by expert (mean over pseudo tokens)."""
-    return [
-        {
-            "modality": {
-                expert: dict(zip(modalities, map(float, row), strict=True))
-                for expert, row in zip(experts, modality, strict=True)
-            },
-            "expert": dict(zip(experts, map(float, expert_rows.mean(0)), strict=True)),
-        }
-        for modality, expert_rows in zip(weights["modality"].cpu(), weights["expert"].cpu(), strict=True)
-    ]
-
-
 @torch.no_grad()
 def predict(model, processor, rows, task, modalities: list[str], batch_size: int, device) -> list[dict]:
     """One prediction per row, in the rows' order."""
@@ -69,6 +56,7 @@ def predict(model, processor, rows, task, modalities: list[str], batch_size: int
     candidates, predictions = processor.candidates(task), []
     for batch in tqdm(loader, desc="evaluating", unit="batch", disable=None):
         inputs = {name: value.to(device) for name, value in batch.items() if name != "answer_index"}
+        inputs = model.encode_media(inputs)  # once for both answers
         scores = model.score_labels(candidates=candidates, **inputs)
         generated = model.generate(**inputs, max_new_tokens=processor.max_answer_tokens(task), do_sample=False)
         greedy = processor.decode_answers(generated[:, inputs["input_ids"].shape[1] :], task)
@@ -89,6 +77,8 @@ def predict(model, processor, rows, task, modalities: list[str], batch_size: int
             "distribution": distribution.probabilities,
             "gate_weights": gate,
         }
+        if error := collator.errors.get(rows[index]["id"]):
+            results[index]["media_error"] = error
     return results
 
 

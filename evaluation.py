@@ -1,6 +1,6 @@
 """From predictions to figures: batches for the model, metrics, and a paired test between two runs."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -8,7 +8,9 @@ from datasets import Dataset
 from scipy.stats import binomtest
 from sklearn.metrics import accuracy_score, f1_score
 
+from media_egmf import AudioClip, VideoClip
 from processing_egmf import AffectTask, EGMFProcessor
+from tower_cache import COLUMNS, PREPROCESSORS, TowerCache
 
 
 FEATURE_COLUMNS = ("audio_features", "vision_features", "audio_times", "vision_times")
@@ -37,17 +39,32 @@ class AffectCollator:
         modalities: What the model may see; the columns of others are left out, with the text its context too.
         with_answers: True for training: answers are appended and `labels` returned. False for scoring: prompts alone,
             and `answer_index` (B,), the gold answer's place in `task.answers`.
+        cache: Where the hidden layers of frozen towers are; the other towers' media are decoded.
+
+    Attributes:
+        errors: Why a row's file gave nothing, by row id; it counts as a missing modality. (In this process only.)
     """
 
     processor: EGMFProcessor
     task: AffectTask
     modalities: list[str]
     with_answers: bool
+    cache: TowerCache | None = None
+    errors: dict[str, str] = field(default_factory=dict)
 
     def __call__(self, rows: list[dict]):
-        columns = {
-            name: [row[name] for row in rows] for name in FEATURE_COLUMNS if name.split("_")[0] in self.modalities
-        }
+        columns = {}
+        for modality in set(self.modalities) - {"text"}:
+            if getattr(self.processor, PREPROCESSORS[modality]) is None:
+                names = (f"{modality}_features", f"{modality}_times")
+                columns |= {name: [row[name] for row in rows] for name in names}
+            elif self.cache is not None and modality in self.cache.folders:
+                cached = [self.cache.load(modality, row[COLUMNS[modality]]) for row in rows]
+                for place, name in enumerate(("features", "times")):
+                    columns[f"{modality}_{name}"] = [entry and entry[place] for entry in cached]
+            else:
+                columns[COLUMNS[modality]] = [self._load(modality, row) for row in rows]
+        columns["sound_track"] = False  # what is to be heard, the rows say
         text = [None] * len(rows)
         if "text" in self.modalities:
             text = [row["text"] for row in rows]
@@ -58,6 +75,16 @@ class AffectCollator:
         batch = self.processor(text=text, task=self.task, **columns)
         batch["answer_index"] = torch.tensor([self.task.answers.index(self.task.format(answer)) for answer in gold])
         return batch
+
+    def _load(self, modality: str, row: dict) -> AudioClip | VideoClip | None:
+        """The row's clip; None where there is none, or where its file gives nothing."""
+        file = {COLUMNS[modality]: row[COLUMNS[modality]]}
+        try:
+            media = self.processor.load_media(**file, sound_track=False)
+        except self.processor.media_error as error:
+            self.errors[row["id"]] = str(error)
+            return None
+        return media.audio if modality == "audio" else media.video
 
 
 def prompt_lengths(dataset: Dataset, collator: AffectCollator) -> list[int]:

@@ -10,6 +10,7 @@ tokens, H the LLM's hidden size.
 import copy
 import inspect
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -39,8 +40,10 @@ try:
     from .towers_egmf import (
         build_tower,
         check_positions,
+        encoder_of,
         is_trained,
         is_window,
+        load_tower,
         read_audio,
         read_frames,
         tower_num_layers,
@@ -64,13 +67,19 @@ except ImportError:
     from towers_egmf import (
         build_tower,
         check_positions,
+        encoder_of,
         is_trained,
         is_window,
+        load_tower,
         read_audio,
         read_frames,
         tower_num_layers,
         tower_size,
     )
+
+
+if TYPE_CHECKING:  # never at run time: what is imported here is saved with every checkpoint
+    from .pipeline_egmf import AffectRecognitionPipeline  # noqa: F401
 
 
 # What a tower reads, and the modality that it is.
@@ -406,7 +415,7 @@ class EGMFForConditionalGeneration(EGMFPreTrainedModel, ScoringMixin, Generation
         Args:
             language_model: A causal LLM, or what `AutoModelForCausalLM.from_pretrained` takes. Its weights are
                 shared, not copied. Its embeddings grow by what is missing if `pseudo_token_id` lies beyond them.
-            audio_tower: A speech encoder (or encoder-decoder), or what `AutoModel.from_pretrained` takes.
+            audio_tower: A speech encoder (or encoder-decoder), or the folder or Hub id of one.
             vision_tower: An image encoder, likewise.
             **config_kwargs: Fields of [`EGMFConfig`].
 
@@ -418,13 +427,9 @@ class EGMFForConditionalGeneration(EGMFPreTrainedModel, ScoringMixin, Generation
         towers = {}
         for name, tower in (("audio", audio_tower), ("vision", vision_tower)):
             if tower is not None:
-                tower = AutoModel.from_pretrained(tower) if isinstance(tower, str) else tower
-                tower = getattr(tower, f"{name}_model", tower)  # of CLIP and the like, the image part
+                tower = encoder_of(load_tower(tower) if isinstance(tower, str) else tower, name)
                 config_kwargs[f"{name}_config"] = tower.config
-                encoder = (
-                    tower.get_encoder() if tower.config.is_encoder_decoder and hasattr(tower, "decoder") else tower
-                )
-                towers[f"{name}_tower"] = encoder.requires_grad_(False).to(language_model.dtype)
+                towers[f"{name}_tower"] = tower.requires_grad_(False).to(language_model.dtype)
         if config_kwargs.get("pseudo_token_id", 0) >= language_model.get_input_embeddings().num_embeddings:
             language_model.resize_token_embeddings(config_kwargs["pseudo_token_id"] + 1)
 

@@ -6,10 +6,12 @@ it is batched with, nor on how far it was padded.
 Shape letters: B samples, T frames of a tower's output, F video frames.
 """
 
+import sys
+
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_MAPPING, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import torch_compilable_check
 
 
@@ -20,6 +22,33 @@ def build_tower(config: PreTrainedConfig) -> PreTrainedModel:
     """The tower of a config with random weights; of an encoder-decoder, the encoder."""
     tower = AutoModel.from_config(config)
     return tower.get_encoder() if getattr(config, "is_encoder_decoder", False) else tower
+
+
+def load_tower(name: str) -> PreTrainedModel:
+    """A pretrained tower from a local folder or the Hub, in its own dtype.
+
+    Raises:
+        ValueError: If the checkpoint lacks weights that the hidden layers are made with: they would be random.
+    """
+    config = AutoConfig.from_pretrained(name)
+    loader = AutoModel
+    # A lone encoder of an encoder-decoder has its names without the "encoder." that AutoModel's class looks for.
+    family = sys.modules[MODEL_MAPPING[type(config)].__module__]
+    for architecture in config.architectures or ():
+        if architecture.endswith("Encoder") and hasattr(family, architecture):
+            loader = getattr(family, architecture)
+    tower, report = loader.from_pretrained(name, output_loading_info=True)
+    unused = ("pooler", "masked_spec_embed", "decoder.", "text_model.", "logit_scale", "projection")
+    missing = sorted(key for key in report["missing_keys"] if not any(part in key for part in unused))
+    if missing:
+        raise ValueError(f"{name}: its weights lack {len(missing)} of {type(tower).__name__}'s, such as {missing[0]}")
+    return tower
+
+
+def encoder_of(tower: PreTrainedModel, modality: str) -> PreTrainedModel:
+    """The part of a model that is the tower: of CLIP and the like the image part, or the encoder if it has one."""
+    tower = getattr(tower, f"{modality}_model", tower)
+    return tower.get_encoder() if tower.config.is_encoder_decoder and hasattr(tower, "decoder") else tower
 
 
 def tower_size(config: PreTrainedConfig) -> int:

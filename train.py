@@ -10,14 +10,28 @@ fields in `recipe.json`.
 
 import json
 import logging
+import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.helpers import disable_input_dtype_casting
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, set_seed
+from transformers import (
+    CONFIG_MAPPING,
+    AutoFeatureExtractor,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    set_seed,
+)
 from transformers.trainer_utils import get_last_checkpoint
 
 from corpora import load_corpus
@@ -26,6 +40,8 @@ from language_models import resolve_language_model
 from modeling_egmf import EGMFForConditionalGeneration
 from processing_egmf import EGMFProcessor
 from recipes import Recipe, load_recipe
+from tower_cache import COLUMNS, PREPROCESSORS, TowerCache
+from towers_egmf import load_tower
 
 
 class JsonLinesLog(TrainerCallback):
@@ -68,11 +84,42 @@ class AffectTrainer(Trainer):
         return loss, scores.log_probs, answers
 
 
-def build_processor(recipe: Recipe, language_model: str) -> EGMFProcessor:
+def build_tower(modality: str, tower: str | dict[str, Any]) -> tuple[PreTrainedModel, Any]:
+    """The tower that a recipe names or describes, and its feature extractor or image processor.
+
+    Raises:
+        ValueError: If a description is not `{"config": {"model_type", ...}, "feature_extractor" (of vision:
+            "image_processor"): {"..._type", ...}}`.
+    """
+    kind = PREPROCESSORS[modality]
+    if isinstance(tower, str):
+        if modality == "audio":
+            return load_tower(tower), AutoFeatureExtractor.from_pretrained(tower)
+        # The PIL backend gives the same pixels with and without torchvision.
+        return load_tower(tower), AutoImageProcessor.from_pretrained(tower, backend="pil")
+    config, preprocessor = (dict(tower.get(name) or {}) for name in ("config", kind))
+    model_type, name = config.pop("model_type", None), preprocessor.pop(f"{kind}_type", "")
+    if model_type not in CONFIG_MAPPING or not hasattr(transformers, name) or tower.keys() != {"config", kind}:
+        wanted = f"a config with `model_type` and a {kind} with `{kind}_type` of transformers"
+        raise ValueError(f"{modality}_tower: got {tower}, wanted {wanted}")
+    found = getattr(transformers, f"{name}Pil", None) or getattr(transformers, name)
+    return AutoModel.from_config(CONFIG_MAPPING[model_type](**config)), found(**preprocessor)
+
+
+def build_towers(recipe: Recipe) -> dict[str, tuple]:
+    """Tower and preprocessor by modality, of those that the recipe names and the model may see."""
+    named = {"audio": recipe.model.audio_tower, "vision": recipe.model.vision_tower}
+    return {name: build_tower(name, spec) for name, spec in named.items() if spec and name in recipe.data.modalities}
+
+
+def build_processor(recipe: Recipe, language_model: str, towers: dict[str, tuple]) -> EGMFProcessor:
     return EGMFProcessor(
         AutoTokenizer.from_pretrained(language_model),
+        **{PREPROCESSORS[modality]: preprocessor for modality, (_, preprocessor) in towers.items()},
         num_pseudo_tokens=recipe.model.num_pseudo_tokens,
+        num_frames=recipe.model.num_frames,
         max_context_tokens=recipe.data.max_context_tokens,
+        default_task=recipe.data.task,
     )
 
 
@@ -82,11 +129,18 @@ def feature_statistics(sequences: list) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.from_numpy(frames.mean(0)), torch.from_numpy(frames.std(0))
 
 
-def build_model(recipe: Recipe, language_model: str, processor: EGMFProcessor, train_split) -> PeftModel:
-    """The LLM with LoRA on its projections, and the fusion, which is trained whole."""
+def trained_towers(recipe: Recipe, towers: dict[str, tuple]) -> list[str]:
+    """Modalities whose towers are trained."""
+    return [modality for modality in towers if getattr(recipe.model, f"train_{modality}_tower")]
+
+
+def build_model(
+    recipe: Recipe, language_model: str, processor: EGMFProcessor, towers: dict[str, tuple], train_split
+) -> PeftModel:
+    """The LLM with LoRA on its projections; fusion, and towers where the recipe says so, are trained whole."""
     arguments = recipe.model
     statistics = {}
-    for modality in ("audio", "vision"):
+    for modality in {"audio", "vision"} - towers.keys():
         sequences = train_split[f"{modality}_features"]
         if modality in recipe.data.modalities and any(sequence is not None for sequence in sequences):
             statistics[modality] = feature_statistics(sequences)
@@ -102,18 +156,36 @@ def build_model(recipe: Recipe, language_model: str, processor: EGMFProcessor, t
         gating=arguments.gating,
         modality_dropout=arguments.modality_dropout,
         feature_noise=arguments.feature_noise,
+        audio_input_rate=processor.audio_input_rate if "audio" in towers else None,
+        **{f"{modality}_tower": tower for modality, (tower, _) in towers.items()},
         **{f"{modality}_feature_size": len(mean) for modality, (mean, _) in statistics.items()},
     )
     for modality, (mean, std) in statistics.items():
         model.model.fusion.set_feature_statistics(modality, mean, std)
+    trained = [f"{modality}_tower" for modality in trained_towers(recipe, towers)]
+    for name in trained:
+        getattr(model.model, name).float()  # small steps would be lost in half precision
     lora = LoraConfig(
         task_type="CAUSAL_LM",
         r=arguments.lora_r,
         lora_alpha=arguments.lora_alpha,
         target_modules=arguments.lora_target_modules,
-        modules_to_save=["fusion"],
+        modules_to_save=["fusion", *trained],
     )
     return get_peft_model(model, lora)
+
+
+def fill_cache(model: PeftModel, processor, modalities: list[str], corpus, training) -> TowerCache:
+    """What the frozen towers give for every clip that training sees; one that gives nothing is named, and missing."""
+    base = model.get_base_model()
+    # As the training steps run: a hidden layer does not depend on where it is computed.
+    precision = torch.autocast(training.device.type, torch.bfloat16, enabled=training.bf16)
+    cache = TowerCache(base.to(training.device), processor, modalities, precision)
+    rows = (row for split in ("train", "validation") for row in corpus[split].select_columns([*COLUMNS.values()]))
+    cache.fill(rows, training.device)
+    for error in cache.errors.values():
+        logging.warning("%s It counts as a missing modality.", error)
+    return cache
 
 
 def metrics_of(task, predictions) -> dict[str, float]:
@@ -135,14 +207,17 @@ def main(arguments: list[str]) -> None:
 
     corpus = load_corpus(data.corpus, data.corpus_dir, **data.corpus_options)
     language_model = resolve_language_model(recipe.model.language_model)
-    processor = build_processor(recipe, language_model)
-    task = processor.tasks.get(data.task)
-    if task is None:
-        raise ValueError(f"task: got {data.task!r}, wanted one of {', '.join(processor.tasks)}")
-    model = build_model(recipe, language_model, processor, corpus["train"])
+    towers = build_towers(recipe)
+    processor = build_processor(recipe, language_model, towers)
+    task = processor.tasks[data.task]
+    model = build_model(recipe, language_model, processor, towers, corpus["train"])
     model.print_trainable_parameters()
 
-    collators = [AffectCollator(processor, task, data.modalities, with_answers=flag) for flag in (True, False)]
+    frozen = towers.keys() - trained_towers(recipe, towers)
+    cache = fill_cache(model, processor, sorted(frozen), corpus, training) if frozen else None
+    collators = [
+        AffectCollator(processor, task, data.modalities, with_answers=flag, cache=cache) for flag in (True, False)
+    ]
     training.remove_unused_columns = False  # the collator reads the corpus's columns
     for split in ("train", "validation"):
         corpus[split] = corpus[split].add_column("length", prompt_lengths(corpus[split], collators[0]))
@@ -167,6 +242,9 @@ def main(arguments: list[str]) -> None:
         processor.save_pretrained(output / "model")
         fields = vars(recipe.data) | vars(recipe.model)
         del fields["corpus_dir"]  # a path of this machine is nobody else's business
+        for name in ("language_model", "audio_tower", "vision_tower"):
+            if os.path.isdir(str(fields[name])):
+                fields[name] = Path(fields[name]).name
         (output / "model" / "recipe.json").write_text(json.dumps(fields, indent=2) + "\n")
         print(f"model: {output / 'model'}")
 

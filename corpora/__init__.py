@@ -1,4 +1,4 @@
-"""Corpora: published files in, one `datasets.DatasetDict` schema out.
+"""Corpora: published or generated files in, one `datasets.DatasetDict` schema out.
 
 Each module reads one data set and has one function, `load(source, **options)`. What they return is described
 in `corpora/schema.py`; nothing in here knows the model.
@@ -15,7 +15,7 @@ import os
 from datasets import DatasetDict
 
 
-CORPORA = ("generated", "meld", "mosi")
+CORPORA = ("avatars", "generated", "meld", "mosi", "ravdess")
 
 
 def load_corpus(name: str, source: str | os.PathLike | None = None, **options) -> DatasetDict:
@@ -23,7 +23,8 @@ def load_corpus(name: str, source: str | os.PathLike | None = None, **options) -
 
     Args:
         name: one of `CORPORA`.
-        source: the folder (or file) with the published files; `None` for `generated`, which has none.
+        source: the folder (or file) with the published files; for `avatars`, the folder in which its clips are made;
+            `None` for `generated`, which has none.
         **options: the named module's own options, see its `load`.
 
     Returns:
@@ -42,5 +43,5 @@ def load_corpus(name: str, source: str | os.PathLike | None = None, **options) -
         if option not in known:
             raise ValueError(f"corpus {name!r}: unknown option {option!r}, expected one of {', '.join(known)}")
     if source is None and name != "generated":
-        raise ValueError(f"corpus {name!r}: source is None, expected the folder with its published files")
+        raise ValueError(f"corpus {name!r}: source is None, expected the folder with its files")
     return load(source, **options)

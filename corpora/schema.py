@@ -2,7 +2,7 @@
 
 Null means that a modality is missing and is always legal. A corpus published as media fills `audio` and `video`,
 one published as precomputed features fills `audio_features` and `vision_features`. A classification corpus fills
-`emotion`, a regression corpus fills `sentiment`, the other one is null.
+`emotion`, a regression corpus fills `sentiment`, the other one is null; a corpus that has both fills both.
 """
 
 from collections.abc import Iterable, Mapping

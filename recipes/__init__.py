@@ -22,6 +22,11 @@ class ModelArguments:
     """What is assembled; fields named as in `EGMFConfig` are passed on to it."""
 
     language_model: str = field(metadata={"help": "local folder or Hub id of a causal LLM, or `tiny-random`"})
+    audio_tower: str = field(default="", metadata={"help": "folder or Hub id of a speech encoder, or see `train.py`"})
+    vision_tower: str = field(default="", metadata={"help": "folder or Hub id of an image encoder, or see `train.py`"})
+    train_audio_tower: bool = field(default=False, metadata={"help": "train it whole; otherwise it is frozen"})
+    train_vision_tower: bool = field(default=False, metadata={"help": "train it whole; otherwise it is frozen"})
+    num_frames: int = field(default=16, metadata={"help": "frames of a video, spread evenly over it"})
     attn_implementation: str = field(default="sdpa", metadata={"help": "attention of the LLM, e.g. sdpa or eager"})
     num_pseudo_tokens: int = 8
     fusion_hidden_size: int = 256
@@ -42,6 +47,9 @@ class ModelArguments:
     def __post_init__(self):
         self.modality_dropout = json.loads(self.modality_dropout)
         self.feature_noise = json.loads(self.feature_noise)
+        for name in ("audio_tower", "vision_tower"):
+            value = getattr(self, name)
+            setattr(self, name, json.loads(value) if value.startswith("{") else value)
 
 
 @dataclass

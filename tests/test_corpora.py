@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from corpora import CORPORA, generated, load_corpus, meld, mosi
+from corpora import CORPORA, generated, load_corpus, meld, mosi, ravdess
 from corpora.schema import FEATURES
 
 
@@ -427,3 +427,47 @@ def test_meld_published_text_has_no_control_characters(published_meld, tmp_path)
     (tmp_path / "dev_sent_emo.csv").write_text(damaged, encoding="utf-8")
     assert load_corpus("meld", tmp_path)["validation"].to_list() == splits["validation"].to_list()
     assert not any("\x80" <= character < "\xa0" for character in "".join(splits["train"]["text"]))
+
+
+# RAVDESS
+
+
+def write_ravdess(folder: Path, actors=range(1, 25), suffix: str = "wav") -> None:
+    for actor in actors:
+        place = folder / f"Actor_{actor:02}"
+        place.mkdir(parents=True)
+        for emotion in range(1, 9):
+            (place / f"03-01-{emotion:02}-01-02-01-{actor:02}.{suffix}").touch()
+        (place / f"03-02-01-01-01-01-{actor:02}.{suffix}").touch()  # song
+
+
+@pytest.mark.parametrize("fold", [1, 4, 6])
+def test_ravdess_holds_out_actors(tmp_path, fold):
+    write_ravdess(tmp_path)
+    splits = load_corpus("ravdess", tmp_path, fold=fold)
+    actors = {name: {int(row_id[-2:]) for row_id in split["id"]} for name, split in splits.items()}
+    assert actors["test"] == set(range(4 * fold - 3, 4 * fold + 1))
+    assert len(actors["validation"]) == 4 and len(actors["train"]) == 16
+    assert set().union(*actors.values()) == set(range(1, 25))
+    assert splits["test"].num_rows == 32 and set(splits["test"]["text"]) == {"Dogs are sitting by the door."}
+    assert splits["test"][0]["emotion"] == "neutral" and splits["test"][0]["audio"].endswith(".wav")
+    assert set(splits["train"]["emotion"]) == set(ravdess.EMOTIONS)
+
+
+def test_ravdess_faults(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no files 03-01-"):
+        load_corpus("ravdess", tmp_path)
+    write_ravdess(tmp_path, actors=range(1, 9))
+    with pytest.raises(ValueError, match="no files of the actors of train, expected all 24 actors"):
+        load_corpus("ravdess", tmp_path)
+    with pytest.raises(ValueError, match="fold: got 7, expected an integer from 1 to 6"):
+        load_corpus("ravdess", tmp_path, fold=7)
+    (tmp_path / "03-01-09-01-01-01-01.wav").touch()
+    with pytest.raises(ValueError, match=r"03-01-09-01-01-01-01.wav: expected a name such as"):
+        load_corpus("ravdess", tmp_path)
+
+
+def test_ravdess_published_folds():
+    folder = published("ravdess")
+    ids = [row_id for fold in range(1, 7) for row_id in load_corpus("ravdess", folder, fold=fold)["test"]["id"]]
+    assert len(ids) == len(set(ids)) == 360

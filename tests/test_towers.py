@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     CLIPConfig,
     CLIPModel,
@@ -233,6 +234,17 @@ def test_layers_computed_beforehand_give_the_same(towered):
         model(**{**beforehand, field: batch[field]})
 
 
+def test_a_tower_without_its_weights_is_refused(tmp_path, assemble):
+    """transformers would make up what a checkpoint lacks."""
+    tower = TOWERS["hubert"][0]()
+    tower.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights.pop("encoder.layers.1.attention.k_proj.weight")
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"its weights lack 1 of HubertModel's, such as encoder.layers.1.attention"):
+        assemble(audio_tower=str(tmp_path), audio_input_rate=16000)
+
+
 def test_times_of_a_towers_frames(assemble):
     """Frames of a wave are placed in seconds, whatever the clip is padded to."""
     model = assemble(audio_tower=TOWERS["hubert"][0](), audio_input_rate=16000)
@@ -253,7 +265,10 @@ def test_real_whisper_encoder(assemble, processor):
     folder = shared / "models" / "whisper-tiny-en-encoder"
     if not folder.is_dir():
         pytest.skip("no whisper-tiny-en-encoder in EGMF_SHARED/models, nor in ../shared/models")
-    model = assemble(audio_tower=WhisperEncoder.from_pretrained(folder), audio_input_rate=100)
+    model = assemble(audio_tower=str(folder), audio_input_rate=100)
+    trained = WhisperEncoder.from_pretrained(folder).state_dict()
+    for name, value in model.model.audio_tower.state_dict().items():
+        assert torch.equal(value, trained[name].to(value.dtype)), name
     assert next(model.model.audio_tower.parameters()).dtype == model.dtype
     mask = torch.zeros(2, 3000, dtype=torch.long)
     mask[0, :400], mask[1, :50] = 1, 1

@@ -175,7 +175,7 @@ def test_checkpoint_holds_its_own_code(travelled):
     files = {path.name for path in folder.iterdir()}
     assert {
         f"{name}_egmf.py"
-        for name in ("configuration", "fusion", "modeling", "processing", "scoring", "tasks", "towers")
+        for name in "configuration fusion media modeling pipeline processing scoring tasks towers".split()
     } <= files
     assert {"config.json", "generation_config.json", "processor_config.json", "model.safetensors"} <= files
 

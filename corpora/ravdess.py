@@ -1,0 +1,60 @@
+"""RAVDESS (Livingstone and Russo 2018): 24 actors speak one of two sentences in one of eight emotions; speech alone.
+
+Read from the audio files as published, whose names say everything: `03-01-06-01-02-01-12.wav` is modality (03: audio
+only), channel (01: speech), emotion, intensity, statement, repetition, actor. Copies in another audio format, or
+without the published folders `Actor_01` to `Actor_24`, are read as well; other modalities and song are left out.
+
+The actors are held out in six folds, 1-4, 5-8 and so on; of the others, the fold that follows is the validation split.
+"""
+
+import os
+from pathlib import Path
+
+from datasets import DatasetDict
+
+from corpora.schema import build_split
+
+
+EMOTIONS = ("neutral", "calm", "happy", "sad", "angry", "fearful", "disgust", "surprised")  # 01 to 08
+STATEMENTS = ("Kids are talking by the door.", "Dogs are sitting by the door.")
+FOLDS, ACTORS = 6, 24
+
+
+def load(source: str | os.PathLike, fold: int = 1) -> DatasetDict:
+    """Load RAVDESS as emotion classification over `EMOTIONS`.
+
+    Args:
+        source: the folder with the audio files, at any depth.
+        fold: 1 to 6, which four actors are the test split.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or no RAVDESS speech in it.
+        ValueError: `fold` out of range, or a file whose name says what RAVDESS does not have (names the file).
+    """
+    if not isinstance(fold, int) or isinstance(fold, bool) or not 1 <= fold <= FOLDS:
+        raise ValueError(f"fold: got {fold!r}, expected an integer from 1 to {FOLDS}")
+    files = sorted(path for path in Path(source).rglob("03-01-*") if path.is_file())
+    if not files:
+        raise FileNotFoundError(f"{source}: no files 03-01-*, expected the folder with the audio files of RAVDESS")
+    held_out = {"test": fold - 1, "validation": fold % FOLDS}
+    rows: dict[str, list[dict]] = {"train": [], "validation": [], "test": []}
+    for path in files:
+        emotion, statement, actor = _codes(path)
+        group = (actor - 1) // (ACTORS // FOLDS)
+        split = next((name for name, number in held_out.items() if number == group), "train")
+        row = {"id": path.stem, "text": STATEMENTS[statement - 1], "language": "en", "audio": str(path)}
+        rows[split].append({**row, "emotion": EMOTIONS[emotion - 1]})
+    empty = [split for split, found in rows.items() if not found]
+    if empty:
+        raise ValueError(f"{source}: no files of the actors of {', '.join(empty)}, expected all {ACTORS} actors")
+    return DatasetDict({split: build_split(found) for split, found in rows.items()})
+
+
+def _codes(path: Path) -> tuple[int, int, int]:
+    """Emotion, statement and actor of a file, as numbers from 1."""
+    parts = path.stem.split("-")
+    if len(parts) == 7 and all(part.isdecimal() for part in parts):
+        emotion, statement, actor = int(parts[2]), int(parts[4]), int(parts[6])
+        if 1 <= emotion <= len(EMOTIONS) and 1 <= statement <= len(STATEMENTS) and 1 <= actor <= ACTORS:
+            return emotion, statement, actor
+    raise ValueError(f"{path}: expected a name such as 03-01-06-01-02-01-12.wav, with emotion 01-08 and actor 01-24")

@@ -1,0 +1,161 @@
+"""EGMF as a transformers pipeline: a clip in, an answer out, with the code that travels with the checkpoint.
+
+recognize = pipeline("affect-recognition", model="DIR or Hub id", trust_remote_code=True)
+recognize("clip.mp4", text="That is just great.")
+"""
+
+import os
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import Pipeline
+
+
+FIELDS = {"file", "audio", "video", "text", "speaker", "context"}
+
+
+def gate_names(weights: dict[str, torch.Tensor], experts: list[str], modalities: list[str]) -> list[dict]:
+    """Gate weights by sample: `modality` by expert and modality, `expert` by expert (mean over pseudo tokens)."""
+    return [
+        {
+            "modality": {
+                expert: dict(zip(modalities, map(float, row), strict=True))
+                for expert, row in zip(experts, modality, strict=True)
+            },
+            "expert": dict(zip(experts, map(float, expert_rows.mean(0)), strict=True)),
+        }
+        for modality, expert_rows in zip(weights["modality"].cpu(), weights["expert"].cpu(), strict=True)
+    ]
+
+
+class AffectRecognitionPipeline(Pipeline):
+    """What a speaker expresses in a clip: a label or a score, with its distribution.
+
+    A sample is a file (its sound and its pictures, whichever it has and the model takes), or a mapping with some of
+    `file`, `audio`, `video`, `text`, `speaker` and `context` (see [`EGMFProcessor`]). A list of samples is answered
+    with a list, `batch_size` at a time; a sample's answer does not depend on the others.
+
+    An answer is a dict:
+
+    - `label` (classification) or `score` (regression: the mean of the distribution);
+    - `probabilities` of all legal answers; `median` and `interval` (5 to 95 %) of a score, else None;
+    - `gate_weights`: what the gate mixed, by expert and modality, and by expert;
+    - `seconds`: of sound or pictures, whichever is longer, that were decoded (None without media);
+    - `warnings`: what of the files is missing from what the model was given;
+    - `error`: with `on_error="report"`, why a file could not be read; all else is then None or empty.
+    """
+
+    _load_processor = True
+    _load_tokenizer = False
+    _load_feature_extractor = False
+    _load_image_processor = False
+    _load_video_processor = False
+
+    def __call__(self, inputs: Any, batch_size: int | None = None, **kwargs) -> dict | list[dict]:
+        """The answer to one sample, or to each of a list.
+
+        Args:
+            inputs: A sample or a list of samples.
+            batch_size: How many samples go through the model at a time; 8 by default.
+            text, speaker, context: For all samples that do not bring their own.
+            task: Name of a task of the processor; by default the one the model was trained on.
+            on_error: `"raise"` (default) a MediaError for a file that cannot be read, or `"report"` it as the
+                sample's `error` and go on.
+        """
+        steps = self._sanitize_parameters(**kwargs)
+        before, forward, after = (
+            {**stored, **given}
+            for stored, given in zip(
+                (self._preprocess_params, self._forward_params, self._postprocess_params), steps, strict=True
+            )
+        )
+        samples = inputs if isinstance(inputs, list) else [inputs]
+        size = batch_size or self._batch_size or 8
+        answers = []
+        for start in range(0, len(samples), size):
+            answers += self.run_single(samples[start : start + size], before, forward, after)
+        return answers if isinstance(inputs, list) else answers[0]
+
+    def _sanitize_parameters(self, task=None, on_error=None, **shared):
+        if unknown := shared.keys() - {"text", "speaker", "context"}:
+            raise ValueError(
+                f"affect-recognition: got {sorted(unknown)}, wanted text, speaker, context, task, on_error"
+            )
+        if on_error not in (None, "raise", "report"):
+            raise ValueError(f"on_error: got {on_error!r}, wanted 'raise' or 'report'")
+        before = {"shared": shared, "task": task, "on_error": on_error}
+        return {name: value for name, value in before.items() if value}, {}, {}
+
+    def preprocess(self, samples: list, shared: Mapping = {}, task=None, on_error="raise") -> dict[str, Any]:
+        task = self.processor.tasks.get(task or self.processor.default_task)
+        if task is None:
+            raise ValueError(f"task: wanted one of {', '.join(self.processor.tasks)}")
+        reports, columns = [], []
+        for sample in samples:
+            sample = {"file": sample} if isinstance(sample, str | os.PathLike) else dict(sample)
+            if unknown := sample.keys() - FIELDS:
+                raise ValueError(
+                    f"affect-recognition: a sample got {sorted(unknown)}, wanted some of {sorted(FIELDS)}"
+                )
+            sample = {**shared, **sample}
+            report = {"seconds": None, "warnings": [], "error": None}
+            reports.append(report)
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always", self.processor.media_warning)
+                try:
+                    if (file := sample.pop("file", None)) is not None:
+                        media = self.processor.load_file(file)
+                    else:
+                        media = self.processor.load_media(sample.pop("audio", None), sample.pop("video", None))
+                except self.processor.media_error as error:
+                    if on_error != "report":
+                        raise
+                    report["error"] = str(error)
+                    continue
+                finally:
+                    report["warnings"] = [
+                        str(one.message) for one in caught if one.category is self.processor.media_warning
+                    ]
+            report["seconds"] = max((clip.duration for clip in media if clip is not None), default=None)
+            columns.append(sample | media._asdict())
+        if not columns:
+            return {"reports": reports, "task": task, "inputs": None}
+        names = ("text", "speaker", "context", "audio", "video")
+        batch = {name: [column.get(name) for column in columns] for name in names}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", self.processor.media_warning)  # they have been taken down
+            inputs = self.processor(task=task, **batch)
+        return {"reports": reports, "task": task, "inputs": dict(inputs)}
+
+    def _forward(self, model_inputs: dict[str, Any]) -> dict[str, Any]:
+        inputs, scores = model_inputs.pop("inputs"), None
+        if inputs is not None:
+            scores = dict(self.model.score_labels(self.processor.candidates(model_inputs["task"]), **inputs))
+        return {**model_inputs, "scores": scores}
+
+    def postprocess(self, outputs: dict[str, Any]) -> list[dict[str, Any]]:
+        task, scores, config = outputs["task"], outputs["scores"], self.model.config
+        found = iter(())
+        if scores is not None:
+            gates = gate_names(scores["gate_weights"], config.experts, config.modalities)
+            found = zip(self.processor.summarize(scores["log_probs"], task), gates, strict=True)
+        answers = []
+        for report in outputs["reports"]:
+            distribution, gate = (None, None) if report["error"] else next(found)
+            value = distribution and (distribution.top if task.kind == "classification" else distribution.expected)
+            answers.append(
+                {
+                    "label" if task.kind == "classification" else "score": value,
+                    "probabilities": distribution and distribution.probabilities,
+                    "median": distribution and distribution.median,
+                    "interval": distribution and distribution.interval,
+                    "gate_weights": gate,
+                    **report,
+                }
+            )
+        return answers
+
+
+__all__ = ["AffectRecognitionPipeline"]

@@ -1,0 +1,108 @@
+"""Says what the speakers in audio and video files express.
+
+    python predict.py runs/avatars/model clip.mp4 --text "That is just great."
+    python predict.py MODEL *.mp4 --transcripts transcripts.csv --task meld
+
+On a terminal it prints a table; into a file or a pipe, one JSON line per file: label or score, probabilities, median
+and interval of a score, gate weights, seconds decoded and warnings. A file that cannot be read has the reason as its
+`error`; the others are answered all the same, and the exit status is 1.
+
+A transcripts file has the columns `file` (name or path) and `text`, and may have `speaker`.
+"""
+
+import argparse
+import csv
+import json
+import os
+import sys
+from pathlib import Path
+
+from tqdm.auto import tqdm
+from transformers import pipeline
+
+
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("model", help="folder or Hub id of a trained model")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="audio or video file")
+    words = parser.add_mutually_exclusive_group()
+    words.add_argument("--text", help="what is said in the file")
+    words.add_argument("--transcripts", type=Path, metavar="FILE.csv", help="what is said, by file")
+    parser.add_argument("--task", help="task to ask; by default the one the model was trained on")
+    parser.add_argument("--batch_size", type=int, default=8)
+    parsed = parser.parse_args(arguments)
+    if parsed.text is not None and len(parsed.files) > 1:
+        parser.error(f"--text: got {len(parsed.files)} files, wanted one; see --transcripts")
+    return parsed
+
+
+def read_transcripts(path: Path) -> dict[str, dict]:
+    """`text` (and `speaker`) by file, as it is named in the CSV file.
+
+    Raises:
+        ValueError: If a column is missing, or a file is there twice.
+    """
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        rows = csv.DictReader(file)
+        if missing := {"file", "text"} - set(rows.fieldnames or ()):
+            raise ValueError(f"{path}: no column {', '.join(sorted(missing))}; got {rows.fieldnames}")
+        transcripts = {}
+        for row in rows:
+            if row["file"] in transcripts:
+                raise ValueError(f"{path}: {row['file']} is there twice, wanted one line per file")
+            transcripts[row["file"]] = {name: row[name] for name in ("text", "speaker") if row.get(name)}
+    return transcripts
+
+
+def samples_of(args: argparse.Namespace) -> list[dict]:
+    """One sample per file, with its words.
+
+    Raises:
+        ValueError: If the transcripts lack a file.
+    """
+    if args.transcripts is None:
+        return [{"file": file, "text": args.text} for file in args.files]
+    transcripts = read_transcripts(args.transcripts)
+    samples = []
+    for file in args.files:
+        words = transcripts.get(file, transcripts.get(Path(file).name))
+        if words is None:
+            raise ValueError(f"{args.transcripts}: got no line for {file}, wanted its path or its name in column file")
+        samples.append({"file": file, **words})
+    return samples
+
+
+def table_row(answer: dict) -> str:
+    """One line for people."""
+    if answer["error"]:
+        return f"{answer['file']:32}  {answer['error']}"
+    if answer.get("label") is not None:
+        best = sorted(answer["probabilities"].items(), key=lambda item: -item[1])[:3]
+        words = ", ".join(f"{label} {100 * probability:.0f} %" for label, probability in best)
+    else:
+        low, high = answer["interval"]
+        words = f"{answer['score']:+.2f} ({low:+.1f} to {high:+.1f})"
+    seconds = "-" if answer["seconds"] is None else f"{answer['seconds']:.1f} s"
+    return f"{answer['file']:32}  {words:48}  {seconds:>8}  {'; '.join(answer['warnings'])}".rstrip()
+
+
+def main(arguments: list[str]) -> int:
+    args = parse_arguments(arguments)
+    samples = samples_of(args)
+    recognize = pipeline("affect-recognition", model=args.model, trust_remote_code=True)
+    for_people, failed = sys.stdout.isatty(), False
+    progress = tqdm(total=len(samples), unit="file", disable=None if len(samples) > 1 else True)
+    for start in range(0, len(samples), args.batch_size):
+        chunk = samples[start : start + args.batch_size]
+        for sample, answer in zip(chunk, recognize(chunk, task=args.task, on_error="report"), strict=True):
+            answer = {"file": os.fspath(sample["file"]), **answer}
+            failed |= answer["error"] is not None
+            progress.update()
+            with progress.external_write_mode():
+                print(table_row(answer) if for_people else json.dumps(answer, ensure_ascii=False), flush=True)
+    progress.close()
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,603 @@
+"""Media files of every kind, sound, damaged and bogus: what is read is right, what is missing is said, nothing breaks.
+
+The files are made here with PyAV and soundfile. What comes of good ones is compared with PyAV's own decoding.
+"""
+
+import os
+import pickle
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import soundfile
+from datasets import Dataset
+from torch.utils.data import DataLoader
+
+import media_egmf
+from media_egmf import MediaError, load_audio, load_video
+
+
+ROOT = Path(__file__).resolve().parents[1]
+GRID = ROOT.parent / "shared" / "data" / "grid"
+SECONDS, FPS, RATE, SIZE = 2, 25, 44100, (160, 120)
+LIMIT = 20.0  # seconds for one call, far more than any of these files needs
+
+
+def pictures(count: int, width: int, height: int):
+    """A moving pattern: no two frames are alike."""
+    y, x = np.mgrid[:height, :width]
+    for i in range(count):
+        yield np.stack([2 * x + 5 * i, 3 * y + 7 * i, x + y + 11 * i], axis=-1).astype(np.uint8)
+
+
+def sine(seconds: float = SECONDS, rate: int = RATE, channels: int = 2, hertz: float = 440.0) -> np.ndarray:
+    """(N, channels), the first at level 0.5, the others silent."""
+    wave = np.zeros((round(seconds * rate), channels), dtype=np.float32)
+    wave[:, 0] = 0.5 * np.sin(2 * np.pi * hertz * np.arange(len(wave)) / rate)
+    return wave
+
+
+def write_clip(
+    path: Path,
+    video: str | None = "libx264",
+    audio: str | None = "aac",
+    size: tuple[int, int] = SIZE,
+    times: np.ndarray | None = None,
+    sound_from: float = 0.0,
+    pixels: str = "yuv420p",
+    **container_options: str,
+) -> Path:
+    """A clip of SECONDS, or with a frame at each of `times`; its sound starts at `sound_from`."""
+    clock = Fraction(1, FPS if times is None else 1000)
+    stamps = range(SECONDS * FPS) if times is None else np.round(times * 1000).astype(int).tolist()
+    with av.open(str(path), "w", options=container_options) as container:
+        if video:
+            pictured = container.add_stream(video, rate=FPS)
+            pictured.width, pictured.height, pictured.pix_fmt = *size, pixels
+            pictured.codec_context.gop_size = 12
+            pictured.codec_context.time_base = clock
+        if audio:
+            heard = container.add_stream(audio, rate=48000 if audio == "libopus" else RATE, layout="stereo")
+        if video:
+            for stamp, picture in zip(stamps, pictures(len(stamps), *size), strict=True):
+                frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+                frame.pts, frame.time_base = stamp, clock
+                container.mux(pictured.encode(frame))
+            container.mux(pictured.encode(None))
+        if audio:
+            whole = av.AudioFrame.from_ndarray(np.ascontiguousarray(sine(SECONDS - sound_from).T), "fltp", "stereo")
+            whole.sample_rate, whole.pts = RATE, round(sound_from * RATE)
+            sliced = av.AudioResampler(heard.format, "stereo", heard.rate, heard.codec_context.frame_size or 1024)
+            for frame in [*sliced.resample(whole), *sliced.resample(None)]:
+                container.mux(heard.encode(frame))
+            container.mux(heard.encode(None))
+    return path
+
+
+CLIPS = {
+    "end.mp4": {},
+    "start.mp4": {"movflags": "faststart"},
+    "silent.mp4": {"audio": None},
+    "sound.m4a": {"video": None},
+    "odd.mp4": {"size": (162, 122)},
+    "uneven.mp4": {"size": (161, 121), "pixels": "yuv444p"},
+    "ten_bit.mp4": {"pixels": "yuv420p10le"},
+    "clip.mkv": {},
+    "clip.avi": {"video": "mpeg4", "audio": "libmp3lame"},
+    "clip.webm": {"video": "libvpx", "audio": "libopus"},
+    "clip.mpg": {"video": "mpeg1video", "audio": "mp2"},
+    "uneven.mpg": {"video": "mpeg1video", "audio": "mp2", "size": (161, 121)},
+    "clip.ts": {"video": "mpeg2video", "audio": "mp2"},
+}
+SOUNDS = ("sound.wav", "sound.flac", "sound.ogg", "sound.mp3", "sound.aiff")
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory) -> dict[str, Path]:
+    """All good files, by name."""
+    folder = tmp_path_factory.mktemp("clips")
+    made = {}
+    for name, options in CLIPS.items():
+        wanted = {options.get("video", "libx264"), options.get("audio", "aac")} - {None}
+        if wanted <= av.codecs_available:
+            made[name] = write_clip(folder / name, **options)
+    for name in SOUNDS:
+        soundfile.write(folder / name, sine(), RATE)
+        made[name] = folder / name
+    return made
+
+
+def by_pyav(path: Path, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Frames at the centres of `count` equal parts and their times, from PyAV used plainly."""
+    with av.open(str(path)) as container:
+        start = (container.start_time or 0) / 1e6
+        frames = [
+            (f.to_ndarray(format="rgb24"), float(f.pts * f.time_base) - start) for f in container.decode(video=0)
+        ]
+    count = min(count, len(frames))
+    chosen = [frames[int((i + 0.5) * len(frames) / count)] for i in range(count)]
+    return np.stack([frame for frame, _ in chosen]), np.array([time for _, time in chosen])
+
+
+def outcome(load, path, wanted: int):
+    """A clip or a MediaError, within the limit."""
+    begun = time.monotonic()
+    try:
+        result = load(path, wanted, time_limit=LIMIT)
+    except MediaError as error:
+        result = error
+        assert str(error).startswith(f"Cannot read {str(path)!r}: ") and str(error).endswith(".")
+    assert time.monotonic() - begun < LIMIT + 5
+    return result
+
+
+# Good files
+
+
+@pytest.mark.parametrize("name", [name for name in CLIPS if CLIPS[name].get("video", "") is not None])
+@pytest.mark.parametrize("count", [1, 8, 1000])
+def test_frames_are_pyavs_bytes(clips, name, count):
+    if name not in clips:
+        pytest.skip(f"PyAV has no encoder for {name}")
+    clip = load_video(clips[name], count)
+    frames, times = by_pyav(clips[name], count)
+    assert clip.frames.dtype == np.uint8 and len(frames) == min(count, SECONDS * FPS)
+    np.testing.assert_array_equal(clip.frames, frames)
+    np.testing.assert_allclose(clip.times, times, atol=1e-9)
+    assert clip.warnings == [] and clip.duration == pytest.approx(SECONDS, abs=0.1)
+
+
+@pytest.mark.parametrize("name", [*SOUNDS, *(name for name in CLIPS if CLIPS[name].get("audio", "") is not None)])
+@pytest.mark.parametrize("rate", [16000, 48000, 7919])
+def test_a_sine_stays_what_it_is(clips, name, rate):
+    if name not in clips:
+        pytest.skip(f"PyAV has no encoder for {name}")
+    clip = load_audio(clips[name], rate)
+    assert clip.samples.dtype == np.float32 and clip.samples.ndim == 1 and clip.sampling_rate == rate
+    assert clip.warnings == [] and clip.duration == pytest.approx(SECONDS, abs=0.06)
+    inner = clip.samples[rate // 4 : rate // 4 + rate]  # one second: a bin of the spectrum is 1 Hz
+    spectrum = np.abs(np.fft.rfft(inner * np.hanning(rate)))
+    assert spectrum.argmax() == 440
+    # The mean of a channel at 0.5 and a silent one.
+    assert np.sqrt((inner**2).mean()) == pytest.approx(0.25 / np.sqrt(2), rel=0.06)  # mp3 takes 5 % off
+
+
+@pytest.mark.parametrize("rate", [7919, 8000, 11025, 96000])
+@pytest.mark.parametrize("channels", [1, 3, 6])
+@pytest.mark.parametrize("subtype", ["PCM_U8", "PCM_24", "FLOAT"])
+def test_rates_and_channels_of_wav(tmp_path, rate, channels, subtype):
+    wave = sine(1.0, rate, channels)
+    soundfile.write(tmp_path / "a.wav", wave, rate, subtype=subtype)
+    clip = load_audio(tmp_path / "a.wav", rate)
+    np.testing.assert_allclose(clip.samples, wave.mean(axis=1), atol=1 / 128)
+    assert clip.warnings == []
+    # Both readers mean the same by a sample.
+    _, samples = media_egmf._decode("audio_by_pyav", "", str(tmp_path / "a.wav"), rate, time.monotonic() + LIMIT)
+    np.testing.assert_allclose(samples, clip.samples, atol=1e-6)
+    assert len(load_audio(tmp_path / "a.wav", 16000).samples) == pytest.approx(16000, abs=1)
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+def test_times_of_a_variable_frame_rate(tmp_path, suffix):
+    times = np.cumsum(np.random.default_rng(0).uniform(0.01, 0.12, 40)).round(3)
+    path = write_clip(tmp_path / f"vfr.{suffix}", audio=None, times=times)
+    clip = load_video(path, 1000)
+    np.testing.assert_allclose(clip.times, times - times[0], atol=0.0015)
+    np.testing.assert_array_equal(clip.frames, by_pyav(path, 1000)[0])
+    assert load_video(path, 5).times == pytest.approx(clip.times[[4, 12, 20, 28, 36]])
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+def test_sound_that_starts_late_is_preceded_by_silence(tmp_path, suffix):
+    clip = load_audio(write_clip(tmp_path / f"late.{suffix}", sound_from=0.5), 16000)
+    assert clip.duration == pytest.approx(SECONDS, abs=0.06)
+    assert np.abs(clip.samples[:7000]).max() < 0.01 and np.abs(clip.samples[9000:9500]).max() > 0.2
+
+
+def test_a_phones_rotation_is_applied(clips, tmp_path):
+    data = bytearray(clips["silent.mp4"].read_bytes())
+    matrix = data.index(b"tkhd") + 4 + 40
+    data[matrix : matrix + 36] = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, SIZE[1] << 16, 0, 1 << 30)
+    (tmp_path / "phone.mp4").write_bytes(data)
+    lying, upright = load_video(clips["silent.mp4"], 3).frames, load_video(tmp_path / "phone.mp4", 3).frames
+    np.testing.assert_array_equal(upright, np.rot90(lying, -1, axes=(1, 2)))
+
+
+@pytest.mark.parametrize("path", sorted(GRID.glob("*.mpg")) or [None], ids=lambda path: getattr(path, "name", "none"))
+def test_grid_clips(path):
+    if path is None:
+        pytest.skip("the GRID clips are not at ../shared/data/grid")
+    clip, sound = load_video(path, 8), load_audio(path, 16000)
+    np.testing.assert_array_equal(clip.frames, by_pyav(path, 8)[0])
+    assert clip.warnings == [] and sound.warnings == []
+    assert clip.duration == pytest.approx(3.0, abs=0.05) == sound.duration and np.abs(sound.samples).max() > 0.01
+
+
+def test_a_missing_stream_has_its_own_kind(clips):
+    for load, name, kind in ((load_audio, "silent.mp4", "no audio"), (load_video, "sound.m4a", "no video")):
+        with pytest.raises(MediaError) as raised:
+            load(clips[name], 16)
+        assert raised.value.kind == kind
+    copy = pickle.loads(pickle.dumps(raised.value))
+    assert str(copy) == str(raised.value) and vars(copy) == vars(raised.value)
+    for load, wanted in ((load_audio, 0), (load_video, 0)):
+        with pytest.raises(ValueError, match="must be positive"):
+            load(clips["end.mp4"], wanted)
+
+
+def test_content_decides_and_not_the_suffix(clips, tmp_path):
+    for name, wrong in (("end.mp4", "a.wav"), ("sound.wav", "a.mp4"), ("sound.flac", "a.raw"), ("sound.mp3", "a.txt")):
+        path = tmp_path / wrong
+        path.write_bytes(clips[name].read_bytes())
+        np.testing.assert_array_equal(load_audio(path, 16000).samples, load_audio(clips[name], 16000).samples)
+    link = tmp_path / "l\udcffnk %03d.jpg"
+    link.symlink_to(clips["end.mp4"])
+    assert len(load_video(link, 3).frames) == 3
+
+
+# Damaged and bogus files
+
+
+def patched(data: bytes, box: bytes, offset: int, value: bytes) -> bytes:
+    """`value` written over what stands `offset` bytes behind the name of a box."""
+    at = data.index(box) + len(box) + offset
+    return data[:at] + value + data[at + len(value) :]
+
+
+def damaged(clips) -> dict[str, bytes]:
+    """More than 120 damaged files, as `{"<good file>: <damage>": content}`."""
+    rng = np.random.default_rng(0)
+    made = {}
+    for name in ("end.mp4", "start.mp4", "silent.mp4", "sound.m4a", "clip.mkv", "clip.avi", *SOUNDS):
+        data = clips[name].read_bytes()
+        for part in (0.02, 0.3, 0.7, 0.95):
+            made[f"{name}: cut at {part}"] = data[: round(part * len(data))]
+        made[f"{name}: zeros"] = data[: len(data) // 2] + bytes(3000) + data[len(data) // 2 + 3000 :]
+        for place in (*rng.integers(0, 200, 2).tolist(), *rng.integers(200, len(data), 3).tolist()):
+            flipped = bytearray(data)
+            flipped[place] ^= 1 << int(rng.integers(8))
+            made[f"{name}: bit flip at {place}"] = bytes(flipped)
+    for name in ("end.mp4", "start.mp4"):
+        data = clips[name].read_bytes()
+        head = data.index(b"moov")
+        for place in rng.integers(head + 4, head + 1800, 10).tolist():
+            flipped = bytearray(data)
+            flipped[place] ^= 1 << int(rng.integers(8))
+            made[f"{name}: bit flip at {place} in moov"] = bytes(flipped)
+        for box in (b"stts", b"stsz", b"stsc", b"stco", b"ctts"):
+            for offset in (4, 8, 12):
+                made[f"{name}: {box.decode()} {offset}"] = patched(data, box, offset, b"\x7f\xff\xff\xff")
+    return made
+
+
+def test_damage_is_said(clips, tmp_path):
+    """No crash, no hang, and never less than the whole without a warning."""
+    files = damaged(clips)
+    assert len(files) >= 120
+    errors, silent = 0, []
+    for number, (name, data) in enumerate(files.items()):
+        path = tmp_path / f"{number}.bin"
+        path.write_bytes(data)
+        options = CLIPS.get(name.split(":")[0], {"video": None})
+        video, audio = outcome(load_video, path, 1000), outcome(load_audio, path, 16000)
+        errors += isinstance(video, MediaError) + isinstance(audio, MediaError)
+        if isinstance(video, MediaError):
+            assert video.kind in ("no video", "damaged", "not media", "too large")
+        elif options.get("video", "") is not None:
+            assert len(video.frames) == len(video.times) > 0 and (np.diff(video.times) > 0).all()
+            if len(video.frames) < SECONDS * FPS - 1 and not video.warnings:
+                silent.append((name, len(video.frames)))
+        if isinstance(audio, MediaError):
+            assert audio.kind in ("no audio", "damaged", "not media", "too large")
+        elif audio.duration < SECONDS - 0.15 and not audio.warnings:
+            silent.append((name, audio.duration))
+    assert silent == []
+    assert 0 < errors < len(files)
+
+
+def test_decord_aborts_on_a_corrupt_count_and_the_caller_does_not(clips, tmp_path):
+    path = tmp_path / "stts.mp4"
+    path.write_bytes(patched(clips["silent.mp4"].read_bytes(), b"stts", 8, b"\x7f\xff\xff\xff"))
+    alone = subprocess.run([sys.executable, "-c", f"import decord; decord.VideoReader({str(path)!r})"], check=False)
+    assert alone.returncode == -signal.SIGABRT
+    clip = load_video(path, 8)
+    np.testing.assert_array_equal(clip.frames, load_video(clips["silent.mp4"], 8).frames)
+    assert clip.warnings == [f"video: {SECONDS * FPS} of {0x7FFFFFFF} frames decoded"]
+    # The same through the worker that decord gets: it dies, this process does not.
+    with pytest.raises(MediaError) as raised:
+        media_egmf._decode("video_by_decord", path, str(path), 8, time.monotonic() + LIMIT, fresh=True)
+    assert raised.value.kind == "crash"
+
+
+def test_decord_stands_in_with_the_same_bytes(clips):
+    file = str(clips["end.mp4"])
+    found, frames = media_egmf._decode("video_by_decord", file, file, 8, time.monotonic() + LIMIT, fresh=True)
+    clip = load_video(file, 8)
+    np.testing.assert_array_equal(frames, clip.frames)
+    np.testing.assert_allclose(found["times"], clip.times, atol=1e-5)
+    assert "decord" in found["warnings"][0]
+
+
+def test_ten_claimed_hours(clips, tmp_path):
+    hours = 36000
+    mkv = clips["clip.mkv"].read_bytes()
+    wav = clips["sound.wav"].read_bytes()
+    data = wav.index(b"data") + 4
+    flac = bytearray(clips["sound.flac"].read_bytes())
+    fields = int.from_bytes(flac[18:26], "big") >> 36 << 36  # rate, channels, bits, and then 36 bits of samples
+    flac[18:26] = (fields | hours * RATE).to_bytes(8, "big")
+    files = {
+        "long.mkv": patched(mkv, b"\x44\x89\x88", 0, struct.pack(">d", 1000 * hours)),  # the segment's duration
+        "long.wav": wav[:data] + struct.pack("<I", 0x7FFF0000 & ~3) + wav[data + 4 :],
+        "long.flac": bytes(flac),
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    assert load_video(tmp_path / "long.mkv", 8).warnings == ["video: 2.0 of 36000.0 seconds decoded"]
+    assert load_audio(tmp_path / "long.mkv", 8000).warnings == ["audio: 2.0 of 36000.0 seconds decoded"]
+    assert load_audio(tmp_path / "long.wav", 16000).warnings == ["audio: 2.0 of 12173.6 seconds decoded"]
+    clip = load_audio(tmp_path / "long.flac", 16000)
+    assert clip.warnings[0] == "audio: 2.0 of 36000.0 seconds decoded" and clip.duration == pytest.approx(SECONDS)
+
+
+@pytest.mark.parametrize("stated", [0, 0xFFFFFFFF])
+def test_a_wav_written_to_a_pipe_states_no_length(clips, tmp_path, stated):
+    wav = clips["sound.wav"].read_bytes()
+    (tmp_path / "a.wav").write_bytes(patched(wav, b"data", 0, struct.pack("<I", stated)))
+    clip = load_audio(tmp_path / "a.wav", RATE)
+    np.testing.assert_array_equal(clip.samples, load_audio(clips["sound.wav"], RATE).samples)
+    assert clip.warnings == []
+
+
+@pytest.mark.parametrize("codec", ["VORBIS", "OPUS"])
+def test_a_cut_ogg_lacks_the_mark_of_its_end(tmp_path, codec):
+    noise = np.random.default_rng(0).uniform(-0.5, 0.5, 8 * 48000)
+    soundfile.write(tmp_path / "whole.ogg", noise, 48000, format="OGG", subtype=codec)
+    assert load_audio(tmp_path / "whole.ogg", 16000).warnings == []
+    data = (tmp_path / "whole.ogg").read_bytes()
+    (tmp_path / "cut.ogg").write_bytes(data[: len(data) // 2])
+    clip = load_audio(tmp_path / "cut.ogg", 16000)
+    assert 1 < clip.duration < 7 and "mark of the end" in clip.warnings[-1]
+
+
+def test_what_is_no_media(clips, tmp_path):
+    """Refused at once with the reason; nothing of it blocks, and nothing leads elsewhere."""
+    contents = {
+        "empty.mp4": b"",
+        "text.txt": b"\x1b[31mnot a video\x1b[0m\n" * 500,
+        "random.raw": np.random.default_rng(0).bytes(100_000),
+        "zeros.mp4": bytes(100_000),
+        "list.m3u8": b"#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\n%b\n" % os.fsencode(clips["end.mp4"]),
+        "list.txt": b"ffconcat version 1.0\nfile %b\n" % os.fsencode(clips["end.mp4"]),
+        "call.sdp": b"v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nm=video 5000 RTP/AVP 96\n"
+        b"a=rtpmap:96 H264/90000\n",
+        "canvas.gif": b"GIF89a" + struct.pack("<HH", 65535, 65535) + b"\x80\0\0" + bytes(6) + b",\0\0\0\0\1\0\1\0\0\2",
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    os.mkfifo(tmp_path / "fifo.mp4")
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(tmp_path / "socket.mp4"))
+    (tmp_path / "loop.mp4").symlink_to(tmp_path / "loop.mp4")
+    reasons = {name: ("not media", "damaged", "too large") for name in contents}
+    reasons |= dict.fromkeys(["empty.mp4", "fifo.mp4", "socket.mp4", "loop.mp4", "none.mp4"], ("not readable",))
+    for name, kinds in reasons.items():
+        for load in (load_video, load_audio):
+            error = outcome(load, tmp_path / name, 16)
+            assert isinstance(error, MediaError), name
+            assert error.kind in (*kinds, "no audio"), (name, error)
+    for path, reason in (
+        (tmp_path, "it is a directory"),
+        ("/dev/zero", "it is a device"),
+        (tmp_path / "fifo.mp4", "it is a named pipe"),
+        (tmp_path / "empty.mp4", "the file is empty"),
+        ("a\0b", "embedded null byte"),
+    ):
+        with pytest.raises(MediaError, match=reason):
+            load_audio(path, 16000)
+    slow = bytearray(clips["sound.wav"].read_bytes())
+    slow[24:28] = struct.pack("<I", 1)  # one sample a second: resampled, gigabytes
+    (tmp_path / "slow.wav").write_bytes(slow)
+    with pytest.raises(MediaError) as raised:
+        load_audio(tmp_path / "slow.wav", 48000)
+    assert raised.value.kind == "too large"
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
+def test_no_permission(clips, tmp_path):
+    (tmp_path / "a.wav").write_bytes(clips["sound.wav"].read_bytes())
+    (tmp_path / "a.wav").chmod(0)
+    with pytest.raises(MediaError, match="permission denied"):
+        load_audio(tmp_path / "a.wav", 16000)
+
+
+# Processes
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def gone(pid: int) -> bool:
+    """Whether a process ends within seconds."""
+    for _ in range(300):
+        if not alive(pid):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no /proc to look for processes in")
+
+
+@pytest.fixture
+def worker_pid(clips) -> int:
+    """The process id of the one idle worker."""
+    media_egmf._close_workers()
+    media_egmf._idle.clear()
+    load_video(clips["end.mp4"], 1)
+    (worker,) = media_egmf._idle
+    return worker.process.pid
+
+
+def test_a_worker_is_kept_and_a_killed_one_replaced(clips, worker_pid):
+    load_audio(clips["sound.mp3"], 16000)
+    assert [worker.process.pid for worker in media_egmf._workers] == [worker_pid]
+    os.kill(worker_pid, signal.SIGKILL)
+    assert len(load_video(clips["end.mp4"], 4).frames) == 4
+    assert worker_pid not in [worker.process.pid for worker in media_egmf._workers]
+
+
+@needs_proc
+def test_a_hanging_worker_is_killed_at_the_limit(clips, worker_pid):
+    os.kill(worker_pid, signal.SIGSTOP)
+    begun = time.monotonic()
+    with pytest.raises(MediaError) as raised:
+        load_video(clips["end.mp4"], 4, time_limit=0.5)
+    assert raised.value.kind == "time limit" and time.monotonic() - begun < 3
+    assert gone(worker_pid) and len(load_video(clips["end.mp4"], 4).frames) == 4
+
+
+@needs_proc
+def test_an_interrupted_call_leaves_no_answer_behind(clips, worker_pid):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    os.kill(worker_pid, signal.SIGSTOP)
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+        with pytest.raises(KeyboardInterrupt):
+            load_video(clips["end.mp4"], 4)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert gone(worker_pid)
+    assert load_audio(clips["sound.wav"], 16000).duration == SECONDS
+
+
+def test_threads(clips):
+    names = ["end.mp4", "clip.mkv", "odd.mp4", "clip.mpg"] * 5
+    whole = {name: (load_video(clips[name], 6), load_audio(clips[name], 16000)) for name in set(names)}
+    start = threading.Barrier(5)
+
+    def work(name: str):
+        if not names.index(name):
+            start.wait(LIMIT)
+        return name, load_video(clips[name], 6), load_audio(clips[name], 16000)
+
+    with ThreadPoolExecutor(5) as pool:
+        for name, video, audio in pool.map(work, names):
+            np.testing.assert_array_equal(video.frames, whole[name][0].frames)
+            np.testing.assert_array_equal(audio.samples, whole[name][1].samples)
+    assert len(media_egmf._idle) <= (os.cpu_count() or 1)
+
+
+class ClipFrames:
+    """A data set of clips, for a DataLoader."""
+
+    def __init__(self, paths):
+        self.paths = paths
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, index):
+        return os.getpid(), load_video(self.paths[index], 4).frames, load_audio(self.paths[index], 8000).samples
+
+
+@pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+def test_data_loader_workers(clips, worker_pid, start):
+    """Both have workers of their own, also when forked from a process that has one."""
+    paths = [clips[name] for name in ("end.mp4", "clip.mkv", "clip.mpg", "start.mp4") * 3]
+    here = ClipFrames(paths)
+    loader = DataLoader(here, None, num_workers=2, multiprocessing_context=start, timeout=100)
+    pids = set()
+    for (pid, frames, samples), (_, frames_here, samples_here) in zip(
+        loader, map(here.__getitem__, range(12)), strict=True
+    ):
+        pids.add(int(pid))
+        np.testing.assert_array_equal(frames, frames_here)
+        np.testing.assert_array_equal(samples, samples_here)
+    assert len(pids) == 2 and os.getpid() not in pids
+    assert [worker.process.pid for worker in media_egmf._workers] == [worker_pid]
+
+
+def test_datasets_map_with_two_processes(clips, worker_pid):
+    def columns(row):
+        return {
+            "pid": os.getpid(),
+            "sound": load_audio(row["path"], 8000).samples,
+            "sum": load_video(row["path"], 4).frames.sum(),
+        }
+
+    rows = Dataset.from_dict({"path": [str(clips[name]) for name in ("end.mp4", "clip.mkv", "odd.mp4", "clip.mpg")]})
+    mapped = rows.map(columns, num_proc=2)
+    assert len(set(mapped["pid"])) == 2 and os.getpid() not in mapped["pid"]
+    for row in mapped:
+        assert row["sum"] == load_video(row["path"], 4).frames.sum()
+        np.testing.assert_array_equal(np.float32(row["sound"]), load_audio(row["path"], 8000).samples)
+
+
+# Run from standard input: what guards `__main__` must not be needed. Says the worker's process id, then waits.
+CALLER = """
+import os, sys, time
+import media_egmf
+assert not {"av", "decord", "soundfile", "soxr"} & set(sys.modules)
+for path in sys.argv[2:]:
+    try:
+        media_egmf.load_audio(path, 16000)
+    except media_egmf.MediaError:
+        pass
+assert not {"av", "decord", "soundfile", "soxr"} & set(sys.modules)
+print(media_egmf._idle[0].process.pid, flush=True)
+if sys.argv[1] == "forked" and os.fork() == 0:
+    time.sleep(600)
+if sys.argv[1] != "ends":
+    time.sleep(600)
+"""
+
+
+@needs_proc
+@pytest.mark.parametrize("way", ["ends", "killed", "forked"])
+def test_no_orphan_and_no_noise(clips, tmp_path, way):
+    """The worker goes with its caller, even if that is killed, and even if a child of it lives on."""
+    noisy = tmp_path / "noisy.mp3"  # of which libmpg123 complains on standard error
+    mp3 = clips["sound.mp3"].read_bytes()
+    noisy.write_bytes(mp3[:5000] + bytes(500) + mp3[5500:-3000])
+    command = [sys.executable, "-", way, str(noisy), str(clips["end.mp4"])]
+    caller = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    try:
+        caller.stdin.write(CALLER.encode())
+        caller.stdin.close()
+        line = caller.stdout.readline()
+        if way != "ends":
+            assert alive(int(line))
+            caller.kill()
+        assert caller.wait(LIMIT) == (0 if way == "ends" else -signal.SIGKILL)
+        assert gone(int(line))
+    finally:
+        os.killpg(caller.pid, signal.SIGKILL) if way != "ends" else None
+    if way != "forked":
+        assert caller.stdout.read() == b"" and caller.stderr.read() == b""
+    caller.stdout.close()
+    caller.stderr.close()

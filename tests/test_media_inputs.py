@@ -1,0 +1,300 @@
+"""Media in the processor and in training: files, arrays and clips become tower inputs; frozen towers are cached."""
+
+import os
+import warnings
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import soundfile
+import torch
+from test_towers import IMAGE, WAVE, whisper
+from transformers import (
+    AutoTokenizer,
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    HubertConfig,
+    HubertModel,
+    Wav2Vec2FeatureExtractor,
+    WhisperFeatureExtractor,
+)
+
+from evaluation import AffectCollator
+from media_egmf import MediaError, load_audio, load_video
+from processing_egmf import EGMFProcessor, MediaWarning
+from tower_cache import TowerCache
+
+
+TOLERANCE = 1e-4
+
+
+def tone(seconds: float, frequency: float = 300.0, rate: int = 16000) -> np.ndarray:
+    return 0.3 * np.sin(2 * np.pi * frequency * np.arange(round(seconds * rate)) / rate).astype(np.float32)
+
+
+def write_clip(path, seconds: float = 1.0, sound: bool = True, seed: int = 0) -> str:
+    """A 48 x 32 mp4 of moving noise at 25 frames a second, with a tone."""
+    frames = np.random.default_rng(seed).integers(0, 255, (4, 6, 3), dtype=np.uint8)
+    with av.open(str(path), "w") as container:
+        video = container.add_stream("libx264", rate=25, options={"preset": "ultrafast"})
+        video.width, video.height, video.pix_fmt = 48, 32, "yuv420p"
+        audio = container.add_stream("aac", rate=16000, layout="mono") if sound else None
+        for step in range(round(25 * seconds)):
+            picture = np.roll(frames, step, axis=1).repeat(8, 0).repeat(8, 1)
+            container.mux(video.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(video.encode(None))
+        if sound:
+            samples = tone(seconds, 200.0 + 50 * seed)[None]
+            frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout="mono")
+            frame.sample_rate = 16000
+            container.mux([*audio.encode(frame), *audio.encode(None)])
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("media")
+    soundfile.write(folder / "voice.wav", tone(0.4), 16000)
+    soundfile.write(folder / "high.flac", np.stack([tone(0.25, rate=44100)] * 2, 1), 44100)
+    return {
+        "wav": str(folder / "voice.wav"),
+        "flac": str(folder / "high.flac"),
+        "mp4": write_clip(folder / "clip.mp4"),
+        "short": write_clip(folder / "short.mp4", 0.2, seed=1),
+        "mute": write_clip(folder / "mute.mp4", 0.5, sound=False, seed=2),
+    }
+
+
+EXTRACTORS = {
+    "whisper": lambda: WhisperFeatureExtractor(feature_size=8, chunk_length=1),
+    "hubert": lambda: Wav2Vec2FeatureExtractor(),
+}
+
+
+def build_processor(folder: str, extractor: str = "whisper") -> EGMFProcessor:
+    return EGMFProcessor(
+        AutoTokenizer.from_pretrained(folder),
+        feature_extractor=EXTRACTORS[extractor](),
+        image_processor=CLIPImageProcessor(size={"height": 16, "width": 16}, do_center_crop=False),
+        num_pseudo_tokens=3,
+        num_frames=4,
+    )
+
+
+@pytest.fixture(scope="module", params=EXTRACTORS)
+def media(request, llm_folder, assemble):
+    """A processor with both preprocessors and a model with both towers."""
+    processor = build_processor(llm_folder(), request.param)
+    torch.manual_seed(3)
+    tower = whisper() if request.param == "whisper" else HubertModel(HubertConfig(**WAVE))
+    vision = CLIPVisionModel(CLIPVisionConfig(**IMAGE))
+    return processor, assemble(audio_tower=tower, vision_tower=vision, audio_input_rate=processor.audio_input_rate)
+
+
+def log_probs(media, **call) -> torch.Tensor:
+    processor, model = media
+    return model.score_labels(processor.candidates("meld"), **processor(task="meld", **call)).log_probs
+
+
+def test_input_rates(llm_folder):
+    assert build_processor(llm_folder(), "whisper").audio_input_rate == 100
+    assert build_processor(llm_folder(), "hubert").audio_input_rate == 16000
+
+
+def test_file_clip_and_array_are_the_same(media, files):
+    processor, _ = media
+    samples, rate = soundfile.read(files["wav"], dtype="float32")
+    video = load_video(files["mp4"], 4)
+    batches = [
+        processor(text="so", audio=files["wav"], video=files["mp4"], task="meld"),
+        processor(text="so", audio=Path(files["wav"]), video=Path(files["mp4"]), task="meld"),
+        processor(text="so", audio=load_audio(files["wav"], rate), video=video, task="meld"),
+        processor(text="so", audio={"array": samples, "sampling_rate": rate}, video=video, task="meld"),
+    ]
+    assert batches[0]["pixel_values"].shape == (1, 4, 3, 16, 16)
+    torch.testing.assert_close(
+        batches[0]["vision_times"][0], torch.tensor([0.12, 0.36, 0.60, 0.84]), atol=0.021, rtol=0
+    )
+    for batch in batches[1:]:
+        assert batch.keys() == batches[0].keys()
+        for name, value in batches[0].items():
+            torch.testing.assert_close(batch[name], value, rtol=0, atol=0)
+    frames_alone = processor(text="so", video=video.frames, task="meld")
+    assert torch.equal(frames_alone["pixel_values"], batches[0]["pixel_values"])
+    assert frames_alone["vision_times"].isnan().all()
+
+
+def test_answer_is_the_same_alone_and_in_a_mixed_batch(media, files):
+    """Long and short, several rates, each modality missing somewhere."""
+    calls = [
+        {"text": "it is fine", "audio": files["wav"], "video": files["mp4"]},
+        {"text": "no", "audio": files["flac"], "video": None},
+        {"text": None, "audio": None, "video": files["short"]},
+        {"text": "well, well", "audio": None, "video": files["mute"]},
+        {"text": "nothing else", "audio": None, "video": None},
+    ]
+    batch = {name: [call[name] for call in calls] for name in calls[0]}
+    together = log_probs(media, **batch)
+    for call, row in zip(calls, together, strict=True):
+        assert (log_probs(media, **call)[0] - row).abs().max() < TOLERANCE
+    assert (together[0] - together[1]).abs().max() > TOLERANCE
+
+
+def test_sound_track_of_a_video(media, files):
+    processor, _ = media
+    own = processor(text="so", video=files["mp4"], task="meld")
+    assert own["audio_mask"].any()
+    given = processor(text="so", video=files["mp4"], audio=files["wav"], task="meld")
+    wanted = processor(text="so", audio=files["wav"], task="meld")
+    assert torch.equal(given["audio_mask"], wanted["audio_mask"])
+    for name in ("sound_track", "mute"):
+        call = {"video": files["mp4"], "sound_track": False} if name == "sound_track" else {"video": files["mute"]}
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            batch = processor(text="so", **call, task="meld")
+        assert "audio_mask" not in batch and batch["vision_mask"].all()
+
+
+def test_a_listening_model_takes_a_video(llm_folder, files):
+    """Without a vision tower, a video is its sound."""
+    processor = EGMFProcessor(AutoTokenizer.from_pretrained(llm_folder()), feature_extractor=EXTRACTORS["hubert"]())
+    batch = processor(text="so", video=files["mp4"], task="meld")
+    assert batch["input_values"].shape[1] == pytest.approx(16000, abs=1500) and "pixel_values" not in batch
+
+
+def test_what_a_window_cuts_off_is_said(llm_folder):
+    processor = build_processor(llm_folder(), "whisper")
+    with pytest.warns(MediaWarning, match=r"audio\[0\]: the model hears the first 1.0 of 1.5 seconds"):
+        processor(text="so", audio={"array": tone(1.5), "sampling_rate": 16000}, task="meld")
+
+
+def test_what_a_file_lacks_is_said(llm_folder, files, tmp_path):
+    (tmp_path / "cut.wav").write_bytes(Path(files["wav"]).read_bytes()[:6000])
+    processor = build_processor(llm_folder())
+    with pytest.warns(MediaWarning, match=r"cut.wav: .*0\.2 of 0\.4 seconds"):
+        processor(text="so", audio=tmp_path / "cut.wav", task="meld")
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ({"audio": 3}, r"`audio\[0\]` must be a file, an AudioClip or a dict .*, got int"),
+        (
+            {"audio": {"array": [[0.1]], "sampling_rate": 16000}},
+            r"`audio\[0\]\['array'\]` must be an array \(samples\)",
+        ),
+        ({"audio": {"array": [], "sampling_rate": 16000}}, r"`audio\[0\]` must have samples"),
+        ({"audio": {"array": [np.nan], "sampling_rate": 16000}}, r"`audio\[0\]` must have samples, all finite"),
+        ({"video": np.zeros((2, 8, 8, 3))}, r"`video\[0\]` must be .* uint8 frames .*, got float64 of the shape"),
+        ({"video": np.zeros((2, 8, 8), np.uint8)}, r"`video\[0\]` must be"),
+    ],
+)
+def test_media_of_a_wrong_form(llm_folder, call, message):
+    with pytest.raises(ValueError, match=message):
+        build_processor(llm_folder())(text="so", task="meld", **call)
+
+
+def test_media_without_a_tower(processor, files):
+    with pytest.raises(ValueError, match=r"`audio\[0\]` got a value, wanted None: the processor has no `feature_extr"):
+        processor(text="so", audio=files["wav"], task="meld")
+    with pytest.raises(ValueError, match=r"`video\[0\]` got a value, wanted None: the processor has no `image_proc"):
+        processor(text="so", video=files["mp4"], task="meld")
+
+
+def test_media_beside_features(llm_folder, files):
+    features = [None, np.zeros((3, 3, 16))]
+    with pytest.raises(ValueError, match="`audio_features` got values beside media"):
+        build_processor(llm_folder())(
+            text=["a", "b"], audio=[files["wav"], None], audio_features=features, task="meld"
+        )
+
+
+def test_processor_travels(media, files, tmp_path):
+    processor, _ = media
+    processor.save_pretrained(tmp_path)
+    loaded = EGMFProcessor.from_pretrained(tmp_path)
+    first, second = (one(text="so", video=files["mp4"], task="meld") for one in (processor, loaded))
+    assert first.keys() == second.keys() and len(first) == 8
+    for name, value in first.items():
+        torch.testing.assert_close(second[name], value, rtol=0, atol=0)
+
+
+def test_video_of_another_format(media):
+    """GRID's MPEG-1 clips: both streams."""
+    shared = Path(os.environ.get("EGMF_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+    clips = sorted((shared / "data" / "grid").glob("*.mpg"))
+    if not clips:
+        pytest.skip("no GRID clips in EGMF_SHARED/data/grid, nor in ../shared/data/grid")
+    processor, model = media
+    batch = processor(text=["bin blue at f two now"] * 2, video=[str(clip) for clip in clips[:2]], task="meld")
+    assert batch["audio_mask"].any(1).all() and batch["vision_mask"].all()
+    scores = model.score_labels(processor.candidates("meld"), **batch)
+    assert (scores.gate_weights["modality"] > 0).all()
+
+
+# The cache of frozen towers
+
+
+def rows_of(files, tmp_path) -> list[dict]:
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(b"no video at all")
+    paths = {"a": (files["wav"], files["mp4"]), "b": (None, str(broken)), "c": (str(tmp_path / "gone.wav"), None)}
+    row = {"text": "so", "context": [], "following": [], "speaker": None, "emotion": "joy", "sentiment": None}
+    return [{**row, "id": name, "audio": audio, "video": video} for name, (audio, video) in paths.items()]
+
+
+def test_cached_towers_give_the_same_loss(media, files, tmp_path):
+    processor, model = media
+    rows, task = rows_of(files, tmp_path), processor.tasks["meld"]
+    cache = TowerCache(model, processor, ["audio", "vision"], folder=tmp_path / "cache")
+    cache.fill(rows, torch.device("cpu"))
+    assert {Path(path).name for path in cache.errors} == {"broken.mp4", "gone.wav"}
+    modalities = ["text", "audio", "vision"]
+    direct = AffectCollator(processor, task, modalities, with_answers=True)
+    cached = AffectCollator(processor, task, modalities, with_answers=True, cache=cache)
+    with torch.no_grad():
+        losses = [model(**collator(rows)).loss for collator in (direct, cached)]
+        without = model(**cached([{**row, "audio": None, "video": None} for row in rows])).loss
+    torch.testing.assert_close(*losses, rtol=0, atol=1e-5)
+    assert (losses[0] - without).abs() > 1e-4
+    assert set(direct.errors) == {"b", "c"}
+
+
+def test_cache_is_filled_once_and_tells_files_apart(media, files, tmp_path):
+    processor, model = media
+    copy = tmp_path / "copy.wav"
+    copy.write_bytes(Path(files["wav"]).read_bytes())
+    cache = TowerCache(model, processor, ["audio"], folder=tmp_path / "cache")
+    cache.fill([{"audio": files["wav"]}], torch.device("cpu"))
+    entries = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.safetensors")}
+    assert len(entries) == 1
+    again = TowerCache(model, processor, ["audio"], folder=tmp_path / "cache")
+    again.fill([{"audio": files["wav"]}, {"audio": str(copy)}], torch.device("cpu"))  # the same content
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.safetensors")} == entries
+    soundfile.write(copy, tone(0.3, 500.0), 16000)  # another content under a known name
+    fresh = TowerCache(model, processor, ["audio"], folder=tmp_path / "cache")
+    with pytest.raises(FileNotFoundError):
+        fresh.load("audio", str(copy))
+    fresh.fill([{"audio": str(copy)}], torch.device("cpu"))
+    assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 2
+
+
+def test_another_tower_has_its_own_entries(media, tmp_path):
+    processor, model = media
+    first = TowerCache(model, processor, ["vision"], folder=tmp_path).folders["vision"]
+    bias = next(model.model.vision_tower.parameters())
+    before = bias.detach().clone()
+    try:
+        bias.data.add_(1e-3)
+        assert TowerCache(model, processor, ["vision"], folder=tmp_path).folders["vision"] != first
+    finally:
+        bias.data.copy_(before)
+    assert TowerCache(model, processor, ["vision"], folder=tmp_path).folders["vision"] == first
+
+
+def test_an_unreadable_file_is_an_error_in_use(llm_folder, tmp_path):
+    (tmp_path / "broken.mp4").write_bytes(b"no video at all")
+    with pytest.raises(MediaError, match=r"broken.mp4"):
+        build_processor(llm_folder())(text="so", video=tmp_path / "broken.mp4", task="meld")
