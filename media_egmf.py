@@ -7,16 +7,17 @@ times at which they are shown. Both give what can be recovered, with `warnings` 
 What reads what was decided by measurement (PyAV 18.1.0, decord2 3.4.0, soundfile 0.14.0):
 
 - Pictures: PyAV, then decord if PyAV's worker dies or gets no picture out of a video stream. decord's frames are the
-  same bytes as PyAV's in 8-bit h264, hevc, vp9 and mpeg4, at the same cost within 15 %. But in MPEG program streams
+  same bytes as PyAV's in 8-bit h264, hevc, vp9 and mpeg4, at the same cost within 20 %. But in MPEG program streams
   (all GRID clips) decord gives wrong pictures and times near -1e14 without a word, 10-bit video comes out wrong, it
-  refuses transport streams and most cut files, counts times from the first frame instead of the file's start, and one
-  corrupt `stts` count aborts the process. Both wrap the same FFmpeg, so decord knows no format that PyAV does not.
+  refuses transport streams, counts times from the first frame instead of the file's start, refuses many damaged files
+  that PyAV recovers (and not the other way round), and one corrupt `stts` count aborts its process.
 - Sound: soundfile for what it knows, and PyAV for containers and for what soundfile finds damaged (it gives up a cut
   FLAC as a whole). decord's AudioReader returned 1.5 of 10 s without a word, and is not used.
 
 A cut is noticed where the file states its length: mp4, mkv, webm, avi, wav, aiff, flac, most mp3 (Xing header), Ogg
 (its last page is marked). MPEG program and transport streams, fragmented mp4 and mp3 without that header state none.
-Damage that decodes to plausible sound or pictures cannot be seen. Rotation (a phone's display matrix) is applied.
+Damage that decodes to plausible sound or pictures cannot be seen. Frames are the bytes of PyAV's
+`to_ndarray(format="rgb24")`, turned upright where the file says that the camera (a phone) was held on its side.
 
 The worker is this very file, run as a script by the same Python and spoken to through pipes, so it needs neither
 `multiprocessing` nor a guarded `__main__`. It is kept for the next call, by threads one each; a process that was
@@ -123,11 +124,11 @@ def load_audio(path: str | os.PathLike, sampling_rate: int, time_limit: float = 
 
 
 def load_video(path: str | os.PathLike, num_frames: int, time_limit: float = 60.0) -> VideoClip:
-    """The frames that are shown at the centres of `num_frames` equal parts of the clip, in full size.
+    """The frames at the centres of `num_frames` equal parts of the clip, in full size, with the times they have in it.
 
-    A frame that is shown at several centres comes once, so a clip with fewer frames gives fewer. Times are those of
-    the frames, not of the centres. `time_limit` is for the whole call, in seconds. No pictures (a cover is none) is a
-    MediaError of kind `"no video"`.
+    A clip with fewer frames gives all of them once. `time_limit` is for the whole call, in seconds: a long video is
+    decoded from its start up to the last frame wanted. No pictures (a cover is none) is a MediaError of kind
+    `"no video"`.
     """
     if num_frames < 1:
         raise ValueError(f"`num_frames` must be positive, got {num_frames!r}.")

@@ -1,0 +1,147 @@
+"""Clips per second of `media_egmf` against PyAV used plainly in-process, and what the disposable process costs.
+
+    python bench/media.py > results/media.md
+
+One clip is 8 frames and the sound at 16 kHz of an h264 + aac mp4 of 640 x 360 pixels, made here. Three ways take
+turns: *plain* is PyAV without any check, *unguarded* the readers of `media_egmf` called in this process, *guarded* its
+`load_video` and `load_audio`. Guarded against unguarded is the cost of the guard, guarded against plain that of all
+checks, too. With two processes, both read at the same time. CPU time is that of callers and workers together: other
+programs disturb it less than they disturb the clock. Needs Linux.
+"""
+
+import os
+import statistics
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import soxr
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import media_egmf  # noqa: E402
+
+
+CLIPS = {1: 4, 3: 2, 10: 1}  # seconds: clips in one measurement
+FPS, WIDTH, HEIGHT, RATE = 30, 640, 360, 44100
+FRAMES, WANTED_RATE = 8, 16000
+REPETITIONS = 5
+
+
+def write_clip(path: str, seconds: int) -> None:
+    """A moving pattern with some noise, and a tone."""
+    y, x = np.mgrid[:HEIGHT, :WIDTH]
+    rng = np.random.default_rng(0)
+    with av.open(path, "w") as container:
+        video, audio = container.add_stream("libx264", rate=FPS), container.add_stream("aac", rate=RATE)
+        video.width, video.height, video.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+        for i in range(seconds * FPS):
+            picture = np.stack([x + 5 * i, y + 3 * i, x + y], axis=-1) + rng.integers(0, 12, (HEIGHT, WIDTH, 1))
+            frame = av.VideoFrame.from_ndarray(picture.astype(np.uint8), format="rgb24")
+            frame.pts, frame.time_base = i, Fraction(1, FPS)
+            container.mux(video.encode(frame))
+        container.mux(video.encode(None))
+        tone = np.sin(np.arange(seconds * RATE, dtype=np.float32) / 10)[None] * np.ones((2, 1), dtype=np.float32)
+        whole = av.AudioFrame.from_ndarray(tone, "fltp", "stereo")
+        whole.sample_rate, whole.pts = RATE, 0
+        resampler = av.AudioResampler(audio.format, "stereo", RATE, audio.codec_context.frame_size)
+        for frame in [*resampler.resample(whole), *resampler.resample(None)]:
+            container.mux(audio.encode(frame))
+        container.mux(audio.encode(None))
+
+
+def plain(path: str) -> None:
+    with av.open(path) as container:
+        total = container.streams.video[0].frames
+        wanted = {(2 * i + 1) * total // (2 * FRAMES) for i in range(FRAMES)}
+        frames = []
+        for i, frame in enumerate(container.decode(video=0)):
+            if i in wanted:
+                frames.append(frame.to_ndarray(format="rgb24"))
+            if len(frames) == FRAMES:
+                break
+        np.stack(frames)
+    with av.open(path) as container:
+        sound = np.concatenate([frame.to_ndarray().mean(axis=0) for frame in container.decode(audio=0)])
+        soxr.resample(sound, RATE, WANTED_RATE)
+
+
+def unguarded(path: str) -> None:
+    media_egmf._read_video(path, FRAMES)
+    try:
+        media_egmf._read_audio_by_soundfile(path, WANTED_RATE)
+    except media_egmf.MediaError:
+        media_egmf._read_audio_by_pyav(path, WANTED_RATE)
+
+
+def guarded(path: str) -> None:
+    media_egmf.load_video(path, FRAMES)
+    media_egmf.load_audio(path, WANTED_RATE)
+
+
+WAYS = {"plain": plain, "unguarded": unguarded, "guarded": guarded}
+
+
+def cpu_time() -> float:
+    """Seconds of CPU that this process and its workers have used."""
+    # Linux numbers a process's CPU clock by its id.
+    workers = [time.clock_gettime((~worker.process.pid << 3) | 2) for worker in media_egmf._workers]
+    return time.process_time() + sum(workers)
+
+
+def read(way: str, path: str, count: int) -> float:
+    """Reads a clip `count` times; seconds of CPU."""
+    begun = cpu_time()
+    for _ in range(count):
+        WAYS[way](path)
+    return cpu_time() - begun
+
+
+def measure(pool: ProcessPoolExecutor, processes: int, way: str, path: str, count: int) -> tuple[float, float]:
+    """Clips per second of `processes` that read `count` clips each, and milliseconds of CPU for a clip."""
+    begun = time.perf_counter()
+    used = sum(done.result() for done in [pool.submit(read, way, path, count) for _ in range(processes)])
+    return processes * count / (time.perf_counter() - begun), 1000 * used / (processes * count)
+
+
+def main() -> None:
+    print("# Reading clips: speed, and the cost of the guard\n")
+    print(f"Command: `python bench/media.py > results/media.md`. {os.cpu_count()} cores, load average before the run")
+    print(f"{os.getloadavg()[0]:.1f} (what exceeds 0 is other programs). Medians (lowest to highest) of {REPETITIONS}")
+    print("interleaved repetitions: first clips per second, then milliseconds of CPU for one clip. The last columns")
+    print("are CPU time, guarded against unguarded and against plain.\n")
+    print("| clip | processes | PyAV, plain | unguarded | guarded | cost of the guard | cost of all |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    with tempfile.TemporaryDirectory() as folder:
+        for seconds, count in CLIPS.items():
+            path = f"{folder}/{seconds}.mp4"
+            write_clip(path, seconds)
+            for processes in (1, 2):
+                found = {way: [] for way in WAYS}
+                with ProcessPoolExecutor(processes) as pool:
+                    for way in WAYS:  # imports, and starts the workers
+                        measure(pool, processes, way, path, 1)
+                    for _ in range(REPETITIONS):
+                        for way in WAYS:
+                            found[way].append(measure(pool, processes, way, path, count))
+                cells = []
+                for way in WAYS:
+                    rates, times = zip(*found[way], strict=True)
+                    cells.append(f"{statistics.median(rates):.1f} ({min(rates):.1f} to {max(rates):.1f}), ")
+                    cells[-1] += f"{statistics.median(times):.0f} ({min(times):.0f} to {max(times):.0f}) ms"
+                for base in ("unguarded", "plain"):
+                    pairs = zip(found[base], found["guarded"], strict=True)
+                    cells.append(
+                        f"{100 * statistics.median(after[1] / before[1] - 1 for before, after in pairs):+.0f} %"
+                    )
+                print(f"| {seconds} s | {processes} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
