@@ -5,10 +5,12 @@
 
 `collect` reads every folder `RUNS_DIR/<variant>_<seed>/` that has been evaluated: `test/metrics.json` and
 `test/predictions.jsonl` as `eval.py` writes them, and `command.txt`, the two commands that made the run, one a line,
-training first. `render` reads the JSON files alone.
+training first. It adds them to the runs collected before, whose answers `results/NAME_answers.csv` keeps, one column
+per run and answer (empty: unparsable), so that runs may come from several machines. `render` reads the JSON files.
 """
 
 import argparse
+import csv
 import json
 import re
 import sys
@@ -97,12 +99,16 @@ BENCHMARKS = {
 }
 
 
-def collect(name: str, runs_dir: Path) -> dict:
-    """What `results/NAME.json` holds, from the evaluated runs of a folder; one line is printed for each run left out.
+Predictions = dict[tuple[str, int], dict[str, dict]]  # (variant, seed) -> id -> {"gold", "answers": {answer: label}}
+
+
+def collect(name: str, runs_dir: Path, known: tuple[dict, Predictions] | None = None) -> tuple[dict, Predictions]:
+    """The evaluated runs of a folder, beside those `known` from before; one line is printed for each run left out.
 
     Returns:
-        `test_set` (samples, clusters, and how often the most frequent class is right), `runs` (two per folder, one
-        for each answer) and `paired_tests` (the full model against text only).
+        What `results/NAME.json` holds: `test_set` (samples, clusters, and how often the most frequent class is
+        right), `runs` (two per folder, one for each answer) and `paired_tests` (the full model against text only);
+        and all runs' answers.
 
     Raises:
         ValueError: If there is no evaluated run, or a run's name, command, ids or metrics are not as they should be.
@@ -131,6 +137,9 @@ def collect(name: str, runs_dir: Path) -> dict:
             runs.append(run | {"unparsable": metrics[answer]["unparsable"], "command": " && ".join(commands)})
     if not runs:
         raise ValueError(f"{runs_dir}: no run has been evaluated")
+    if known is not None:
+        runs += [run for run in known[0]["runs"] if (run["variant"], run["seed"]) not in predictions]
+        predictions = known[1] | predictions
 
     gold = {key: {row_id: row["gold"] for row_id, row in rows.items()} for key, rows in predictions.items()}
     first_key = next(iter(gold))
@@ -147,7 +156,32 @@ def collect(name: str, runs_dir: Path) -> dict:
     order = list(benchmark.variants)
     runs.sort(key=lambda run: (order.index(run["variant"]), run["seed"], ANSWERS.index(run["answer"])))
     tests = [test for answer in ANSWERS for test in _paired_tests(order[:2], answer, predictions, clusters)]
-    return {"test_set": test_set, "runs": runs, "paired_tests": tests}
+    return {"test_set": test_set, "runs": runs, "paired_tests": tests}, predictions
+
+
+def write_answers(path: Path, predictions: Predictions) -> None:
+    """All runs' answers as a CSV file: id, gold, and a column VARIANT_SEED:ANSWER for each run and answer."""
+    columns = [(key, answer) for key in sorted(predictions) for answer in ANSWERS]
+    with path.open("w", encoding="utf-8", newline="") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(["id", "gold", *(f"{variant}_{seed}:{answer}" for (variant, seed), answer in columns)])
+        for row_id, row in next(iter(predictions.values())).items():
+            answers = (predictions[key][row_id]["answers"][answer] for key, answer in columns)
+            table.writerow([row_id, row["gold"], *(label or "" for label in answers)])
+
+
+def read_answers(path: Path) -> Predictions:
+    """What `write_answers` wrote."""
+    predictions: Predictions = {}
+    with path.open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            row_id, gold = row.pop("id"), row.pop("gold")
+            for column, label in row.items():
+                run, answer = column.rsplit(":", 1)
+                variant, _, seed = run.rpartition("_")
+                rows = predictions.setdefault((variant, int(seed)), {})
+                rows.setdefault(row_id, {"gold": gold, "answers": {}})["answers"][answer] = label or None
+    return predictions
 
 
 def _correct(rows: dict[str, dict], answer: str) -> dict[str, bool]:
@@ -319,9 +353,13 @@ def main(arguments: list[str]) -> None:
     commands.add_parser("render", help="results/*.json -> results/*.md and README.md")
     args = parser.parse_args(arguments)
     if args.command == "collect":
-        text = json.dumps(collect(args.name, args.runs_dir), indent=1) + "\n"
-        (RESULTS / f"{args.name}.json").write_text(text, encoding="utf-8")
-        print(f"{RESULTS / args.name}.json")
+        file, answers, known = RESULTS / f"{args.name}.json", RESULTS / f"{args.name}_answers.csv", None
+        if answers.is_file():
+            known = json.loads(file.read_text(encoding="utf-8")), read_answers(answers)
+        data, predictions = collect(args.name, args.runs_dir, known)
+        file.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        write_answers(answers, predictions)
+        print(f"{file}, {answers}")
         return
     readme = README.read_text(encoding="utf-8")
     for name in BENCHMARKS:

@@ -45,7 +45,7 @@ def runs(tmp_path) -> Path:
 
 
 def test_collect(runs, capsys):
-    data = collect("mosi", runs)
+    data, _ = collect("mosi", runs)
     assert "flat_1111: not evaluated" in capsys.readouterr().out
     assert data["test_set"] == {"samples": 9, "clusters": 3, "majority_accuracy": 0.666667}
     order = [(run["variant"], run["seed"]) for run in data["runs"][::2]]
@@ -76,7 +76,7 @@ def test_collect(runs, capsys):
 
 
 def test_render(runs):
-    text = render("mosi", collect("mosi", runs))
+    text = render("mosi", collect("mosi", runs)[0])
     # full: 9/9 and 7/9, greedy 8/9 and 6/9; sample standard deviations.
     cells = "88.89 ± 15.71 | 90.00 ± 14.14 | 77.78 ± 15.71 | 80.00 ± 14.14 | 4 |"
     assert f"| full model: text, audio and vision | 2 | {cells}" in text
@@ -104,6 +104,23 @@ def test_commands(runs, tmp_path, monkeypatch):
     assert readme.count("| text only | 2 |") == 1 and readme.count("No run has been collected yet.") == 1
     main(["render"])
     assert (tmp_path / "README.md").read_text() == readme
+
+
+def test_runs_are_added_to_those_collected_before(runs, tmp_path, monkeypatch):
+    """As if some had been made on another machine: the result is that of all together."""
+    monkeypatch.setattr(make_tables, "RESULTS", tmp_path)
+    wanted, _ = collect("mosi", runs)
+    other = tmp_path / "other"
+    other.mkdir()
+    for name in ("full_2222", "text_1111"):
+        (runs / name).rename(other / name)
+    for folder in (runs, other, runs):
+        main(["collect", "mosi", str(folder)])
+    assert json.loads((tmp_path / "mosi.json").read_text()) == wanted
+    write_run(tmp_path / "again" / "full_1111", [False] * 9, [False] * 9, (0.0, 0.0))  # made anew: it replaces
+    main(["collect", "mosi", str(tmp_path / "again")])
+    replaced = json.loads((tmp_path / "mosi.json").read_text())["runs"]
+    assert len(replaced) == len(wanted["runs"]) and replaced[0]["accuracy"] == 0.0
 
 
 @pytest.mark.parametrize(
