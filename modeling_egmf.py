@@ -231,8 +231,8 @@ class EGMFModel(EGMFPreTrainedModel):
             raise ValueError(f"{name}_features: got values, wanted None: the model has no {name} modality")
         tower = getattr(self, f"{name}_tower")
         if features is not None and tower_inputs is not None or (tower is None and features is None):
-            wanted = "one of features and the tower's input" if tower is not None else "precomputed features"
-            raise ValueError(f"{name}_features: got the tower's input, wanted {wanted}")
+            wanted = "one of features and the tower's input" if tower is not None else "precomputed features alone"
+            raise ValueError(f"{name}_features: got a tower's input, wanted {wanted}")
         if mask is None:
             raise ValueError(f"{name}_mask: got None, wanted the mask that goes with {name}_features")
         if features is not None:

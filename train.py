@@ -11,6 +11,7 @@ fields in `recipe.json`.
 import json
 import logging
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from corpora import load_corpus
 from evaluation import AffectCollator, classification_metrics, prompt_lengths, regression_metrics
@@ -188,6 +189,21 @@ def fill_cache(model: PeftModel, processor, modalities: list[str], corpus, train
     return cache
 
 
+def last_whole_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint that was written to its end; None if there is none. Later ones are removed."""
+    numbered = ((int(path.name.rpartition("-")[2]), path) for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*[0-9]"))
+    for step, path in sorted(numbered, reverse=True):
+        try:
+            # Trainer writes its state last.
+            if json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))["global_step"] == step:
+                return str(path)
+        except (OSError, ValueError):
+            pass
+        logging.warning("%s was not written to its end, and is removed", path)
+        shutil.rmtree(path)
+    return None
+
+
 def metrics_of(task, predictions) -> dict[str, float]:
     """Trainer's validation metrics from the answers' log-probabilities and the gold indices."""
     gold = [task.parse(task.answers[index]) for index in predictions.label_ids]
@@ -234,7 +250,7 @@ def main(arguments: list[str]) -> None:
     )
     # Under autocast LoRA's own cast of its input to float32 and back is a quarter of a step's time, for nothing.
     with disable_input_dtype_casting(model, active=training.bf16):
-        trainer.train(resume_from_checkpoint=get_last_checkpoint(training.output_dir))
+        trainer.train(resume_from_checkpoint=last_whole_checkpoint(output))
 
     if trainer.is_world_process_zero():
         merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()

@@ -380,7 +380,7 @@ def test_exactly_one_kind_of_input(egmf):
 def test_precomputed_features_for_a_tower_and_the_reverse(egmf, processor):
     batch = processor(text="so", audio_features=torch.zeros(3, 5), task="mosi")
     batch["input_features"] = batch.pop("audio_features")
-    with pytest.raises(ValueError, match="audio_features: the model's audio comes as precomputed features"):
+    with pytest.raises(ValueError, match="audio_features: got a tower's input, wanted precomputed features alone"):
         egmf(**batch)
 
 

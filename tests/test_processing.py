@@ -343,7 +343,7 @@ ERRORS = [
         r"`vision_features\[0\]` has 0 NaN and 6 infinite",
     ),
     ({"text": "a", "task": "meld", "audio_features": [1.0]}, r"`audio_features\[0\]` must be an array .*\(1,\)"),
-    ({"text": "a", "task": "meld", "audio_features": [ONES]}, r"`audio_features\[0\]` must be .*\(1, 2, 3\)"),
+    ({"text": ["a"], "task": "meld", "audio_features": [[[ONES]]]}, r"`audio_features\[0\]` must be .*\(1, 1, 2, 3\)"),
     ({"text": "a", "task": "meld", "audio_features": [[1.0], [1.0, 2.0]]}, r"`audio_features\[0\]` must be .* list"),
     ({"text": "a", "task": "meld", "audio_features": "x.wav"}, r"`audio_features\[0\]` must be an array .* got str"),
     ({"text": "a", "task": "meld", "audio_features": ONES[:0]}, r"is empty \(0 x 3\).* pass None for a missing"),

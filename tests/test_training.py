@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -80,7 +81,7 @@ def test_a_wrong_recipe_is_named(arguments, message, monkeypatch):
 
 def test_unknown_task_ends_training_with_its_name(tmp_path):
     process = train(tmp_path, "--task", "moud", check=False)
-    assert process.returncode != 0 and "task: got 'moud', wanted one of mosi" in process.stderr
+    assert process.returncode != 0 and "`task` got 'moud', wanted an AffectTask or one of" in process.stderr
 
 
 def test_a_label_outside_the_task_names_row_and_label():
@@ -152,10 +153,17 @@ def test_a_killed_run_goes_on_as_if_nothing_was(trained, tmp_path):
     process = subprocess.Popen(command, cwd=REPO, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     first = tmp_path / "checkpoint-8" / "trainer_state.json"
     deadline = time.monotonic() + 240
-    while not first.exists() and process.poll() is None and time.monotonic() < deadline:
+    while (
+        not (first.exists() and first.read_text().endswith("}\n"))
+        and process.poll() is None
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
+    # As if it had been killed while it wrote another one: the last whole checkpoint counts.
+    shutil.copytree(first.parent, tmp_path / "checkpoint-12")
+    (tmp_path / "checkpoint-12" / "trainer_state.json").write_text("")
     assert first.exists() and not (tmp_path / "model").exists(), "the run was to be killed between its checkpoints"
 
     output = train(tmp_path)
