@@ -38,7 +38,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice, pairwise
 from typing import Any
@@ -47,6 +47,7 @@ import numpy as np
 
 
 TOLERANCE = 0.1  # seconds that may be missing without a warning: codec delays, the last packet's padding
+STARTING = 300.0  # seconds that a worker may take to start, on a very busy machine; no call's time limit counts them
 LARGEST_RESULT = 1 << 30  # bytes of samples or frames that one call gives
 LARGEST_WORKER = 4 << 30  # bytes that a worker may have mapped
 UNKNOWN_SIZE = 0x7FFFF000  # a wav that was written to a pipe states this many bytes or more
@@ -167,7 +168,7 @@ def _regular_file(path: Any) -> str:
 
 
 class _Worker:
-    """A process that decodes, and the pipes to it."""
+    """A process that decodes, and the pipes to it. Ready when made."""
 
     def __init__(self):
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
@@ -180,34 +181,51 @@ class _Worker:
             env=environment,
             bufsize=0,
         )
-        with suppress(ImportError, AttributeError, OSError):  # a larger pipe is faster, where there is such a thing
+        try:  # a larger pipe is faster, where there is such a thing
             import fcntl
 
             fcntl.fcntl(self.process.stdout, fcntl.F_SETPIPE_SZ, 1 << 20)
+        except (ImportError, AttributeError, OSError):
+            pass
         _workers.add(self)
+        try:
+            with self._killed_at(time.monotonic() + STARTING):
+                self._receive(bytearray(1))
+        except EOFError:
+            self.close()
+            raise RuntimeError(f"{sys.executable} cannot run {THIS_FILE}, which decodes audio and video.") from None
+        except BaseException:
+            self.close()
+            raise
 
-    def ask(self, request: dict[str, Any], deadline: float) -> tuple[dict[str, Any], np.ndarray | None] | None:
-        """The worker's answer, or None if it died of the request or of the deadline; then it is gone."""
+    @contextmanager
+    def _killed_at(self, deadline: float) -> Iterator[None]:
         timer = threading.Timer(max(deadline - time.monotonic(), 0.0), self.process.kill)
         timer.daemon = True
         timer.start()
         try:
-            self.process.stdin.write(json.dumps(request).encode() + b"\n")
-            (size,) = struct.unpack("<I", self._receive(bytearray(4)))
-            answer = json.loads(bytes(self._receive(bytearray(size))))
-            if "shape" not in answer:
-                return answer, None
-            array = np.empty(answer.pop("shape"), dtype=answer.pop("dtype"))
-            self._receive(array)
-            return answer, array
+            yield
+        finally:
+            timer.cancel()
+
+    def ask(self, request: dict[str, Any], deadline: float) -> tuple[dict[str, Any], np.ndarray | None] | None:
+        """The worker's answer, or None if it died of the request or of the deadline; then it is gone."""
+        try:
+            with self._killed_at(deadline):
+                self.process.stdin.write(json.dumps(request).encode() + b"\n")
+                (size,) = struct.unpack("<I", self._receive(bytearray(4)))
+                answer = json.loads(bytes(self._receive(bytearray(size))))
+                if "shape" not in answer:
+                    return answer, None
+                array = np.empty(answer.pop("shape"), dtype=answer.pop("dtype"))
+                self._receive(array)
+                return answer, array
         except (OSError, EOFError):
             self.close()
             return None
         except BaseException:  # such as KeyboardInterrupt: an answer is under way that nobody will read
             self.close()
             raise
-        finally:
-            timer.cancel()
 
     def _receive(self, target: Any) -> Any:
         view = memoryview(target).cast("B")
@@ -260,10 +278,12 @@ def _decode(
     it was the file; with `fresh`, the worker serves this once."""
     request = {"reader": reader, "file": file, "wanted": wanted}
     while True:
+        begun = time.monotonic()
         try:
             worker, served = (_Worker(), False) if fresh else (_idle.pop(), True)
         except IndexError:
             worker, served = _Worker(), False
+        deadline += time.monotonic() - begun
         # A worker whose caller was killed has nobody to end it: its own alarm does.
         answered = worker.ask({**request, "alarm": math.ceil(max(deadline - time.monotonic(), 0.0)) + 1}, deadline)
         if answered:
@@ -277,6 +297,8 @@ def _decode(
     else:
         _idle.append(worker)
     answer, array = answered
+    if "missing" in answer:
+        raise ImportError(f"Reading audio and video needs av, soundfile and soxr: {answer['missing']}.")
     if "error" in answer:
         raise MediaError(path, *answer["error"])
     return answer, array
@@ -285,26 +307,51 @@ def _decode(
 # The worker's side. Readers raise MediaErrors without a path; the caller knows it.
 
 
+def import_readers() -> ImportError | None:
+    """Imports what decodes, and returns what is missing. Callers never do.
+
+    In a `try`, because transformers scans this file and makes every user of a checkpoint install what is imported
+    anywhere else, in functions too.
+    """
+    global av, soundfile, soxr
+    try:
+        import av
+        import soundfile
+        import soxr
+    except ImportError as error:
+        return error
+    return None
+
+
 def _serve() -> None:
     """Answers requests from standard input until it ends, with nothing else on standard output."""
-    with suppress(ImportError, ValueError, OSError):
+    try:
         import resource
 
-        resource.setrlimit(resource.RLIMIT_AS, (LARGEST_WORKER, resource.getrlimit(resource.RLIMIT_AS)[1]))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_AS, (LARGEST_WORKER, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    except (ImportError, ValueError, OSError):  # not here, or less is allowed anyway
+        pass
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the caller, who then kills this process
     with open(os.dup(1), "wb") as answers, open(os.devnull, "wb") as nowhere:
         os.dup2(nowhere.fileno(), 1)
+        missing = import_readers()
+        answers.write(b"!")
+        answers.flush()
         for line in sys.stdin.buffer:
             request = json.loads(line)
             if hasattr(signal, "alarm"):
                 signal.alarm(request["alarm"])
             array = None
             try:
+                if missing:
+                    raise missing
                 answer, array = READERS[request["reader"]](request["file"], request["wanted"])
                 answer |= {"shape": array.shape, "dtype": array.dtype.str}
             except MediaError as error:
                 answer = {"error": error.args[1:]}
+            except ImportError as error:
+                answer = {"missing": str(error)}
             except MemoryError:
                 answer = {"error": ("too large", "decoding it takes more memory than a decoder may have")}
             except Exception as error:
@@ -328,8 +375,6 @@ class _Contents:
 @contextmanager
 def _container(file: str) -> Iterator[Any]:
     """The file as PyAV's container, which may open nothing else."""
-    import av
-
     with open(file, "rb") as handle:
         try:
             container = av.open(_Contents(handle), options={"protocol_whitelist": "none"}, metadata_errors="replace")
@@ -347,8 +392,6 @@ class _Track:
     """
 
     def __init__(self, container: Any, kind: str):
-        import av
-
         cover = av.stream.Disposition.attached_pic
         streams = [s for s in getattr(container.streams, kind) if not s.disposition & cover]
         if not streams:
@@ -389,8 +432,6 @@ class _Track:
 
     def frames(self) -> Iterator[Any]:
         """What decodes of the packets; the rest is noted in `faults`."""
-        import av
-
         for packet in self.packets:
             try:
                 frames = packet.decode()
@@ -478,8 +519,10 @@ def _rgb(frames: Iterable[Any], count: int) -> np.ndarray:
 
 def _read_video_by_decord(file: str, count: int) -> tuple[dict[str, Any], np.ndarray]:
     """Frames by decord, for files of which PyAV gets nothing. Any frame that decord makes up is a reason to refuse."""
-    import decord
-
+    try:
+        import decord
+    except ImportError as error:
+        raise MediaError("", "damaged", str(error)) from None
     reader = decord.VideoReader(file, num_threads=1, fault_tol=1e-9)
     spans = reader.get_frame_timestamp(list(range(len(reader))))  # (n, 2): from, to
     if not ((np.diff(spans[:, 0]) > 0).all() and -1 < spans[0, 0] and spans[-1, 1] < 1e6):
@@ -503,8 +546,6 @@ def _audio(
     pieces: list[np.ndarray], silent: int, native_rate: int, rate: int, claimed: float, faults: list[str]
 ) -> tuple[dict[str, Any], np.ndarray]:
     """What the audio readers answer: the pieces as one, resampled, and how much of it was decoded (not `silent`)."""
-    import soxr
-
     count = sum(map(len, pieces))
     if count == silent:
         raise MediaError("", "damaged", "no sound can be decoded", f"0 of {claimed:.1f} seconds" if claimed else "")
@@ -523,8 +564,6 @@ def _audio(
 
 def _read_audio_by_soundfile(file: str, rate: int) -> tuple[dict[str, Any], np.ndarray]:
     """Sound by soundfile, held against the length that the file's header states."""
-    import soundfile
-
     handle = os.open(file, os.O_RDONLY)  # not by name: libsndfile would take a suffix for a format
     try:
         sound = soundfile.SoundFile(handle)

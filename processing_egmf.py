@@ -299,8 +299,12 @@ class EGMFProcessor(ProcessorMixin):
         if not value.samples.size or not np.isfinite(value.samples).all():
             raise ValueError(f"`{name}` must have samples, all finite, got {value.samples.size} with NaN or infinity.")
         if value.sampling_rate != rate:
-            import soxr
-
+            try:  # transformers makes users install what is imported outside of one
+                import soxr
+            except ImportError as error:
+                raise ImportError(
+                    f"`{name}` is at {value.sampling_rate} Hz, the model hears {rate}: needs soxr"
+                ) from error
             value = AudioClip(soxr.resample(value.samples, value.sampling_rate, rate), rate, value.warnings)
         if value.duration > self.audio_window + 0.1:
             message = f"{name}: the model hears the first {self.audio_window:.1f} of {value.duration:.1f} seconds"

@@ -111,6 +111,7 @@ def measure(pool: ProcessPoolExecutor, processes: int, way: str, path: str, coun
 
 
 def main() -> None:
+    media_egmf.import_readers()
     print("# Reading clips: speed, and the cost of the guard\n")
     print(f"Command: `python bench/media.py > results/media.md`. {os.cpu_count()} cores, load average before the run")
     print(f"{os.getloadavg()[0]:.1f} (what exceeds 0 is other programs). Medians (lowest to highest) of {REPETITIONS}")

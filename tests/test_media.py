@@ -22,6 +22,7 @@ import pytest
 import soundfile
 from datasets import Dataset
 from torch.utils.data import DataLoader
+from transformers.dynamic_module_utils import get_imports
 
 import media_egmf
 from media_egmf import MediaError, load_audio, load_video
@@ -419,6 +420,20 @@ def test_no_permission(clips, tmp_path):
     (tmp_path / "a.wav").chmod(0)
     with pytest.raises(MediaError, match="permission denied"):
         load_audio(tmp_path / "a.wav", 16000)
+
+
+def test_no_user_of_features_is_asked_for_decoders():
+    """transformers demands all imports that it finds in a file of a checkpoint, in functions too."""
+    found = set(get_imports(media_egmf.__file__))
+    assert found - sys.stdlib_module_names == {"numpy"} and not {"fcntl", "resource"} & found
+
+
+def test_a_missing_reader_is_an_import_error(clips, tmp_path):
+    (tmp_path / "soxr.py").write_text("raise ImportError('no soxr here')")
+    code = f"import media_egmf; media_egmf.load_audio({str(clips['sound.wav'])!r}, 16000)"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1].startswith("ImportError: ") and "no soxr here" in done.stderr
 
 
 # Processes

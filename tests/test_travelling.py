@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from test_modeling import LORA_TARGETS
 from test_towers import WAVE
 from transformers import AutoModelForCausalLM, AutoTokenizer, HubertConfig, HubertModel
+from transformers.dynamic_module_utils import get_imports
 
 from modeling_egmf import EGMFForConditionalGeneration
 from processing_egmf import EGMFProcessor
@@ -188,3 +189,10 @@ def test_bf16_checkpoint_keeps_its_fusion_in_float32(tmp_path, llm_folder, assem
     weights = loaded.model.fusion.state_dict()
     for name, value in model.model.fusion.state_dict().items():
         assert weights[name].dtype == torch.float32 and torch.equal(weights[name], value)
+
+
+def test_a_checkpoint_demands_no_decoder(travelled):
+    """transformers refuses to load code whose imports are not installed, unless they stand in a `try`."""
+    root, _, _ = travelled
+    wanted = {name for path in (root / "checkpoints" / "llama").glob("*.py") for name in get_imports(path)}
+    assert wanted <= {"huggingface_hub", "numpy", "torch", "transformers"} | set(sys.stdlib_module_names)
