@@ -8,12 +8,9 @@ The paper (arXiv 2601.07565) asks an LLM with a prompt and pseudo tokens; the la
 implementation's own choice.
 """
 
-import os
-import warnings
 from collections.abc import Sequence
-from functools import cached_property
 from itertools import takewhile
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,10 +21,10 @@ from transformers.processing_utils import ProcessorMixin
 
 
 try:
-    from .media_egmf import AudioClip, MediaError, VideoClip, load_audio, load_video
+    from .media_inputs_egmf import MediaInputsMixin, as_array
     from .tasks_egmf import BUILTIN_TASKS, AffectTask, AnswerConstraint, AnswerDistribution, AnswerText
 except ImportError:
-    from media_egmf import AudioClip, MediaError, VideoClip, load_audio, load_video
+    from media_inputs_egmf import MediaInputsMixin, as_array
     from tasks_egmf import BUILTIN_TASKS, AffectTask, AnswerConstraint, AnswerDistribution, AnswerText
 
 
@@ -41,18 +38,7 @@ SPARE_TOKENS = ("pseudo", "reserved", "unused", "placeholder", "extra", "empty_o
 NEW_PSEUDO_TOKEN = "<|pseudo|>"
 
 
-class MediaWarning(UserWarning):
-    """Something of a file is missing from what the model is given."""
-
-
-class Media(NamedTuple):
-    """One sample's decoded sound and pictures; None where there are none."""
-
-    audio: AudioClip | None = None
-    video: VideoClip | None = None
-
-
-class EGMFProcessor(ProcessorMixin):
+class EGMFProcessor(MediaInputsMixin, ProcessorMixin):
     """Turns utterances into the inputs of EGMF, and its answers into labels and scores.
 
     One sample becomes one sequence:
@@ -79,8 +65,6 @@ class EGMFProcessor(ProcessorMixin):
     """
 
     text_kwargs = {"padding_side": "left"}
-    # What this code raises and gives: a checkpoint's code and a clone's are loaded apart, with classes of their own.
-    media_error, media_warning = MediaError, MediaWarning
 
     def __init__(
         self,
@@ -243,137 +227,6 @@ class EGMFProcessor(ProcessorMixin):
             raise ValueError(f"`{name}` got values beside media, wanted one of the two in a batch.")
         return BatchFeature({**data, **media}, tensor_type=return_tensors)
 
-    def load_file(self, path: str | os.PathLike) -> Media:
-        """A file's sound and pictures, whichever it has and the model takes; a MediaError if that is nothing."""
-        loaders = {"audio": self._audio_clip, "video": self._video_clip}
-        if self.feature_extractor is None:
-            loaders.pop("audio")
-        if self.image_processor is None:
-            loaders.pop("video")
-        found, error = {}, MediaError(path, "not media", "the model takes neither sound nor pictures")
-        for name, load in loaders.items():
-            try:
-                found[name] = load(name, path)
-            except MediaError as raised:
-                error = raised
-                if raised.kind != f"no {name}":
-                    raise
-        if not found:
-            raise error
-        return Media(**found)
-
-    def media_inputs(self, media: list[Media], return_tensors: str | None = None) -> BatchFeature:
-        """What the towers read of loaded clips, without a prompt; empty if there is neither sound nor picture."""
-        inputs = self._audio_inputs([clip.audio for clip in media])
-        inputs.update(self._vision_inputs([clip.video for clip in media]))
-        return BatchFeature(inputs, tensor_type=return_tensors)
-
-    def load_media(self, audio: Any = None, video: Any = None, sound_track: bool = True, index: str = "") -> Media:
-        """One sample's `audio` and `video`, as `__call__` takes them, decoded; it takes the clips in their place."""
-        heard = sound_track and _is_path(video) and self.feature_extractor is not None
-        if audio is not None and self.feature_extractor is None:
-            raise ValueError(f"`audio{index}` got a value, wanted None: the processor has no `feature_extractor`.")
-        if video is not None and self.image_processor is None and not heard:
-            raise ValueError(f"`video{index}` got a value, wanted None: the processor has no `image_processor`.")
-        pictures = self._video_clip(f"video{index}", video)
-        if audio is None and heard:
-            try:
-                return Media(self._audio_clip(f"audio{index}", video), pictures)
-            except MediaError as error:
-                if error.kind != "no audio":  # that is legal, and nothing is missing
-                    warnings.warn(MediaWarning(str(error)), stacklevel=3)
-        return Media(self._audio_clip(f"audio{index}", audio), pictures)
-
-    def _audio_clip(self, name: str, value: Any) -> AudioClip | None:
-        if value is None:
-            return None
-        rate = self.feature_extractor.sampling_rate
-        if _is_path(value):
-            name, value = os.fspath(value), _reported(value, load_audio(value, rate))
-        if isinstance(value, dict) and {"array", "sampling_rate"} <= value.keys():
-            samples = _array(f"{name}['array']", value["array"], 1, "an array (samples)")
-            value = AudioClip(samples, value["sampling_rate"], [])
-        if not hasattr(value, "samples"):  # by its form, as the class may be another copy's
-            wanted = "a file, an AudioClip or a dict of `array` and `sampling_rate`"
-            raise ValueError(f"`{name}` must be {wanted}, got {type(value).__name__}.")
-        if not value.samples.size or not np.isfinite(value.samples).all():
-            raise ValueError(f"`{name}` must have samples, all finite, got {value.samples.size} with NaN or infinity.")
-        if value.sampling_rate != rate:
-            try:  # transformers makes users install what is imported outside of one
-                import soxr
-            except ImportError as error:
-                raise ImportError(
-                    f"`{name}` is at {value.sampling_rate} Hz, the model hears {rate}: needs soxr"
-                ) from error
-            value = AudioClip(soxr.resample(value.samples, value.sampling_rate, rate), rate, value.warnings)
-        if value.duration > self.audio_window + 0.1:
-            message = f"{name}: the model hears the first {self.audio_window:.1f} of {value.duration:.1f} seconds"
-            warnings.warn(MediaWarning(message), stacklevel=4)
-        return value
-
-    def _video_clip(self, name: str, value: Any) -> VideoClip | None:
-        if value is None or self.image_processor is None:
-            return None
-        if _is_path(value):
-            return _reported(value, load_video(value, self.num_frames))
-        if hasattr(value, "frames"):
-            return value
-        frames = np.asarray(value)
-        if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not frames.size:
-            wanted = "a file, a VideoClip or uint8 frames (F, height, width, 3)"
-            raise ValueError(f"`{name}` must be {wanted}, got {frames.dtype} of the shape {frames.shape}.")
-        return VideoClip(frames, np.full(len(frames), np.nan), np.nan, [])
-
-    @cached_property
-    def audio_input_rate(self) -> float:
-        """Positions per second of what the feature extractor makes, the model's `config.audio_input_rate`."""
-        rate = self.feature_extractor.sampling_rate
-        short, long = (self._extract(np.zeros(quarters * rate // 4, np.float32))[1].sum() for quarters in (1, 3))
-        return 2.0 * float(long - short)
-
-    @cached_property
-    def audio_window(self) -> float:
-        """Seconds that the model hears at the most: a fixed window, or infinity."""
-        mask = self._extract(np.zeros(self.feature_extractor.sampling_rate // 4, np.float32))[1]
-        return float("inf") if mask.all() else len(mask) / self.audio_input_rate
-
-    def _extract(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """What the audio tower reads of one clip, and its mask (positions,)."""
-        options = {"sampling_rate": self.feature_extractor.sampling_rate, "return_attention_mask": True}
-        made = self.feature_extractor(samples, **options, return_tensors="np")
-        return made[self.feature_extractor.model_input_names[0]][0], made["attention_mask"][0]
-
-    def _audio_inputs(self, clips: list[AudioClip | None]) -> dict[str, np.ndarray]:
-        """The audio tower's input and mask, made clip by clip; nothing if no sample has sound."""
-        if all(clip is None for clip in clips):
-            return {}
-        made = {i: self._extract(clip.samples) for i, clip in enumerate(clips) if clip is not None}
-        # A fixed window has its positions last.
-        axis = next(-1 if mask.shape == values.shape[-1:] else 0 for values, mask in made.values())
-        longest = max(len(mask) for _, mask in made.values())
-        shape = list(next(values.shape for values, _ in made.values()))
-        shape[axis] = longest
-        inputs = np.zeros((len(clips), *shape), np.float32)
-        masks = np.zeros((len(clips), longest), np.int64)
-        for i, (values, mask) in made.items():
-            masks[i, : len(mask)] = mask
-            inputs[(i, ..., slice(len(mask))) if axis else (i, slice(len(mask)))] = values
-        return {self.feature_extractor.model_input_names[0]: inputs, "audio_mask": masks}
-
-    def _vision_inputs(self, clips: list[VideoClip | None]) -> dict[str, np.ndarray]:
-        """The vision tower's input, mask and times; nothing if no sample has pictures."""
-        seen = {i: clip for i, clip in enumerate(clips) if clip is not None}
-        if not seen:
-            return {}
-        images = {i: self.image_processor(list(clip.frames), return_tensors="np") for i, clip in seen.items()}
-        images = {i: image["pixel_values"] for i, image in images.items()}
-        shape = (len(clips), max(map(len, images.values())))
-        pixels = np.zeros((*shape, *next(iter(images.values())).shape[1:]), np.float32)
-        mask, times = np.zeros(shape, np.int64), np.full(shape, np.nan, np.float32)
-        for i, image in images.items():
-            pixels[i, : len(image)], mask[i, : len(image)], times[i, : len(image)] = image, 1, seen[i].times
-        return {"pixel_values": pixels, "vision_mask": mask, "vision_times": times}
-
     def candidates(self, task: str | AffectTask) -> list[list[int]]:
         """Token ids of every legal answer, in task order, none a prefix of another.
 
@@ -517,17 +370,6 @@ class EGMFProcessor(ProcessorMixin):
         return trie
 
 
-def _is_path(value: Any) -> bool:
-    return isinstance(value, str | os.PathLike)
-
-
-def _reported(path: str | os.PathLike, clip):
-    """The clip, once its warnings have been given."""
-    for warning in clip.warnings:
-        warnings.warn(MediaWarning(f"{os.fspath(path)}: {warning}"), stacklevel=5)
-    return clip
-
-
 def _sub_processor(kind: str, value: Any):
     """A feature extractor or image processor from what `processor_config.json` holds; anything else as it is."""
     if not isinstance(value, dict):
@@ -612,22 +454,11 @@ def _pad(rows: list[list[int]], fill: int, side: str) -> np.ndarray:
     return padded
 
 
-def _array(name: str, value: Any, ndim: int, wanted: str) -> np.ndarray:
-    """`value` as a float32 array of `ndim` dimensions."""
-    try:
-        array = np.asarray(value.detach().float().cpu() if isinstance(value, torch.Tensor) else value, np.float32)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"`{name}` must be {wanted} of numbers, got {type(value).__name__} ({error}).") from error
-    if array.ndim != ndim:
-        raise ValueError(f"`{name}` must be {wanted} of numbers, got the shape {array.shape}.")
-    return array
-
-
 def _features(name: str, value: Any) -> np.ndarray:
     """One sample's features `(T, D)`, or a tower's hidden layers `(T, layers, D)`, checked."""
     layers = _ndim(value) == 3
     wanted = "an array (frames, layers, features)" if layers else "an array (frames, features)"
-    array = _array(name, value, 2 + layers, wanted)
+    array = as_array(name, value, 2 + layers, wanted)
     size = " x ".join(map(str, array.shape))
     if array.size == 0:
         raise ValueError(f"`{name}` is empty ({size}), wanted at least one frame; pass None for a missing modality.")
@@ -657,7 +488,7 @@ def _stack(modality: str, features: list, times: list) -> dict[str, np.ndarray]:
         stacked[i, : len(array)], mask[i, : len(array)] = array, 1
         if times[i] is not None:
             name = f"{modality}_times[{i}]"
-            seconds = _array(name, times[i], 1, "a list (frames) of seconds")
+            seconds = as_array(name, times[i], 1, "a list (frames) of seconds")
             if len(seconds) != len(array) or np.isinf(seconds).any():
                 raise ValueError(f"`{name}` has {len(seconds)} times, wanted {len(array)}, finite or NaN.")
             clock[i, : len(array)] = seconds

@@ -23,7 +23,8 @@ from transformers import (
 
 from evaluation import AffectCollator
 from media_egmf import MediaError, load_audio, load_video
-from processing_egmf import EGMFProcessor, MediaWarning
+from media_inputs_egmf import MediaWarning
+from processing_egmf import EGMFProcessor
 from tower_cache import TowerCache
 
 

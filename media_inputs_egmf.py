@@ -1,0 +1,219 @@
+"""From clips to what the towers read: the part of EGMF's processor that takes sound and pictures.
+
+Files are decoded by `media_egmf.py`; clips go through the audio tower's feature extractor and the vision tower's image
+processor, one by one, and are put together to batches.
+"""
+
+import os
+import warnings
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from transformers.feature_extraction_utils import BatchFeature
+
+
+try:
+    from .media_egmf import AudioClip, MediaError, VideoClip, load_audio, load_video
+except ImportError:
+    from media_egmf import AudioClip, MediaError, VideoClip, load_audio, load_video
+
+
+class MediaWarning(UserWarning):
+    """Something of a file is missing from what the model is given."""
+
+
+class Media(NamedTuple):
+    """One sample's decoded sound and pictures; None where there are none."""
+
+    audio: "AudioClip | TowerInput | None" = None
+    video: "VideoClip | TowerInput | None" = None
+
+
+@dataclass(frozen=True)
+class TowerInput:
+    """What a tower reads of one clip, made beforehand.
+
+    Args:
+        values: as the feature extractor or the image processor makes it, of video frames (F, 3, height, width).
+        mask: (positions,), 1 where there is something; None: everywhere.
+        times: (F,) seconds of the frames; of sound None.
+    """
+
+    values: np.ndarray
+    mask: np.ndarray | None = None
+    times: np.ndarray | None = None
+
+
+class MediaInputsMixin:
+    """Sound and pictures, for a processor with `feature_extractor`, `image_processor` (or None) and `num_frames`."""
+
+    # What this code raises and gives: a checkpoint's code and a clone's are loaded apart, with classes of their own.
+    media_error, media_warning = MediaError, MediaWarning
+
+    def load_file(self, path: str | os.PathLike) -> Media:
+        """A file's sound and pictures, whichever it has and the model takes; a MediaError if that is nothing."""
+        loaders = {"audio": self._audio_clip, "video": self._video_clip}
+        if self.feature_extractor is None:
+            loaders.pop("audio")
+        if self.image_processor is None:
+            loaders.pop("video")
+        found, error = {}, MediaError(path, "not media", "the model takes neither sound nor pictures")
+        for name, load in loaders.items():
+            try:
+                found[name] = load(name, path)
+            except MediaError as raised:
+                error = raised
+                if raised.kind != f"no {name}":
+                    raise
+        if not found:
+            raise error
+        return Media(**found)
+
+    def media_inputs(self, media: list[Media], return_tensors: str | None = None) -> BatchFeature:
+        """What the towers read of loaded clips, without a prompt; empty if there is neither sound nor picture."""
+        media = [self.tower_inputs(clip) for clip in media]
+        inputs = self._audio_inputs([clip.audio for clip in media])
+        inputs.update(self._vision_inputs([clip.video for clip in media]))
+        return BatchFeature(inputs, tensor_type=return_tensors)
+
+    def load_media(self, audio: Any = None, video: Any = None, sound_track: bool = True, index: str = "") -> Media:
+        """One sample's `audio` and `video`, as `__call__` takes them, decoded; it takes the clips in their place."""
+        heard = sound_track and is_path(video) and self.feature_extractor is not None
+        if audio is not None and self.feature_extractor is None:
+            raise ValueError(f"`audio{index}` got a value, wanted None: the processor has no `feature_extractor`.")
+        if video is not None and self.image_processor is None and not heard:
+            raise ValueError(f"`video{index}` got a value, wanted None: the processor has no `image_processor`.")
+        pictures = self._video_clip(f"video{index}", video)
+        if audio is None and heard:
+            try:
+                return Media(self._audio_clip(f"audio{index}", video), pictures)
+            except MediaError as error:
+                if error.kind != "no audio":  # that is legal, and nothing is missing
+                    warnings.warn(MediaWarning(str(error)), stacklevel=3)
+        return Media(self._audio_clip(f"audio{index}", audio), pictures)
+
+    def _audio_clip(self, name: str, value: Any) -> AudioClip | None:
+        if value is None or isinstance(value, TowerInput):
+            return value
+        rate = self.feature_extractor.sampling_rate
+        if is_path(value):
+            name, value = os.fspath(value), _reported(value, load_audio(value, rate))
+        if isinstance(value, dict) and {"array", "sampling_rate"} <= value.keys():
+            samples = as_array(f"{name}['array']", value["array"], 1, "an array (samples)")
+            value = AudioClip(samples, value["sampling_rate"], [])
+        if not hasattr(value, "samples"):  # by its form, as the class may be another copy's
+            wanted = "a file, an AudioClip or a dict of `array` and `sampling_rate`"
+            raise ValueError(f"`{name}` must be {wanted}, got {type(value).__name__}.")
+        if not value.samples.size or not np.isfinite(value.samples).all():
+            raise ValueError(f"`{name}` must have samples, all finite, got {value.samples.size} with NaN or infinity.")
+        if value.sampling_rate != rate:
+            try:  # transformers makes users install what is imported outside of one
+                import soxr
+            except ImportError as error:
+                raise ImportError(
+                    f"`{name}` is at {value.sampling_rate} Hz, the model hears {rate}: needs soxr"
+                ) from error
+            value = AudioClip(soxr.resample(value.samples, value.sampling_rate, rate), rate, value.warnings)
+        if value.duration > self.audio_window + 0.1:
+            message = f"{name}: the model hears the first {self.audio_window:.1f} of {value.duration:.1f} seconds"
+            warnings.warn(MediaWarning(message), stacklevel=4)
+        return value
+
+    def _video_clip(self, name: str, value: Any) -> VideoClip | None:
+        if value is None or self.image_processor is None:
+            return None
+        if isinstance(value, TowerInput):
+            return value
+        if is_path(value):
+            return _reported(value, load_video(value, self.num_frames))
+        if hasattr(value, "frames"):
+            return value
+        frames = np.asarray(value)
+        if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not frames.size:
+            wanted = "a file, a VideoClip or uint8 frames (F, height, width, 3)"
+            raise ValueError(f"`{name}` must be {wanted}, got {frames.dtype} of the shape {frames.shape}.")
+        return VideoClip(frames, np.full(len(frames), np.nan), np.nan, [])
+
+    @cached_property
+    def audio_input_rate(self) -> float:
+        """Positions per second of what the feature extractor makes, the model's `config.audio_input_rate`."""
+        rate = self.feature_extractor.sampling_rate
+        short, long = (self._extract(np.zeros(quarters * rate // 4, np.float32)).mask.sum() for quarters in (1, 3))
+        return 2.0 * float(long - short)
+
+    @cached_property
+    def audio_window(self) -> float:
+        """Seconds that the model hears at the most: a fixed window, or infinity."""
+        mask = self._extract(np.zeros(self.feature_extractor.sampling_rate // 4, np.float32)).mask
+        return float("inf") if mask.all() else len(mask) / self.audio_input_rate
+
+    def _extract(self, samples: np.ndarray) -> TowerInput:
+        """What the audio tower reads of one clip's samples (N,)."""
+        options = {"sampling_rate": self.feature_extractor.sampling_rate, "return_attention_mask": True}
+        made = self.feature_extractor(samples, **options, return_tensors="np")
+        return TowerInput(made[self.feature_extractor.model_input_names[0]][0], made["attention_mask"][0])
+
+    def tower_inputs(self, media: Media) -> Media:
+        """A loaded sample with what the towers read in place of its clips; `media_inputs` takes it as well."""
+        audio, video = media
+        if audio is not None and not isinstance(audio, TowerInput):
+            audio = self._extract(audio.samples)
+        if video is not None and not isinstance(video, TowerInput):
+            images = self.image_processor(list(video.frames), return_tensors="np")["pixel_values"]
+            video = TowerInput(images, None, video.times)
+        return Media(audio, video)
+
+    def _audio_inputs(self, clips: list[TowerInput | None]) -> dict[str, np.ndarray]:
+        """The audio tower's input and mask; nothing if no sample has sound."""
+        made = {i: clip for i, clip in enumerate(clips) if clip is not None}
+        if not made:
+            return {}
+        # A fixed window has its positions last.
+        axis = next(-1 if clip.mask.shape == clip.values.shape[-1:] else 0 for clip in made.values())
+        longest = max(len(clip.mask) for clip in made.values())
+        shape = list(next(clip.values.shape for clip in made.values()))
+        shape[axis] = longest
+        inputs = np.zeros((len(clips), *shape), np.float32)
+        masks = np.zeros((len(clips), longest), np.int64)
+        for i, clip in made.items():
+            masks[i, : len(clip.mask)] = clip.mask
+            inputs[(i, ..., slice(len(clip.mask))) if axis else (i, slice(len(clip.mask)))] = clip.values
+        return {self.feature_extractor.model_input_names[0]: inputs, "audio_mask": masks}
+
+    def _vision_inputs(self, clips: list[TowerInput | None]) -> dict[str, np.ndarray]:
+        """The vision tower's input, mask and times; nothing if no sample has pictures."""
+        seen = {i: clip for i, clip in enumerate(clips) if clip is not None}
+        if not seen:
+            return {}
+        shape = (len(clips), max(len(clip.values) for clip in seen.values()))
+        pixels = np.zeros((*shape, *next(iter(seen.values())).values.shape[1:]), np.float32)
+        mask, times = np.zeros(shape, np.int64), np.full(shape, np.nan, np.float32)
+        for i, clip in seen.items():
+            frames = len(clip.values)
+            pixels[i, :frames], mask[i, :frames], times[i, :frames] = clip.values, 1, clip.times
+        return {"pixel_values": pixels, "vision_mask": mask, "vision_times": times}
+
+
+def is_path(value: Any) -> bool:
+    return isinstance(value, str | os.PathLike)
+
+
+def _reported(path: str | os.PathLike, clip):
+    """The clip, once its warnings have been given."""
+    for warning in clip.warnings:
+        warnings.warn(MediaWarning(f"{os.fspath(path)}: {warning}"), stacklevel=5)
+    return clip
+
+
+def as_array(name: str, value: Any, ndim: int, wanted: str) -> np.ndarray:
+    """`value` as a float32 array of `ndim` dimensions."""
+    try:
+        array = np.asarray(value.detach().float().cpu() if isinstance(value, torch.Tensor) else value, np.float32)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`{name}` must be {wanted} of numbers, got {type(value).__name__} ({error}).") from error
+    if array.ndim != ndim:
+        raise ValueError(f"`{name}` must be {wanted} of numbers, got the shape {array.shape}.")
+    return array
