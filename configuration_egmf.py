@@ -121,7 +121,7 @@ class EGMFConfig(PreTrainedConfig):
             ):
                 raise ValueError(f"{modality}_feature_size: got a value beside {modality}_config, wanted one of them")
             tower = getattr(self, f"{modality}_config")
-            if tower is not None and not hasattr(tower, "hidden_size"):
+            if tower is not None and not hasattr(tower, "hidden_size") and not hasattr(tower, "hidden_sizes"):
                 raise ValueError(
                     f"{modality}_config: got {tower.model_type}, wanted an encoder whose hidden layers have one width"
                 )

@@ -3,9 +3,11 @@
     python eval.py runs/mosi/model --corpus mosi --corpus_dir DIR --split test --output runs/mosi/test
     python eval.py ... --compare runs/other/test/predictions.jsonl
 
-Writes `metrics.json` and `predictions.jsonl` (id, gold, greedy text, distribution, answers, gate weights) to the
-output folder and prints one table. Two answers are judged side by side: the greedy text of plain `generate()`, in
-which an unparsable answer is a wrong one and is counted, and the most probable legal answer of `score_labels()`.
+Writes to the output folder `metrics.json` (of a corpus that sorts its rows into groups, by group too),
+`predictions.jsonl` (id, gold, greedy text, distribution, answers, gate weights) and plots as PNG (the confusion
+matrix, or the predicted against the true scores; the gate weights by group or label), and prints one table. Two
+answers are judged side by side: the greedy text of plain `generate()`, in which an unparsable answer is a wrong one
+and is counted, and the most probable legal answer of `score_labels()`.
 """
 
 import argparse
@@ -20,9 +22,18 @@ from tqdm.auto import tqdm
 from transformers import AutoModel, AutoProcessor
 from transformers.utils import cached_file
 
-from corpora import CORPORA, load_corpus
-from evaluation import AffectCollator, classification_metrics, gold_answer, mcnemar, prompt_lengths, regression_metrics
+from corpora import CORPORA, group_of, load_corpus
+from evaluation import (
+    AffectCollator,
+    ask,
+    classification_metrics,
+    gold_answer,
+    mcnemar,
+    prompt_lengths,
+    regression_metrics,
+)
 from pipeline_egmf import gate_names
+from plots import plot_confusion, plot_gates, plot_scores
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -31,7 +42,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--corpus", required=True, choices=CORPORA)
     parser.add_argument("--corpus_dir", help="folder with the corpus's published files")
     parser.add_argument("--corpus_options", type=json.loads, help="JSON; by default those the model was trained with")
-    parser.add_argument("--task", help="task to ask; by default the one the model was trained on")
+    parser.add_argument("--task", help="task to ask; by default the first that the model was trained on")
     parser.add_argument("--split", default="test", choices=["train", "validation", "test"])
     parser.add_argument("--modalities", nargs="+", help="what the model may see; by default what it was trained on")
     parser.add_argument("--batch_size", type=int, default=32)
@@ -49,13 +60,13 @@ def load_training_fields(model: str) -> dict:
 @torch.no_grad()
 def predict(model, processor, rows, task, modalities: list[str], batch_size: int, device) -> list[dict]:
     """One prediction per row, in the rows' order."""
-    collator = AffectCollator(processor, task, modalities, with_answers=False)
+    rows, collator = ask(rows, [task]), AffectCollator(processor, [task], modalities, with_answers=False)
     # Alike lengths together: less padding, the same numbers.
     order = sorted(range(len(rows)), key=prompt_lengths(rows, collator).__getitem__)
     loader = DataLoader(rows.select(order), batch_size=batch_size, collate_fn=collator)
     candidates, predictions = processor.candidates(task), []
     for batch in tqdm(loader, desc="evaluating", unit="batch", disable=None):
-        inputs = {name: value.to(device) for name, value in batch.items() if name != "answer_index"}
+        inputs = {name: value.to(device) for name, value in batch.items() if not name.endswith("_index")}
         inputs = model.encode_media(inputs)  # once for both answers
         scores = model.score_labels(candidates=candidates, **inputs)
         generated = model.generate(**inputs, max_new_tokens=processor.max_answer_tokens(task), do_sample=False)
@@ -82,6 +93,26 @@ def predict(model, processor, rows, task, modalities: list[str], batch_size: int
     return results
 
 
+def metrics_of(predictions: list[dict], task) -> dict[str, dict]:
+    """Metrics by kind of answer."""
+    gold = [row["gold"] for row in predictions]
+    measure = classification_metrics if task.kind == "classification" else regression_metrics
+    return {
+        answer: measure(gold, [row["answers"][answer] for row in predictions]) for answer in predictions[0]["answers"]
+    }
+
+
+def write_plots(predictions: list[dict], groups: list[str | None], task, folder: Path) -> None:
+    """The pictures of an evaluation, as PNG files; gate weights by group, of a corpus without groups by label."""
+    if task.kind == "classification":
+        plot_confusion(predictions, "distribution", task, folder / "confusion.png")
+        labels = [row["gold"] for row in predictions]
+    else:
+        plot_scores(predictions, "expected", task, folder / "scores.png")
+        labels = ["all"] * len(predictions)
+    plot_gates(predictions, labels if None in groups else groups, folder / "gates.png")
+
+
 def compare(predictions: list[dict], other_file: Path, answer: str) -> dict:
     """Paired test of two runs' answers to the same samples, by id."""
     others = {row["id"]: row for row in map(json.loads, other_file.read_text(encoding="utf-8").splitlines())}
@@ -97,7 +128,7 @@ def main(arguments: list[str]) -> None:
     processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=True)
     model = AutoModel.from_pretrained(args.model, trust_remote_code=True).to(device).eval()
     trained = load_training_fields(args.model)
-    name = args.task or trained.get("task", args.corpus)
+    name = args.task or trained.get("tasks", [args.corpus])[0]
     if name not in processor.tasks:
         raise ValueError(f"task: got {name!r}, wanted one of {', '.join(processor.tasks)}")
     task = processor.tasks[name]
@@ -109,13 +140,15 @@ def main(arguments: list[str]) -> None:
     modalities = [modality for modality in model.config.modalities if modality in allowed]
     predictions = predict(model, processor, rows, task, modalities, args.batch_size, device)
 
-    gold = [row["gold"] for row in predictions]
-    measure = classification_metrics if task.kind == "classification" else regression_metrics
-    metrics = {
-        answer: measure(gold, [row["answers"][answer] for row in predictions]) for answer in predictions[0]["answers"]
-    }
+    metrics = metrics_of(predictions, task)
     report = {"model": args.model, "task": task.name, "split": args.split, "samples": len(rows), "answers": metrics}
     report["modalities"] = modalities
+    groups = [group_of(args.corpus, row["id"]) for row in predictions]
+    if None not in groups:
+        report["groups"] = {
+            group: metrics_of([row for row, own in zip(predictions, groups, strict=True) if own == group], task)
+            for group in dict.fromkeys(groups)
+        }
     if args.compare:
         report["compared_to"] = {
             answer: compare(predictions, args.compare, answer) for answer in ("greedy", "distribution")
@@ -125,6 +158,7 @@ def main(arguments: list[str]) -> None:
     with (args.output / "predictions.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in predictions)
     (args.output / "metrics.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_plots(predictions, groups, task, args.output)
 
     columns = list(next(iter(metrics.values())))
     print(f"{task.name} / {args.split}: {len(rows)} samples")

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from scipy.stats import binomtest
 from sklearn.metrics import accuracy_score, f1_score
 
@@ -29,24 +29,29 @@ def gold_answer(row: dict, task: AffectTask) -> str | float:
     return row[column]
 
 
+def ask(rows: Dataset, tasks: list[AffectTask]) -> Dataset:
+    """Every row once for each task, whose name is in the new column `task`."""
+    return concatenate_datasets([rows.add_column("task", [task.name] * len(rows)) for task in tasks])
+
+
 @dataclass
 class AffectCollator:
-    """Rows of the corpus schema -> the processor's batch.
+    """Rows of the corpus schema, with what is asked of each (see [`ask`]) -> the processor's batch.
 
     Args:
         processor: The processor.
-        task: The task asked of every row.
+        tasks: The tasks that may be asked.
         modalities: What the model may see; the columns of others are left out, with the text its context too.
         with_answers: True for training: answers are appended and `labels` returned. False for scoring: prompts alone,
-            and `answer_index` (B,), the gold answer's place in `task.answers`.
-        cache: Where the hidden layers of frozen towers are; the other towers' media are decoded.
+            `task_index` (B,), the task's place in `tasks`, and `answer_index` (B,), the gold answer's in its answers.
+        cache: What is known of the rows' files; media that are not in it are decoded.
 
     Attributes:
         errors: Why a row's file gave nothing, by row id; it counts as a missing modality. (In this process only.)
     """
 
     processor: EGMFProcessor
-    task: AffectTask
+    tasks: list[AffectTask]
     modalities: list[str]
     with_answers: bool
     cache: TowerCache | None = None
@@ -58,10 +63,10 @@ class AffectCollator:
             if getattr(self.processor, PREPROCESSORS[modality]) is None:
                 names = (f"{modality}_features", f"{modality}_times")
                 columns |= {name: [row[name] for row in rows] for name in names}
-            elif self.cache is not None and modality in self.cache.folders:
-                cached = [self.cache.load(modality, row[COLUMNS[modality]]) for row in rows]
-                for place, name in enumerate(("features", "times")):
-                    columns[f"{modality}_{name}"] = [entry and entry[place] for entry in cached]
+            elif self.cache is not None:
+                for row in rows:
+                    for name, value in self.cache.load(modality, row[COLUMNS[modality]]).items():
+                        columns.setdefault(name, []).append(value)
             else:
                 columns[COLUMNS[modality]] = [self._load(modality, row) for row in rows]
         columns["sound_track"] = False  # what is to be heard, the rows say
@@ -69,11 +74,15 @@ class AffectCollator:
         if "text" in self.modalities:
             text = [row["text"] for row in rows]
             columns |= {name: [row[name] for row in rows] for name in ("context", "following", "speaker")}
-        gold = [gold_answer(row, self.task) for row in rows]
+        places = {task.name: index for index, task in enumerate(self.tasks)}
+        asked = [self.tasks[places[row["task"]]] for row in rows]
+        gold = [gold_answer(row, task) for row, task in zip(rows, asked, strict=True)]
         if self.with_answers:
-            return self.processor(text=text, task=self.task, answer=gold, **columns)
-        batch = self.processor(text=text, task=self.task, **columns)
-        batch["answer_index"] = torch.tensor([self.task.answers.index(self.task.format(answer)) for answer in gold])
+            return self.processor(text=text, task=asked, answer=gold, **columns)
+        batch = self.processor(text=text, task=asked, **columns)
+        pairs = zip(gold, asked, strict=True)
+        batch["answer_index"] = torch.tensor([task.answers.index(task.format(answer)) for answer, task in pairs])
+        batch["task_index"] = torch.tensor([places[task.name] for task in asked])
         return batch
 
     def _load(self, modality: str, row: dict) -> AudioClip | VideoClip | None:
@@ -91,7 +100,7 @@ def prompt_lengths(dataset: Dataset, collator: AffectCollator) -> list[int]:
     """Tokens of each row's prompt, for length-grouped batches."""
     if "text" not in collator.modalities:
         return [1] * len(dataset)
-    light = AffectCollator(collator.processor, collator.task, ["text"], with_answers=False)
+    light = AffectCollator(collator.processor, collator.tasks, ["text"], with_answers=False)
     rows = dataset.select_columns([name for name in dataset.column_names if name not in FEATURE_COLUMNS])
     return [int(light([row])["input_ids"].shape[1]) for row in rows]
 

@@ -17,10 +17,10 @@ from torch import nn
 
 try:
     from .configuration_egmf import EGMFConfig
-    from .towers_egmf import tower_num_layers, tower_size
+    from .towers_egmf import tower_num_states, tower_size
 except ImportError:
     from configuration_egmf import EGMFConfig
-    from towers_egmf import tower_num_layers, tower_size
+    from towers_egmf import tower_num_states, tower_size
 
 
 @dataclass
@@ -376,7 +376,7 @@ class EGMFFusion(nn.Module):
             tower = getattr(config, f"{name}_config")
             widths[name] = getattr(config, f"{name}_feature_size") if tower is None else tower_size(tower)
             if tower is not None:
-                self.layer_mix[name] = LayerMix(tower_num_layers(tower) + 1)
+                self.layer_mix[name] = LayerMix(tower_num_states(tower))
         self.widths = widths
         self.clock = ClockEmbedding(size)
         self.input_norm = nn.ModuleDict(

@@ -46,7 +46,7 @@ try:
         load_tower,
         read_audio,
         read_frames,
-        tower_num_layers,
+        tower_num_states,
         tower_size,
     )
 except ImportError:
@@ -73,7 +73,7 @@ except ImportError:
         load_tower,
         read_audio,
         read_frames,
-        tower_num_layers,
+        tower_num_states,
         tower_size,
     )
 
@@ -84,6 +84,11 @@ if TYPE_CHECKING:  # never at run time: what is imported here is saved with ever
 
 # What a tower reads, and the modality that it is.
 TOWER_INPUTS = {"input_features": "audio", "input_values": "audio", "pixel_values": "vision"}
+# Fields of a batch that are sound or pictures: features, or what a tower reads, with mask and times.
+MEDIA_INPUTS = (
+    *("audio_features", "audio_mask", "audio_times", "vision_features", "vision_mask", "vision_times"),
+    *TOWER_INPUTS,
+)
 
 
 @dataclass
@@ -223,6 +228,16 @@ class EGMFModel(EGMFPreTrainedModel):
                 encoded.update(zip(fields, (torch.stack(layers, 2), mask, times), strict=True))
         return encoded
 
+    def _modalities(self, **media) -> dict[str, tuple]:
+        """`MEDIA_INPUTS` -> by modality (features or hidden layers, mask, times), each None where it is absent."""
+        inputs = {}
+        for name in ("audio", "vision"):
+            fields = [media.get(f"{name}_{part}") for part in ("features", "mask", "times")]
+            tower_inputs = (media.get(field) for field, modality in TOWER_INPUTS.items() if modality == name)
+            read = next((value for value in tower_inputs if value is not None), None)
+            inputs[name] = self._modality(name, fields[0], read, *fields[1:])
+        return inputs
+
     def _modality(self, name: str, features, tower_inputs, mask, times):
         """Checks one modality's inputs and brings them to (features or hidden layers, mask, times)."""
         if features is None and tower_inputs is None:
@@ -239,7 +254,7 @@ class EGMFModel(EGMFPreTrainedModel):
             if tower is None:
                 sizes = (getattr(self.config, f"{name}_feature_size"),)
             else:  # what `get_audio_features` gave, computed beforehand
-                sizes = (tower_num_layers(tower.config) + 1, tower_size(tower.config))
+                sizes = (tower_num_states(tower.config), tower_size(tower.config))
             if features.ndim != 2 + len(sizes) or features.shape[2:] != sizes:
                 wanted = ", ".join(map(str, ("batch", "frames", *sizes)))
                 raise ValueError(f"{name}_features: got shape {tuple(features.shape)}, wanted ({wanted})")
@@ -315,21 +330,20 @@ class EGMFModel(EGMFPreTrainedModel):
         embeds = embeds.masked_scatter(placeholders.unsqueeze(-1), pseudo_tokens.to(embeds.dtype))
         return embeds, lost_text, gate_weights
 
+    def get_pseudo_tokens(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, utterance_mask: torch.Tensor, **media
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The pseudo tokens (B, K, H) of a processor's batch, and the gate weights; the LLM's layers are not run."""
+        embeds, _, gate_weights = self.embed(input_ids, attention_mask, utterance_mask, self._modalities(**media))
+        placeholders = self.get_placeholder_mask(input_ids)
+        return embeds[placeholders].view(len(embeds), -1, embeds.shape[-1]), gate_weights
+
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         utterance_mask: torch.Tensor | None = None,
-        audio_features: torch.Tensor | None = None,
-        audio_mask: torch.Tensor | None = None,
-        audio_times: torch.Tensor | None = None,
-        vision_features: torch.Tensor | None = None,
-        vision_mask: torch.Tensor | None = None,
-        vision_times: torch.Tensor | None = None,
-        input_features: torch.Tensor | None = None,
-        input_values: torch.Tensor | None = None,
-        pixel_values: torch.Tensor | None = None,
         padding_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
@@ -339,10 +353,7 @@ class EGMFModel(EGMFPreTrainedModel):
         """Arguments as in [`EGMFForConditionalGeneration.forward`]."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids, inputs_embeds: wanted exactly one of them")
-        given = {
-            "audio": (audio_features, input_features if input_features is not None else input_values),
-            "vision": (vision_features, pixel_values),
-        }
+        media = {name: kwargs.pop(name, None) for name in MEDIA_INPUTS}
         gate_weights = lost_text = None
         if utterance_mask is not None:
             if inputs_embeds is not None:
@@ -354,13 +365,10 @@ class EGMFModel(EGMFPreTrainedModel):
                     f"attention_mask, utterance_mask: got {tuple(padding_mask.shape)} and "
                     f"{tuple(utterance_mask.shape)}, wanted input_ids' {tuple(input_ids.shape)}"
                 )
-            inputs = {
-                "audio": self._modality("audio", *given["audio"], audio_mask, audio_times),
-                "vision": self._modality("vision", *given["vision"], vision_mask, vision_times),
-            }
+            inputs = self._modalities(**media)
             inputs_embeds, lost_text, gate_weights = self.embed(input_ids, padding_mask, utterance_mask, inputs)
         else:
-            if any(value is not None for pair in given.values() for value in pair):
+            if any(value is not None for value in media.values()):
                 raise ValueError("utterance_mask: got None beside audio or vision, wanted the processor's mask")
             if inputs_embeds is None:
                 inputs_embeds = self.get_input_embeddings()(input_ids)
@@ -591,16 +599,11 @@ class EGMFForConditionalGeneration(EGMFPreTrainedModel, ScoringMixin, Generation
             gate_weights=outputs.gate_weights,
         )
 
-    MODALITY_INPUTS = (
-        *("audio_features", "audio_mask", "audio_times", "vision_features", "vision_mask", "vision_times"),
-        *("utterance_mask", *TOWER_INPUTS),
-    )
-
     def prepare_inputs_for_generation(
         self, input_ids, attention_mask=None, is_first_iteration=False, use_cache=True, **kwargs
     ):
         # The modalities are in the cache after the prompt; without a cache every step is a prompt again.
-        modalities = {name: kwargs.pop(name, None) for name in self.MODALITY_INPUTS}
+        modalities = {name: kwargs.pop(name, None) for name in ("utterance_mask", *MEDIA_INPUTS)}
         inputs = super().prepare_inputs_for_generation(
             input_ids,
             attention_mask=attention_mask,

@@ -1,4 +1,7 @@
-"""What frozen towers give for a corpus's clips, computed once and kept on disk."""
+"""What training needs of a corpus's clips, computed once and kept on disk.
+
+Of a frozen tower that is its hidden layers, of a trained one what it reads.
+"""
 
 import hashlib
 import json
@@ -6,16 +9,20 @@ import os
 import tempfile
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
 from huggingface_hub import constants
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from media_inputs_egmf import TowerInput
 from processing_egmf import EGMFProcessor
 
 
@@ -24,46 +31,55 @@ COLUMNS = {"audio": "audio", "vision": "video"}  # of the corpus schema
 
 
 class TowerCache:
-    """Hidden layers of frozen towers, one file per clip on disk, computed once.
+    """Hidden layers of frozen towers, and what trained towers read: one file per clip on disk, computed once.
 
-    An entry is found by the tower (weights and config), the preprocessing and the file's content, so that neither
-    another tower nor another file of the same name can be taken for it. Interrupted filling leaves whole entries.
+    An entry is found by the preprocessing, of a frozen tower the tower too (weights and config), and the file's
+    content, so that neither another tower nor another file of the same name can be taken for it. Interrupted filling
+    leaves whole entries.
 
     Args:
         model: The model with the towers.
         processor: Its processor.
-        modalities: Those whose towers are frozen.
-        precision: Autocast that training runs under; entries are computed in it.
+        frozen: Modalities whose towers are frozen.
+        trained: Modalities whose towers learn.
+        precision: Autocast that training runs under; hidden layers are computed in it.
         folder: Where entries are kept; by default beside the Hub's cache.
 
     Attributes:
-        errors: Why files gave nothing, by path.
+        folders: Where entries are, by modality.
+        errors: Why files gave nothing, by modality and path.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
         processor: EGMFProcessor,
-        modalities: Iterable[str],
+        frozen: Iterable[str],
+        trained: Iterable[str] = (),
         precision: AbstractContextManager | None = None,
         folder: str | os.PathLike | None = None,
     ):
         self.model, self.processor, self.precision = model, processor, precision or nullcontext()
+        self.frozen, self.trained = frozenset(frozen), frozenset(trained)
         root = Path(folder or Path(constants.HF_HOME) / "egmf" / "towers")
-        self.folders = {name: root / f"{name}-{self._fingerprint(name)}" for name in modalities}
-        self.errors: dict[str, str] = {}
+        names = self.frozen | self.trained
+        self.folders = {name: root / f"{name}-{self._fingerprint(name)}" for name in sorted(names)}
+        self.errors: dict[tuple[str, str], str] = {}
         self._hashes: dict[str, str] = {}
 
     def _fingerprint(self, modality: str) -> str:
-        tower = getattr(self.model.base_model, f"{modality}_tower")
-        preprocessor = getattr(self.processor, PREPROCESSORS[modality])
-        settings = {"config": tower.config.to_dict(), "preprocessor": preprocessor.to_dict()}
+        settings = {"preprocessor": getattr(self.processor, PREPROCESSORS[modality]).to_dict()}
         settings["versions"] = [torch.__version__, transformers.__version__]
-        settings["autocast"] = str(getattr(self.precision, "fast_dtype", None))
         if modality == "vision":
             settings["num_frames"] = self.processor.num_frames
+        weights = []
+        if modality in self.frozen:
+            tower = getattr(self.model.base_model, f"{modality}_tower")
+            settings["config"] = tower.config.to_dict()
+            settings["autocast"] = str(getattr(self.precision, "fast_dtype", None))
+            weights = sorted(tower.state_dict().items())
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-        for name, value in sorted(tower.state_dict().items()):
+        for name, value in weights:
             digest.update(name.encode())
             digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()[:16]
@@ -75,9 +91,8 @@ class TowerCache:
         content = self._hashes[path]
         return self.folders[modality] / content[:2] / f"{content}.safetensors"
 
-    @torch.no_grad()
     def fill(self, rows: Iterable[dict], device: torch.device) -> None:
-        """Computes what is missing for the rows' files."""
+        """Computes what is missing for the rows' files; they are read in as many processes as there are cores."""
         todo = {}
         for row in rows:
             for modality in self.folders:
@@ -87,30 +102,78 @@ class TowerCache:
                         if not self._entry(modality, path).exists():
                             todo[modality, path] = None
                     except OSError as error:
-                        self.errors[path] = f"Cannot read {path!r}: {error.strerror}."
-        for modality, path in tqdm(todo, desc="towers", unit="clip", disable=None if todo else True):
-            media = {"audio": path} if modality == "audio" else {"video": path, "sound_track": False}
-            try:
-                batch = self.processor.media_inputs([self.processor.load_media(**media)], return_tensors="pt")
-            except self.processor.media_error as error:
-                self.errors[path] = str(error)
-                continue
-            with self.precision:
-                encoded = self.model.encode_media({name: value.to(device) for name, value in batch.items()})
-            mask = encoded[f"{modality}_mask"][0].bool()
-            entry = self._entry(modality, path)
-            entry.parent.mkdir(parents=True, exist_ok=True)
-            tensors = {
-                name: encoded[f"{modality}_{name}"][0][mask].cpu().contiguous() for name in ("features", "times")
-            }
-            with tempfile.NamedTemporaryFile(dir=entry.parent, suffix=".tmp", delete=False) as scratch:
-                pass
-            save_file(tensors, scratch.name)
-            os.replace(scratch.name, entry)
+                        self.errors[modality, path] = f"Cannot read {path!r}: {error.strerror}."
+        if not todo:
+            return
+        workers = min(len(todo), os.cpu_count() or 1)
+        files = _Files(self.processor, [*todo])
+        reader = DataLoader(files, batch_size=None, num_workers=workers, collate_fn=_as_it_is)
+        for (modality, path), made in zip(todo, tqdm(reader, desc="media", unit="clip", disable=None), strict=True):
+            if isinstance(made, str):
+                self.errors[modality, path] = made
+            else:
+                self._write(self._entry(modality, path), self._tensors(modality, made, device))
 
-    def load(self, modality: str, path: str | None) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Hidden layers (T, layers + 1, size) and seconds (T,) of a filled-in file; None if it gave nothing."""
-        if path is None or path in self.errors:
-            return None
-        with safe_open(self._entry(modality, path), "pt") as tensors:
-            return tensors.get_tensor("features"), tensors.get_tensor("times")
+    @torch.no_grad()
+    def _tensors(self, modality: str, made: dict, device: torch.device) -> dict[str, torch.Tensor]:
+        """What is kept of a clip, from what its tower reads."""
+        if modality in self.trained:
+            tensors = {name: torch.as_tensor(value) for name, value in made.items() if value is not None}
+            half = tensors["values"].half()
+            if torch.equal(half.to(tensors["values"]), tensors["values"]):  # half the space, and nothing is lost
+                tensors["values"] = half
+            return tensors
+        sample = {COLUMNS[modality]: TowerInput(**made)}
+        batch = self.processor.media_inputs([self.processor.load_media(**sample)], return_tensors="pt")
+        with self.precision:
+            encoded = self.model.encode_media({name: value.to(device) for name, value in batch.items()})
+        mask = encoded[f"{modality}_mask"][0].bool()
+        return {name: encoded[f"{modality}_{name}"][0][mask].cpu().contiguous() for name in ("features", "times")}
+
+    def _write(self, entry: Path, tensors: dict[str, torch.Tensor]) -> None:
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=entry.parent, suffix=".tmp", delete=False) as scratch:
+            pass
+        save_file(tensors, scratch.name)
+        os.replace(scratch.name, entry)
+
+    def load(self, modality: str, path: str | None) -> dict:
+        """The processor's arguments for a filled-in file, each None if it gave nothing.
+
+        Hidden layers `{modality}_features` (T, layers + 1, size) and their seconds `{modality}_times` (T,) of a
+        frozen tower, of a trained one `audio` or `video`.
+        """
+        there = path is not None and (modality, path) not in self.errors
+        tensors = {}
+        if there:
+            with safe_open(self._entry(modality, path), "pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+        if modality in self.frozen:
+            return {f"{modality}_{name}": tensors.get(name) for name in ("features", "times")}
+        made = {name: value.float().numpy() if name == "values" else value.numpy() for name, value in tensors.items()}
+        return {COLUMNS[modality]: TowerInput(**made) if there else None}
+
+
+@dataclass
+class _Files(torch.utils.data.Dataset):
+    """By place in `files`, (modality, path): what the tower reads, as the fields of `TowerInput`, or why nothing."""
+
+    processor: EGMFProcessor
+    files: list[tuple[str, str]]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray | None] | str:
+        modality, path = self.files[index]
+        media = {"audio": path} if modality == "audio" else {"video": path, "sound_track": False}
+        try:
+            clips = self.processor.tower_inputs(self.processor.load_media(**media))
+        except self.processor.media_error as error:
+            return str(error)
+        made = clips.audio if modality == "audio" else clips.video
+        return {"values": made.values, "mask": made.mask, "times": made.times}
+
+
+def _as_it_is(item):
+    return item

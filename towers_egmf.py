@@ -51,14 +51,19 @@ def encoder_of(tower: PreTrainedModel, modality: str) -> PreTrainedModel:
     return tower.get_encoder() if tower.config.is_encoder_decoder and hasattr(tower, "decoder") else tower
 
 
+def is_pyramid(config: PreTrainedConfig) -> bool:
+    """Whether a tower is one (ResNet, ConvNeXt), whose layers differ in width: its last one alone is read."""
+    return not hasattr(config, "hidden_size") and hasattr(config, "hidden_sizes")
+
+
 def tower_size(config: PreTrainedConfig) -> int:
-    """Hidden size of a tower."""
-    return config.hidden_size
+    """Hidden size of what is read of a tower."""
+    return config.hidden_sizes[-1] if is_pyramid(config) else config.hidden_size
 
 
-def tower_num_layers(config: PreTrainedConfig) -> int:
-    """Number of layers of a tower's encoder; it has one hidden state more, its input."""
-    return getattr(config, "encoder_layers", None) or config.num_hidden_layers
+def tower_num_states(config: PreTrainedConfig) -> int:
+    """How many hidden states of a tower are read: its input and every layer's, of a pyramid the last one."""
+    return 1 if is_pyramid(config) else 1 + (getattr(config, "encoder_layers", None) or config.num_hidden_layers)
 
 
 def is_trained(tower: nn.Module) -> bool:
@@ -131,15 +136,19 @@ def read_frames(tower: PreTrainedModel, frames: torch.Tensor, mask: torch.Tensor
         mask: (B, F), 1 where there is a frame; nothing else is read.
 
     Returns:
-        Hidden layers, averaged over an image's patches: (B, F, size) each, 0 where there is no frame.
+        Hidden layers (of a pyramid the last), averaged over an image's patches: (B, F, size) each, 0 where there is
+        no frame.
     """
     mask = mask.bool()
     if not mask.any():
         return tuple(
-            frames.new_zeros(*mask.shape, tower_size(tower.config)) for _ in range(tower_num_layers(tower.config) + 1)
+            frames.new_zeros(*mask.shape, tower_size(tower.config)) for _ in range(tower_num_states(tower.config))
         )
-    layers = tower(frames[mask].to(next(tower.parameters()).dtype), **OPTIONS).hidden_states
-    means = (layer.mean(1) for layer in layers)  # (frames in use, patches, size) -> (frames in use, size)
+    states = tower(frames[mask].to(next(tower.parameters()).dtype), **OPTIONS).hidden_states
+    # (frames in use, patches, size), of a pyramid (frames in use, size, height, width) -> (frames in use, size)
+    means = [
+        state.mean((2, 3)) if state.ndim == 4 else state.mean(1) for state in states[-tower_num_states(tower.config) :]
+    ]
     return tuple(
         mean.new_zeros(*mask.shape, mean.shape[-1]).masked_scatter(mask.unsqueeze(-1), mean) for mean in means
     )

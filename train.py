@@ -3,11 +3,13 @@
     python train.py recipes/mosi_smollm2.yaml --corpus_dir DIR [--any_field value ...]
     accelerate launch train.py recipes/mosi_smollm2.yaml --corpus_dir DIR
 
+A recipe with `expert_epochs` first trains fusion and towers without the LLM (in `experts/`), then all with LoRA.
 Writes to `output_dir`: the Trainer's checkpoints (the same command resumes from the last one), `log.jsonl`, and
 `model/`: merged and self-contained, for `AutoModel.from_pretrained(..., trust_remote_code=True)`, with the recipe's
 fields in `recipe.json`.
 """
 
+import dataclasses
 import json
 import logging
 import os
@@ -19,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.helpers import disable_input_dtype_casting
 from transformers import (
@@ -36,9 +39,10 @@ from transformers import (
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from corpora import load_corpus
-from evaluation import AffectCollator, classification_metrics, prompt_lengths, regression_metrics
+from evaluation import AffectCollator, ask, classification_metrics, prompt_lengths, regression_metrics
 from language_models import resolve_language_model
 from modeling_egmf import EGMFForConditionalGeneration
+from pretraining import ExpertPretraining
 from processing_egmf import EGMFProcessor
 from recipes import Recipe, load_recipe
 from tower_cache import COLUMNS, PREPROCESSORS, TowerCache
@@ -46,28 +50,28 @@ from towers_egmf import load_tower
 
 
 class JsonLinesLog(TrainerCallback):
-    """Appends every log entry of the Trainer to a file, one JSON object a line."""
+    """Appends every log entry of the Trainer to a file, one JSON object a line, with `fields` in each."""
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, **fields: str):
+        self.path, self.fields = path, fields
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+                file.write(json.dumps({**self.fields, "step": state.global_step, **logs}) + "\n")
 
 
 class AffectTrainer(Trainer):
     """Trainer whose evaluation scores every legal answer instead of comparing logits at the gold tokens.
 
-    Evaluation loss is the negative log-probability of the gold answer among the legal ones; selection sees the
+    An evaluation data set asks one task; of several tasks there is a dict of them. Evaluation
+    loss is the negative log-probability of the gold answer among the legal ones; selection sees the
     validation split alone.
     """
 
     def __init__(self, *args, scoring_collator: AffectCollator, **kwargs):
         super().__init__(*args, **kwargs)
         self.scoring_collator = scoring_collator
-        self.candidates = scoring_collator.processor.candidates(scoring_collator.task)
 
     def get_eval_dataloader(self, eval_dataset=None):
         training_collator, self.data_collator = self.data_collator, self.scoring_collator
@@ -78,11 +82,12 @@ class AffectTrainer(Trainer):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)
-        answers = inputs.pop("answer_index")
+        answers, tasks = inputs.pop("answer_index"), inputs.pop("task_index")
+        candidates = self.scoring_collator.processor.candidates(self.scoring_collator.tasks[int(tasks[0])])
         with self.accelerator.autocast():
-            scores = self.accelerator.unwrap_model(model).score_labels(candidates=self.candidates, **inputs)
+            scores = self.accelerator.unwrap_model(model).score_labels(candidates=candidates, **inputs)
         loss = -scores.log_probs.gather(1, answers.unsqueeze(1)).mean()
-        return loss, scores.log_probs, answers
+        return loss, scores.log_probs, torch.stack([answers, tasks], 1)
 
 
 def build_tower(modality: str, tower: str | dict[str, Any]) -> tuple[PreTrainedModel, Any]:
@@ -120,7 +125,7 @@ def build_processor(recipe: Recipe, language_model: str, towers: dict[str, tuple
         num_pseudo_tokens=recipe.model.num_pseudo_tokens,
         num_frames=recipe.model.num_frames,
         max_context_tokens=recipe.data.max_context_tokens,
-        default_task=recipe.data.task,
+        default_task=recipe.data.tasks[0],
     )
 
 
@@ -137,8 +142,8 @@ def trained_towers(recipe: Recipe, towers: dict[str, tuple]) -> list[str]:
 
 def build_model(
     recipe: Recipe, language_model: str, processor: EGMFProcessor, towers: dict[str, tuple], train_split
-) -> PeftModel:
-    """The LLM with LoRA on its projections; fusion, and towers where the recipe says so, are trained whole."""
+) -> EGMFForConditionalGeneration:
+    """The LLM with a new fusion and the towers, before any training."""
     arguments = recipe.model
     statistics = {}
     for modality in {"audio", "vision"} - towers.keys():
@@ -163,25 +168,63 @@ def build_model(
     )
     for modality, (mean, std) in statistics.items():
         model.model.fusion.set_feature_statistics(modality, mean, std)
-    trained = [f"{modality}_tower" for modality in trained_towers(recipe, towers)]
-    for name in trained:
-        getattr(model.model, name).float()  # small steps would be lost in half precision
+    for modality in trained_towers(recipe, towers):
+        # Small steps would be lost in half precision.
+        getattr(model.model, f"{modality}_tower").float().requires_grad_()
+    return model
+
+
+def add_lora(recipe: Recipe, model: EGMFForConditionalGeneration, trained: list[str]) -> PeftModel:
+    """LoRA on the LLM's projections; the fusion, and the towers of the `trained` modalities, are trained whole."""
     lora = LoraConfig(
         task_type="CAUSAL_LM",
-        r=arguments.lora_r,
-        lora_alpha=arguments.lora_alpha,
-        target_modules=arguments.lora_target_modules,
-        modules_to_save=["fusion", *trained],
+        r=recipe.model.lora_r,
+        lora_alpha=recipe.model.lora_alpha,
+        target_modules=recipe.model.lora_target_modules,
+        modules_to_save=["fusion", *(f"{modality}_tower" for modality in trained)],
     )
     return get_peft_model(model, lora)
 
 
-def fill_cache(model: PeftModel, processor, modalities: list[str], corpus, training) -> TowerCache:
-    """What the frozen towers give for every clip that training sees; one that gives nothing is named, and missing."""
-    base = model.get_base_model()
+def pretrain_experts(recipe: Recipe, model, collator: AffectCollator, rows, output: Path) -> None:
+    """The first phase, without the LLM: see [`ExpertPretraining`]. An interrupted one goes on, a finished one is read.
+
+    Args:
+        collator: For scoring: prompts alone, and the places of task and answer.
+        rows: The training split, asked.
+        output: Folder of the phase's checkpoints.
+    """
+    training, experts = recipe.training, recipe.experts
+    own = dataclasses.replace(
+        training,
+        output_dir=str(output),
+        num_train_epochs=experts.expert_epochs,
+        max_steps=-1,
+        learning_rate=experts.expert_learning_rate,
+        per_device_train_batch_size=experts.expert_batch_size,
+        bf16=False,  # the fusion and small towers gain nothing
+        eval_strategy="no",
+        save_strategy="epoch",
+        load_best_model_at_end=False,
+        train_sampling_strategy="random",
+    )
+    trainer = Trainer(
+        ExpertPretraining(model.to(own.device), collator.processor, collator.tasks),
+        own,
+        data_collator=collator,
+        train_dataset=rows,
+        callbacks=[JsonLinesLog(output.parent / "log.jsonl", phase="experts")],
+    )
+    trainer.train(resume_from_checkpoint=last_whole_checkpoint(output))
+
+
+def fill_cache(recipe: Recipe, model, processor, towers: dict[str, tuple], corpus) -> TowerCache:
+    """What training needs of every clip that it sees; one that gives nothing is named, and missing."""
+    training, trained = recipe.training, trained_towers(recipe, towers)
     # As the training steps run: a hidden layer does not depend on where it is computed.
     precision = torch.autocast(training.device.type, torch.bfloat16, enabled=training.bf16)
-    cache = TowerCache(base.to(training.device), processor, modalities, precision)
+    frozen = towers.keys() - trained
+    cache = TowerCache(model.to(training.device), processor, frozen, trained, precision)
     rows = (row for split in ("train", "validation") for row in corpus[split].select_columns([*COLUMNS.values()]))
     cache.fill(rows, training.device)
     for error in cache.errors.values():
@@ -204,14 +247,33 @@ def last_whole_checkpoint(folder: Path) -> str | None:
     return None
 
 
-def metrics_of(task, predictions) -> dict[str, float]:
-    """Trainer's validation metrics from the answers' log-probabilities and the gold indices."""
-    gold = [task.parse(task.answers[index]) for index in predictions.label_ids]
+def with_lengths(rows: Dataset, collator: AffectCollator) -> Dataset:
+    """Rows with the number of tokens of each one's prompt, by which Trainer groups them."""
+    return rows.add_column("length", prompt_lengths(rows, collator))
+
+
+def metrics_of(tasks: list, predictions) -> dict[str, float]:
+    """Trainer's validation metrics of a task, from the answers' log-probabilities and the places of gold and task."""
+    golds, places = predictions.label_ids.T
+    task = tasks[places[0]]
+    gold = [task.parse(task.answers[index]) for index in golds]
     if task.kind == "classification":
         best = [task.answers[index] for index in predictions.predictions.argmax(-1)]
         return classification_metrics(gold, best)
     scores = np.asarray([task.parse(answer) for answer in task.answers])
     return regression_metrics(gold, list(np.exp(predictions.predictions) @ scores))
+
+
+def save_model(recipe: Recipe, model: EGMFForConditionalGeneration, processor: EGMFProcessor, folder: Path) -> None:
+    """The merged model, self-contained, with the recipe's fields in `recipe.json`."""
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    fields = vars(recipe.data) | vars(recipe.model) | vars(recipe.experts)
+    del fields["corpus_dir"]  # a path of this machine is nobody else's business
+    for name in ("language_model", "audio_tower", "vision_tower"):
+        if isinstance(fields[name], str) and os.path.isdir(fields[name]):
+            fields[name] = Path(fields[name]).name
+    (folder / "recipe.json").write_text(json.dumps(fields, indent=2) + "\n")
 
 
 def main(arguments: list[str]) -> None:
@@ -225,43 +287,41 @@ def main(arguments: list[str]) -> None:
     language_model = resolve_language_model(recipe.model.language_model)
     towers = build_towers(recipe)
     processor = build_processor(recipe, language_model, towers)
-    task = processor.tasks[data.task]
+    tasks = [processor.tasks[name] for name in data.tasks]
     model = build_model(recipe, language_model, processor, towers, corpus["train"])
+
+    cache = fill_cache(recipe, model, processor, towers, corpus) if towers else None
+    learning, scoring = (
+        AffectCollator(processor, tasks, data.modalities, with_answers=flag, cache=cache) for flag in (True, False)
+    )
+    training.remove_unused_columns = False  # the collator reads the corpus's columns
+    train_rows = with_lengths(ask(corpus["train"], tasks), learning)
+    validation = {task.name: with_lengths(ask(corpus["validation"], [task]), learning) for task in tasks}
+    checkpoint = last_whole_checkpoint(output)
+    if recipe.experts.expert_epochs and checkpoint is None:
+        pretrain_experts(recipe, model, scoring, train_rows, output / "experts")
+        set_seed(training.seed)  # an interrupted run that finds the experts trained goes on alike
+    model = add_lora(recipe, model, trained_towers(recipe, towers))
     model.print_trainable_parameters()
 
-    frozen = towers.keys() - trained_towers(recipe, towers)
-    cache = fill_cache(model, processor, sorted(frozen), corpus, training) if frozen else None
-    collators = [
-        AffectCollator(processor, task, data.modalities, with_answers=flag, cache=cache) for flag in (True, False)
-    ]
-    training.remove_unused_columns = False  # the collator reads the corpus's columns
-    for split in ("train", "validation"):
-        corpus[split] = corpus[split].add_column("length", prompt_lengths(corpus[split], collators[0]))
     trainer = AffectTrainer(
         model,
         training,
-        data_collator=collators[0],
-        scoring_collator=collators[1],
-        train_dataset=corpus["train"],
-        eval_dataset=corpus["validation"],
+        data_collator=learning,
+        scoring_collator=scoring,
+        train_dataset=train_rows,
+        eval_dataset=validation if len(tasks) > 1 else validation[tasks[0].name],
         processing_class=processor,
-        compute_metrics=lambda predictions: metrics_of(task, predictions),
+        compute_metrics=lambda predictions: metrics_of(tasks, predictions),
         callbacks=[JsonLinesLog(output / "log.jsonl")],
     )
     # Under autocast LoRA's own cast of its input to float32 and back is a quarter of a step's time, for nothing.
     with disable_input_dtype_casting(model, active=training.bf16):
-        trainer.train(resume_from_checkpoint=last_whole_checkpoint(output))
+        trainer.train(resume_from_checkpoint=checkpoint)
 
     if trainer.is_world_process_zero():
         merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
-        merged.save_pretrained(output / "model")
-        processor.save_pretrained(output / "model")
-        fields = vars(recipe.data) | vars(recipe.model)
-        del fields["corpus_dir"]  # a path of this machine is nobody else's business
-        for name in ("language_model", "audio_tower", "vision_tower"):
-            if os.path.isdir(str(fields[name])):
-                fields[name] = Path(fields[name]).name
-        (output / "model" / "recipe.json").write_text(json.dumps(fields, indent=2) + "\n")
+        save_model(recipe, merged, processor, output / "model")
         print(f"model: {output / 'model'}")
 
 

@@ -45,3 +45,9 @@ def load_corpus(name: str, source: str | os.PathLike | None = None, **options) -
     if source is None and name != "generated":
         raise ValueError(f"corpus {name!r}: source is None, expected the folder with its files")
     return load(source, **options)
+
+
+def group_of(name: str, row_id: str) -> str | None:
+    """The group that a corpus sorts a row into, for tables; None where a corpus has no groups."""
+    module = importlib.import_module(f"{__name__}.{name}")
+    return module.group_of(row_id) if hasattr(module, "group_of") else None

@@ -1,7 +1,8 @@
 """Recipes: one YAML per run, and the fields it may set. Nothing is configured anywhere else.
 
-A recipe's fields are those of [`ModelArguments`], [`DataArguments`] and `transformers.TrainingArguments`; the command
-line may override any of them: `python train.py recipes/mosi_smollm2.yaml --seed 2222 --experts local global`.
+A recipe's fields are those of [`ModelArguments`], [`DataArguments`], [`ExpertArguments`] and
+`transformers.TrainingArguments`; the command line may override any of them:
+`python train.py recipes/mosi_smollm2.yaml --seed 2222 --experts local global`.
 """
 
 import json
@@ -57,7 +58,7 @@ class DataArguments:
     """What it is trained on."""
 
     corpus: str = field(metadata={"help": "name of a corpus, see `corpora.CORPORA`"})
-    task: str = field(metadata={"help": "name of a task, see `tasks_egmf.BUILTIN_TASKS`"})
+    tasks: list[str] = field(metadata={"help": "what is asked of every row, see `tasks_egmf.BUILTIN_TASKS`"})
     corpus_dir: str | None = field(default=None, metadata={"help": "folder with the corpus's published files"})
     corpus_options: str = _json_field("{}")
     max_context_tokens: int = 256
@@ -73,11 +74,21 @@ class DataArguments:
 
 
 @dataclass
+class ExpertArguments:
+    """The first phase: fusion and towers alone, see `pretraining.py`."""
+
+    expert_epochs: int = field(default=0, metadata={"help": "epochs of the first phase; 0 for none"})
+    expert_learning_rate: float = 1e-3
+    expert_batch_size: int = 32
+
+
+@dataclass
 class Recipe:
     """A parsed recipe; `fields` is what was set, for the record."""
 
     model: ModelArguments
     data: DataArguments
+    experts: ExpertArguments
     training: TrainingArguments
     fields: dict
 
@@ -106,7 +117,7 @@ def load_recipe(arguments: list[str]) -> Recipe:
         raise ValueError(f"{arguments[0]}: got {type(fields).__name__}, wanted a mapping of fields")
     # Trainer falls back to the CPU by itself, but refuses bf16 there unless told so.
     defaults = {} if torch.accelerator.is_available() else {"use_cpu": True}
-    parser = HfArgumentParser([ModelArguments, DataArguments, TrainingArguments], allow_abbrev=False)
+    parser = HfArgumentParser([ModelArguments, DataArguments, ExpertArguments, TrainingArguments], allow_abbrev=False)
     # The last value of a repeated argument holds, so the command line overrides the recipe.
     *parsed, unknown = parser.parse_args_into_dataclasses(
         [*_as_arguments(defaults | fields), *arguments[1:]], return_remaining_strings=True, look_for_args_file=False

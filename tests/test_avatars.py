@@ -163,7 +163,7 @@ def test_balance(clips):
         table = collections.Counter((clip.plan.kind, clip.plan.emotion) for clip in clips[split])
         assert set(table.values()) == {count // 24} and len(table) == 24
         for clip in clips[split]:
-            assert avatars.kind_of(clip.id) == clip.plan.kind
+            assert avatars.group_of(clip.id) == clip.plan.kind
     for modality in ("text", "audio", "vision"):
         found = [clip.plan for clip in of_kind(clips["train"], "disagreement")]
         pairs = collections.Counter((getattr(plan, modality), plan.emotion) for plan in found)

@@ -242,7 +242,15 @@ def rows_of(files, tmp_path) -> list[dict]:
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(b"no video at all")
     paths = {"a": (files["wav"], files["mp4"]), "b": (None, str(broken)), "c": (str(tmp_path / "gone.wav"), None)}
-    row = {"text": "so", "context": [], "following": [], "speaker": None, "emotion": "joy", "sentiment": None}
+    row = {
+        "task": "meld",
+        "text": "so",
+        "context": [],
+        "following": [],
+        "speaker": None,
+        "emotion": "joy",
+        "sentiment": None,
+    }
     return [{**row, "id": name, "audio": audio, "video": video} for name, (audio, video) in paths.items()]
 
 
@@ -251,10 +259,10 @@ def test_cached_towers_give_the_same_loss(media, files, tmp_path):
     rows, task = rows_of(files, tmp_path), processor.tasks["meld"]
     cache = TowerCache(model, processor, ["audio", "vision"], folder=tmp_path / "cache")
     cache.fill(rows, torch.device("cpu"))
-    assert {Path(path).name for path in cache.errors} == {"broken.mp4", "gone.wav"}
+    assert {Path(path).name for _, path in cache.errors} == {"broken.mp4", "gone.wav"}
     modalities = ["text", "audio", "vision"]
-    direct = AffectCollator(processor, task, modalities, with_answers=True)
-    cached = AffectCollator(processor, task, modalities, with_answers=True, cache=cache)
+    direct = AffectCollator(processor, [task], modalities, with_answers=True)
+    cached = AffectCollator(processor, [task], modalities, with_answers=True, cache=cache)
     with torch.no_grad():
         losses = [model(**collator(rows)).loss for collator in (direct, cached)]
         without = model(**cached([{**row, "audio": None, "video": None} for row in rows])).loss

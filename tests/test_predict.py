@@ -81,16 +81,15 @@ def test_one_answer_by_every_way(place, recognize):
     names = files(folder)
     alone = [recognize(name, text=words) for name, words in zip(names, WORDS, strict=True)]
     samples = [{"file": name, "text": words} for name, words in zip(names, WORDS, strict=True)]
-    row = {"context": [], "following": [], "speaker": None, "emotion": "joy", "sentiment": None}
+    row = {"task": "meld", "context": [], "following": [], "speaker": None, "emotion": "joy", "sentiment": None}
     media = [(names[0], names[0]), (None, names[1]), (names[2], None)]
     rows = [
         {**row, "id": words, "text": words, "audio": audio, "video": video}
         for words, (audio, video) in zip(WORDS, media, strict=True)
     ]
     modalities = ["text", "audio", "vision"]
-    collate = AffectCollator(processor, processor.tasks["meld"], modalities, with_answers=False)
-    inputs = dict(collate(rows))
-    inputs.pop("answer_index")
+    collate = AffectCollator(processor, [processor.tasks["meld"]], modalities, with_answers=False)
+    inputs = {name: value for name, value in collate(rows).items() if not name.endswith("_index")}
     with torch.no_grad():
         scores = model.score_labels(processor.candidates("meld"), **inputs).log_probs.exp()
     for ways in (recognize(samples), recognize(samples, batch_size=2)):

@@ -122,5 +122,5 @@ def test_evaluation_commands_fit_the_recipes():
     assert set(trained) == set(evaluated) == {"mosi", "meld"}
     for corpus, args in evaluated.items():
         assert args.model == f"{trained[corpus]['output_dir']}/model"
-        assert (args.task or corpus) == trained[corpus]["task"]
+        assert (args.task or corpus) == trained[corpus]["tasks"][0]
         assert args.corpus_options is None  # read from the model folder's recipe.json

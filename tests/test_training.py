@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from corpora import load_corpus
-from evaluation import AffectCollator, classification_metrics, gold_answer, mcnemar, regression_metrics
+from evaluation import AffectCollator, ask, classification_metrics, gold_answer, mcnemar, regression_metrics
 from processing_egmf import BUILTIN_TASKS
 from recipes import load_recipe
 
@@ -54,7 +54,7 @@ def read_lines(file: Path) -> list[dict]:
 @pytest.mark.parametrize("recipe", sorted((REPO / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_parses_and_names_a_task_of_its_corpus_kind(recipe):
     parsed = load_recipe([str(recipe)])
-    assert parsed.data.task in BUILTIN_TASKS
+    assert set(parsed.data.tasks) <= set(BUILTIN_TASKS)
     assert parsed.training.output_dir.startswith("runs/")
 
 
@@ -80,7 +80,7 @@ def test_a_wrong_recipe_is_named(arguments, message, monkeypatch):
 
 
 def test_unknown_task_ends_training_with_its_name(tmp_path):
-    process = train(tmp_path, "--task", "moud", check=False)
+    process = train(tmp_path, "--tasks", "moud", check=False)
     assert process.returncode != 0 and "`task` got 'moud', wanted an AffectTask or one of" in process.stderr
 
 
@@ -187,9 +187,9 @@ def test_a_finished_run_stays_what_it_is(trained):
 
 def test_modalities_that_a_run_may_not_see_do_not_reach_the_model(processor):
     corpus, task = load_corpus("generated", None, size=36)["train"], BUILTIN_TASKS["mosi"]
-    rows = [row for row in corpus if row["audio_features"] and row["vision_features"]][:4]
+    rows = [row for row in ask(corpus, [task]) if row["audio_features"] and row["vision_features"]][:4]
     batches = {
-        names: AffectCollator(processor, task, names.split(), with_answers=True)(rows)
+        names: AffectCollator(processor, [task], names.split(), with_answers=True)(rows)
         for names in ("text audio vision", "audio", "text")
     }
     assert not any(name.startswith("vision") for name in batches["audio"])

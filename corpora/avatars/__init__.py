@@ -124,7 +124,7 @@ def ceiling(modalities: tuple[str, ...]) -> dict[str, float]:
     return {"all": float(by_kind.mean()), **dict(zip(KINDS, by_kind.tolist(), strict=True))}
 
 
-def kind_of(row_id: str) -> str:
+def group_of(row_id: str) -> str:
     """The kind of a clip, for tables: "avatars_test_brief_0012" -> "brief"."""
     return row_id.split("_")[2]
 

@@ -1,0 +1,86 @@
+"""What an evaluation says, as pictures: PNG files made from `predictions.jsonl`'s rows."""
+
+from pathlib import Path
+
+import matplotlib
+
+
+matplotlib.use("Agg")  # no screen is needed
+
+import matplotlib.pyplot as plt  # noqa: E402
+import numpy as np  # noqa: E402
+from matplotlib import font_manager  # noqa: E402
+
+from processing_egmf import AffectTask  # noqa: E402
+
+
+UNPARSABLE = "unparsable"
+# Families with Chinese characters, by how often they are found; labels that a font lacks are drawn as boxes.
+_CJK = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "Microsoft YaHei", "PingFang SC", "SimHei")
+plt.rcParams["font.family"] = [*(set(_CJK) & {font.name for font in font_manager.fontManager.ttflist}), "DejaVu Sans"]
+
+
+def plot_confusion(rows: list[dict], answer: str, task: AffectTask, path: Path) -> None:
+    """Gold labels against a run's answers: counts, coloured by the share of the gold label."""
+    given = [row["answers"][answer] or UNPARSABLE for row in rows]
+    columns = [*task.answers, *([UNPARSABLE] if UNPARSABLE in given else [])]
+    counts = np.zeros((len(task.answers), len(columns)), dtype=int)
+    for row, label in zip(rows, given, strict=True):
+        counts[task.answers.index(row["gold"]), columns.index(label)] += 1
+    shares = counts / counts.sum(1, keepdims=True).clip(min=1)
+    figure, axes = plt.subplots(figsize=(1.5 + 0.9 * len(columns), 1.5 + 0.7 * len(task.answers)))
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    for (i, j), count in np.ndenumerate(counts):
+        axes.text(j, i, str(count), ha="center", va="center", color="white" if shares[i, j] > 0.5 else "black")
+    axes.set_xticks(range(len(columns)), columns, rotation=30, ha="right")
+    axes.set_yticks(range(len(task.answers)), task.answers)
+    axes.set(xlabel=f"answer ({answer})", ylabel="gold", title=f"{task.name}: {len(rows)} samples")
+    _save(figure, path)
+
+
+def plot_scores(rows: list[dict], answer: str, task: AffectTask, path: Path) -> None:
+    """A run's scores against the gold ones; unparsable answers are left out and counted in the title."""
+    pairs = np.asarray([(row["gold"], row["answers"][answer]) for row in rows if row["answers"][answer] is not None])
+    figure, axes = plt.subplots(figsize=(5, 5))
+    limits = [task.low - 0.1, task.high + 0.1]
+    axes.plot(limits, limits, color="grey", linewidth=1)
+    if len(pairs):
+        # Scores come in steps: a little noise keeps points apart.
+        noise = np.random.default_rng(0).uniform(-0.3 * task.step, 0.3 * task.step, len(pairs))
+        axes.scatter(pairs[:, 0] + noise, pairs[:, 1], s=8, alpha=0.4)
+    axes.set(xlim=limits, ylim=limits, xlabel="gold score", ylabel=f"score ({answer})")
+    axes.set_title(f"{task.name}: {len(pairs)} samples, {len(rows) - len(pairs)} unparsable")
+    _save(figure, path)
+
+
+def plot_gates(rows: list[dict], groups: list[str], path: Path) -> None:
+    """Mean gate weights by group of rows: of the experts, and of the modalities inside each expert."""
+    names = list(dict.fromkeys(groups))
+    experts = list(rows[0]["gate_weights"]["expert"])
+    modalities = list(rows[0]["gate_weights"]["modality"][experts[0]])
+
+    def means(weight) -> list[float]:
+        weights = [(group, weight(row["gate_weights"])) for row, group in zip(rows, groups, strict=True)]
+        return [float(np.mean([value for group, value in weights if group == name])) for name in names]
+
+    panels = [("experts", experts, lambda gates, part: gates["expert"][part])]
+    panels += [
+        (f"{expert} expert", modalities, lambda gates, part, expert=expert: gates["modality"][expert][part])
+        for expert in experts
+    ]
+    figure, all_axes = plt.subplots(1, len(panels), figsize=(3.4 * len(panels), 1 + 0.35 * len(names)), sharey=True)
+    for axes, (title, parts, weight) in zip(all_axes, panels, strict=True):
+        start = np.zeros(len(names))
+        for part in parts:
+            width = np.asarray(means(lambda gates, part=part, weight=weight: weight(gates, part)))
+            axes.barh(names, width, left=start, label=part)
+            start += width
+        axes.set(xlim=(0, 1), title=title)
+        axes.legend(fontsize="x-small", loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3, frameon=False)
+    all_axes[0].invert_yaxis()
+    _save(figure, path)
+
+
+def _save(figure, path: Path) -> None:
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    plt.close(figure)

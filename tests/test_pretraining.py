@@ -1,0 +1,125 @@
+"""The first phase of training, several tasks in one run, and what a run on raw media leaves, on a few small clips."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from corpora import load_corpus
+from corpora.avatars import KINDS
+from evaluation import AffectCollator, ask
+from pretraining import ExpertPretraining
+from processing_egmf import BUILTIN_TASKS
+from recipes import load_recipe
+from train import build_model, build_processor, build_towers, resolve_language_model
+
+
+REPO = Path(__file__).resolve().parents[1]
+CLIPS = {"train": 24, "validation": 24, "test": 24}
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("clips") / "avatars"
+    load_corpus("avatars", folder, **CLIPS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def command(clips) -> list[str]:
+    """The avatars recipe with a small random LLM and few steps, less the folder that it writes to."""
+    options = {"language_model": "tiny-random", "corpus_dir": clips, "corpus_options": json.dumps(CLIPS)}
+    options |= {"expert_epochs": 2, "max_steps": 4, "save_steps": 2, "num_frames": 8, "bf16": False}
+    flat = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
+    return [sys.executable, str(REPO / "train.py"), "recipes/avatars_smollm2.yaml", *flat]
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """What training keeps of clips goes to a folder of the test's own."""
+    return os.environ | {"HF_HOME": str(folder / "hub")}
+
+
+@pytest.fixture(scope="module")
+def trained(command, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    subprocess.run([*command, "--output_dir", str(folder / "run")], cwd=REPO, env=environment(folder), check=True)
+    return folder / "run"
+
+
+def read_lines(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def test_both_phases_are_logged_and_nothing_of_the_llm_is_in_the_first_ones_checkpoints(trained):
+    phases = [row.get("phase") for row in read_lines(trained / "log.jsonl")]
+    assert phases.count("experts") >= 1 and None in phases
+    assert phases.index(None) > phases.index("experts")
+    weights = load_file(next((trained / "experts").glob("checkpoint-*")) / "model.safetensors")
+    assert {name.split(".")[0] for name in weights} == {"fusion", "towers", "scale"}
+
+
+def test_one_model_answers_both_tasks_from_files(trained, clips, tmp_path):
+    fields = json.loads((trained / "model" / "recipe.json").read_text())
+    assert fields["tasks"] == ["avatars", "avatars_score"] and "corpus_dir" not in fields
+    for task, plot, measure in (("avatars", "confusion.png", "accuracy"), ("avatars_score", "scores.png", "mae")):
+        command = [sys.executable, str(REPO / "eval.py"), trained / "model", "--corpus", "avatars", "--task", task]
+        command += ["--corpus_dir", clips, "--output", tmp_path / task]
+        subprocess.run(list(map(str, command)), cwd=REPO, check=True)
+        metrics = json.loads((tmp_path / task / "metrics.json").read_text())
+        assert metrics["samples"] == 24 and list(metrics["groups"]) == list(KINDS)
+        whole = metrics["answers"]["distribution"][measure]
+        by_kind = [group["distribution"][measure] for group in metrics["groups"].values()]
+        assert whole == pytest.approx(sum(by_kind) / len(KINDS), abs=1e-6)  # kinds are equally frequent
+        for name in (plot, "gates.png"):
+            assert (tmp_path / task / name).read_bytes()[:4] == b"\x89PNG"
+        rows = read_lines(tmp_path / task / "predictions.jsonl")
+        assert {tuple(row["distribution"]) for row in rows} == {BUILTIN_TASKS[task].answers}
+
+
+def test_a_run_killed_between_and_in_its_phases_ends_alike(command, trained, tmp_path):
+    own = [*command, "--output_dir", str(tmp_path / "run")]
+    for killed_at in ("experts/checkpoint-*/trainer_state.json", "checkpoint-2/trainer_state.json"):
+        process = subprocess.Popen(own, cwd=REPO, env=environment(tmp_path), start_new_session=True)
+        while process.poll() is None and not list((tmp_path / "run").glob(killed_at)):
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    subprocess.run(own, cwd=REPO, env=environment(tmp_path), check=True)
+    wanted, got = (load_file(run / "model" / "model.safetensors") for run in (trained, tmp_path / "run"))
+    assert wanted.keys() == got.keys()
+    assert all(torch.equal(wanted[name], got[name]) for name in wanted)
+
+
+def test_pretraining_learns_fusion_and_towers_alone(command, clips):
+    recipe = load_recipe([str(REPO / "recipes/avatars_smollm2.yaml"), *command[3:]])
+    language_model, towers = resolve_language_model("tiny-random"), build_towers(recipe)
+    processor = build_processor(recipe, language_model, towers)
+    corpus = load_corpus("avatars", clips, **CLIPS)
+    model = build_model(recipe, language_model, processor, towers, corpus["train"])
+    tasks = [processor.tasks[name] for name in recipe.data.tasks]
+    rows = ask(corpus["train"], tasks).select([0, 7, 30, 47])
+    batch = AffectCollator(processor, tasks, recipe.data.modalities, with_answers=False)(list(rows))
+    phase = ExpertPretraining(model, processor, tasks).train()
+    frozen = {name: value.clone() for name, value in model.model.language_model.named_parameters()}
+    optimizer = torch.optim.Adam([p for p in phase.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(12):
+        output = phase(**batch)
+        losses.append(output.loss.item())
+        optimizer.zero_grad()
+        output.loss.backward()
+        optimizer.step()
+    assert losses[-1] < 0.5 * losses[0]
+    # Of the four answers of the first task, the other columns are no answers.
+    legal = torch.isfinite(output.logits).sum(1).tolist()
+    assert legal == [len(tasks[place].answers) for place in batch["task_index"]]
+    for name, value in model.model.language_model.named_parameters():
+        assert value.grad is None and torch.equal(value, frozen[name]), name
+    assert all(p.grad is not None for p in model.model.audio_tower.parameters() if p.requires_grad)
