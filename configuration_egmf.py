@@ -123,7 +123,7 @@ class EGMFConfig(PreTrainedConfig):
             tower = getattr(self, f"{modality}_config")
             if tower is not None and not hasattr(tower, "hidden_size") and not hasattr(tower, "hidden_sizes"):
                 raise ValueError(
-                    f"{modality}_config: got {tower.model_type}, wanted an encoder whose hidden layers have one width"
+                    f"{modality}_config: got {tower.model_type}, wanted an encoder with hidden_size or hidden_sizes"
                 )
         if self.audio_config is not None and not self.audio_input_rate:
             raise ValueError("audio_input_rate: got nothing, wanted the audio tower's input positions per second")

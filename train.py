@@ -105,10 +105,10 @@ def build_tower(modality: str, tower: str | dict[str, Any]) -> tuple[PreTrainedM
         return load_tower(tower), AutoImageProcessor.from_pretrained(tower, backend="pil")
     config, preprocessor = (dict(tower.get(name) or {}) for name in ("config", kind))
     model_type, name = config.pop("model_type", None), preprocessor.pop(f"{kind}_type", "")
-    if model_type not in CONFIG_MAPPING or not hasattr(transformers, name) or tower.keys() != {"config", kind}:
+    found = getattr(transformers, f"{name}Pil", None) or getattr(transformers, name, None)
+    if model_type not in CONFIG_MAPPING or found is None or tower.keys() != {"config", kind}:
         wanted = f"a config with `model_type` and a {kind} with `{kind}_type` of transformers"
         raise ValueError(f"{modality}_tower: got {tower}, wanted {wanted}")
-    found = getattr(transformers, f"{name}Pil", None) or getattr(transformers, name)
     return AutoModel.from_config(CONFIG_MAPPING[model_type](**config)), found(**preprocessor)
 
 
@@ -202,7 +202,6 @@ def pretrain_experts(recipe: Recipe, model, collator: AffectCollator, rows, outp
         max_steps=-1,
         learning_rate=experts.expert_learning_rate,
         per_device_train_batch_size=experts.expert_batch_size,
-        bf16=False,  # the fusion and small towers gain nothing
         eval_strategy="no",
         save_strategy="epoch",
         load_best_model_at_end=False,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import nn
-from transformers import CLIPVisionConfig, LlamaConfig, ResNetConfig
+from transformers import CLIPVisionConfig, LlamaConfig, MobileNetV2Config
 
 from configuration_egmf import EGMFConfig
 from fusion_egmf import ClockEmbedding, EGMFFusion
@@ -233,7 +233,10 @@ def test_feature_noise_is_for_training_only():
         ({"fusion_hidden_size": 30, "fusion_num_attention_heads": 4}, "fusion_hidden_size: got 30, wanted a multiple"),
         ({"audio_feature_size": 4, "audio_config": TEXT}, "audio_feature_size: got a value beside audio_config"),
         ({"audio_config": TEXT}, "audio_input_rate: got nothing, wanted"),
-        ({"vision_config": ResNetConfig()}, "vision_config: got resnet, wanted an encoder whose hidden layers"),
+        (
+            {"vision_config": MobileNetV2Config()},
+            "vision_config: got mobilenet_v2, wanted an encoder with hidden_size",
+        ),
         ({"modality_dropout": {"smell": 0.5}}, "modality_dropout: got {'smell': 0.5}, wanted text, audio or vision"),
         ({"modality_dropout": {"text": 1.0}}, "modality_dropout: got .* wanted .* a rate in"),
         ({"feature_noise": {"text": 0.1}}, "feature_noise: got {'text': 0.1}, wanted audio or vision"),

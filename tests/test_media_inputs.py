@@ -271,6 +271,24 @@ def test_cached_towers_give_the_same_loss(media, files, tmp_path):
     assert set(direct.errors) == {"b", "c"}
 
 
+def test_what_a_trained_tower_reads_is_cached_without_loss(media, files, tmp_path):
+    processor, model = media
+    rows, task = rows_of(files, tmp_path), processor.tasks["meld"]
+    cache = TowerCache(model, processor, ["audio"], ["vision"], folder=tmp_path / "cache")
+    cache.fill(rows, torch.device("cpu"))
+    assert {(modality, Path(path).name) for modality, path in cache.errors} == {
+        ("vision", "broken.mp4"),
+        ("audio", "gone.wav"),
+    }
+    direct, cached = (
+        AffectCollator(processor, [task], ["text", "vision"], with_answers=True, cache=kept)(rows)
+        for kept in (None, cache)
+    )
+    assert direct.keys() == cached.keys()
+    for name, value in direct.items():
+        torch.testing.assert_close(cached[name], value, rtol=0, atol=0, equal_nan=True)
+
+
 def test_cache_is_filled_once_and_tells_files_apart(media, files, tmp_path):
     processor, model = media
     copy = tmp_path / "copy.wav"
