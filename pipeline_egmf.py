@@ -6,7 +6,8 @@ recognize("clip.mp4", text="That is just great.")
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +15,22 @@ from transformers import Pipeline
 
 
 FIELDS = {"file", "audio", "video", "text", "speaker", "context"}
+
+
+@contextmanager
+def _collected(category: type[Warning], messages: list[str]) -> Iterator[None]:
+    """Adds the warnings of a category to `messages`; all others are given as they would have been."""
+    caught: list[warnings.WarningMessage] = []
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", category)
+            yield
+    finally:
+        for one in caught:
+            if one.category is category:
+                messages.append(str(one.message))
+            else:
+                warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
 
 
 def gate_names(weights: dict[str, torch.Tensor], experts: list[str], modalities: list[str]) -> list[dict]:
@@ -102,8 +119,7 @@ class AffectRecognitionPipeline(Pipeline):
             sample = {**shared, **sample}
             report = {"seconds": None, "warnings": [], "error": None}
             reports.append(report)
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always", self.processor.media_warning)
+            with _collected(self.processor.media_warning, report["warnings"]):
                 try:
                     if (file := sample.pop("file", None)) is not None:
                         media = self.processor.load_file(file)
@@ -114,10 +130,6 @@ class AffectRecognitionPipeline(Pipeline):
                         raise
                     report["error"] = str(error)
                     continue
-                finally:
-                    report["warnings"] = [
-                        str(one.message) for one in caught if one.category is self.processor.media_warning
-                    ]
             report["seconds"] = max((clip.duration for clip in media if clip is not None), default=None)
             columns.append(sample | media._asdict())
         if not columns:

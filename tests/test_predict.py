@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -123,6 +124,28 @@ def test_wrong_arguments(recognize):
 def test_words_alone(recognize):
     answer = recognize({"text": "that is just great", "context": ["It broke."]})
     assert answer["label"] and answer["seconds"] is None
+
+
+def test_warnings_that_are_not_of_media_reach_the_user(recognize, place):
+    class Clip(type(recognize.processor.load_media(video=files(place[0])[0]).video)):
+        told = False  # the first look at a clip, where the pipeline listens for what is missing
+
+        @property
+        def frames(self):
+            if not self.told:
+                type(self).told = True
+                warnings.warn("old frames", DeprecationWarning, stacklevel=1)
+            return vars(self)["frames"]
+
+        @frames.setter
+        def frames(self, value):
+            vars(self)["frames"] = value
+
+    found = recognize.processor.load_media(video=files(place[0])[0]).video
+    clip = Clip(found.frames, found.times, found.duration, found.warnings)
+    with pytest.warns(DeprecationWarning, match="old frames"):
+        answer = recognize({"text": "so", "video": clip})
+    assert answer["warnings"] == []
 
 
 def test_the_pipelines_model_can_be_saved(recognize, tmp_path):
