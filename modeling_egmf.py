@@ -230,13 +230,14 @@ class EGMFModel(EGMFPreTrainedModel):
 
     def _modalities(self, **media) -> dict[str, tuple]:
         """`MEDIA_INPUTS` -> by modality (features or hidden layers, mask, times), each None where it is absent."""
-        inputs = {}
-        for name in ("audio", "vision"):
-            fields = [media.get(f"{name}_{part}") for part in ("features", "mask", "times")]
-            tower_inputs = (media.get(field) for field, modality in TOWER_INPUTS.items() if modality == name)
-            read = next((value for value in tower_inputs if value is not None), None)
-            inputs[name] = self._modality(name, fields[0], read, *fields[1:])
-        return inputs
+        return {name: self.read_modality(name, **media) for name in ("audio", "vision")}
+
+    def read_modality(self, name: str, **media) -> tuple:
+        """Of a batch's `MEDIA_INPUTS`, one modality's features or hidden layers, mask (B, T) and times (B, T)."""
+        features, mask, times = (media.get(f"{name}_{part}") for part in ("features", "mask", "times"))
+        tower_inputs = (media.get(field) for field, modality in TOWER_INPUTS.items() if modality == name)
+        read = next((value for value in tower_inputs if value is not None), None)
+        return self._modality(name, features, read, mask, times)
 
     def _modality(self, name: str, features, tower_inputs, mask, times):
         """Checks one modality's inputs and brings them to (features or hidden layers, mask, times)."""

@@ -1,9 +1,11 @@
-"""The first phase of training: experts, gate, projector and towers learn to tell the answer before the LLM listens.
+"""The phases of training before the LLM listens: towers from scratch alone, then experts, gate and projector.
 
 A step of the LLM costs many times a step of all the rest, and from random pseudo tokens it learns little at first. So
-the fusion is first taught alone: each pseudo token is compared with the LLM's own embeddings of the legal answers, and
-the right answer has to be the nearest one. Then the LLM starts with tokens that already speak of what is seen and
-heard, in its own words. This phase is this implementation's choice; the paper (arXiv 2601.07565) does not have it.
+the fusion is taught before: each pseudo token is compared with the LLM's own embeddings of the legal answers, and the
+right answer has to be the nearest one. Then the LLM starts with tokens that already speak of what is seen and heard,
+in its own words. Towers from scratch learn before that, each by itself: behind the fusion, where every other modality
+explains the answers sooner, a tower of random weights is not found out about for very long. These phases are this
+implementation's choice; the paper (arXiv 2601.07565) does not have them.
 """
 
 import math
@@ -13,12 +15,53 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.utils import ModelOutput
 
+from fusion_egmf import masked_mean
 from modeling_egmf import EGMFForConditionalGeneration
 from processing_egmf import AffectTask, EGMFProcessor
+from towers_egmf import tower_size
+
+
+class TowerPretraining(nn.Module):
+    """A tower with a small readout of its own, for `Trainer`: it learns what its modality alone says of a task.
+
+    The logits of the frames, from the tower's last hidden state, are averaged over the clip.
+
+    Args:
+        model: The model; the tower is shared, not copied.
+        modality: "audio" or "vision".
+        task: The task that is asked.
+    """
+
+    accepts_loss_kwargs = False  # Trainer divides the loss by the number of accumulated steps
+    FRAMES = 8  # of a video, random ones in each step: neighbours say much the same, and cost as much
+
+    def __init__(self, model: EGMFForConditionalGeneration, modality: str, task: AffectTask):
+        super().__init__()
+        self.modality = modality
+        self.tower = getattr(model.model, f"{modality}_tower")
+        size = tower_size(self.tower.config)
+        layers = [nn.LayerNorm(size), nn.Linear(size, size), nn.GELU(), nn.Linear(size, len(task.answers))]
+        self.readout = nn.Sequential(*layers)
+        self._whole = [model.model]  # in a list, so that the rest of it is not part of what is trained and saved
+
+    def forward(self, answer_index: torch.Tensor, task_index: torch.Tensor | None = None, **inputs) -> ModelOutput:
+        """A batch with the places (B,) of the gold answers -> loss over the clips with the modality, and logits."""
+        if self.training and self.modality == "vision" and "pixel_values" in inputs:
+            some = torch.randperm(inputs["pixel_values"].shape[1])[: self.FRAMES].sort().values
+            for name in ("pixel_values", "vision_mask", "vision_times"):
+                inputs[name] = inputs[name][:, some.to(inputs[name].device)]
+        states, mask, _ = self._whole[0].read_modality(self.modality, **inputs)
+        if states is None:  # no clip of the batch has any
+            zero = sum(parameter.sum() for parameter in self.readout.parameters()) * 0.0
+            return ModelOutput(loss=zero)
+        logits = masked_mean(self.readout(states[-1].float()), mask)
+        here = mask.bool().any(1)
+        losses = F.cross_entropy(logits, answer_index, reduction="none") * here
+        return ModelOutput(loss=losses.sum() / here.sum().clamp(min=1), logits=logits)
 
 
 class ExpertPretraining(nn.Module):
-    """A model without its LLM's layers and head, for `Trainer`: its fusion and the towers that learn.
+    """A model without its LLM's layers and head, for `Trainer`: its fusion, and the towers that are to learn with it.
 
     An answer's probability is a softmax over the task's answers of the scaled cosine between a pseudo token and the
     answer's prototype, averaged over the K pseudo tokens. A prototype is the mean of the LLM's embeddings of the
@@ -29,6 +72,8 @@ class ExpertPretraining(nn.Module):
         processor: Its processor.
         tasks: The tasks that are asked; a batch's `task_index` are places in it.
     """
+
+    accepts_loss_kwargs = False
 
     def __init__(self, model: EGMFForConditionalGeneration, processor: EGMFProcessor, tasks: list[AffectTask]):
         super().__init__()

@@ -44,6 +44,7 @@ class TowerCache:
         trained: Modalities whose towers learn.
         precision: Autocast that training runs under; hidden layers are computed in it.
         folder: Where entries are kept; by default beside the Hub's cache.
+        inputs: A filled cache of what the towers read, which saves decoding the files again.
 
     Attributes:
         folders: Where entries are, by modality.
@@ -58,7 +59,9 @@ class TowerCache:
         trained: Iterable[str] = (),
         precision: AbstractContextManager | None = None,
         folder: str | os.PathLike | None = None,
+        inputs: "TowerCache | None" = None,
     ):
+        self.inputs = inputs
         self.model, self.processor, self.precision = model, processor, precision or nullcontext()
         self.frozen, self.trained = frozenset(frozen), frozenset(trained)
         root = Path(folder or Path(constants.HF_HOME) / "egmf" / "towers")
@@ -106,7 +109,7 @@ class TowerCache:
         if not todo:
             return
         workers = min(len(todo), os.cpu_count() or 1)
-        files = _Files(self.processor, [*todo])
+        files = _Files(self.processor, [*todo], self.inputs)
         reader = DataLoader(files, batch_size=None, num_workers=workers, collate_fn=_as_it_is)
         for (modality, path), made in zip(todo, tqdm(reader, desc="media", unit="clip", disable=None), strict=True):
             if isinstance(made, str):
@@ -160,6 +163,7 @@ class _Files(torch.utils.data.Dataset):
 
     processor: EGMFProcessor
     files: list[tuple[str, str]]
+    inputs: TowerCache | None
 
     def __len__(self) -> int:
         return len(self.files)
@@ -167,6 +171,10 @@ class _Files(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict[str, np.ndarray | None] | str:
         modality, path = self.files[index]
         media = {"audio": path} if modality == "audio" else {"video": path, "sound_track": False}
+        if self.inputs is not None and modality in self.inputs.trained:
+            if (modality, path) in self.inputs.errors:
+                return self.inputs.errors[modality, path]
+            return vars(self.inputs.load(modality, path)[COLUMNS[modality]])
         try:
             clips = self.processor.tower_inputs(self.processor.load_media(**media))
         except self.processor.media_error as error:

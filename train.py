@@ -3,10 +3,10 @@
     python train.py recipes/mosi_smollm2.yaml --corpus_dir DIR [--any_field value ...]
     accelerate launch train.py recipes/mosi_smollm2.yaml --corpus_dir DIR
 
-A recipe with `expert_epochs` first trains fusion and towers without the LLM (in `experts/`), then all with LoRA.
-Writes to `output_dir`: the Trainer's checkpoints (the same command resumes from the last one), `log.jsonl`, and
-`model/`: merged and self-contained, for `AutoModel.from_pretrained(..., trust_remote_code=True)`, with the recipe's
-fields in `recipe.json`.
+A recipe with `tower_epochs` first trains each tower alone, one with `expert_epochs` the fusion without the LLM (in
+folders of their own), then all with LoRA. Writes to `output_dir`: the Trainer's checkpoints (the same command resumes
+from the last one), `log.jsonl`, and `model/`: merged and self-contained, for
+`AutoModel.from_pretrained(..., trust_remote_code=True)`, with the recipe's fields in `recipe.json`.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ from corpora import load_corpus
 from evaluation import AffectCollator, ask, classification_metrics, prompt_lengths, regression_metrics
 from language_models import resolve_language_model
 from modeling_egmf import EGMFForConditionalGeneration
-from pretraining import ExpertPretraining
+from pretraining import ExpertPretraining, TowerPretraining
 from processing_egmf import EGMFProcessor
 from recipes import Recipe, load_recipe
 from tower_cache import COLUMNS, PREPROCESSORS, TowerCache
@@ -168,9 +168,9 @@ def build_model(
     )
     for modality, (mean, std) in statistics.items():
         model.model.fusion.set_feature_statistics(modality, mean, std)
-    for modality in trained_towers(recipe, towers):
+    for modality in trained_towers(recipe, towers) + list(towers) * bool(recipe.experts.tower_epochs):
         # Small steps would be lost in half precision.
-        getattr(model.model, f"{modality}_tower").float().requires_grad_()
+        getattr(model.model, f"{modality}_tower").float()
     return model
 
 
@@ -186,44 +186,45 @@ def add_lora(recipe: Recipe, model: EGMFForConditionalGeneration, trained: list[
     return get_peft_model(model, lora)
 
 
-def pretrain_experts(recipe: Recipe, model, collator: AffectCollator, rows, output: Path) -> None:
-    """The first phase, without the LLM: see [`ExpertPretraining`]. An interrupted one goes on, a finished one is read.
+def pretrain(recipe: Recipe, module, collator: AffectCollator, rows, output: Path, epochs: int, rate: float) -> None:
+    """A phase without the LLM: see `pretraining.py`. An interrupted one goes on, a finished one is read.
 
     Args:
+        module: What learns.
         collator: For scoring: prompts alone, and the places of task and answer.
         rows: The training split, asked.
         output: Folder of the phase's checkpoints.
+        epochs, rate: How long, and the highest learning rate.
     """
-    training, experts = recipe.training, recipe.experts
     own = dataclasses.replace(
-        training,
+        recipe.training,
         output_dir=str(output),
-        num_train_epochs=experts.expert_epochs,
+        num_train_epochs=epochs,
         max_steps=-1,
-        learning_rate=experts.expert_learning_rate,
-        per_device_train_batch_size=experts.expert_batch_size,
+        learning_rate=rate,
+        lr_scheduler_type="cosine",
+        per_device_train_batch_size=recipe.experts.expert_batch_size,
         eval_strategy="no",
         save_strategy="epoch",
+        save_total_limit=1,
         load_best_model_at_end=False,
         train_sampling_strategy="random",
     )
-    trainer = Trainer(
-        ExpertPretraining(model.to(own.device), collator.processor, collator.tasks),
-        own,
-        data_collator=collator,
-        train_dataset=rows,
-        callbacks=[JsonLinesLog(output.parent / "log.jsonl", phase="experts")],
-    )
+    set_seed(own.seed)  # whatever was finished or interrupted before, a phase begins alike
+    log = JsonLinesLog(output.parent / "log.jsonl", phase=output.name)
+    trainer = Trainer(module, own, data_collator=collator, train_dataset=rows, callbacks=[log])
     trainer.train(resume_from_checkpoint=last_whole_checkpoint(output))
 
 
-def fill_cache(recipe: Recipe, model, processor, towers: dict[str, tuple], corpus) -> TowerCache:
+def fill_cache(
+    recipe: Recipe, model, processor, towers: dict[str, tuple], trained: list[str], corpus, inputs: TowerCache | None
+) -> TowerCache:
     """What training needs of every clip that it sees; one that gives nothing is named, and missing."""
-    training, trained = recipe.training, trained_towers(recipe, towers)
+    training = recipe.training
     # As the training steps run: a hidden layer does not depend on where it is computed.
     precision = torch.autocast(training.device.type, torch.bfloat16, enabled=training.bf16)
     frozen = towers.keys() - trained
-    cache = TowerCache(model.to(training.device), processor, frozen, trained, precision)
+    cache = TowerCache(model.to(training.device), processor, frozen, trained, precision, inputs=inputs)
     rows = (row for split in ("train", "validation") for row in corpus[split].select_columns([*COLUMNS.values()]))
     cache.fill(rows, training.device)
     for error in cache.errors.values():
@@ -289,17 +290,33 @@ def main(arguments: list[str]) -> None:
     tasks = [processor.tasks[name] for name in data.tasks]
     model = build_model(recipe, language_model, processor, towers, corpus["train"])
 
-    cache = fill_cache(recipe, model, processor, towers, corpus) if towers else None
+    training.remove_unused_columns = False  # the collator reads the corpus's columns
+    inputs = None
+    if recipe.experts.tower_epochs:
+        inputs = fill_cache(recipe, model, processor, towers, list(towers), corpus, None)
+        for modality in towers:
+            alone = TowerPretraining(model, modality, tasks[0]).requires_grad_()
+            collator = AffectCollator(processor, tasks[:1], [modality], with_answers=False, cache=inputs)
+            rows, phase = ask(corpus["train"], tasks[:1]), output / f"{modality}_tower"
+            epochs, rate = recipe.experts.tower_epochs, recipe.experts.tower_learning_rate
+            pretrain(recipe, alone, collator, rows, phase, epochs, rate)
+            alone.requires_grad_(False).eval()
+    learns_on = trained_towers(recipe, towers)
+    for modality in learns_on:
+        getattr(model.model, f"{modality}_tower").requires_grad_()
+    cache = fill_cache(recipe, model, processor, towers, learns_on, corpus, inputs) if towers else None
     learning, scoring = (
         AffectCollator(processor, tasks, data.modalities, with_answers=flag, cache=cache) for flag in (True, False)
     )
-    training.remove_unused_columns = False  # the collator reads the corpus's columns
     train_rows = with_lengths(ask(corpus["train"], tasks), learning)
     validation = {task.name: with_lengths(ask(corpus["validation"], [task]), learning) for task in tasks}
     checkpoint = last_whole_checkpoint(output)
     if recipe.experts.expert_epochs and checkpoint is None:
-        pretrain_experts(recipe, model, scoring, train_rows, output / "experts")
-        set_seed(training.seed)  # an interrupted run that finds the experts trained goes on alike
+        experts = ExpertPretraining(model.to(training.device), processor, tasks)
+        epochs, rate = recipe.experts.expert_epochs, recipe.experts.expert_learning_rate
+        pretrain(recipe, experts, scoring, train_rows, output / "experts", epochs, rate)
+    if recipe.experts.tower_epochs or recipe.experts.expert_epochs:
+        set_seed(training.seed)  # whichever phases were read and not run, the last one begins alike
     model = add_lora(recipe, model, trained_towers(recipe, towers))
     model.print_trainable_parameters()
 

@@ -75,9 +75,13 @@ class DataArguments:
 
 @dataclass
 class ExpertArguments:
-    """The first phase: fusion and towers alone, see `pretraining.py`."""
+    """The phases before the LLM learns, see `pretraining.py`."""
 
-    expert_epochs: int = field(default=0, metadata={"help": "epochs of the first phase; 0 for none"})
+    tower_epochs: int = field(
+        default=0, metadata={"help": "epochs of the towers alone, frozen afterwards; 0 for none"}
+    )
+    tower_learning_rate: float = 3e-3
+    expert_epochs: int = field(default=0, metadata={"help": "epochs of the fusion without the LLM; 0 for none"})
     expert_learning_rate: float = 1e-3
     expert_batch_size: int = 32
 
