@@ -15,9 +15,10 @@ from processing_egmf import AffectTask  # noqa: E402
 
 
 UNPARSABLE = "unparsable"
-# Families with Chinese characters, by how often they are found; labels that a font lacks are drawn as boxes.
+# Families with Chinese characters, best first; labels that a font lacks are drawn as boxes.
 _CJK = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "Microsoft YaHei", "PingFang SC", "SimHei")
-plt.rcParams["font.family"] = [*(set(_CJK) & {font.name for font in font_manager.fontManager.ttflist}), "DejaVu Sans"]
+_FOUND = {font.name for font in font_manager.fontManager.ttflist}
+plt.rcParams["font.family"] = [*(name for name in _CJK if name in _FOUND), "DejaVu Sans"]
 
 
 def plot_confusion(rows: list[dict], answer: str, task: AffectTask, path: Path) -> None:

@@ -44,7 +44,7 @@ class TowerPretraining(nn.Module):
         self.readout = nn.Sequential(*layers)
         self._whole = [model.model]  # in a list, so that the rest of it is not part of what is trained and saved
 
-    def forward(self, answer_index: torch.Tensor, task_index: torch.Tensor | None = None, **inputs) -> ModelOutput:
+    def forward(self, answer_index: torch.Tensor, **inputs) -> ModelOutput:
         """A batch with the places (B,) of the gold answers -> loss over the clips with the modality, and logits."""
         if self.training and self.modality == "vision" and "pixel_values" in inputs:
             some = torch.randperm(inputs["pixel_values"].shape[1])[: self.FRAMES].sort().values

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from media_inputs_egmf import TowerInput
+from media_inputs_egmf import Media, TowerInput
 from processing_egmf import EGMFProcessor
 
 
@@ -126,8 +126,8 @@ class TowerCache:
             if torch.equal(half.to(tensors["values"]), tensors["values"]):  # half the space, and nothing is lost
                 tensors["values"] = half
             return tensors
-        sample = {COLUMNS[modality]: TowerInput(**made)}
-        batch = self.processor.media_inputs([self.processor.load_media(**sample)], return_tensors="pt")
+        media = Media(**{COLUMNS[modality]: TowerInput(**made)})
+        batch = self.processor.media_inputs([media], return_tensors="pt")
         with self.precision:
             encoded = self.model.encode_media({name: value.to(device) for name, value in batch.items()})
         mask = encoded[f"{modality}_mask"][0].bool()

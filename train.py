@@ -64,9 +64,8 @@ class JsonLinesLog(TrainerCallback):
 class AffectTrainer(Trainer):
     """Trainer whose evaluation scores every legal answer instead of comparing logits at the gold tokens.
 
-    An evaluation data set asks one task; of several tasks there is a dict of them. Evaluation
-    loss is the negative log-probability of the gold answer among the legal ones; selection sees the
-    validation split alone.
+    An evaluation data set asks one task; of several tasks there is a dict of them. Evaluation loss is the negative
+    log-probability of the gold answer among the legal ones; selection sees the validation split alone.
     """
 
     def __init__(self, *args, scoring_collator: AffectCollator, **kwargs):
@@ -317,7 +316,7 @@ def main(arguments: list[str]) -> None:
         pretrain(recipe, experts, scoring, train_rows, output / "experts", epochs, rate)
     if recipe.experts.tower_epochs or recipe.experts.expert_epochs:
         set_seed(training.seed)  # whichever phases were read and not run, the last one begins alike
-    model = add_lora(recipe, model, trained_towers(recipe, towers))
+    model = add_lora(recipe, model, learns_on)
     model.print_trainable_parameters()
 
     trainer = AffectTrainer(

@@ -168,14 +168,17 @@ def test_a_listening_model_takes_a_video(llm_folder, files):
 def test_what_a_window_cuts_off_is_said(llm_folder):
     processor = build_processor(llm_folder(), "whisper")
     with pytest.warns(MediaWarning, match=r"audio\[0\]: the model hears the first 1.0 of 1.5 seconds"):
-        processor(text="so", audio={"array": tone(1.5), "sampling_rate": 16000}, task="meld")
+        batch = processor(text="so", audio={"array": tone(1.5), "sampling_rate": 16000}, task="meld")
+    assert batch["audio_mask"].sum() == 100  # positions, 10 ms each
 
 
 def test_what_a_file_lacks_is_said(llm_folder, files, tmp_path):
     (tmp_path / "cut.wav").write_bytes(Path(files["wav"]).read_bytes()[:6000])
     processor = build_processor(llm_folder())
     with pytest.warns(MediaWarning, match=r"cut.wav: .*0\.2 of 0\.4 seconds"):
-        processor(text="so", audio=tmp_path / "cut.wav", task="meld")
+        batch = processor(text="so", audio=tmp_path / "cut.wav", task="meld")
+    whole = processor(text="so", audio=files["wav"], task="meld")
+    assert 0.4 < batch["audio_mask"].sum() / whole["audio_mask"].sum() < 0.5
 
 
 @pytest.mark.parametrize(
