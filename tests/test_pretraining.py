@@ -122,3 +122,18 @@ def test_pretraining_learns_fusion_and_towers_alone(command, clips):
     assert legal == [len(tasks[place].answers) for place in batch["task_index"]]
     for name, value in model.model.language_model.named_parameters():
         assert value.grad is None and torch.equal(value, frozen[name]), name
+
+
+def test_towers_that_learn_with_the_llm(command, tmp_path):
+    """Weights and batch statistics of a trained tower change, are in the model, and survive a resume."""
+    own = [*command, "--tower_epochs", "0", "--expert_epochs", "0"]
+    own += ["--train_audio_tower", "True", "--train_vision_tower", "True"]
+    for name, steps in (("whole", ["4"]), ("parts", ["2", "4"])):
+        for count in steps:
+            run = [*own, "--output_dir", str(tmp_path / name), "--lr_scheduler_type", "constant", "--max_steps", count]
+            subprocess.run(run, cwd=REPO, env=environment(tmp_path), check=True)
+    whole, parts = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "parts"))
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    averages = [value for name, value in whole.items() if "vision_tower" in name and name.endswith("running_mean")]
+    assert averages and all((value != 0).any() for value in averages)
