@@ -47,6 +47,8 @@ class EGMFConfig(PreTrainedConfig):
         fusion_dropout: Dropout on the projected modality sequences and inside the experts.
         experts: Experts in use, a subset of `("local", "semantic", "global")`; order is kept.
         local_kernel_sizes: Odd kernel widths, in frames, of the local expert's time scales.
+        semantic_num_stretches: Stretches of the clip in which the semantic expert sums up voice and face.
+        global_num_components: Cosine components over the clip that the global expert reads of each modality.
         global_num_layers: Transformer layers of the global expert.
         gating: `"hierarchical"` (over modalities inside an expert, then over experts per pseudo token), `"flat"`
             (one softmax over all expert-modality pairs per pseudo token) or `"mean"` (no gate).
@@ -76,6 +78,8 @@ class EGMFConfig(PreTrainedConfig):
     fusion_dropout: float | int = 0.1
     experts: list[str] | tuple[str, ...] = EXPERTS
     local_kernel_sizes: list[int] | tuple[int, ...] = (3, 7, 15)
+    semantic_num_stretches: int = 4
+    global_num_components: int = 6
     global_num_layers: int = 2
     gating: Literal["hierarchical", "flat", "mean"] = "hierarchical"
     modality_dropout: dict[str, float | int] | None = None

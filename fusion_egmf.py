@@ -8,11 +8,13 @@ H the LLM's.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import initialization as init
 
 
 try:
@@ -28,14 +30,51 @@ class ModalitySequence:
     """One modality on the common clock: a state token (present or absent), then its frames.
 
     Args:
-        states: (B, 1 + T, d).
+        content: (B, 1 + T, d), what is there.
+        clock: (B, 1 + T, d), when it is; zero for the state token.
+        fractions: (B, T), where on the clip the frames are, from 0 to 1.
         mask: (B, 1 + T) bool, True where a position holds something; the state token always does.
         present: (B,) bool.
     """
 
-    states: torch.Tensor
+    content: torch.Tensor
+    clock: torch.Tensor
+    fractions: torch.Tensor
     mask: torch.Tensor
     present: torch.Tensor
+
+    @property
+    def states(self) -> torch.Tensor:
+        """(B, 1 + T, d), what and when."""
+        return self.content + self.clock
+
+
+def clip_fractions(mask: torch.Tensor, times: torch.Tensor | None, span: torch.Tensor) -> torch.Tensor:
+    """Where frames are on the clip, (B, T) from 0 to 1: by their seconds where these are known, otherwise by order.
+
+    Args:
+        mask: (B, T) bool.
+        times: (B, T) seconds, NaN where not known, or None.
+        span: (B, 2) first and last known second of all modalities, NaN where there is none.
+    """
+    fractions = (mask.cumsum(1) - 0.5) / mask.sum(1, keepdim=True).clamp(min=1)
+    if times is not None:
+        start, end = span[:, :1], span[:, 1:]
+        by_seconds = (times.float() - start) / (end - start)
+        fractions = torch.where(torch.isfinite(by_seconds), by_seconds, fractions)
+    return fractions.clamp(0, 1)
+
+
+def clip_span(inputs: Iterable[tuple[torch.Tensor | None, torch.Tensor | None]], like: torch.Tensor) -> torch.Tensor:
+    """First and last known second over all modalities' (mask, times), each (B, T): (B, 2), NaN where none is known."""
+    first = torch.full((len(like),), torch.inf, device=like.device)
+    last = -first
+    for mask, times in inputs:
+        if mask is not None and times is not None and times.shape[1]:
+            known = mask.bool() & torch.isfinite(times)
+            first = torch.minimum(first, times.float().masked_fill(~known, torch.inf).amin(1))
+            last = torch.maximum(last, times.float().masked_fill(~known, -torch.inf).amax(1))
+    return torch.stack([first, last], 1).masked_fill((first >= last).unsqueeze(1), torch.nan)
 
 
 def masked_mean(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -67,15 +106,13 @@ class ClockEmbedding(nn.Module):
         seconds = 2 * math.pi / (0.25 * 2.0 ** torch.arange(self.SECOND_OCTAVES, dtype=torch.float32))
         return torch.cat([fraction, seconds])
 
-    def forward(self, mask: torch.Tensor, times: torch.Tensor | None) -> torch.Tensor:
-        """(B, T) bool mask and (B, T) seconds (NaN where not known) -> (B, T, d)."""
-        rank = mask.cumsum(1) - 0.5
-        fraction = rank / mask.sum(1, keepdim=True).clamp(min=1)
-        seconds = torch.full_like(fraction, torch.nan) if times is None else times.to(fraction.dtype)
+    def forward(self, fractions: torch.Tensor, times: torch.Tensor | None) -> torch.Tensor:
+        """(B, T) fractions of the clip and (B, T) seconds (NaN where not known) -> (B, T, d)."""
+        seconds = torch.full_like(fractions, torch.nan) if times is None else times.to(fractions.dtype)
         known = torch.isfinite(seconds)
         clock = torch.cat(
             [
-                fraction.unsqueeze(-1).expand(-1, -1, self.FRACTION_OCTAVES),
+                fractions.unsqueeze(-1).expand(-1, -1, self.FRACTION_OCTAVES),
                 seconds.masked_fill(~known, 0.0).unsqueeze(-1).expand(-1, -1, self.SECOND_OCTAVES),
             ],
             dim=-1,
@@ -183,38 +220,51 @@ class LocalExpert(nn.Module):
 class SemanticExpert(nn.Module):
     """Semantic correlation expert: how the modalities relate to each other.
 
-    Each modality's positions attend to the other modalities; a position is then described by itself, by what the
-    others say about it, by their product (agreement) and by their absolute difference (disagreement).
+    Each modality is first summed up in K latents, the words from every token, voice and face from stretches of the
+    clip: what they say as a whole, not in a moment. A latent is then described by itself, by what the other modalities
+    say about it, by their product (agreement) and by their absolute difference (disagreement).
     """
 
     def __init__(self, config: EGMFConfig):
         super().__init__()
         size = config.fusion_hidden_size
+        self.num_stretches = config.semantic_num_stretches
+        self.pooling = LatentPooling(config)
         self.norm = nn.LayerNorm(size)
-        self.nothing = nn.Parameter(torch.empty(size))  # what a modality hears when no other is part of the model
+        self.nothing = nn.Parameter(torch.empty(size))  # what a modality hears when no other is present
         self.cross_attention = Attention(config)
         self.own = nn.Linear(size, size)
         self.others = nn.Linear(size, size)
         self.relation = FeedForward(config, in_size=4 * size)
-        self.pooling = LatentPooling(config)
+
+    def sum_up(self, name: str, sequence: ModalitySequence) -> torch.Tensor:
+        """-> (B, K, d)."""
+        states, mask = sequence.states, sequence.mask
+        if name != "text" and states.shape[1] > 1:
+            stretch = (sequence.fractions * self.num_stretches).long().clamp(max=self.num_stretches - 1)
+            inside = F.one_hot(stretch, self.num_stretches).bool() & mask[:, 1:, None]  # (B, T, stretches)
+            share = inside / inside.sum(1, keepdim=True).clamp(min=1)
+            # Padding may hold anything, NaN too.
+            frames = states[:, 1:].masked_fill(~mask[:, 1:, None], 0.0)
+            means = torch.einsum("bts,btd->bsd", share.to(frames), frames)
+            states, mask = torch.cat([states[:, :1], means], 1), torch.cat([mask[:, :1], inside.any(1)], 1)
+        return self.norm(self.pooling(states, mask))
 
     def forward(self, sequences: dict[str, ModalitySequence]) -> torch.Tensor:
         """-> (B, M, K, d)."""
+        sums = {name: self.sum_up(name, sequence) for name, sequence in sequences.items()}
         latents = []
-        for name, sequence in sequences.items():
-            batch_size = sequence.states.shape[0]
-            heard = [self.nothing.expand(batch_size, 1, -1)]
-            heard_mask = [sequence.mask[:, :1]]
-            for other, other_sequence in sequences.items():
+        for name, latent in sums.items():
+            heard = [self.nothing.expand(len(latent), 1, -1)]
+            heard_mask = [sequences[name].mask[:, :1]]
+            for other, sequence in sequences.items():
                 if other != name:
-                    heard.append(other_sequence.states)
-                    heard_mask.append(other_sequence.mask)
-            attended = self.cross_attention(
-                self.norm(sequence.states), self.norm(torch.cat(heard, 1)), torch.cat(heard_mask, 1)
-            )
-            own, others = self.own(self.norm(sequence.states)), self.others(attended)
+                    heard.append(sums[other])
+                    heard_mask.append(sequence.present[:, None].expand(-1, latent.shape[1]))
+            attended = self.cross_attention(latent, torch.cat(heard, 1), torch.cat(heard_mask, 1))
+            own, others = self.own(latent), self.others(attended)
             relation = self.relation(torch.cat([own, others, own * others, (own - others).abs()], dim=-1))
-            latents.append(self.pooling(sequence.states + relation, sequence.mask))
+            latents.append(latent + relation)
         return torch.stack(latents, 1)
 
 
@@ -234,21 +284,43 @@ class GlobalLayer(nn.Module):
 
 
 class GlobalExpert(nn.Module):
-    """Global context expert: a transformer over the whole clip and all modalities at once."""
+    """Global context expert: how the whole clip runs, in all modalities at once.
+
+    Of each modality it reads the lowest cosine components over the clip (those of a discrete cosine transform: its
+    mean, its rise or fall, and so on), so that a slow change is one token however noisy the frames are and a brief
+    event hardly shows. A transformer relates the components of all modalities.
+    """
 
     def __init__(self, config: EGMFConfig):
         super().__init__()
+        size = config.fusion_hidden_size
+        self.component_embedding = nn.Parameter(torch.empty(config.global_num_components, size))
+        self.proj = nn.ModuleDict({name: nn.Linear(size, size) for name in config.modalities})
         self.layers = nn.ModuleList(GlobalLayer(config) for _ in range(config.global_num_layers))
         self.pooling = LatentPooling(config)
 
+    def components(self, name: str, sequence: ModalitySequence) -> tuple[torch.Tensor, torch.Tensor]:
+        """State token and components with their mask: (B, 1 + C, d), (B, 1 + C)."""
+        mask = sequence.mask[:, 1:, None]
+        orders = torch.arange(len(self.component_embedding), device=mask.device)
+        # The 2 / T of the transform, 1 / T of the mean.
+        weights = torch.where(orders > 0, 2.0, 1.0) / mask.sum(1, keepdim=True).clamp(min=1)
+        waves = (math.pi * sequence.fractions.unsqueeze(-1) * orders).cos() * weights * mask  # (B, T, C)
+        frames = sequence.content[:, 1:].masked_fill(~mask, 0.0)
+        components = torch.einsum("btc,btd->bcd", waves.to(frames), frames)
+        components = self.proj[name](components) + self.component_embedding
+        states = torch.cat([sequence.content[:, :1], components], 1)
+        there = sequence.present[:, None].expand(-1, len(orders))
+        return states, torch.cat([sequence.mask[:, :1], there], 1)
+
     def forward(self, sequences: dict[str, ModalitySequence]) -> torch.Tensor:
         """-> (B, M, K, d)."""
-        lengths = [sequence.states.shape[1] for sequence in sequences.values()]
-        states = torch.cat([sequence.states for sequence in sequences.values()], 1)
-        mask = torch.cat([sequence.mask for sequence in sequences.values()], 1)
+        parts = [self.components(name, sequence) for name, sequence in sequences.items()]
+        states, mask = (torch.cat(column, 1) for column in zip(*parts, strict=True))
         for layer in self.layers:
             states = layer(states, mask)
-        parts = zip(states.split(lengths, 1), mask.split(lengths, 1), strict=True)
+        split = states.shape[1] // len(parts)
+        parts = zip(states.split(split, 1), mask.split(split, 1), strict=True)
         return torch.stack([self.pooling(part, part_mask) for part, part_mask in parts], 1)
 
 
@@ -281,37 +353,46 @@ class HierarchicalGate(nn.Module):
 
     def forward(
         self, latents: torch.Tensor, present: torch.Tensor, prompt: torch.Tensor
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """`latents` (B, E, M, K, d), `present` (B, M) bool, `prompt` (B, H) -> (B, K, d) and the weights by level."""
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        """`latents` (B, E, M, K, d), `present` (B, M) bool, `prompt` (B, H).
+
+        Returns the mix (B, K, d), each expert by itself (B, E, K, d), of which that is the mix, and the weights by
+        level.
+        """
         num_experts, num_tokens = latents.shape[1], latents.shape[3]
         available = present[:, None, :].expand(-1, num_experts, -1)  # (B, E, M)
         if self.gating == "mean":
             modality = masked_softmax(torch.zeros_like(available, dtype=torch.float32), available)
-            expert = latents.new_full((latents.shape[0], num_tokens, num_experts), 1 / num_experts).float()
-            mixed = torch.einsum("bke,bem,bemkd->bkd", expert.to(latents), modality.to(latents), latents)
-            return mixed, {"modality": modality, "expert": expert}
+            alone = torch.einsum("bem,bemkd->bekd", modality.to(latents), latents)
+            expert = latents.new_full((len(latents), num_tokens, num_experts), 1 / num_experts).float()
+        else:
+            condition = self.context(latents.mean((1, 2, 3))) + self.prompt(prompt)  # (B, d)
+            names = self.expert_embedding[:, None, :] + self.modality_embedding[None, :, :]  # (E, M, d)
+            mix = self.mix_flat if self.gating == "flat" else self.mix_by_level
+            alone, modality, expert = mix(latents, available, condition, names)
+        mixed = torch.einsum("bke,bekd->bkd", expert.to(alone), alone)
+        return mixed, alone, {"modality": modality, "expert": expert}
 
-        condition = self.context(latents.mean((1, 2, 3))) + self.prompt(prompt)  # (B, d)
-        expert_names, modality_names = self.expert_embedding[:, None, :], self.modality_embedding[None, :, :]
-        if self.gating == "flat":
-            where = condition[:, None, None, None] + (expert_names + modality_names)[None, :, :, None]
-            scores = self.score(self.expert_score, latents, where).permute(0, 3, 1, 2)  # (B, K, E, M)
-            pairs = available[:, None].expand(-1, num_tokens, -1, -1)
-            weights = masked_softmax(scores.flatten(2), pairs.flatten(2)).view_as(scores)
-            expert = weights.sum(-1)
-            share = weights.sum(1)  # (B, E, M), over the pseudo tokens
-            modality = share / share.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-            mixed = torch.einsum("bkem,bemkd->bkd", weights.to(latents), latents)
-            return mixed, {"modality": modality, "expert": expert}
+    def mix_by_level(self, latents, available, condition, names):
+        """-> each expert by itself (B, E, K, d), weights of modalities (B, E, M) and of experts (B, K, E)."""
+        where = condition[:, None, None] + names
+        modality = masked_softmax(self.score(self.modality_score, latents.mean(3), where), available)
+        alone = torch.einsum("bem,bemkd->bekd", modality.to(latents), latents)
+        where = condition[:, None, None] + self.expert_embedding[:, None, :]
+        scores = self.score(self.expert_score, alone, where)  # (B, E, K)
+        return alone, modality, scores.float().softmax(1).transpose(1, 2)
 
-        where = condition[:, None, None] + expert_names + modality_names
-        modality = masked_softmax(self.score(self.modality_score, latents.mean(3), where), available)  # (B, E, M)
-        inside = torch.einsum("bem,bemkd->bekd", modality.to(latents), latents)
-        where = condition[:, None, None] + expert_names
-        scores = self.score(self.expert_score, inside, where)  # (B, E, K)
-        expert = scores.float().softmax(1).transpose(1, 2)  # (B, K, E)
-        mixed = torch.einsum("bke,bekd->bkd", expert.to(latents), inside)
-        return mixed, {"modality": modality, "expert": expert}
+    def mix_flat(self, latents, available, condition, names):
+        """The same from one softmax over all pairs of expert and modality, for each pseudo token."""
+        where = condition[:, None, None, None] + names[None, :, :, None]
+        scores = self.score(self.expert_score, latents, where).permute(0, 3, 1, 2)  # (B, K, E, M)
+        pairs = available[:, None].expand(-1, scores.shape[1], -1, -1)
+        weights = masked_softmax(scores.flatten(2), pairs.flatten(2)).view_as(scores)
+        expert, tiny = weights.sum(-1), torch.finfo(torch.float32).tiny
+        inside = weights / expert.unsqueeze(-1).clamp(min=tiny)
+        alone = torch.einsum("bkem,bemkd->bekd", inside.to(latents), latents)
+        share = weights.sum(1)  # (B, E, M), over the pseudo tokens
+        return alone, share / share.sum(-1, keepdim=True).clamp(min=tiny), expert
 
 
 class PseudoTokenProjector(nn.Module):
@@ -405,14 +486,18 @@ class EGMFFusion(nn.Module):
         norm.std.copy_(torch.where(std > 1e-6, std, 1.0))
 
     def sequence(
-        self, name: str, index: int, batch_size: int, features, mask: torch.Tensor | None, times: torch.Tensor | None
+        self, name: str, features, mask: torch.Tensor | None, times: torch.Tensor | None, span: torch.Tensor
     ) -> ModalitySequence:
-        """(B, T, width) features (or a tower's hidden layers) with their mask -> the modality's sequence."""
+        """(B, T, width) features (or a tower's hidden layers) with mask and times -> the modality's sequence.
+
+        `span` is what [`clip_span`] gives for all modalities.
+        """
+        index, batch_size = list(self.widths).index(name), len(span)
         weight = self.input_proj[name].weight
         if features is None:
             state = self.absent_embedding[index].expand(batch_size, 1, -1)
             mask = torch.ones(batch_size, 1, dtype=torch.bool, device=weight.device)
-            return ModalitySequence(state, mask, ~mask[:, 0])
+            return ModalitySequence(state, torch.zeros_like(state), state.new_zeros(batch_size, 0), mask, ~mask[:, 0])
         if name in self.layer_mix:
             features = self.layer_mix[name](features)
         mask = mask.bool()
@@ -420,28 +505,63 @@ class EGMFFusion(nn.Module):
         features = self.input_norm[name](features.to(weight.dtype).masked_fill(~mask.unsqueeze(-1), 0.0))
         if self.training and self.feature_noise.get(name):
             features = features + self.feature_noise[name] * torch.randn_like(features)
-        frames = self.input_proj[name](features) + self.clock(mask, times)
-        frames = self.dropout(frames + self.present_embedding[index])
+        frames = self.dropout(self.input_proj[name](features) + self.present_embedding[index])
+        fractions = clip_fractions(mask, times, span)
         present = mask.any(1)
         state = torch.where(present[:, None], self.present_embedding[index], self.absent_embedding[index])
-        return ModalitySequence(
-            torch.cat([state.unsqueeze(1).to(frames), frames], 1), F.pad(mask, (1, 0), value=True), present
-        )
+        content = torch.cat([state.unsqueeze(1).to(frames), frames], 1)
+        clock = F.pad(self.clock(fractions, times).to(frames), (0, 0, 1, 0))
+        return ModalitySequence(content, clock, fractions, F.pad(mask, (1, 0), value=True), present)
 
     def forward(
         self,
         inputs: dict[str, tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]],
         prompt: torch.Tensor,
+        each_expert: bool = False,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """`inputs` by modality: features (B, T, width) or None, mask (B, T), times (B, T) in seconds or None.
 
         `prompt` is (B, H), the mean embedding of the tokens before the pseudo tokens. Returns the pseudo tokens
-        (B, K, H) and the gate weights.
+        (B, K, H) and the gate weights; with `each_expert` the pseudo tokens are (B, 1 + E, K, H), the mix of the
+        experts first and then what each of them gives by itself.
         """
-        sequences = {
-            name: self.sequence(name, index, prompt.shape[0], *inputs[name]) for index, name in enumerate(self.widths)
-        }
+        span = clip_span(((mask, times) for _, mask, times in inputs.values()), like=prompt)
+        sequences = {name: self.sequence(name, *inputs[name], span) for name in self.widths}
         latents = torch.stack([expert(sequences) for expert in self.experts.values()], 1)  # (B, E, M, K, d)
         present = torch.stack([sequence.present for sequence in sequences.values()], 1)  # (B, M)
-        mixed, weights = self.gate(latents, present, prompt.to(latents.dtype))
+        mixed, alone, weights = self.gate(latents, present, prompt.to(latents.dtype))
+        if each_expert:
+            mixed = torch.cat([mixed.unsqueeze(1), alone], 1)
         return self.projector(mixed), weights
+
+
+def init_fusion_weights(module: nn.Module, embedding_rms: float) -> bool:
+    """Initialises a module of this file; False if it is none. `embedding_rms` is the size of pseudo tokens."""
+    if isinstance(module, ClockEmbedding):
+        init.copy_(module.frequencies, module.compute_frequencies())
+    elif isinstance(module, FeatureNorm):
+        init.zeros_(module.mean)
+        init.ones_(module.std)
+    elif isinstance(module, LatentPooling):
+        init.normal_(module.queries)
+    elif isinstance(module, LayerMix):
+        init.zeros_(module.weights)
+    elif isinstance(module, LocalExpert):
+        init.normal_(module.scale_embedding, std=0.5)
+        init.normal_(module.peak_embedding, std=0.5)
+    elif isinstance(module, SemanticExpert):
+        init.normal_(module.nothing)
+    elif isinstance(module, GlobalExpert):
+        init.normal_(module.component_embedding, std=0.5)
+    elif isinstance(module, HierarchicalGate):
+        init.normal_(module.expert_embedding, std=0.5)
+        init.normal_(module.modality_embedding, std=0.5)
+    elif isinstance(module, PseudoTokenProjector):
+        init.normal_(module.token_embedding)
+        init.constant_(module.embedding_rms, embedding_rms)
+    elif isinstance(module, EGMFFusion):
+        init.normal_(module.present_embedding, std=0.5)
+        init.normal_(module.absent_embedding)
+    else:
+        return False
+    return True

@@ -24,18 +24,7 @@ from transformers.utils import can_return_tuple, torch_compilable_check
 
 try:
     from .configuration_egmf import EGMFConfig
-    from .fusion_egmf import (
-        ClockEmbedding,
-        EGMFFusion,
-        FeatureNorm,
-        HierarchicalGate,
-        LatentPooling,
-        LayerMix,
-        LocalExpert,
-        PseudoTokenProjector,
-        SemanticExpert,
-        masked_mean,
-    )
+    from .fusion_egmf import EGMFFusion, init_fusion_weights, masked_mean
     from .scoring_egmf import ScoringMixin, accepts_position_ids
     from .towers_egmf import (
         build_tower,
@@ -51,18 +40,7 @@ try:
     )
 except ImportError:
     from configuration_egmf import EGMFConfig
-    from fusion_egmf import (
-        ClockEmbedding,
-        EGMFFusion,
-        FeatureNorm,
-        HierarchicalGate,
-        LatentPooling,
-        LayerMix,
-        LocalExpert,
-        PseudoTokenProjector,
-        SemanticExpert,
-        masked_mean,
-    )
+    from fusion_egmf import EGMFFusion, init_fusion_weights, masked_mean
     from scoring_egmf import ScoringMixin, accepts_position_ids
     from towers_egmf import (
         build_tower,
@@ -137,30 +115,7 @@ class EGMFPreTrainedModel(PreTrainedModel):
             init.lecun_normal_(module.weight)
             if module.bias is not None:
                 init.zeros_(module.bias)
-        elif isinstance(module, ClockEmbedding):
-            init.copy_(module.frequencies, module.compute_frequencies())
-        elif isinstance(module, FeatureNorm):
-            init.zeros_(module.mean)
-            init.ones_(module.std)
-        elif isinstance(module, LatentPooling):
-            init.normal_(module.queries)
-        elif isinstance(module, LayerMix):
-            init.zeros_(module.weights)
-        elif isinstance(module, LocalExpert):
-            init.normal_(module.scale_embedding, std=0.5)
-            init.normal_(module.peak_embedding, std=0.5)
-        elif isinstance(module, SemanticExpert):
-            init.normal_(module.nothing)
-        elif isinstance(module, HierarchicalGate):
-            init.normal_(module.expert_embedding, std=0.5)
-            init.normal_(module.modality_embedding, std=0.5)
-        elif isinstance(module, PseudoTokenProjector):
-            init.normal_(module.token_embedding)
-            init.constant_(module.embedding_rms, self.config.initializer_range)
-        elif isinstance(module, EGMFFusion):
-            init.normal_(module.present_embedding, std=0.5)
-            init.normal_(module.absent_embedding)
-        else:
+        elif not init_fusion_weights(module, self.config.initializer_range):
             super()._init_weights(module)
 
 
@@ -317,27 +272,44 @@ class EGMFModel(EGMFPreTrainedModel):
         )
         return mask
 
-    def embed(
-        self, input_ids: torch.Tensor, padding_mask: torch.Tensor, utterance_mask: torch.Tensor, inputs: dict
-    ) -> tuple[torch.Tensor, torch.Tensor | None, dict[str, torch.Tensor]]:
-        """Prompt with pseudo tokens in place: (B, L, H), samples that lost their text, gate weights."""
+    def fuse(
+        self,
+        input_ids: torch.Tensor,
+        padding_mask: torch.Tensor,
+        utterance_mask: torch.Tensor,
+        inputs: dict,
+        each_expert: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, dict[str, torch.Tensor]]:
+        """Prompt with pseudo tokens in place (B, L, H), pseudo tokens, samples that lost their text, gate weights.
+
+        With `each_expert` the pseudo tokens are those of [`EGMFFusion.forward`], and none is in the prompt.
+        """
         placeholders = self.get_placeholder_mask(input_ids)
         embeds = self.get_input_embeddings()(input_ids)
         inputs = {"text": self._text(embeds, utterance_mask & padding_mask), **inputs}
         inputs, lost_text = self._drop_modalities(inputs)
         # What stands before the pseudo tokens is the prompt the gate sees; the answer, after them, cannot leak.
         before = padding_mask.bool() & (placeholders.cumsum(1) == 0) & ~utterance_mask.bool()
-        pseudo_tokens, gate_weights = self.fusion(inputs, masked_mean(embeds, before))
-        embeds = embeds.masked_scatter(placeholders.unsqueeze(-1), pseudo_tokens.to(embeds.dtype))
-        return embeds, lost_text, gate_weights
+        pseudo_tokens, gate_weights = self.fusion(inputs, masked_mean(embeds, before), each_expert)
+        if not each_expert:
+            embeds = embeds.masked_scatter(placeholders.unsqueeze(-1), pseudo_tokens.to(embeds.dtype))
+        return embeds, pseudo_tokens, lost_text, gate_weights
 
     def get_pseudo_tokens(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, utterance_mask: torch.Tensor, **media
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        utterance_mask: torch.Tensor,
+        each_expert: bool = False,
+        **media,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The pseudo tokens (B, K, H) of a processor's batch, and the gate weights; the LLM's layers are not run."""
-        embeds, _, gate_weights = self.embed(input_ids, attention_mask, utterance_mask, self._modalities(**media))
-        placeholders = self.get_placeholder_mask(input_ids)
-        return embeds[placeholders].view(len(embeds), -1, embeds.shape[-1]), gate_weights
+        """The pseudo tokens of a processor's batch, and the gate weights; the LLM's layers are not run.
+
+        They are (B, K, H), or with `each_expert` those of [`EGMFFusion.forward`].
+        """
+        inputs = self._modalities(**media)
+        _, tokens, _, gate_weights = self.fuse(input_ids, attention_mask, utterance_mask, inputs, each_expert)
+        return tokens, gate_weights
 
     @can_return_tuple
     def forward(
@@ -367,7 +339,7 @@ class EGMFModel(EGMFPreTrainedModel):
                     f"{tuple(utterance_mask.shape)}, wanted input_ids' {tuple(input_ids.shape)}"
                 )
             inputs = self._modalities(**media)
-            inputs_embeds, lost_text, gate_weights = self.embed(input_ids, padding_mask, utterance_mask, inputs)
+            inputs_embeds, _, lost_text, gate_weights = self.fuse(input_ids, padding_mask, utterance_mask, inputs)
         else:
             if any(value is not None for value in media.values()):
                 raise ValueError("utterance_mask: got None beside audio or vision, wanted the processor's mask")

@@ -67,6 +67,9 @@ class ExpertPretraining(nn.Module):
     answer's prototype, averaged over the K pseudo tokens. A prototype is the mean of the LLM's embeddings of the
     answer's tokens, less the mean over the task's answers, so that what all of them share does not count.
 
+    The loss is that of the mix plus the mean over the experts of each one's by itself. Without the second part, the
+    gate soon gives nearly all its weight to whichever expert is first to be of use, and the others learn little.
+
     Args:
         model: The model; its fusion and towers are shared, not copied.
         processor: Its processor.
@@ -101,10 +104,11 @@ class ExpertPretraining(nn.Module):
 
     def forward(self, task_index: torch.Tensor, answer_index: torch.Tensor, **inputs) -> ModelOutput:
         """A batch of prompts with the places (B,) of the task and of the gold answer -> loss, logits (B, answers)."""
-        tokens, _ = self._whole[0].get_pseudo_tokens(**inputs)
-        cosines = (
-            torch.einsum("bkh,bch->bc", F.normalize(tokens.float(), dim=-1), self.prototypes[task_index])
-            / tokens.shape[1]
-        )
-        logits = (self.scale.exp() * cosines).masked_fill(~self.legal[task_index], -torch.inf)
-        return ModelOutput(loss=F.cross_entropy(logits, answer_index), logits=logits)
+        tokens, _ = self._whole[0].get_pseudo_tokens(**inputs, each_expert=True)  # (B, 1 + E, K, H)
+        prototypes = self.prototypes[task_index]
+        cosines = torch.einsum("bekh,bch->bec", F.normalize(tokens.float(), dim=-1), prototypes) / tokens.shape[2]
+        logits = (self.scale.exp() * cosines).masked_fill(~self.legal[task_index].unsqueeze(1), -torch.inf)
+        together, alone = logits[:, 0], logits[:, 1:]
+        answers = answer_index.unsqueeze(1).expand(alone.shape[:2])
+        loss = F.cross_entropy(together, answer_index) + F.cross_entropy(alone.flatten(0, 1), answers.flatten())
+        return ModelOutput(loss=loss, logits=together)

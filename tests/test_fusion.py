@@ -6,7 +6,7 @@ from torch import nn
 from transformers import CLIPVisionConfig, LlamaConfig, MobileNetV2Config
 
 from configuration_egmf import EGMFConfig
-from fusion_egmf import ClockEmbedding, EGMFFusion
+from fusion_egmf import ClockEmbedding, EGMFFusion, clip_fractions, clip_span
 from modeling_egmf import EGMFModel
 
 
@@ -127,10 +127,8 @@ def test_all_but_the_local_expert_hear_the_other_modality():
 
     def latents(expert, vision):
         inputs = inputs_of(audio=audio, vision=vision)
-        sequences = {
-            name: fusion.sequence(name, index, 1, *inputs[name])
-            for index, name in enumerate(("text", "audio", "vision"))
-        }
+        span = torch.full((1, 2), torch.nan)
+        sequences = {name: fusion.sequence(name, *inputs[name], span) for name in ("text", "audio", "vision")}
         return fusion.experts[expert](sequences)[:, 1]  # audio's
 
     assert torch.equal(latents("local", vision), latents("local", -vision))
@@ -147,10 +145,9 @@ def test_local_expert_sees_short_stretches_only():
     peaks = []
     expert.pooling.register_forward_pre_hook(lambda module, args: peaks.append(args[0][:, -1]))
     for order in (frames, frames.roll(20, dims=1)):
-        sequence = fusion.sequence("audio", 1, 1, order, torch.ones(1, 40, dtype=torch.long), None)
-        # The clock's share would move with the frames.
-        states = fusion.input_proj["audio"](fusion.input_norm["audio"](order))
-        sequence.states = torch.cat([sequence.states[:, :1], states], 1)
+        mask, span = torch.ones(1, 40, dtype=torch.long), torch.full((1, 2), torch.nan)
+        sequence = fusion.sequence("audio", order, mask, None, span)
+        sequence.clock = torch.zeros_like(sequence.clock)  # its share would not move with the frames
         expert({"audio": sequence})
     changed = (peaks[0] - peaks[1]).abs() > 1e-4
     assert changed.float().mean() < 0.3
@@ -196,12 +193,43 @@ def test_seconds_place_a_frame_whatever_the_rate():
     """Half a second is half a second; an unknown time is neither that nor second zero."""
     torch.manual_seed(0)
     clock = ClockEmbedding(8)
-    mask = torch.ones(1, 3)
-    known = clock(mask, torch.tensor([[0.0, 0.5, 1.0]]))
-    assert (known - clock(mask, torch.tensor([[0.0, 0.7, 1.0]])))[0, 1].abs().max() > 1e-2
-    unknown = clock(mask, torch.full((1, 3), torch.nan))
-    assert torch.equal(unknown, clock(mask, None))
-    assert (unknown - clock(mask, torch.zeros(1, 3))).abs().min(1).values.max() > 1e-3
+    fractions = torch.tensor([[0.2, 0.5, 0.8]])
+    known = clock(fractions, torch.tensor([[0.0, 0.5, 1.0]]))
+    assert (known - clock(fractions, torch.tensor([[0.0, 0.7, 1.0]])))[0, 1].abs().max() > 1e-2
+    unknown = clock(fractions, torch.full((1, 3), torch.nan))
+    assert torch.equal(unknown, clock(fractions, None))
+    assert (unknown - clock(fractions, torch.zeros(1, 3))).abs().min(1).values.max() > 1e-3
+
+
+def test_modalities_share_the_clip():
+    """Pictures of the second half alone stand in the second half of the sound; without seconds, order counts."""
+    mask = torch.ones(1, 5, dtype=torch.bool)
+    sound, pictures = torch.linspace(0, 2, 5).unsqueeze(0), torch.tensor([[1.0, 1.5, 2.0]])
+    span = clip_span([(mask, sound), (mask[:, :3], pictures), (mask[:, :2], None), (None, None)], like=mask)
+    assert span.tolist() == [[0, 2]]
+    assert clip_fractions(mask[:, :3], pictures, span).tolist() == [[0.5, 0.75, 1]]
+    assert clip_fractions(mask[:, :2], None, span).tolist() == [[0.25, 0.75]]
+    unknown = torch.tensor([[0.0, torch.nan, 2.0]])
+    assert clip_fractions(mask[:, :3], unknown, span).tolist() == [[0, 0.5, 1]]
+    lone = clip_span([(mask[:, :1], torch.tensor([[3.0]]))], like=mask)
+    assert clip_fractions(mask[:, :1], torch.tensor([[3.0]]), lone).tolist() == [[0.5]]
+    late = torch.tensor([[1.0, 2.0, 50.0]])  # padding may hold anything
+    padded = torch.tensor([[True, True, False]])
+    assert clip_fractions(padded, late, clip_span([(padded, late)], like=mask))[0, :2].tolist() == [0, 1]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("gating", ["hierarchical", "flat", "mean"])
+def test_pseudo_tokens_mix_what_each_expert_gives(gating):
+    fusion = build_fusion(gating=gating).eval()
+    inputs = inputs_of(audio=torch.randn(2, 12, 8), vision=torch.randn(2, 9, 6))
+    prompt = torch.randn(2, TEXT.hidden_size)
+    tokens, weights = fusion(inputs, prompt)
+    each, _ = fusion(inputs, prompt, each_expert=True)
+    torch.testing.assert_close(each[:, 0], tokens)
+    assert each.shape == (2, 4, 2, TEXT.hidden_size)
+    alone = build_fusion(gating=gating, experts=["global"]).eval()
+    torch.testing.assert_close(alone(inputs, prompt, each_expert=True)[0][:, 1], alone(inputs, prompt)[0])
 
 
 # Noise
