@@ -8,6 +8,7 @@ from datasets import Dataset, concatenate_datasets
 from scipy.stats import binomtest
 from sklearn.metrics import accuracy_score, f1_score
 
+from augmentation import augment
 from media_egmf import AudioClip, VideoClip
 from processing_egmf import AffectTask, EGMFProcessor
 from tower_cache import COLUMNS, PREPROCESSORS, TowerCache
@@ -45,6 +46,7 @@ class AffectCollator:
         with_answers: True for training: answers are appended and `labels` returned. False for scoring: prompts alone,
             `task_index` (B,), the task's place in `tasks`, and `answer_index` (B,), the gold answer's in its answers.
         cache: What is known of the rows' files; media that are not in it are decoded.
+        augmented: Modalities whose tower inputs are changed at random, for training; they have to be in the cache.
 
     Attributes:
         errors: Why a row's file gave nothing, by row id; it counts as a missing modality. (In this process only.)
@@ -55,6 +57,7 @@ class AffectCollator:
     modalities: list[str]
     with_answers: bool
     cache: TowerCache | None = None
+    augmented: tuple[str, ...] = ()
     errors: dict[str, str] = field(default_factory=dict)
 
     def __call__(self, rows: list[dict]):
@@ -66,6 +69,7 @@ class AffectCollator:
             elif self.cache is not None:
                 for row in rows:
                     for name, value in self.cache.load(modality, row[COLUMNS[modality]]).items():
+                        value = augment(modality, value) if modality in self.augmented else value
                         columns.setdefault(name, []).append(value)
             else:
                 columns[COLUMNS[modality]] = [self._load(modality, row) for row in rows]

@@ -4,8 +4,9 @@ A step of the LLM costs many times a step of all the rest, and from random pseud
 the fusion is taught before: each pseudo token is compared with the LLM's own embeddings of the legal answers, and the
 right answer has to be the nearest one. Then the LLM starts with tokens that already speak of what is seen and heard,
 in its own words. Towers from scratch learn before that, each by itself: behind the fusion, where every other modality
-explains the answers sooner, a tower of random weights is not found out about for very long. These phases are this
-implementation's choice; the paper (arXiv 2601.07565) does not have them.
+explains the answers sooner, a tower of random weights is not found out about for very long. Then they learn on with
+the fusion, from inputs that are changed at random (see `augmentation.py`). These phases are this implementation's
+choice; the paper (arXiv 2601.07565) does not have them.
 """
 
 import math

@@ -144,7 +144,10 @@ def read_frames(tower: PreTrainedModel, frames: torch.Tensor, mask: torch.Tensor
         return tuple(
             frames.new_zeros(*mask.shape, tower_size(tower.config)) for _ in range(tower_num_states(tower.config))
         )
-    states = tower(frames[mask].to(next(tower.parameters()).dtype), **OPTIONS).hidden_states
+    pictures = frames[mask].to(next(tower.parameters()).dtype)
+    if is_pyramid(tower.config):
+        pictures = pictures.to(memory_format=torch.channels_last)  # twice as fast on CPUs
+    states = tower(pictures, **OPTIONS).hidden_states
     # (frames in use, patches, size), of a pyramid (frames in use, size, height, width) -> (frames in use, size)
     means = [
         state.mean((2, 3)) if state.ndim == 4 else state.mean(1) for state in states[-tower_num_states(tower.config) :]

@@ -3,10 +3,12 @@
     python train.py recipes/mosi_smollm2.yaml --corpus_dir DIR [--any_field value ...]
     accelerate launch train.py recipes/mosi_smollm2.yaml --corpus_dir DIR
 
-A recipe with `tower_epochs` first trains each tower alone, one with `expert_epochs` the fusion without the LLM (in
-folders of their own), then all with LoRA. Writes to `output_dir`: the Trainer's checkpoints (the same command resumes
-from the last one), `log.jsonl`, and `model/`: merged and self-contained, for
-`AutoModel.from_pretrained(..., trust_remote_code=True)`, with the recipe's fields in `recipe.json`.
+A recipe with `tower_epochs` first trains each tower alone, one with `expert_epochs` the fusion without the LLM, and
+these towers with it, then the fusion and the LLM with LoRA. Writes to `output_dir`: a folder of checkpoints per phase
+(the same command resumes from the last one), `log.jsonl`, the trained towers in `towers/`, for the `audio_tower` and
+`vision_tower` of other recipes, and `model/`: merged and self-contained, for
+`AutoModel.from_pretrained(..., trust_remote_code=True)`, with the recipe's fields in `recipe.json`. With
+`num_train_epochs: 0` the towers are all that is made.
 """
 
 import dataclasses
@@ -173,6 +175,14 @@ def build_model(
     return model
 
 
+def learn(model: EGMFForConditionalGeneration, towers: list[str]) -> None:
+    """Which towers learn from now on, by modality; the others are frozen."""
+    model.model.freeze_towers()
+    for modality in towers:
+        getattr(model.model, f"{modality}_tower").requires_grad_()
+    model.train()  # a frozen tower has no dropout and keeps its statistics
+
+
 def add_lora(recipe: Recipe, model: EGMFForConditionalGeneration, trained: list[str]) -> PeftModel:
     """LoRA on the LLM's projections; the fusion, and the towers of the `trained` modalities, are trained whole."""
     lora = LoraConfig(
@@ -263,6 +273,12 @@ def metrics_of(tasks: list, predictions) -> dict[str, float]:
     return regression_metrics(gold, list(np.exp(predictions.predictions) @ scores))
 
 
+def save_tower(model: EGMFForConditionalGeneration, modality: str, preprocessor, folder: Path) -> None:
+    """A tower as a model of its own, with its feature extractor or image processor."""
+    getattr(model.model, f"{modality}_tower").save_pretrained(folder)
+    preprocessor.save_pretrained(folder)
+
+
 def save_model(recipe: Recipe, model: EGMFForConditionalGeneration, processor: EGMFProcessor, folder: Path) -> None:
     """The merged model, self-contained, with the recipe's fields in `recipe.json`."""
     model.save_pretrained(folder)
@@ -290,19 +306,31 @@ def main(arguments: list[str]) -> None:
     model = build_model(recipe, language_model, processor, towers, corpus["train"])
 
     training.remove_unused_columns = False  # the collator reads the corpus's columns
-    inputs = None
+    learns_on = trained_towers(recipe, towers)
+    with_experts = list(towers) if recipe.experts.tower_epochs else learns_on
+    inputs = fill_cache(recipe, model, processor, towers, with_experts, corpus, None) if towers else None
     if recipe.experts.tower_epochs:
-        inputs = fill_cache(recipe, model, processor, towers, list(towers), corpus, None)
         for modality in towers:
+            set_seed(training.seed)  # for the readout: whatever was computed or read before, it begins alike
             alone = TowerPretraining(model, modality, tasks[0]).requires_grad_()
             collator = AffectCollator(processor, tasks[:1], [modality], with_answers=False, cache=inputs)
             rows, phase = ask(corpus["train"], tasks[:1]), output / f"{modality}_tower"
             epochs, rate = recipe.experts.tower_epochs, recipe.experts.tower_learning_rate
             pretrain(recipe, alone, collator, rows, phase, epochs, rate)
-            alone.requires_grad_(False).eval()
-    learns_on = trained_towers(recipe, towers)
-    for modality in learns_on:
-        getattr(model.model, f"{modality}_tower").requires_grad_()
+            alone.requires_grad_(False)
+    if recipe.experts.expert_epochs:
+        learn(model, with_experts)
+        experts = ExpertPretraining(model.to(training.device), processor, tasks)
+        collator = AffectCollator(
+            processor, tasks, data.modalities, with_answers=False, cache=inputs, augmented=tuple(with_experts)
+        )
+        epochs, rate = recipe.experts.expert_epochs, recipe.experts.expert_learning_rate
+        pretrain(recipe, experts, collator, ask(corpus["train"], tasks), output / "experts", epochs, rate)
+    for modality in with_experts:
+        save_tower(model, modality, towers[modality][1], output / "towers" / modality)
+    if not training.num_train_epochs:
+        return
+    learn(model, learns_on)
     cache = fill_cache(recipe, model, processor, towers, learns_on, corpus, inputs) if towers else None
     learning, scoring = (
         AffectCollator(processor, tasks, data.modalities, with_answers=flag, cache=cache) for flag in (True, False)
@@ -310,12 +338,7 @@ def main(arguments: list[str]) -> None:
     train_rows = with_lengths(ask(corpus["train"], tasks), learning)
     validation = {task.name: with_lengths(ask(corpus["validation"], [task]), learning) for task in tasks}
     checkpoint = last_whole_checkpoint(output)
-    if recipe.experts.expert_epochs and checkpoint is None:
-        experts = ExpertPretraining(model.to(training.device), processor, tasks)
-        epochs, rate = recipe.experts.expert_epochs, recipe.experts.expert_learning_rate
-        pretrain(recipe, experts, scoring, train_rows, output / "experts", epochs, rate)
-    if recipe.experts.tower_epochs or recipe.experts.expert_epochs:
-        set_seed(training.seed)  # whichever phases were read and not run, the last one begins alike
+    set_seed(training.seed)  # whatever was read and not computed until here, the last phase begins alike
     model = add_lora(recipe, model, learns_on)
     model.print_trainable_parameters()
 

@@ -78,7 +78,7 @@ class ExpertArguments:
     """The phases before the LLM learns, see `pretraining.py`."""
 
     tower_epochs: int = field(
-        default=0, metadata={"help": "epochs of the towers alone, frozen afterwards; 0 for none"}
+        default=0, metadata={"help": "epochs of the towers alone, which then learn on with the experts; 0 for none"}
     )
     tower_learning_rate: float = 3e-3
     expert_epochs: int = field(default=0, metadata={"help": "epochs of the fusion without the LLM; 0 for none"})

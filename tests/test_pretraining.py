@@ -1,4 +1,4 @@
-"""The first phase of training, several tasks in one run, and what a run on raw media leaves, on a few small clips."""
+"""The phases before the LLM, several tasks in one run, and what a run on raw media leaves, on a few small clips."""
 
 import json
 import os
@@ -8,13 +8,16 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from augmentation import augment
 from corpora import load_corpus
 from corpora.avatars import KINDS
 from evaluation import AffectCollator, ask
+from media_inputs_egmf import TowerInput
 from pretraining import ExpertPretraining
 from processing_egmf import BUILTIN_TASKS
 from recipes import load_recipe
@@ -34,11 +37,19 @@ def clips(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def command(clips) -> list[str]:
-    """The avatars recipe with a small random LLM and few steps, less the folder that it writes to."""
+    """The avatars' towers and then a small random LLM, a few steps of each, less the folder that it writes to."""
     options = {"language_model": "tiny-random", "corpus_dir": clips, "corpus_options": json.dumps(CLIPS)}
-    options |= {"tower_epochs": 2, "expert_epochs": 2, "max_steps": 4, "save_steps": 2, "num_frames": 8, "bf16": False}
+    options |= {"tower_epochs": 2, "expert_epochs": 2, "num_frames": 8, "bf16": False}
+    options |= {
+        "num_train_epochs": 1,
+        "max_steps": 4,
+        "save_steps": 2,
+        "save_strategy": "steps",
+        "save_total_limit": 1,
+    }
+    options |= {"per_device_train_batch_size": 16}
     flat = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
-    return [sys.executable, str(REPO / "train.py"), "recipes/avatars_smollm2.yaml", *flat]
+    return [sys.executable, str(REPO / "train.py"), "recipes/avatars_towers.yaml", *flat]
 
 
 def environment(folder: Path) -> dict[str, str]:
@@ -62,6 +73,24 @@ def test_all_phases_are_logged_and_nothing_of_the_llm_is_in_the_first_ones_check
     assert list(dict.fromkeys(phases)) == ["audio_tower", "vision_tower", "experts", None]
     weights = load_file(next((trained / "experts").glob("checkpoint-*")) / "model.safetensors")
     assert {name.split(".")[0] for name in weights} == {"fusion", "towers", "scale"}
+
+
+def test_trained_towers_are_models_of_their_own(command, trained, tmp_path):
+    """Another recipe takes them by their folders; with no epochs of the LLM they are all that a run makes."""
+    model = load_file(trained / "model" / "model.safetensors")
+    for name in ("audio", "vision"):
+        weights = load_file(trained / "towers" / name / "model.safetensors")
+        assert weights and all(
+            torch.equal(model[f"model.{name}_tower.{key}"], value) for key, value in weights.items()
+        )
+    own = [*command, "--output_dir", str(tmp_path / "run"), "--tower_epochs", "0", "--expert_epochs", "1"]
+    own += [part for name in ("audio", "vision") for part in (f"--{name}_tower", str(trained / "towers" / name))]
+    subprocess.run([*own, "--num_train_epochs", "0"], cwd=REPO, env=environment(tmp_path), check=True)
+    assert not (tmp_path / "run" / "model").exists() and not (tmp_path / "run" / "towers").exists()
+    subprocess.run(own, cwd=REPO, env=environment(tmp_path), check=True)
+    again = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    frozen = [name for name in model if "_tower." in name]
+    assert frozen and all(torch.equal(model[name], again[name]) for name in frozen)
 
 
 def test_one_model_answers_both_tasks_from_files(trained, clips, tmp_path):
@@ -98,7 +127,7 @@ def test_a_run_killed_between_and_in_its_phases_ends_alike(command, trained, tmp
 
 
 def test_pretraining_learns_fusion_and_towers_alone(command, clips):
-    recipe = load_recipe([str(REPO / "recipes/avatars_smollm2.yaml"), *command[3:]])
+    recipe = load_recipe([str(REPO / "recipes/avatars_towers.yaml"), *command[3:]])
     language_model, towers = resolve_language_model("tiny-random"), build_towers(recipe)
     processor = build_processor(recipe, language_model, towers)
     corpus = load_corpus("avatars", clips, **CLIPS)
@@ -137,3 +166,25 @@ def test_towers_that_learn_with_the_llm(command, tmp_path):
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     averages = [value for name, value in whole.items() if "vision_tower" in name and name.endswith("running_mean")]
     assert averages and all((value != 0).any() for value in averages)
+
+
+def test_variants_of_a_clip_keep_what_is_shown():
+    """Random, but repeatable; shapes, mask and times stay; all frames of a clip change alike; waveforms stay."""
+    pictures = np.random.default_rng(0).uniform(-1, 1, (5, 3, 8, 8)).astype(np.float32)
+    pictures[1] = pictures[0]
+    clip = TowerInput(pictures, None, np.arange(5.0))
+    torch.manual_seed(0)
+    first, second = augment("vision", clip), augment("vision", clip)
+    torch.manual_seed(0)
+    assert np.array_equal(first.values, augment("vision", clip).values)
+    assert first.values.shape == pictures.shape and first.values.dtype == np.float32 and first.times is clip.times
+    assert np.array_equal(first.values[0], first.values[1])
+    assert np.abs(first.values - second.values).max() > 0.05
+    bands = np.tile(np.arange(20, dtype=np.float32)[:, None], (1, 6))
+    variants = [augment("audio", TowerInput(bands)).values for _ in range(50)]
+    assert all(variant.shape == bands.shape for variant in variants)
+    # A band is at most two bands and the level's share from where it was, unless it is blanked.
+    shifts = np.stack([np.abs(variant - bands).max(1) for variant in variants])
+    assert np.median(shifts) < 2.2 and (shifts > 2.2).any() and shifts.std(0).min() > 0
+    wave = TowerInput(np.ones(16, dtype=np.float32))
+    assert augment("audio", wave) is wave and augment("vision", None) is None
