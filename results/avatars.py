@@ -1,0 +1,197 @@
+"""Avatars: trains and tests the model, single modalities and the model without each expert; makes the tables.
+
+    python results/avatars.py run --corpus_dir DIR --runs_dir RUNS_DIR --seeds 1111 2222 3333
+    python results/avatars.py collect RUNS_DIR
+    python results/avatars.py render
+
+`run` trains the towers of each seed by `recipes/avatars_towers.yaml` into `RUNS_DIR/towers_<seed>/`, then every
+variant of `recipes/avatars_smollm2.yaml` on them into `RUNS_DIR/<variant>_<seed>/`, and tests both tasks;
+what is finished is skipped. `collect` reads those folders beside what results/avatars.json has from other machines;
+`render` reads the JSON file alone, and fills the table in README.md too.
+"""
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+
+RESULTS = Path(__file__).resolve().parent
+RECIPES = {"towers": "recipes/avatars_towers.yaml", "model": "recipes/avatars_smollm2.yaml"}
+TASKS = {"avatars": "accuracy", "avatars_score": "mae"}
+ANSWER = {"avatars": "distribution", "avatars_score": "median"}
+# What a variant changes in the recipe, and how the tables call it.
+VARIANTS: dict[str, tuple[list[str], str]] = {
+    "full": ([], "text, audio and vision"),
+    "text": (["--modalities", "text"], "text only"),
+    "audio": (["--modalities", "audio"], "audio only"),
+    "vision": (["--modalities", "vision"], "vision only"),
+    "no_local": (["--experts", "semantic", "global"], "without the local expert"),
+    "no_semantic": (["--experts", "local", "global"], "without the semantic expert"),
+    "no_global": (["--experts", "local", "semantic"], "without the global expert"),
+    "flat": (["--gating", "flat"], "flat gate"),
+}
+
+
+def commands_of(variant: str, seed: int, corpus_dir: str, runs_dir: Path) -> list[list[str]]:
+    """What makes a run: training, then an evaluation for each task. Of the towers, training alone."""
+    folder, towers = runs_dir / f"{variant}_{seed}", runs_dir / f"towers_{seed}" / "towers"
+    own = ["--corpus_dir", corpus_dir, "--output_dir", str(folder), "--seed", str(seed)]
+    if variant == "towers":
+        return [["train.py", RECIPES["towers"], *own]]
+    own += ["--audio_tower", str(towers / "audio"), "--vision_tower", str(towers / "vision")]
+    commands = [["train.py", RECIPES["model"], *own, *VARIANTS[variant][0]]]
+    for task in TASKS:
+        test = ["eval.py", str(folder / "model"), "--corpus", "avatars", "--corpus_dir", corpus_dir]
+        commands.append([*test, "--task", task, "--split", "test", "--output", str(folder / task)])
+    return commands
+
+
+def finished(command: list[str]) -> bool:
+    """Whether what a command makes is there."""
+    if command[0] == "eval.py":
+        return (Path(command[-1]) / "metrics.json").exists()
+    output = Path(command[command.index("--output_dir") + 1])
+    last = "towers/vision/preprocessor_config.json" if RECIPES["towers"] in command else "model/recipe.json"
+    return (output / last).exists()
+
+
+def run(corpus_dir: str, runs_dir: Path, variants: list[str], seeds: list[int]) -> None:
+    for seed in seeds:
+        for variant in ["towers", *variants]:
+            folder = runs_dir / f"{variant}_{seed}"
+            folder.mkdir(parents=True, exist_ok=True)
+            commands = commands_of(variant, seed, corpus_dir, runs_dir)
+            lines = [shlex.join(["python", *words]) for words in commands_of(variant, seed, "DIR", Path("RUNS_DIR"))]
+            (folder / "command.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+            for command in commands:
+                if not finished(command):
+                    print(shlex.join(command), flush=True)
+                    subprocess.run([sys.executable, *command], check=True)
+
+
+def collect(runs_dir: Path, known: list[dict]) -> list[dict]:
+    """The evaluated runs of a folder, each with both tasks' figures over all clips and by kind, beside those known."""
+    runs = {(run["variant"], run["seed"]): run for run in known}
+    for folder in sorted(path for path in runs_dir.iterdir() if path.is_dir()):
+        variant, _, seed = folder.name.rpartition("_")
+        if variant not in VARIANTS or not all((folder / task / "metrics.json").exists() for task in TASKS):
+            print(f"{folder}: not evaluated, left out")
+            continue
+        entry = {"variant": variant, "seed": int(seed), "command": (folder / "command.txt").read_text().splitlines()}
+        for task, measure in TASKS.items():
+            report = json.loads((folder / task / "metrics.json").read_text(encoding="utf-8"))
+            groups = {"all": report["answers"]} | report["groups"]
+            entry["samples"] = report["samples"]
+            for answer in ("greedy", ANSWER[task]):
+                figures = {group: round(answers[answer][measure], 6) for group, answers in groups.items()}
+                entry[f"{measure}_{answer}"] = figures
+            entry[f"unparsable_{task}"] = report["answers"]["greedy"]["unparsable"]
+        runs[entry["variant"], entry["seed"]] = entry
+    order = list(VARIANTS)
+    return sorted(runs.values(), key=lambda entry: (order.index(entry["variant"]), entry["seed"]))
+
+
+def spread(values: list[float], digits: int) -> str:
+    """Mean and, of several seeds, standard deviation."""
+    mean = f"{np.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.{digits}f}"
+
+
+def table(runs: list[dict], figure: str, scale: float, digits: int) -> str:
+    """One row per variant: a figure over all clips and by kind."""
+    groups = list(runs[0][figure])
+    rows = [["model", "seeds", *groups], ["---"] * (2 + len(groups))]
+    for variant, (_, name) in VARIANTS.items():
+        own = [entry for entry in runs if entry["variant"] == variant]
+        if own:
+            cells = [spread([scale * entry[figure][group] for entry in own], digits) for group in groups]
+            rows.append([name, str(len(own)), *cells])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def main_table(runs: list[dict]) -> str:
+    return table(runs, "accuracy_distribution", 100, 1)
+
+
+def render(runs: list[dict]) -> str:
+    """The whole text of results/avatars.md."""
+    sys.path.insert(0, str(RESULTS.parent))
+    from corpora.avatars import KINDS, ceiling
+
+    seen = {"text": ("text",), "audio": ("audio",), "vision": ("vision",), "all three": ("text", "audio", "vision")}
+    limits = [["seen", "all", *KINDS], ["---"] * (2 + len(KINDS))]
+    for name, modalities in seen.items():
+        best = ceiling(modalities)
+        limits.append([name, *(f"{100 * best[group]:.1f}" for group in ("all", *KINDS))])
+    seeds = sorted({entry["seed"] for entry in runs})
+    unparsable = sum(entry[f"unparsable_{task}"] for entry in runs for task in TASKS)
+    parts = [
+        "# Avatars: test results",
+        f"{runs[0]['samples']} generated clips of people, things and sentences that training does not have, six kinds "
+        "of four emotions ([`corpora/avatars`](../corpora/avatars/__init__.py) says what the kinds are). One model "
+        "answers both tasks: SmolLM2-135M-Instruct with LoRA. The towers of a seed are trained once, with all experts "
+        "and modalities, and every variant of that seed reads the same frozen ones. "
+        f"Seeds {', '.join(map(str, seeds))}; mean ± standard deviation where there are several.",
+        "## Emotion: accuracy in percent",
+        "The most probable legal answer of `score_labels()`.",
+        main_table(runs),
+        "The text of plain `generate()`; "
+        f"{unparsable} answers of all runs and both tasks together were not a legal answer.",
+        table(runs, "accuracy_greedy", 100, 1),
+        "The best that can be done with what is seen, by the corpus's own rules (`ceiling`):",
+        "\n".join("| " + " | ".join(row) + " |" for row in limits),
+        "## Sentiment score: mean absolute error",
+        "Scores run from -1 to 1. The median of the distribution.",
+        table(runs, "mae_median", 1, 3),
+        "## Commands",
+        "```bash\n" + "\n".join(commands_text(runs)) + "\n```",
+        "Made from `results/avatars.json` by `python results/avatars.py render`.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def commands_text(runs: list[dict]) -> list[str]:
+    """The towers' command and each run's, with their comments."""
+    lines = []
+    for seed in sorted({entry["seed"] for entry in runs}):
+        towers = commands_of("towers", seed, "DIR", Path("RUNS_DIR"))
+        lines += [f"# towers, seed {seed}", *(shlex.join(["python", *words]) for words in towers)]
+    for entry in runs:
+        lines += [f"# {entry['variant']}, seed {entry['seed']}", *entry["command"]]
+    return lines
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    runner = commands.add_parser("run", help="train and test")
+    runner.add_argument("--corpus_dir", required=True)
+    runner.add_argument("--runs_dir", type=Path, required=True)
+    runner.add_argument("--variants", nargs="*", choices=VARIANTS, default=list(VARIANTS))
+    runner.add_argument("--seeds", type=int, nargs="+", default=[1111, 2222, 3333])
+    commands.add_parser("collect", help="runs -> results/avatars.json").add_argument("runs_dir", type=Path)
+    commands.add_parser("render", help="results/avatars.json -> results/avatars.md and README.md")
+    args = parser.parse_args(arguments)
+    file = RESULTS / "avatars.json"
+    if args.command == "run":
+        run(args.corpus_dir, args.runs_dir, args.variants, args.seeds)
+    elif args.command == "collect":
+        known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+        file.write_text(json.dumps(collect(args.runs_dir, known), indent=1) + "\n", encoding="utf-8")
+    else:
+        runs = json.loads(file.read_text(encoding="utf-8"))
+        (RESULTS / "avatars.md").write_text(render(runs), encoding="utf-8")
+        sys.path.insert(0, str(RESULTS.parent))
+        from results.make_tables import README, fill_readme
+
+        readme = fill_readme(README.read_text(encoding="utf-8"), "avatars", main_table(runs))
+        README.write_text(readme, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
