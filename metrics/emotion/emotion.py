@@ -30,11 +30,13 @@ class Emotion(evaluate.Metric):
         )
 
     def add_batch(self, *, predictions=None, references=None, **kwargs) -> None:
-        # `evaluate` refuses a null where it looks for a string first.
+        """Adds a batch."""
+        # `evaluate` refuses None as the first of strings; no label is empty.
         predictions = ["" if answer is None else answer for answer in predictions]
         super().add_batch(predictions=predictions, references=references, **kwargs)
 
     def add(self, *, prediction=None, reference=None, **kwargs) -> None:
+        """Adds one answer."""
         super().add(prediction=prediction or "", reference=reference, **kwargs)
 
     def _compute(self, predictions, references, labels=None, decimals=None) -> dict:

@@ -78,7 +78,8 @@ def _r2(y: np.ndarray, p: np.ndarray) -> float | None:
     """The coefficient of determination; None where the gold scores are constant."""
     if not len(y) or np.ptp(y) == 0:
         return None
-    return 1 - np.square(y - p).sum(dtype=np.float64) / np.square(y - y.mean()).sum(dtype=np.float64)
+    y, p = y.astype(np.float64), p.astype(np.float64)  # as `np.corrcoef` does by itself; no edge is near
+    return 1 - np.square(y - p).sum() / np.square(y - y.mean()).sum()
 
 
 def _weighted_f1(gold: np.ndarray, given: np.ndarray) -> float:
