@@ -204,6 +204,7 @@ def test_a_meld_label_reaches_no_cherma_run(model_folder, tmp_path, monkeypatch)
     assert not (tmp_path / "out").exists() and not (tmp_path / "run" / "log.jsonl").exists()
 
 
+@pytest.mark.filterwarnings("ignore:Glyph")  # a machine without a Chinese font draws boxes
 def test_an_evaluation_across_corpora_is_written_whole(model_folder, tmp_path, monkeypatch, capsys):
     labels = ["高兴", "悲伤", "平静", "高兴", "愤怒", "惊奇"]
     corpus = rows_with("emotion", labels)
