@@ -29,7 +29,7 @@ from transformers.utils import cached_file
 import robustness
 from comparison import cluster_of, intervals, mcnemar, paired_differences, resample
 from corpora import CORPORA, group_of, load_corpus
-from evaluation import Predictor, check_labels, measure_of, metrics_of
+from evaluation import LABEL_COLUMNS, Predictor, check_labels, measure_of, metrics_of
 from label_maps import LABEL_MAPS
 from plots import plot_conditions, plot_confusion, plot_gates, plot_scores
 
@@ -71,19 +71,29 @@ def write_plots(predictions: list[dict], groups: list[str | None], task, folder:
     plot_gates(predictions, labels if None in groups else groups, folder / "gates.png")
 
 
-def compare(predictions: list[dict], other_file: Path, task, samples: list) -> dict[str, dict]:
-    """Paired tests of this run against another one on the same samples, by kind of answer."""
-    others = {row["id"]: row for row in map(json.loads, other_file.read_text(encoding="utf-8").splitlines())}
-    gold = {row["id"]: row["gold"] for row in predictions}
+def read_predictions(file: Path, rows, task) -> dict[str, dict]:
+    """The answers of another run to the same samples, by id.
+
+    Raises:
+        ValueError: If its ids, or its gold labels, are not those of `rows`.
+    """
+    others = {row["id"]: row for row in map(json.loads, file.read_text(encoding="utf-8").splitlines())}
+    gold = dict(zip(rows["id"][:], rows[LABEL_COLUMNS[task.kind]][:], strict=True))
     if {row_id: row["gold"] for row_id, row in others.items()} != gold:
         what = "gold labels" if set(others) == set(gold) else "ids"
-        raise ValueError(f"{other_file}: its {what} are not those of this evaluation, wanted the same samples")
-    tests = {}
+        raise ValueError(f"{file}: its {what} are not those of this evaluation, wanted the same samples")
+    return {row_id: row["answers"] for row_id, row in others.items()}
+
+
+def compare(predictions: list[dict], others: dict[str, dict], task, samples: list) -> dict[str, dict]:
+    """Paired tests of this run against another one on the same samples, by kind of answer."""
+    gold, tests = [row["gold"] for row in predictions], {}
     for answer in predictions[0]["answers"]:
-        here, there = ([row["answers"][answer] for row in rows] for rows in (predictions, map(others.get, gold)))
-        tests[answer] = {"differences": paired_differences(measure_of(task), [*gold.values()], here, there, samples)}
+        here = [row["answers"][answer] for row in predictions]
+        there = [others[row["id"]][answer] for row in predictions]
+        tests[answer] = {"differences": paired_differences(measure_of(task), gold, here, there, samples)}
         if task.kind == "classification":
-            correct = ([a == b for a, b in zip(run, gold.values(), strict=True)] for run in (here, there))
+            correct = ([a == b for a, b in zip(run, gold, strict=True)] for run in (here, there))
             tests[answer]["mcnemar"] = mcnemar(*correct)
     return tests
 
@@ -109,7 +119,12 @@ def _cell(value: float | int | None, interval: list[float] | None = None) -> str
 
 def evaluate(args: argparse.Namespace, predict: Predictor, rows, modalities: list[str], report: dict) -> None:
     """The ordinary evaluation: predictions, figures, tests and plots, into the output folder."""
-    predictions, task = predict(rows, modalities)[0], predict.judged
+    task = predict.judged
+    others = read_predictions(args.compare, rows, task) if args.compare else None
+    predictions = predict(rows, modalities)[0]
+    with (args.output / "predictions.jsonl").open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in predictions)
+
     gold = [row["gold"] for row in predictions]
     metrics = metrics_of(predictions, task)
     samples = resample([row["id"] for row in predictions])
@@ -117,19 +132,17 @@ def evaluate(args: argparse.Namespace, predict: Predictor, rows, modalities: lis
         answer: intervals(measure_of(task), gold, [row["answers"][answer] for row in predictions], samples)
         for answer in metrics
     }
-    clusters = len({cluster_of(row["id"]) for row in predictions})
-    report |= {"answers": metrics, "intervals": spread, "clusters": clusters}
+    report |= {"answers": metrics, "intervals": spread}
+    report["clusters"] = len({cluster_of(row["id"]) for row in predictions})
     groups = [group_of(args.corpus, row["id"]) for row in predictions]
     if None not in groups:
         report["groups"] = {
             group: metrics_of([row for row, own in zip(predictions, groups, strict=True) if own == group], task)
             for group in dict.fromkeys(groups)
         }
-    if args.compare:
-        report["compared_to"] = compare(predictions, args.compare, task, samples)
+    if others is not None:
+        report["compared_to"] = compare(predictions, others, task, samples)
 
-    with (args.output / "predictions.jsonl").open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in predictions)
     write_report(args.output / "metrics.json", report)
     write_plots(predictions, groups, task, args.output)
 

@@ -183,44 +183,38 @@ class Predictor:
         # Alike lengths together: less padding, the same numbers.
         order = sorted(range(len(asked)), key=prompt_lengths(asked, collator).__getitem__)
         loader = DataLoader(asked.select(order), batch_size=self.batch_size, collate_fn=collator)
-        answered: list[list[tuple]] = [[] for _ in changes]
+        ids, gold = rows["id"][:], rows[LABEL_COLUMNS[self.judged.kind]][:]
+        results: list[list[dict]] = [[{}] * len(order) for _ in changes]
         for number, batch in enumerate(tqdm(loader, desc="evaluating", unit="batch", disable=None)):
+            places = order[number * self.batch_size :][: self.batch_size]
             # Once for all answers.
             inputs = self.model.encode_media({name: value.to(self.device) for name, value in batch.items()})
-            ids = [rows[row]["id"] for row in order[number * self.batch_size :][: self.batch_size]]
-            for answers, change in zip(answered, changes, strict=True):
-                answers += self._answers(inputs if change is None else change(inputs, ids))
-        return [self._in_order(rows, order, answers, collator.errors) for answers in answered]
+            for predictions, change in zip(results, changes, strict=True):
+                changed = inputs if change is None else change(inputs, [ids[place] for place in places])
+                for place, answered in zip(places, self._answers(changed), strict=True):
+                    predictions[place] = {"id": ids[place], "gold": gold[place]} | answered
+                    if error := collator.errors.get(ids[place]):
+                        predictions[place]["media_error"] = error
+        return results
 
-    def _answers(self, inputs: dict[str, torch.Tensor]) -> list[tuple]:
-        """Of a batch, greedy text, distribution and gate weights of each row."""
+    def _answers(self, inputs: dict[str, torch.Tensor]) -> list[dict]:
+        """What the model says of each row of a batch."""
         model, processor, task = self.model, self.processor, self.task
         scores = model.score_labels(candidates=processor.candidates(task), **inputs)
         generated = model.generate(**inputs, max_new_tokens=processor.max_answer_tokens(task), do_sample=False)
-        greedy = processor.decode_answers(generated[:, inputs["input_ids"].shape[1] :], task)
+        texts = processor.decode_answers(generated[:, inputs["input_ids"].shape[1] :], task)
         distributions = processor.summarize(scores.log_probs, task)
         gates = gate_names(scores.gate_weights, model.config.experts, model.config.modalities)
-        return list(zip(greedy, distributions, gates, strict=True))
-
-    def _in_order(self, rows: Dataset, order: list[int], answers: list[tuple], errors: dict[str, str]) -> list[dict]:
-        results: list[dict] = [{}] * len(order)
-        for index, (greedy, distribution, gate) in zip(order, answers, strict=True):
-            given = {"greedy": greedy.value, "distribution": self.task.parse(distribution.top)}
-            if self.task.kind == "regression":
-                given |= {"expected": distribution.expected, "median": distribution.median}
+        said = []
+        for greedy, distribution, gate in zip(texts, distributions, gates, strict=True):
+            answers = {"greedy": greedy.value, "distribution": task.parse(distribution.top)}
+            if task.kind == "regression":
+                answers |= {"expected": distribution.expected, "median": distribution.median}
             if self.label_map is not None:
-                given = {name: self.label_map(answer) for name, answer in given.items()}
-            results[index] = {
-                "id": rows[index]["id"],
-                "gold": gold_answer(rows[index], self.judged),
-                "greedy_text": greedy.text,
-                "answers": given,
-                "distribution": distribution.probabilities,
-                "gate_weights": gate,
-            }
-            if error := errors.get(rows[index]["id"]):
-                results[index]["media_error"] = error
-        return results
+                answers = {name: self.label_map(answer) for name, answer in answers.items()}
+            row = {"greedy_text": greedy.text, "answers": answers, "distribution": distribution.probabilities}
+            said.append(row | {"gate_weights": gate})
+        return said
 
 
 def measure_of(task: AffectTask) -> Callable[[Sequence, Sequence], dict[str, Any]]:
