@@ -1,13 +1,20 @@
-"""Evaluates a trained EGMF model on a split of a corpus, and compares two evaluations.
+"""Evaluates a trained EGMF model on a split of a corpus, compares two evaluations, and takes modalities away.
 
     python eval.py runs/mosi/model --corpus mosi --corpus_dir DIR --split test --output runs/mosi/test
     python eval.py ... --compare runs/other/test/predictions.jsonl
+    python eval.py runs/meld/model --corpus cherma --task meld --label_map meld-cherma ...
+    python eval.py ... --robustness mmin
 
 Writes to the output folder `metrics.json` (of a corpus that sorts its rows into groups, by group too),
 `predictions.jsonl` (id, gold, greedy text, distribution, answers, gate weights) and plots as PNG (the confusion
 matrix, or the predicted against the true scores; the gate weights by group or label), and prints one table. Two
 answers are judged side by side: the greedy text of plain `generate()`, in which an unparsable answer is a wrong one
-and is counted, and the most probable legal answer of `score_labels()`.
+and is counted, and the most probable legal answer of `score_labels()`; for scores also the mean and the median of its
+distribution. Intervals are 95 %, by bootstrap over videos or dialogues.
+
+With a label map the corpus's own labels are the gold ones, and `answers` are brought into them; `greedy_text` and
+`distribution` stay what the model said. With `--robustness`, only `PROTOCOL.json`, `PROTOCOL.md` and `PROTOCOL.png`
+are written: the figures, their summary as one table and one plot (see `robustness.py`).
 """
 
 import argparse
@@ -15,25 +22,16 @@ import json
 import sys
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
-from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 from transformers import AutoModel, AutoProcessor
 from transformers.utils import cached_file
 
+import robustness
+from comparison import cluster_of, intervals, mcnemar, paired_differences, resample
 from corpora import CORPORA, group_of, load_corpus
-from evaluation import (
-    AffectCollator,
-    ask,
-    classification_metrics,
-    gold_answer,
-    mcnemar,
-    prompt_lengths,
-    regression_metrics,
-)
-from pipeline_egmf import gate_names
-from plots import plot_confusion, plot_gates, plot_scores
+from evaluation import LABEL_COLUMNS, Predictor, check_labels, measure_of, metrics_of
+from label_maps import LABEL_MAPS
+from plots import plot_conditions, plot_confusion, plot_gates, plot_scores
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -47,59 +45,19 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--modalities", nargs="+", help="what the model may see; by default what it was trained on")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--output", required=True, type=Path, help="folder for metrics.json and predictions.jsonl")
+    parser.add_argument("--label_map", choices=LABEL_MAPS, help="from the task's answers to the corpus's labels")
     parser.add_argument("--compare", type=Path, help="predictions.jsonl of another run on the same samples")
-    return parser.parse_args(arguments)
+    parser.add_argument("--robustness", choices=robustness.PROTOCOLS, help="missing or noisy modalities, by protocol")
+    parsed = parser.parse_args(arguments)
+    if parsed.compare and parsed.robustness:
+        parser.error("--compare: not together with --robustness, which writes no predictions")
+    return parsed
 
 
 def load_training_fields(model: str) -> dict:
     """The recipe a model was trained by, from `recipe.json` beside its weights; empty where there is none."""
     file = cached_file(model, "recipe.json", _raise_exceptions_for_missing_entries=False)
     return json.loads(Path(file).read_text(encoding="utf-8")) if file else {}
-
-
-@torch.no_grad()
-def predict(model, processor, rows, task, modalities: list[str], batch_size: int, device) -> list[dict]:
-    """One prediction per row, in the rows' order."""
-    rows, collator = ask(rows, [task]), AffectCollator(processor, [task], modalities, with_answers=False)
-    # Alike lengths together: less padding, the same numbers.
-    order = sorted(range(len(rows)), key=prompt_lengths(rows, collator).__getitem__)
-    loader = DataLoader(rows.select(order), batch_size=batch_size, collate_fn=collator)
-    candidates, predictions = processor.candidates(task), []
-    for batch in tqdm(loader, desc="evaluating", unit="batch", disable=None):
-        inputs = {name: value.to(device) for name, value in batch.items() if not name.endswith("_index")}
-        inputs = model.encode_media(inputs)  # once for both answers
-        scores = model.score_labels(candidates=candidates, **inputs)
-        generated = model.generate(**inputs, max_new_tokens=processor.max_answer_tokens(task), do_sample=False)
-        greedy = processor.decode_answers(generated[:, inputs["input_ids"].shape[1] :], task)
-        distributions = processor.summarize(scores.log_probs, task)
-        gates = gate_names(scores.gate_weights, model.config.experts, model.config.modalities)
-        predictions += zip(greedy, distributions, gates, strict=True)
-
-    results: list[dict] = [{}] * len(order)
-    for index, (greedy, distribution, gate) in zip(order, predictions, strict=True):
-        answers = {"greedy": greedy.value, "distribution": task.parse(distribution.top)}
-        if task.kind == "regression":
-            answers |= {"expected": distribution.expected, "median": distribution.median}
-        results[index] = {
-            "id": rows[index]["id"],
-            "gold": gold_answer(rows[index], task),
-            "greedy_text": greedy.text,
-            "answers": answers,
-            "distribution": distribution.probabilities,
-            "gate_weights": gate,
-        }
-        if error := collator.errors.get(rows[index]["id"]):
-            results[index]["media_error"] = error
-    return results
-
-
-def metrics_of(predictions: list[dict], task) -> dict[str, dict]:
-    """Metrics by kind of answer."""
-    gold = [row["gold"] for row in predictions]
-    measure = classification_metrics if task.kind == "classification" else regression_metrics
-    return {
-        answer: measure(gold, [row["answers"][answer] for row in predictions]) for answer in predictions[0]["answers"]
-    }
 
 
 def write_plots(predictions: list[dict], groups: list[str | None], task, folder: Path) -> None:
@@ -113,13 +71,107 @@ def write_plots(predictions: list[dict], groups: list[str | None], task, folder:
     plot_gates(predictions, labels if None in groups else groups, folder / "gates.png")
 
 
-def compare(predictions: list[dict], other_file: Path, answer: str) -> dict:
-    """Paired test of two runs' answers to the same samples, by id."""
-    others = {row["id"]: row for row in map(json.loads, other_file.read_text(encoding="utf-8").splitlines())}
-    if set(others) != {row["id"] for row in predictions}:
-        raise ValueError(f"{other_file}: its ids are not those of this evaluation, wanted the same samples")
-    correct = [row["answers"][answer] == row["gold"] for row in predictions]
-    return mcnemar(correct, [others[row["id"]]["answers"][answer] == row["gold"] for row in predictions])
+def read_predictions(file: Path, rows, task) -> dict[str, dict]:
+    """The answers of another run to the same samples, by id.
+
+    Raises:
+        ValueError: If its ids, or its gold labels, are not those of `rows`.
+    """
+    others = {row["id"]: row for row in map(json.loads, file.read_text(encoding="utf-8").splitlines())}
+    gold = dict(zip(rows["id"][:], rows[LABEL_COLUMNS[task.kind]][:], strict=True))
+    if {row_id: row["gold"] for row_id, row in others.items()} != gold:
+        what = "gold labels" if set(others) == set(gold) else "ids"
+        raise ValueError(f"{file}: its {what} are not those of this evaluation, wanted the same samples")
+    return {row_id: row["answers"] for row_id, row in others.items()}
+
+
+def compare(predictions: list[dict], others: dict[str, dict], task, samples: list) -> dict[str, dict]:
+    """Paired tests of this run against another one on the same samples, by kind of answer."""
+    gold, tests = [row["gold"] for row in predictions], {}
+    for answer in predictions[0]["answers"]:
+        here = [row["answers"][answer] for row in predictions]
+        there = [others[row["id"]][answer] for row in predictions]
+        tests[answer] = {"differences": paired_differences(measure_of(task), gold, here, there, samples)}
+        if task.kind == "classification":
+            correct = ([a == b for a, b in zip(run, gold, strict=True)] for run in (here, there))
+            tests[answer]["mcnemar"] = mcnemar(*correct)
+    return tests
+
+
+def table_of(metrics: dict[str, dict], spread: dict[str, dict]) -> str:
+    """Figures in rows, kinds of answer in columns, with their intervals."""
+    lines = [["", *metrics]]
+    for name, value in next(iter(metrics.values())).items():
+        if isinstance(value, dict):
+            lines += [[f"{name} {part}", *(_cell(row[name][part]) for row in metrics.values())] for part in value]
+        else:
+            cells = (_cell(row[name], spread[answer].get(name)) for answer, row in metrics.items())
+            lines.append([name, *cells])
+    width = max(len(line[0]) for line in lines)
+    return "\n".join(line[0].ljust(width) + "".join(cell.rjust(26) for cell in line[1:]) for line in lines)
+
+
+def _cell(value: float | int | None, interval: list[float] | None = None) -> str:
+    if not isinstance(value, float):
+        return "-" if value is None else str(value)
+    return f"{value:.4f}" + (f" [{interval[0]:.4f}, {interval[1]:.4f}]" if interval else "")
+
+
+def evaluate(args: argparse.Namespace, predict: Predictor, rows, modalities: list[str], report: dict) -> None:
+    """The ordinary evaluation: predictions, figures, tests and plots, into the output folder."""
+    task = predict.judged
+    others = read_predictions(args.compare, rows, task) if args.compare else None
+    predictions = predict(rows, modalities)[0]
+    with (args.output / "predictions.jsonl").open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in predictions)
+
+    gold = [row["gold"] for row in predictions]
+    metrics = metrics_of(predictions, task)
+    samples = resample([row["id"] for row in predictions])
+    spread = {
+        answer: intervals(measure_of(task), gold, [row["answers"][answer] for row in predictions], samples)
+        for answer in metrics
+    }
+    report |= {"answers": metrics, "intervals": spread}
+    report["clusters"] = len({cluster_of(row["id"]) for row in predictions})
+    groups = [group_of(args.corpus, row["id"]) for row in predictions]
+    if None not in groups:
+        report["groups"] = {
+            group: metrics_of([row for row, own in zip(predictions, groups, strict=True) if own == group], task)
+            for group in dict.fromkeys(groups)
+        }
+    if others is not None:
+        report["compared_to"] = compare(predictions, others, task, samples)
+
+    write_report(args.output / "metrics.json", report)
+    write_plots(predictions, groups, task, args.output)
+
+    print(f"{args.corpus} / {args.split}: {len(rows)} samples")
+    print(table_of(metrics, spread))
+    for answer, tests in report.get("compared_to", {}).items():
+        for name, test in [*tests["differences"].items(), ("mcnemar", tests.get("mcnemar"))]:
+            if test is not None:
+                figures = ", ".join(f"{key} {value:.4g}" for key, value in test.items())
+                print(f"{answer} against {args.compare}, {name}: {figures}")
+
+
+def evaluate_robustness(args: argparse.Namespace, predict: Predictor, rows, modalities, report: dict) -> None:
+    """A protocol's conditions: all figures, one table and one plot, into the output folder."""
+    report |= robustness.run(args.robustness, predict, rows, modalities)
+    kind = predict.judged.kind
+    answer, measures = robustness.SHOWN[kind]
+    title = f"{args.robustness}: {args.corpus} / {args.split}, {len(rows)} samples, {answer}"
+    table = robustness.render(report, kind)
+    write_report(args.output / f"{args.robustness}.json", report)
+    (args.output / f"{args.robustness}.md").write_text(f"{title}\n\n{table}", encoding="utf-8")
+    conditions = robustness.summarize(report, kind)
+    del conditions["mean"]
+    plot_conditions(conditions, measures, title, args.output / f"{args.robustness}.png")
+    print(title, table, sep="\n\n", end="")
+
+
+def write_report(path: Path, report: dict) -> None:
+    path.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def main(arguments: list[str]) -> None:
@@ -131,45 +183,22 @@ def main(arguments: list[str]) -> None:
     name = args.task or trained.get("tasks", [args.corpus])[0]
     if name not in processor.tasks:
         raise ValueError(f"task: got {name!r}, wanted one of {', '.join(processor.tasks)}")
-    task = processor.tasks[name]
+    task, label_map = processor.tasks[name], LABEL_MAPS.get(args.label_map)
+    if label_map is not None:
+        label_map.check(args.label_map, task)
     options = args.corpus_options
     if options is None:
         options = trained.get("corpus_options", {}) if trained.get("corpus") == args.corpus else {}
     rows = load_corpus(args.corpus, args.corpus_dir, **options)[args.split]
+    predict = Predictor(model, processor, task, label_map, args.batch_size, device)
+    check_labels(f"{args.corpus} / {args.split}", rows, predict.judged)
     allowed = args.modalities or trained.get("modalities", model.config.modalities)
     modalities = [modality for modality in model.config.modalities if modality in allowed]
-    predictions = predict(model, processor, rows, task, modalities, args.batch_size, device)
 
-    metrics = metrics_of(predictions, task)
-    report = {"model": args.model, "task": task.name, "split": args.split, "samples": len(rows), "answers": metrics}
-    report["modalities"] = modalities
-    groups = [group_of(args.corpus, row["id"]) for row in predictions]
-    if None not in groups:
-        report["groups"] = {
-            group: metrics_of([row for row, own in zip(predictions, groups, strict=True) if own == group], task)
-            for group in dict.fromkeys(groups)
-        }
-    if args.compare:
-        report["compared_to"] = {
-            answer: compare(predictions, args.compare, answer) for answer in ("greedy", "distribution")
-        }
-
+    report = {"model": args.model, "corpus": args.corpus, "task": task.name, "label_map": args.label_map}
+    report |= {"split": args.split, "samples": len(rows), "modalities": modalities}
     args.output.mkdir(parents=True, exist_ok=True)
-    with (args.output / "predictions.jsonl").open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in predictions)
-    (args.output / "metrics.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    write_plots(predictions, groups, task, args.output)
-
-    columns = list(next(iter(metrics.values())))
-    print(f"{task.name} / {args.split}: {len(rows)} samples")
-    print("answer".ljust(14) + "".join(column.rjust(14) for column in columns))
-    for answer, row in metrics.items():
-        cells = (
-            "-" if row[c] is None else f"{row[c]:.4f}" if isinstance(row[c], float) else str(row[c]) for c in columns
-        )
-        print(answer.ljust(14) + "".join(cell.rjust(14) for cell in cells))
-    for answer, test in report.get("compared_to", {}).items():
-        print(f"{answer} against {args.compare}: {test}")
+    (evaluate_robustness if args.robustness else evaluate)(args, predict, rows, modalities, report)
 
 
 if __name__ == "__main__":

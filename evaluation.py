@@ -1,20 +1,43 @@
-"""From predictions to figures: batches for the model, metrics, and a paired test between two runs."""
+"""From rows to figures: batches for the model, its answers, and what they are worth by a corpus's own measures."""
 
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
-import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
-from scipy.stats import binomtest
-from sklearn.metrics import accuracy_score, f1_score
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 
 from augmentation import augment
+from label_maps import LabelMap
 from media_egmf import AudioClip, VideoClip
+from metrics.emotion.measures import emotion_metrics
+from metrics.sentiment_mosei.measures import mosei_metrics
+from metrics.sentiment_sims.measures import sims_metrics
+from pipeline_egmf import gate_names
 from processing_egmf import AffectTask, EGMFProcessor
 from tower_cache import COLUMNS, PREPROCESSORS, TowerCache
 
 
 FEATURE_COLUMNS = ("audio_features", "vision_features", "audio_times", "vision_times")
+LABEL_COLUMNS = {"classification": "emotion", "regression": "sentiment"}
+
+
+def check_labels(name: str, rows: Dataset, task: AffectTask) -> None:
+    """Raises a ValueError if rows (of the corpus and split `name`) have labels that are not answers of `task`."""
+    column, wrong = LABEL_COLUMNS[task.kind], []
+    for value, count in Counter(rows[column][:]).most_common():
+        try:
+            task.format(value)
+        except ValueError:
+            wrong.append(f"{value!r} in {count} rows")
+    if wrong:
+        wanted = list(task.labels) if task.labels else f"a score from {task.low} to {task.high}"
+        got = ", ".join(wrong[:10]) + (", ..." if len(wrong) > 10 else "")
+        raise ValueError(f"{name}: {column}: got {got}, wanted a label of task {task.name!r}: {wanted}")
 
 
 def gold_answer(row: dict, task: AffectTask) -> str | float:
@@ -23,7 +46,7 @@ def gold_answer(row: dict, task: AffectTask) -> str | float:
     Raises:
         ValueError: If the row has none of the task's kind, or one outside the task.
     """
-    column = "emotion" if task.kind == "classification" else "sentiment"
+    column = LABEL_COLUMNS[task.kind]
     if row[column] is None:
         raise ValueError(f"{row['id']}: {column} is null, wanted a label of task {task.name!r}")
     task.format(row[column])
@@ -45,8 +68,10 @@ class AffectCollator:
         modalities: What the model may see; the columns of others are left out, with the text its context too.
         with_answers: True for training: answers are appended and `labels` returned. False for scoring: prompts alone,
             `task_index` (B,), the task's place in `tasks`, and `answer_index` (B,), the gold answer's in its answers.
+            None: prompts alone; the rows' labels, which may be those of another task, are not looked at.
         cache: What is known of the rows' files; media that are not in it are decoded.
         augmented: Modalities whose tower inputs are changed at random, for training; they have to be in the cache.
+        distort: Called with modality, row id and decoded clip of each file; what it returns takes the clip's place.
 
     Attributes:
         errors: Why a row's file gave nothing, by row id; it counts as a missing modality. (In this process only.)
@@ -55,9 +80,10 @@ class AffectCollator:
     processor: EGMFProcessor
     tasks: list[AffectTask]
     modalities: list[str]
-    with_answers: bool
+    with_answers: bool | None
     cache: TowerCache | None = None
     augmented: tuple[str, ...] = ()
+    distort: Callable[[str, str, Any], Any] | None = None
     errors: dict[str, str] = field(default_factory=dict)
 
     def __call__(self, rows: list[dict]):
@@ -80,6 +106,8 @@ class AffectCollator:
             columns |= {name: [row[name] for row in rows] for name in ("context", "following", "speaker")}
         places = {task.name: index for index, task in enumerate(self.tasks)}
         asked = [self.tasks[places[row["task"]]] for row in rows]
+        if self.with_answers is None:
+            return self.processor(text=text, task=asked, **columns)
         gold = [gold_answer(row, task) for row, task in zip(rows, asked, strict=True)]
         if self.with_answers:
             return self.processor(text=text, task=asked, answer=gold, **columns)
@@ -97,56 +125,128 @@ class AffectCollator:
         except self.processor.media_error as error:
             self.errors[row["id"]] = str(error)
             return None
-        return media.audio if modality == "audio" else media.video
+        clip = media.audio if modality == "audio" else media.video
+        return clip if clip is None or self.distort is None else self.distort(modality, row["id"], clip)
 
 
 def prompt_lengths(dataset: Dataset, collator: AffectCollator) -> list[int]:
     """Tokens of each row's prompt, for length-grouped batches."""
     if "text" not in collator.modalities:
         return [1] * len(dataset)
-    light = AffectCollator(collator.processor, collator.tasks, ["text"], with_answers=False)
+    light = AffectCollator(collator.processor, collator.tasks, ["text"], with_answers=None)
     rows = dataset.select_columns([name for name in dataset.column_names if name not in FEATURE_COLUMNS])
     return [int(light([row])["input_ids"].shape[1]) for row in rows]
 
 
-def classification_metrics(gold: list[str], predicted: list[str | None]) -> dict[str, float]:
-    """Accuracy and weighted F1 over the gold classes, and the number of unparsable answers.
+Change = Callable[[dict[str, torch.Tensor], list[str]], dict[str, torch.Tensor]]
 
-    An unparsable answer (None) is a wrong answer of no class. Weighted F1 is the mean of the classes' F1 weighted by
-    their gold counts (scikit-learn's `average="weighted"`; the measure of the MELD and CHERMA papers).
+
+@dataclass
+class Predictor:
+    """Asks a model one task about rows.
+
+    Args:
+        model, processor: The model in eval mode, and its processor.
+        task: What is asked.
+        label_map: Where the rows have labels of another task, from the answers to those.
+        batch_size: Rows at a time; it changes no answer.
+        device: Where the model is.
     """
-    answers = ["<unparsable>" if answer is None else answer for answer in predicted]
+
+    model: torch.nn.Module
+    processor: EGMFProcessor
+    task: AffectTask
+    label_map: LabelMap | None
+    batch_size: int
+    device: torch.device
+
+    @property
+    def judged(self) -> AffectTask:
+        """The task that the rows' labels and the predictions' `answers` belong to."""
+        return self.task if self.label_map is None else self.label_map.target
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        rows: Dataset,
+        modalities: list[str],
+        distort: Callable[[str, str, Any], Any] | None = None,
+        changes: Sequence[Change | None] = (None,),
+    ) -> list[list[dict]]:
+        """One prediction per row, in the rows' order, for every one of `changes`.
+
+        Args:
+            rows: Of the corpus schema, with labels of `judged`.
+            modalities: What the model may see.
+            distort: See [`AffectCollator`].
+            changes: Each makes other inputs from those of a batch, whose towers have run, and the rows' ids; it leaves
+                those that it is given as they are. None: no change.
+        """
+        collator = AffectCollator(self.processor, [self.task], modalities, with_answers=None, distort=distort)
+        asked = ask(rows, [self.task])
+        # Alike lengths together: less padding, the same numbers.
+        order = sorted(range(len(asked)), key=prompt_lengths(asked, collator).__getitem__)
+        loader = DataLoader(asked.select(order), batch_size=self.batch_size, collate_fn=collator)
+        ids, gold = rows["id"][:], rows[LABEL_COLUMNS[self.judged.kind]][:]
+        results: list[list[dict]] = [[{}] * len(order) for _ in changes]
+        for number, batch in enumerate(tqdm(loader, desc="evaluating", unit="batch", disable=None)):
+            places = order[number * self.batch_size :][: self.batch_size]
+            # Once for all answers.
+            inputs = self.model.encode_media({name: value.to(self.device) for name, value in batch.items()})
+            for predictions, change in zip(results, changes, strict=True):
+                changed = inputs if change is None else change(inputs, [ids[place] for place in places])
+                for place, answered in zip(places, self._answers(changed), strict=True):
+                    predictions[place] = {"id": ids[place], "gold": gold[place]} | answered
+                    if error := collator.errors.get(ids[place]):
+                        predictions[place]["media_error"] = error
+        return results
+
+    def _answers(self, inputs: dict[str, torch.Tensor]) -> list[dict]:
+        """What the model says of each row of a batch."""
+        model, processor, task = self.model, self.processor, self.task
+        scores = model.score_labels(candidates=processor.candidates(task), **inputs)
+        generated = model.generate(**inputs, max_new_tokens=processor.max_answer_tokens(task), do_sample=False)
+        texts = processor.decode_answers(generated[:, inputs["input_ids"].shape[1] :], task)
+        distributions = processor.summarize(scores.log_probs, task)
+        gates = gate_names(scores.gate_weights, model.config.experts, model.config.modalities)
+        said = []
+        for greedy, distribution, gate in zip(texts, distributions, gates, strict=True):
+            answers = {"greedy": greedy.value, "distribution": task.parse(distribution.top)}
+            if task.kind == "regression":
+                answers |= {"expected": distribution.expected, "median": distribution.median}
+            if self.label_map is not None:
+                answers = {name: self.label_map(answer) for name, answer in answers.items()}
+            row = {"greedy_text": greedy.text, "answers": answers, "distribution": distribution.probabilities}
+            said.append(row | {"gate_weights": gate})
+        return said
+
+
+def measure_of(task: AffectTask) -> Callable[[Sequence, Sequence], dict[str, Any]]:
+    """What a task's answers are judged by, called with gold labels and answers.
+
+    Classes: [`emotion_metrics`]. Scores from -3 to 3: the protocol of MOSI and MOSEI, [`mosei_metrics`]; from -1 to 1:
+    that of SIMS, [`sims_metrics`]; on any other scale, [`regression_metrics`].
+    """
+    if task.kind == "classification":
+        return partial(emotion_metrics, labels=task.answers)
+    return {(-3.0, 3.0): mosei_metrics, (-1.0, 1.0): sims_metrics}.get((task.low, task.high), regression_metrics)
+
+
+def metrics_of(predictions: list[dict], task: AffectTask) -> dict[str, dict]:
+    """Figures by kind of answer, for predictions whose labels are those of `task`."""
+    gold, measure = [row["gold"] for row in predictions], measure_of(task)
     return {
-        "accuracy": float(accuracy_score(gold, answers)),
-        "weighted_f1": float(f1_score(gold, answers, labels=sorted(set(gold)), average="weighted", zero_division=0)),
-        "unparsable": sum(answer is None for answer in predicted),
+        answer: measure(gold, [row["answers"][answer] for row in predictions]) for answer in predictions[0]["answers"]
     }
 
 
-def regression_metrics(gold: list[float], predicted: list[float | None]) -> dict[str, float | None]:
-    """Mean absolute error and Pearson correlation over the parsable answers, and the number of the others.
-
-    A correlation with a constant is not defined: None.
-    """
-    kept = [(g, p) for g, p in zip(gold, predicted, strict=True) if p is not None]
-    metrics = {"mae": None, "corr": None, "unparsable": len(predicted) - len(kept)}
-    if kept:
-        y, p = np.asarray(kept, dtype=np.float32).T
-        metrics["mae"] = float(np.abs(y - p).mean())
-        if len(kept) > 1 and y.std() > 0 and p.std() > 0:
-            metrics["corr"] = float(np.corrcoef(y, p)[0, 1])
-    return metrics
+def classification_metrics(gold: Sequence[str], predicted: Sequence[str | None]) -> dict[str, float]:
+    """What training watches of classes: `accuracy`, `weighted_f1` and `unparsable` of [`emotion_metrics`]."""
+    metrics = emotion_metrics(gold, predicted)
+    return {name: metrics[name] for name in ("accuracy", "weighted_f1", "unparsable")}
 
 
-def mcnemar(first_correct: list[bool], second_correct: list[bool]) -> dict[str, float]:
-    """Exact two-sided McNemar test of two runs' answers to the same samples (McNemar 1947, Psychometrika 12).
-
-    Of the samples that exactly one run has right, each run has about half if the runs are equally good: a binomial
-    test. `first_only` and `second_only` count those samples.
-    """
-    pairs = list(zip(first_correct, second_correct, strict=True))
-    first_only = sum(a and not b for a, b in pairs)
-    second_only = sum(b and not a for a, b in pairs)
-    total = first_only + second_only
-    p_value = binomtest(first_only, total).pvalue if total else 1.0
-    return {"first_only": first_only, "second_only": second_only, "p_value": float(p_value)}
+def regression_metrics(gold: Sequence[float], predicted: Sequence[float | None]) -> dict[str, float | None]:
+    """What means the same on every scale: `mae`, `corr` and `unparsable` of [`mosei_metrics`], which clips neither."""
+    metrics = mosei_metrics(gold, predicted)
+    return {name: metrics[name] for name in ("mae", "corr", "unparsable")}

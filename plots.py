@@ -82,6 +82,34 @@ def plot_gates(rows: list[dict], groups: list[str], path: Path) -> None:
     _save(figure, path)
 
 
+def plot_conditions(
+    table: dict[str, dict[str, list[float]]], measures: tuple[str, ...], title: str, path: Path
+) -> None:
+    """A model's figures under conditions, one panel for each measure; bars and points with the spread over seeds.
+
+    Args:
+        table: By condition and measure, one value per seed. Conditions that are numbers are drawn as a line.
+        measures: Which measures.
+        title: Heading.
+        path: The PNG file.
+    """
+    figure, all_axes = plt.subplots(1, len(measures), figsize=(2 + 4 * len(measures), 3.6), squeeze=False)
+    for axes, measure in zip(all_axes[0], measures, strict=True):
+        values = {condition: row[measure] for condition, row in table.items() if row.get(measure)}
+        means = [float(np.mean(seeds)) for seeds in values.values()]
+        spread = [float(np.std(seeds, ddof=1)) if len(seeds) > 1 else 0.0 for seeds in values.values()]
+        if all(condition.replace(".", "").isdecimal() for condition in values):
+            axes.errorbar([float(condition) for condition in values], means, spread, marker="o", capsize=3)
+            axes.set_xlabel("missing rate")
+        else:
+            axes.bar(list(values), means, yerr=spread, capsize=3)
+            axes.tick_params(axis="x", rotation=30)
+        axes.set_ylabel(measure)
+    figure.suptitle(title)
+    figure.tight_layout()
+    _save(figure, path)
+
+
 def _save(figure, path: Path) -> None:
     figure.savefig(path, dpi=120, bbox_inches="tight")
     plt.close(figure)

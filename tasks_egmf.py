@@ -50,7 +50,7 @@ class AffectTask:
         kind: `"classification"` (one of `labels`) or `"regression"` (a score from `low` to `high` in `step`s).
         labels: The legal labels, in the order in which distributions are reported. Classification only.
         low, high, step: The legal scores, all in tenths, `low` and `high` multiples of `step`. Regression only.
-        language: `"en"` or `"zh"`, the language of prompt and labels.
+        language: `"en"` or `"zh"`, the language of the prompt, and how lines are written; labels may be in another.
         prompt: The instruction in front of the sequence. Constant, so that its prefix is computed once.
         cue: What the answer follows, such as `"Emotion:"`. Prompt and cue have a default for each kind and language.
 
@@ -153,6 +153,11 @@ _TASKS = (
     AffectTask("avatars_score", "regression", low=-1.0, high=1.0, step=0.1),
     AffectTask("avatars_zh", "classification", _AVATARS_ZH, language="zh"),
     AffectTask("avatars_score_zh", "regression", low=-1.0, high=1.0, step=0.1, language="zh"),
+    # The four benchmarks with a prompt in the other language; the labels stay the data set's own.
+    AffectTask("meld_zh", "classification", _MELD, language="zh"),
+    AffectTask("cherma_en", "classification", _CHERMA),
+    AffectTask("mosei_zh", "regression", low=-3.0, high=3.0, step=0.1, language="zh"),
+    AffectTask("simsv2_en", "regression", low=-1.0, high=1.0, step=0.1),
 )
 BUILTIN_TASKS = {task.name: task for task in _TASKS}
 

@@ -41,7 +41,7 @@ from transformers import (
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from corpora import load_corpus
-from evaluation import AffectCollator, ask, classification_metrics, prompt_lengths, regression_metrics
+from evaluation import AffectCollator, ask, check_labels, classification_metrics, prompt_lengths, regression_metrics
 from language_models import resolve_language_model
 from modeling_egmf import EGMFForConditionalGeneration
 from pretraining import ExpertPretraining, TowerPretraining
@@ -303,6 +303,9 @@ def main(arguments: list[str]) -> None:
     towers = build_towers(recipe)
     processor = build_processor(recipe, language_model, towers)
     tasks = [processor.tasks[name] for name in data.tasks]
+    for split in ("train", "validation"):
+        for task in tasks:
+            check_labels(f"{data.corpus} / {split}", corpus[split], task)
     model = build_model(recipe, language_model, processor, towers, corpus["train"])
 
     training.remove_unused_columns = False  # the collator reads the corpus's columns

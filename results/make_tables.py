@@ -199,7 +199,7 @@ def _cluster(benchmark: Benchmark, row_id: str) -> str:
 def _paired_tests(variants: list[str], answer: str, predictions: dict, clusters: dict[str, str]) -> list[dict]:
     """McNemar's test per seed and over all seeds, and a bootstrap over clusters; nothing without a common seed."""
     sys.path.insert(0, str(RESULTS.parent))
-    from evaluation import mcnemar  # takes seconds, and rendering does not need it
+    from comparison import mcnemar  # rendering needs no statistics
 
     first, second = variants
     seeds = sorted(seed for variant, seed in predictions if variant == first and (second, seed) in predictions)

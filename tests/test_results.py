@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from evaluation import mcnemar
+from comparison import mcnemar
 from results import make_tables
 from results.make_tables import BENCHMARKS, cluster_bootstrap, collect, fill_readme, main, main_table, render
 

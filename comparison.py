@@ -1,0 +1,116 @@
+"""How sure a figure is, and whether two runs differ: bootstrap over videos or dialogues, and McNemar's test.
+
+Utterances of one video or dialogue have speaker, topic and microphone in common, so whole ones are drawn, not single
+utterances: those would give intervals that are too narrow.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from scipy.stats import binomtest
+
+
+RESAMPLES, SEED, LEVEL = 1000, 0, 0.95
+# "video$_$3" (MOSI, MOSEI, SIMS), "test_dia12_utt3" (MELD), "video/3": the number of an utterance within its source.
+_UTTERANCE = re.compile(r"(.+)(?:\$_\$|_utt|/)[^/$]+")
+
+Measure = Callable[[Sequence, Sequence], dict[str, Any]]
+
+
+def cluster_of(row_id: str) -> str:
+    """The video or dialogue that a row is an utterance of, by its id; the row itself where the id names none."""
+    match = _UTTERANCE.fullmatch(row_id)
+    return match[1] if match else row_id
+
+
+def resample(row_ids: Sequence[str]) -> list[np.ndarray]:
+    """`RESAMPLES` bootstrap samples, the same every time: places of rows, by whole clusters drawn with replacement.
+
+    Nothing where all rows are of one cluster: how much clusters differ cannot be seen in it.
+    """
+    _, index = np.unique([cluster_of(row_id) for row_id in row_ids], return_inverse=True)
+    members = np.split(np.argsort(index, kind="stable"), np.cumsum(np.bincount(index))[:-1])
+    if len(members) == 1:
+        return []
+    rng = np.random.default_rng(SEED)
+    drawn = rng.integers(len(members), size=(RESAMPLES, len(members)))
+    return [np.concatenate([members[cluster] for cluster in clusters]) for clusters in drawn]
+
+
+def intervals(
+    measure: Measure, gold: Sequence, predicted: Sequence, samples: list[np.ndarray]
+) -> dict[str, list[float] | None]:
+    """The 95 % percentile interval of every figure of a run (Efron and Tibshirani 1993, chapter 13).
+
+    Counts have none; resamples on which a figure is not defined are left out of its interval. None: not defined.
+    """
+    observed = _figures(measure(gold, predicted))
+    gold, predicted = _arrays(gold, predicted)
+    drawn = [_figures(measure(gold[rows], predicted[rows])) for rows in samples]
+    return {name: _quantiles(_defined(drawn, name)) if value is not None else None for name, value in observed.items()}
+
+
+def paired_differences(
+    measure: Measure, gold: Sequence, first: Sequence, second: Sequence, samples: list[np.ndarray]
+) -> dict[str, dict[str, float] | None]:
+    """First run less second, for every figure: `difference`, its 95 % interval `low` to `high`, and `p_value`.
+
+    Both runs are measured on the same resamples. The two-sided p-value is twice the smaller share of resamples on
+    either side of 0, counting the observed sample in (Davison and Hinkley 1997, sections 4.2 and 4.4). None where the
+    figure is not defined for one of the two, or there are no resamples.
+    """
+    observed = _subtracted(measure(gold, first), measure(gold, second))
+    gold, first, second = _arrays(gold, first, second)
+    drawn = [_subtracted(measure(gold[rows], first[rows]), measure(gold[rows], second[rows])) for rows in samples]
+    found: dict[str, dict[str, float] | None] = {}
+    for name, difference in observed.items():
+        values = _defined(drawn, name)
+        if difference is None or not len(values):
+            found[name] = None
+            continue
+        low, high = _quantiles(values)
+        tail = 1 + min((values <= 0).sum(), (values >= 0).sum())
+        p_value = min(1.0, 2 * float(tail) / (len(values) + 1))
+        found[name] = {"difference": difference, "low": low, "high": high, "p_value": p_value}
+    return found
+
+
+def mcnemar(first_correct: Sequence[bool], second_correct: Sequence[bool]) -> dict[str, float]:
+    """Exact two-sided McNemar test of two runs' answers to the same samples (McNemar 1947, Psychometrika 12).
+
+    Of the samples that exactly one run has right, each run has about half if the runs are equally good: a binomial
+    test. `first_only` and `second_only` count those samples.
+    """
+    pairs = list(zip(first_correct, second_correct, strict=True))
+    first_only = sum(a and not b for a, b in pairs)
+    second_only = sum(b and not a for a, b in pairs)
+    total = first_only + second_only
+    p_value = binomtest(first_only, total).pvalue if total else 1.0
+    return {"first_only": first_only, "second_only": second_only, "p_value": float(p_value)}
+
+
+def _arrays(gold: Sequence, *predicted: Sequence) -> list[np.ndarray]:
+    """Scores as float32, None as NaN; labels as objects."""
+    dtype = object if isinstance(gold[0], str) else np.float32
+    return [np.asarray(values, dtype=dtype) for values in (gold, *predicted)]
+
+
+def _figures(metrics: dict[str, Any]) -> dict[str, float | None]:
+    """The shares and distances of a report, without its counts and tables."""
+    return {name: value for name, value in metrics.items() if value is None or isinstance(value, float)}
+
+
+def _subtracted(first: dict[str, Any], second: dict[str, Any]) -> dict[str, float | None]:
+    pairs = ((name, value, second[name]) for name, value in _figures(first).items())
+    return {name: None if a is None or b is None else a - b for name, a, b in pairs}
+
+
+def _defined(drawn: list[dict[str, float | None]], name: str) -> np.ndarray:
+    return np.array([figures[name] for figures in drawn if figures[name] is not None])
+
+
+def _quantiles(values: np.ndarray) -> list[float] | None:
+    outside = (1 - LEVEL) / 2
+    return np.quantile(values, (outside, 1 - outside)).tolist() if len(values) else None

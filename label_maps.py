@@ -1,0 +1,65 @@
+"""Answers in one corpus's labels as labels of another: a model trained on MELD judged on CHERMA, MOSEI on SIMS-V2.
+
+Both emotion corpora have seven labels, which `MELD_TO_CHERMA` maps one to one. The words are translations of each
+other but for one: MELD's `neutral` is no emotion, CHERMA's 平静 is calm. And other people annotated other scenes by
+other rules: a score across corpora measures that as well as the model.
+
+Sentiment scores keep their place in the range: -3 to 3 onto -1 to 1 is a division by 3, and 0 stays 0.
+"""
+
+from dataclasses import dataclass
+
+from tasks_egmf import BUILTIN_TASKS, AffectTask
+
+
+MELD_TO_CHERMA = {
+    "neutral": "平静",
+    "surprise": "惊奇",
+    "fear": "恐惧",
+    "sadness": "悲伤",
+    "joy": "高兴",
+    "disgust": "厌恶",
+    "anger": "愤怒",
+}
+
+
+@dataclass(frozen=True)
+class LabelMap:
+    """From the answers of tasks like `source` to those of `target`; called with an answer, it gives the other.
+
+    Args:
+        source, target: Tasks of the same kind.
+        labels: By label of `source`, the label of `target`. None for scores, which are rescaled linearly.
+    """
+
+    source: AffectTask
+    target: AffectTask
+    labels: dict[str, str] | None = None
+
+    def check(self, name: str, task: AffectTask) -> None:
+        """Raises a ValueError if `task`, whose answers the map called `name` is to be used on, has other answers."""
+        if set(task.answers) != set(self.source.answers):
+            got, wanted = _few(task), _few(self.source)
+            raise ValueError(f"label_map {name!r}: got answers of task {task.name!r} ({got}), wanted {wanted}")
+
+    def __call__(self, answer: str | float | None) -> str | float | None:
+        if answer is None:
+            return None
+        if self.labels is not None:
+            return self.labels[answer]
+        middle, width = zip(*(((t.low + t.high) / 2, t.high - t.low) for t in (self.source, self.target)), strict=True)
+        return middle[1] + (answer - middle[0]) * width[1] / width[0]
+
+
+def _few(task: AffectTask) -> str:
+    return ", ".join(task.answers) if task.kind == "classification" else f"{task.answers[0]} to {task.answers[-1]}"
+
+
+def _pair(first: str, second: str, labels: dict[str, str] | None = None) -> dict[str, LabelMap]:
+    """A map and its inverse."""
+    back = labels and {value: key for key, value in labels.items()}
+    one, other = BUILTIN_TASKS[first], BUILTIN_TASKS[second]
+    return {f"{first}-{second}": LabelMap(one, other, labels), f"{second}-{first}": LabelMap(other, one, back)}
+
+
+LABEL_MAPS = _pair("meld", "cherma", MELD_TO_CHERMA) | _pair("mosei", "simsv2")

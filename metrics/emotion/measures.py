@@ -1,0 +1,53 @@
+"""Accuracy and F1 of emotion labels, as the papers on MELD and CHERMA count them."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def emotion_metrics(
+    references: Sequence[str],
+    predictions: Sequence[str | None],
+    labels: Sequence[str] | None = None,
+    decimals: int | None = None,
+) -> dict[str, float | int | dict[str, float | None]]:
+    """Accuracy, weighted F1 and the F1 of each class; neutral is a class like the others.
+
+    - `accuracy`: share of right answers.
+    - `weighted_f1`: mean of the classes' F1, weighted by their gold counts (scikit-learn's `average="weighted"`), the
+      measure of the MELD paper (Poria et al. 2019, ACL, arXiv 1810.02508) and its successors, of MSE-Adapter (Yang et
+      al. 2025, arXiv 2502.12478) on MELD and CHERMA.
+    - `f1_by_class`: F1 = 2 TP / (2 TP + FP + FN) of each label; None where a label neither is nor is answered.
+    - `unparsable`: how many answers are None; each is wrong, and of no class.
+
+    Args:
+        references: The gold labels, at least one.
+        predictions: The answers.
+        labels: All legal labels, in the order of `f1_by_class`; by default those that occur, sorted.
+        decimals: Figures are rounded to so many.
+
+    Raises:
+        ValueError: If there is no sample, the lengths differ, or a label is not one of `labels`.
+    """
+    if len(references) != len(predictions) or not len(references):
+        raise ValueError(f"predictions: got {len(predictions)}, wanted one for each of {len(references)} references")
+    found = {"references": set(references), "predictions": set(predictions) - {None}}
+    names = sorted(set().union(*found.values())) if labels is None else list(labels)
+    for field, got in found.items():
+        if unknown := got - set(names):
+            raise ValueError(f"{field}: got {sorted(map(str, unknown))}, wanted labels of {names}")
+    codes: dict[str | None, int] = {name: index for index, name in enumerate(names)} | {None: -1}
+    gold = np.array([codes[label] for label in references])
+    given = np.array([codes[label] for label in predictions])
+    hits = np.bincount(gold[gold == given], minlength=len(names))
+    support, answered = (np.bincount(which[which >= 0], minlength=len(names)) for which in (gold, given))
+    f1 = 2 * hits / np.maximum(support + answered, 1)
+    figures = {"accuracy": hits.sum() / len(gold), "weighted_f1": (f1 * support).sum() / len(gold)}
+    figures = {name: _rounded(value, decimals) for name, value in figures.items()}
+    occurs = support + answered > 0
+    by_class = {name: _rounded(f1[i], decimals) if occurs[i] else None for i, name in enumerate(names)}
+    return figures | {"f1_by_class": by_class, "unparsable": int((given < 0).sum())}
+
+
+def _rounded(value: float, decimals: int | None) -> float:
+    return float(value) if decimals is None else round(float(value), decimals)

@@ -1,0 +1,65 @@
+"""Evaluations of several models on several corpora -> one Markdown table.
+
+    python results/cross_corpus.py runs/*/test/metrics.json runs/*/cherma/metrics.json
+
+Reads what `eval.py` writes. A row is a model and the task it was asked, with the label map if there was one; a column
+is a corpus and its split. A cell is the weighted F1 of the most probable label in percent, or MAE, in the corpus's own
+range, and Corr of the expected score; with 95 % intervals.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+
+SCORES = {"MAE": "mae", "Corr": "corr"}
+
+
+def cell_of(report: dict) -> str:
+    """The main figures of an evaluation."""
+    if "expected" in report["answers"]:
+        figures, spread = report["answers"]["expected"], report["intervals"]["expected"]
+        return ", ".join(f"{title} {_figure(figures[key], spread[key], 1)}" for title, key in SCORES.items())
+    figures, spread = report["answers"]["distribution"], report["intervals"]["distribution"]
+    return f"WF1 {_figure(figures['weighted_f1'], spread['weighted_f1'], 100)}"
+
+
+def _figure(value: float | None, interval: list[float] | None, scale: int) -> str:
+    if value is None:
+        return "-"
+    form = "{:.2f}" if scale == 100 else "{:.3f}"
+    parts = [form.format(scale * part) for part in (value, *(interval or ()))]
+    return parts[0] + (f" [{parts[1]}, {parts[2]}]" if interval else "")
+
+
+def table_of(files: list[Path]) -> str:
+    """The table of some `metrics.json` files.
+
+    Raises:
+        ValueError: If two of them are of the same model, task and corpus, or one is not an evaluation.
+    """
+    cells: dict[tuple[str, str], dict[str, str]] = {}
+    for file in files:
+        report = json.loads(file.read_text(encoding="utf-8"))
+        if missing := {"model", "task", "corpus", "split", "answers", "intervals"} - report.keys():
+            raise ValueError(f"{file}: got no {', '.join(sorted(missing))}, wanted what eval.py writes")
+        asked = report["task"] + (f" ({report['label_map']})" if report["label_map"] else "")
+        row = cells.setdefault((report["model"], asked), {})
+        corpus = f"{report['corpus']} / {report['split']}"
+        if corpus in row:
+            raise ValueError(f"{file}: got {report['model']}, {asked}, on {corpus} again, wanted each once")
+        row[corpus] = cell_of(report)
+    corpora = list(dict.fromkeys(corpus for row in cells.values() for corpus in row))
+    lines = [["model", "task", *corpora], ["---"] * (2 + len(corpora))]
+    lines += [[*key, *(row.get(corpus, "") for corpus in corpora)] for key, row in cells.items()]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("files", nargs="+", type=Path, metavar="metrics.json")
+    print(table_of(parser.parse_args().files))
+
+
+if __name__ == "__main__":
+    main()

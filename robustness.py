@@ -1,0 +1,217 @@
+"""What a model loses when modalities are missing or noisy, by the protocols of the field (`eval.py --robustness`).
+
+`mmin` (Zhao, Li and Jin 2021, ACL): whole modalities. Every sample under every choice of modalities: A, V, T, AV, AT,
+VT, and all three.
+
+`lnln` (Zhang, Wang and Yu 2024, NeurIPS, arXiv 2409.20012): parts of modalities. At the rates 0.0 to 0.9, each text
+token becomes UNK and each audio or vision frame 0, independently and with that probability; seeds 1111 to 1113. Text
+is the utterance and its context. A tokenizer that can spell everything has no UNK: `_`, a blank, takes its place. The
+frames of a model with a tower are what the tower makes of the clip.
+
+`noise` (the noise track of MER 2023; Lian et al. 2023, ACM MM, arXiv 2304.08981): noise is added to the sound at a
+signal-to-noise ratio drawn from 5 to 10 dB, and pictures are blurred by scaling them down and up by a factor drawn
+from 1, 2 and 4, both for each clip. MER takes noise from recordings; here it is white, as no recordings belong to this
+repository. Features made beforehand are treated alike: noise of that ratio to their variance on the training split,
+and vision averaged over 1, 2 or 4 frames. Seeds 1111 to 1113.
+
+What is drawn for a row depends on its id and the seed alone: not on batches, and for `lnln` a row that lost a frame at
+one rate has lost it at every higher one.
+"""
+
+import dataclasses
+import zlib
+from collections.abc import Iterator
+from functools import partial
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+
+from evaluation import Predictor, metrics_of
+from tower_cache import PREPROCESSORS
+
+
+SEEDS = (1111, 1112, 1113)
+RATES = tuple(tenth / 10 for tenth in range(10))
+LETTERS = {"audio": "A", "vision": "V", "text": "T"}
+NOISE_DB = (5.0, 10.0)
+BLUR_FACTORS = (1, 2, 4)
+CLEAN = "clean"
+# What is shown of a run: of the answers the best suited one, and its two main figures.
+SHOWN = {
+    "classification": ("distribution", ("accuracy", "weighted_f1")),
+    "regression": ("expected", ("mae", "corr")),
+}
+
+Outcome = tuple[str, int | None, list[dict]]  # condition, seed, predictions
+
+
+def mmin(predict: Predictor, rows: Dataset, modalities: list[str]) -> Iterator[Outcome]:
+    """Every choice of modalities, all of them last."""
+    if len(modalities) < 2:
+        raise ValueError(f"robustness: got 'mmin' for a model that sees {modalities}, wanted two modalities or more")
+    present = [name for name in LETTERS if name in modalities]
+    for size in range(1, len(present) + 1):
+        for chosen in combinations(present, size):
+            seen = [name for name in modalities if name in chosen]
+            yield "".join(LETTERS[name] for name in chosen), None, predict(rows, seen)[0]
+
+
+def lnln(predict: Predictor, rows: Dataset, modalities: list[str]) -> Iterator[Outcome]:
+    """Every rate and seed; at rate 0 nothing is drawn."""
+    cases = [(rate, seed) for rate in RATES for seed in (SEEDS if rate else (None,))]
+    changes = [partial(lose_frames, predict, rate, seed) if rate else None for rate, seed in cases]
+    for (rate, seed), predictions in zip(cases, predict(rows, modalities, changes=changes), strict=True):
+        yield f"{rate:.1f}", seed, predictions
+
+
+def noise(predict: Predictor, rows: Dataset, modalities: list[str]) -> Iterator[Outcome]:
+    """Noisy sound, blurred pictures, both; whichever the model takes."""
+    kinds = {name: kind for name, kind in {"audio": "audio noise", "vision": "blur"}.items() if name in modalities}
+    if not kinds:
+        raise ValueError(f"robustness: got 'noise' for a model that sees {modalities}, wanted audio or vision")
+    yield CLEAN, None, predict(rows, modalities)[0]
+    spoiled = [(kind, {name}) for name, kind in kinds.items()]
+    spoiled += [("both", set(kinds))] if len(kinds) == 2 else []
+    for kind, names in spoiled:
+        for seed in SEEDS:
+            change = partial(spoil_features, predict, names, seed)
+            yield kind, seed, predict(rows, modalities, partial(spoil_clip, names, seed), [change])[0]
+
+
+PROTOCOLS = {"mmin": mmin, "lnln": lnln, "noise": noise}
+
+
+def run(protocol: str, predict: Predictor, rows: Dataset, modalities: list[str]) -> dict[str, Any]:
+    """A protocol's `conditions`: for each condition and seed, the figures of every kind of answer.
+
+    Raises:
+        ValueError: If the model has too few modalities for the protocol.
+    """
+    conditions = []
+    for condition, seed, predictions in PROTOCOLS[protocol](predict, rows, modalities):
+        conditions.append({"condition": condition, "seed": seed, "answers": metrics_of(predictions, predict.judged)})
+    return {"protocol": protocol, "conditions": conditions}
+
+
+def summarize(report: dict[str, Any], kind: str) -> dict[str, dict[str, list[float]]]:
+    """By condition, the shown answer's figures, one value per seed; figures that are not defined are left out.
+
+    The last condition, "mean", is over the others' means: of `mmin` and `noise` without the intact condition, of
+    `lnln` over all rates, as the papers have it.
+    """
+    answer, _ = SHOWN[kind]
+    table: dict[str, dict[str, list[float]]] = {}
+    for entry in report["conditions"]:
+        figures = table.setdefault(entry["condition"], {})
+        for name, value in entry["answers"][answer].items():
+            if isinstance(value, float):
+                figures.setdefault(name, []).append(value)
+    spoiled = dict(table)
+    if report["protocol"] != "lnln":
+        spoiled.pop(CLEAN if CLEAN in table else max(table, key=len))
+    names = dict.fromkeys(name for figures in spoiled.values() for name in figures)
+    means = {name: [float(np.mean(row[name])) for row in spoiled.values() if name in row] for name in names}
+    return table | {"mean": {name: [float(np.mean(values))] for name, values in means.items()}}
+
+
+def render(report: dict[str, Any], kind: str) -> str:
+    """The summary as a Markdown table: mean over seeds, and their standard deviation."""
+    table = summarize(report, kind)
+    names = list(dict.fromkeys(name for figures in table.values() for name in figures))
+    lines = [["condition", *names], ["---"] * (1 + len(names))]
+    lines += [[condition, *(_cell(figures.get(name)) for name in names)] for condition, figures in table.items()]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def _cell(values: list[float] | None) -> str:
+    if not values:
+        return "-"
+    return f"{np.mean(values):.4f}" + (f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else "")
+
+
+def _rng(seed: int, row_id: str, what: str) -> np.random.Generator:
+    return np.random.default_rng([seed, zlib.crc32(f"{what} {row_id}".encode())])
+
+
+def lose_frames(
+    predict: Predictor, rate: float, seed: int, inputs: dict[str, torch.Tensor], ids: list[str]
+) -> dict[str, torch.Tensor]:
+    """LNLN's loss in a batch: tokens become a blank and frames 0, each with probability `rate`."""
+    changed, blank = dict(inputs), blank_token(predict.processor.tokenizer)
+    start = prompt_length(predict)
+    tokens = changed["input_ids"] = inputs["input_ids"].clone()
+    for row, row_id in enumerate(ids):
+        first = int(inputs["attention_mask"][row].argmax()) + start
+        pseudo = int((tokens[row] == predict.processor.pseudo_token_id).int().argmax())
+        words = [*range(first, pseudo), *inputs["utterance_mask"][row].nonzero()[:, 0].tolist()]
+        tokens[row, _lost(words, rate, _rng(seed, row_id, "text"))] = blank
+    for name in ("audio", "vision"):
+        if f"{name}_features" in inputs:
+            features = changed[f"{name}_features"] = inputs[f"{name}_features"].clone()
+            for row, row_id in enumerate(ids):
+                frames = inputs[f"{name}_mask"][row].nonzero()[:, 0].tolist()
+                features[row, _lost(frames, rate, _rng(seed, row_id, name))] = 0
+    return changed
+
+
+def _lost(places: list[int], rate: float, rng: np.random.Generator) -> list[int]:
+    return [place for place, drawn in zip(places, rng.random(len(places)), strict=True) if drawn < rate]
+
+
+def blank_token(tokenizer) -> int:
+    """The tokenizer's UNK where it ever writes one, else `_`."""
+    if tokenizer.unk_token_id in tokenizer("\U0010fffd", add_special_tokens=False)["input_ids"]:
+        return tokenizer.unk_token_id
+    return tokenizer("_", add_special_tokens=False)["input_ids"][-1]
+
+
+def prompt_length(predict: Predictor) -> int:
+    """Tokens in front of the context."""
+    empty = predict.processor(text="", task=predict.task, return_tensors=None)["input_ids"][0]
+    return list(empty).index(predict.processor.pseudo_token_id)
+
+
+def spoil_clip(names: set[str], seed: int, modality: str, row_id: str, clip: Any) -> Any:
+    """MER's noise in a decoded clip, if its modality is one of `names`: white noise, or blur."""
+    if modality not in names:
+        return clip
+    rng = _rng(seed, row_id, modality)
+    if modality == "audio":
+        power = np.square(clip.samples, dtype=np.float64).mean() / 10 ** (rng.uniform(*NOISE_DB) / 10)
+        noisy = clip.samples + rng.normal(0.0, np.sqrt(power), clip.samples.shape)
+        return dataclasses.replace(clip, samples=noisy.astype(np.float32))
+    factor = int(rng.choice(BLUR_FACTORS))
+    frames = torch.from_numpy(clip.frames).permute(0, 3, 1, 2).float()  # (F, 3, H, W)
+    size = frames.shape[-2:]
+    small = [max(1, side // factor) for side in size]
+    frames = F.interpolate(frames, size=small, mode="bilinear", antialias=True)
+    frames = F.interpolate(frames, size=size, mode="bilinear").round().clamp(0, 255).byte()
+    return dataclasses.replace(clip, frames=frames.permute(0, 2, 3, 1).contiguous().numpy())
+
+
+def spoil_features(
+    predict: Predictor, names: set[str], seed: int, inputs: dict[str, torch.Tensor], ids: list[str]
+) -> dict[str, torch.Tensor]:
+    """The same for features made beforehand; what towers make comes from clips that are spoiled already."""
+    changed = dict(inputs)
+    for name in names:
+        if f"{name}_features" not in inputs or getattr(predict.processor, PREPROCESSORS[name]) is not None:
+            continue
+        features = changed[f"{name}_features"] = inputs[f"{name}_features"].clone()
+        for row, row_id in enumerate(ids):
+            frames, rng = inputs[f"{name}_mask"][row].nonzero()[:, 0], _rng(seed, row_id, name)
+            if not len(frames):
+                continue
+            if name == "audio":
+                scale = 10 ** (-rng.uniform(*NOISE_DB) / 20)
+                drawn = rng.normal(0.0, scale, (len(frames), features.shape[-1]))
+                std = predict.model.model.fusion.input_norm[name].std
+                features[row, frames] += torch.as_tensor(drawn, dtype=std.dtype, device=std.device) * std
+            else:
+                parts = features[row, frames].split(int(rng.choice(BLUR_FACTORS)))  # frames that are neighbours
+                features[row, frames] = torch.cat([part.mean(0, keepdim=True).expand_as(part) for part in parts])
+    return changed

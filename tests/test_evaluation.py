@@ -1,0 +1,273 @@
+"""Labels and tasks across corpora: what may be asked of which rows, answers in another corpus's labels, old tasks."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from datasets import DatasetDict
+from transformers import AutoProcessor
+
+import eval as eval_script
+import train as train_script
+from corpora import load_corpus
+from corpora.schema import build_split
+from evaluation import Predictor, check_labels, measure_of, metrics_of
+from label_maps import LABEL_MAPS, MELD_TO_CHERMA
+from metrics.sentiment_mosei.measures import mosei_metrics
+from metrics.sentiment_sims.measures import EDGES, sims_metrics
+from processing_egmf import BUILTIN_TASKS, AffectTask, EGMFProcessor
+from results.cross_corpus import table_of
+
+
+# What `processor_config.json` of checkpoints from before the prompts in two languages says of the benchmarks.
+OLD_TASKS = {
+    "mosei": {
+        "kind": "regression",
+        "low": -3.0,
+        "high": 3.0,
+        "step": 0.1,
+        "language": "en",
+        "prompt": "How negative or positive is the last speaker's sentiment?",
+        "cue": "Sentiment:",
+    },
+    "meld": {
+        "kind": "classification",
+        "labels": ["neutral", "surprise", "fear", "sadness", "joy", "disgust", "anger"],
+        "language": "en",
+        "prompt": "Which emotion does the last speaker express?",
+        "cue": "Emotion:",
+    },
+    "cherma": {
+        "kind": "classification",
+        "labels": ["愤怒", "厌恶", "恐惧", "高兴", "平静", "悲伤", "惊奇"],
+        "language": "zh",
+        "prompt": "最后一位说话人表达了哪种情绪？",
+        "cue": "情绪：",
+    },
+    "simsv2": {
+        "kind": "regression",
+        "low": -1.0,
+        "high": 1.0,
+        "step": 0.1,
+        "language": "zh",
+        "prompt": "最后一位说话人的情感有多消极或积极？",
+        "cue": "情感：",
+    },
+}
+
+
+def rows_with(column: str, labels: list) -> DatasetDict:
+    """A corpus whose test split has these labels, and whose other splits have the first."""
+    rows = [
+        {"id": f"film$_${number}", "text": f"sentence {number}" * (1 + number % 3), "language": "zh", column: label}
+        for number, label in enumerate(labels)
+    ]
+    return DatasetDict(
+        {"train": build_split(rows[:1]), "validation": build_split(rows[:1]), "test": build_split(rows)}
+    )
+
+
+@pytest.fixture
+def ask(egmf, processor):
+    """`ask(rows, task, label_map)`: the predictions of a small random model."""
+
+    def asked(rows, task: str, label_map: str | None = None) -> list[dict]:
+        predict = Predictor(egmf, processor, BUILTIN_TASKS[task], LABEL_MAPS.get(label_map), 3, egmf.device)
+        return predict(rows, ["text"])[0]
+
+    return asked
+
+
+@pytest.fixture(scope="module")
+def model_folder(egmf, processor, tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("model")
+    egmf.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return str(folder)
+
+
+def test_the_benchmarks_tasks_ask_in_two_languages():
+    for name, other in {"meld": "meld_zh", "cherma": "cherma_en", "mosei": "mosei_zh", "simsv2": "simsv2_en"}.items():
+        first, second = BUILTIN_TASKS[name], BUILTIN_TASKS[other]
+        assert first.answers == second.answers
+        assert {first.language, second.language} == {"en", "zh"} and first.prompt != second.prompt
+        for task in (first, second):
+            chinese = any("\u4e00" <= letter <= "\u9fff" for letter in task.prompt + task.cue)
+            assert chinese == (task.language == "zh")
+
+
+def test_tasks_of_old_checkpoints_are_read_as_they_were(processor, tmp_path):
+    assert all(AffectTask.from_dict({"name": name, **old}) == BUILTIN_TASKS[name] for name, old in OLD_TASKS.items())
+    processor.save_pretrained(tmp_path)
+    file = tmp_path / "processor_config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    asked_otherwise = OLD_TASKS["meld"] | {"prompt": "How does the last speaker feel?"}
+    config["tasks"] = {name: {"name": name, **old} for name, old in {**OLD_TASKS, "meld": asked_otherwise}.items()}
+    file.write_text(json.dumps(config), encoding="utf-8")
+    read = EGMFProcessor.from_pretrained(tmp_path)
+    assert read.tasks["meld"].prompt == "How does the last speaker feel?"  # the checkpoint's own wording holds
+    assert read.tasks["cherma"] == BUILTIN_TASKS["cherma"] and read.tasks["meld_zh"] == BUILTIN_TASKS["meld_zh"]
+
+
+def test_label_maps_go_there_and_back():
+    assert set(MELD_TO_CHERMA) == set(BUILTIN_TASKS["meld"].labels)
+    assert set(MELD_TO_CHERMA.values()) == set(BUILTIN_TASKS["cherma"].labels)
+    for name, there in LABEL_MAPS.items():
+        back = LABEL_MAPS["-".join(reversed(name.split("-")))]
+        for answer in map(there.source.parse, there.source.answers):
+            assert back(there(answer)) == (pytest.approx(answer) if there.labels is None else answer)
+        assert there(None) is None
+
+
+def test_rescaled_scores_meet_the_edges_of_the_other_protocol():
+    """What was +0.3 of 3 is 0.1 of 1 in float32, on the edge of a bin and not beside it."""
+    rescale = LABEL_MAPS["mosei-simsv2"]
+    for answer in rescale.source.answers:
+        assert np.float32(rescale(float(answer))) == np.float32(round(float(answer) * 10) / 30)
+    assert {np.float32(edge) for edge in EDGES["acc5"][1:-1]} == {
+        np.float32(rescale(score)) for score in (-2.1, -0.3, 0.3, 2.1)
+    }
+    assert rescale(0.0) == 0.0 and LABEL_MAPS["simsv2-mosei"](1.0) == 3.0
+
+
+def test_every_scale_has_its_protocol():
+    assert (
+        measure_of(BUILTIN_TASKS["mosei_zh"]) is mosei_metrics and measure_of(BUILTIN_TASKS["simsv2"]) is sims_metrics
+    )
+    pain = AffectTask("pain", "regression", low=0, high=10, step=0.5)
+    assert set(measure_of(pain)([1.0, 2.0], [1.0, None])) == {"mae", "corr", "unparsable"}
+    by_class = measure_of(BUILTIN_TASKS["cherma"])(["高兴"], [None])["f1_by_class"]
+    assert tuple(by_class) == BUILTIN_TASKS["cherma"].labels
+    with pytest.raises(ValueError, match=r"predictions: got \['joy'\]"):
+        measure_of(BUILTIN_TASKS["cherma"])(["高兴"], ["joy"])
+
+
+def test_answers_across_corpora_are_in_the_corpus_s_labels(ask):
+    rows = rows_with("emotion", ["高兴", "悲伤", "平静", "高兴", "愤怒"])["test"]
+    english = rows_with("emotion", ["joy", "sadness", "neutral", "joy", "anger"])["test"]
+    mapped, plain = ask(rows, "meld", "meld-cherma"), ask(english, "meld")
+    assert [row["gold"] for row in mapped] == rows["emotion"][:]
+    for here, there in zip(mapped, plain, strict=True):
+        assert here["distribution"] == there["distribution"] and here["greedy_text"] == there["greedy_text"]
+        assert here["answers"] == {name: MELD_TO_CHERMA.get(label) for name, label in there["answers"].items()}
+    cherma, meld = (metrics_of(found, BUILTIN_TASKS[name]) for found, name in ((mapped, "cherma"), (plain, "meld")))
+    for answer, figures in cherma.items():
+        assert figures["weighted_f1"] == pytest.approx(meld[answer]["weighted_f1"])
+        assert figures["f1_by_class"] == {MELD_TO_CHERMA[k]: v for k, v in meld[answer]["f1_by_class"].items()}
+
+
+def test_scores_across_corpora_are_in_the_corpus_s_range(ask):
+    rows = rows_with("sentiment", [-1.0, -0.4, 0.0, 0.2, 0.8])["test"]
+    wide = rows_with("sentiment", [-3.0, -1.2, 0.0, 0.6, 2.4])["test"]
+    rescaled, plain = ask(rows, "mosei", "mosei-simsv2"), ask(wide, "mosei")
+    for here, there in zip(rescaled, plain, strict=True):
+        for name, score in there["answers"].items():
+            assert here["answers"][name] == (None if score is None else pytest.approx(score / 3))
+    assert [row["gold"] for row in rescaled] == rows["sentiment"][:]
+    figures = metrics_of(rescaled, BUILTIN_TASKS["simsv2"])["expected"]
+    assert figures["mae"] == pytest.approx(metrics_of(plain, BUILTIN_TASKS["mosei"])["expected"]["mae"] / 3, rel=1e-5)
+    assert "acc2_weak" in figures
+
+
+@pytest.mark.parametrize(
+    ("column", "labels", "task", "message"),
+    [
+        (
+            "emotion",
+            ["joy", "joy", "高兴"],
+            "cherma",
+            r"emotion: got 'joy' in 2 rows, wanted a label of task 'cherma'",
+        ),
+        ("emotion", ["高兴"], "meld", "got '高兴' in 1 rows, wanted a label of task 'meld'"),
+        ("emotion", [None, "joy"], "meld", "got None in 1 rows"),
+        ("sentiment", [0.5, 2.0], "simsv2", r"sentiment: got 2.0 in 1 rows, wanted .* from -1.0 to 1.0"),
+    ],
+)
+def test_labels_of_another_corpus_are_refused(column, labels, task, message):
+    with pytest.raises(ValueError, match=f"corpus / test: .*{message}|corpus / test: {message}"):
+        check_labels("corpus / test", rows_with(column, labels)["test"], BUILTIN_TASKS[task])
+
+
+def test_a_meld_label_reaches_no_cherma_run(model_folder, tmp_path, monkeypatch):
+    """Neither in training nor in evaluation, before anything is computed."""
+    corpus = rows_with("emotion", ["joy", "anger"])
+    for script in (train_script, eval_script):
+        monkeypatch.setattr(script, "load_corpus", lambda *args, **options: corpus)
+    with pytest.raises(ValueError, match="generated / train: emotion: got 'joy' in 1 rows, wanted .*'cherma'"):
+        train_script.main(["recipes/tiny.yaml", "--tasks", "cherma", "--output_dir", str(tmp_path / "run")])
+    arguments = [model_folder, "--corpus", "generated", "--output", str(tmp_path / "out")]
+    with pytest.raises(ValueError, match="generated / test: emotion: got .*, wanted .*'cherma'"):
+        eval_script.main([*arguments, "--task", "cherma"])
+    with pytest.raises(ValueError, match="generated / test: emotion: got .*, wanted .*'cherma'"):
+        eval_script.main([*arguments, "--task", "meld", "--label_map", "meld-cherma"])
+    with pytest.raises(ValueError, match="label_map 'cherma-meld': got answers of task 'meld'"):
+        eval_script.main([*arguments, "--task", "meld", "--label_map", "cherma-meld"])
+    assert not (tmp_path / "out").exists() and not (tmp_path / "run" / "log.jsonl").exists()
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")  # a machine without a Chinese font draws boxes
+def test_an_evaluation_across_corpora_is_written_whole(model_folder, tmp_path, monkeypatch, capsys):
+    labels = ["高兴", "悲伤", "平静", "高兴", "愤怒", "惊奇"]
+    corpus = rows_with("emotion", labels)
+    rows = [{**row, "id": f"film{number % 3}$_${number}"} for number, row in enumerate(corpus["test"])]
+    corpus["test"] = build_split(rows)
+    monkeypatch.setattr(eval_script, "load_corpus", lambda *args, **options: corpus)
+    arguments = [model_folder, "--corpus", "generated", "--task", "meld", "--label_map", "meld-cherma", "--output"]
+    eval_script.main([*arguments, str(tmp_path / "first")])
+    lines = (tmp_path / "first/predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    answers = [json.loads(line)["answers"]["distribution"] for line in lines]
+    report = json.loads((tmp_path / "first/metrics.json").read_text(encoding="utf-8"))
+    assert (report["task"], report["label_map"], report["clusters"]) == ("meld", "meld-cherma", 3)
+    figures = report["answers"]["distribution"]
+    assert figures["accuracy"] == sum(a == b for a, b in zip(answers, labels, strict=True)) / 6
+    low, high = report["intervals"]["distribution"]["accuracy"]
+    assert low <= figures["accuracy"] <= high
+    assert {"confusion.png", "gates.png"} <= {path.name for path in (tmp_path / "first").iterdir()}
+    assert "f1_by_class 高兴" in capsys.readouterr().out
+
+    assert "| meld (meld-cherma) | WF1 " in table_of([tmp_path / "first/metrics.json"])
+
+    others = tmp_path / "others.jsonl"
+    others.write_text("".join(line.replace('"gold": "高兴"', '"gold": "恐惧"') + "\n" for line in lines), "utf-8")
+    with pytest.raises(ValueError, match="its gold labels are not those of this evaluation"):
+        eval_script.main([*arguments, str(tmp_path / "second"), "--compare", str(others)])
+    eval_script.main([*arguments, str(tmp_path / "second"), "--compare", str(tmp_path / "first/predictions.jsonl")])
+    tests = json.loads((tmp_path / "second/metrics.json").read_text(encoding="utf-8"))["compared_to"]["distribution"]
+    assert tests["mcnemar"]["p_value"] == tests["differences"]["weighted_f1"]["p_value"] == 1.0
+
+
+def test_one_table_for_all_corpora(tmp_path):
+    """From reports as `eval.py` writes them."""
+
+    def written(name: str, **fields) -> Path:
+        answer = "expected" if "mae" in fields["figures"] else "distribution"
+        figures = fields.pop("figures")
+        report = {"split": "test", "label_map": None, "answers": {answer: figures}, **fields}
+        report["intervals"] = {answer: {key: value and [value - 0.01, value + 0.01] for key, value in figures.items()}}
+        (tmp_path / name).write_text(json.dumps(report), encoding="utf-8")
+        return tmp_path / name
+
+    files = [
+        written("a", model="en", task="meld", corpus="meld", figures={"weighted_f1": 0.62}),
+        written("b", model="en", task="meld", corpus="cherma", label_map="meld-cherma", figures={"weighted_f1": 0.4}),
+        written("c", model="en", task="mosei", corpus="mosei", figures={"mae": 0.5, "corr": None}),
+    ]
+    assert table_of(files).splitlines()[2:] == [
+        "| en | meld | WF1 62.00 [61.00, 63.00] |  |  |",
+        "| en | meld (meld-cherma) |  | WF1 40.00 [39.00, 41.00] |  |",
+        "| en | mosei |  |  | MAE 0.500 [0.490, 0.510], Corr - |",
+    ]
+    with pytest.raises(ValueError, match="en, meld, on meld / test again"):
+        table_of([*files, files[0]])
+
+
+def test_the_generated_corpus_has_labels_of_its_task():
+    for split, rows in load_corpus("generated", size=36).items():
+        check_labels(split, rows, BUILTIN_TASKS["mosi"])
+
+
+def test_a_checkpoint_asks_in_its_own_words(model_folder):
+    """The table travels: a processor loaded by `AutoProcessor` has every task."""
+    tasks = AutoProcessor.from_pretrained(model_folder, trust_remote_code=True).tasks
+    assert all(tasks[name].to_dict() == task.to_dict() for name, task in BUILTIN_TASKS.items())
