@@ -45,6 +45,7 @@ class AffectCollator:
         with_answers: True for training: answers are appended and `labels` returned. False for scoring: prompts alone,
             `task_index` (B,), the task's place in `tasks`, and `answer_index` (B,), the gold answer's in its answers.
         cache: What is known of the rows' files; media that are not in it are decoded.
+        speeds: Speeds at which the cache has the rows' sound, for training: a random one each time that a row comes.
 
     Attributes:
         errors: Why a row's file gave nothing, by row id; it counts as a missing modality. (In this process only.)
@@ -55,6 +56,7 @@ class AffectCollator:
     modalities: list[str]
     with_answers: bool
     cache: TowerCache | None = None
+    speeds: tuple[float, ...] = (1.0,)
     errors: dict[str, str] = field(default_factory=dict)
 
     def __call__(self, rows: list[dict]):
@@ -65,7 +67,10 @@ class AffectCollator:
                 columns |= {name: [row[name] for row in rows] for name in names}
             elif self.cache is not None:
                 for row in rows:
-                    for name, value in self.cache.load(modality, row[COLUMNS[modality]]).items():
+                    speed = 1.0
+                    if modality == "audio" and len(self.speeds) > 1:
+                        speed = self.speeds[int(torch.randint(len(self.speeds), ()))]
+                    for name, value in self.cache.load(modality, row[COLUMNS[modality]], speed).items():
                         columns.setdefault(name, []).append(value)
             else:
                 columns[COLUMNS[modality]] = [self._load(modality, row) for row in rows]
