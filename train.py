@@ -353,7 +353,9 @@ def main(arguments: list[str]) -> None:
     teaching = dataclasses.replace(scoring, speeds=speeds)
     learning.speeds = speeds
     train_rows = with_lengths(ask(corpus["train"], tasks), learning)
-    validation = {task.name: with_lengths(ask(corpus["validation"], [task]), learning) for task in tasks}
+    validation = {}
+    if len(corpus["validation"]):
+        validation = {task.name: with_lengths(ask(corpus["validation"], [task]), learning) for task in tasks}
     checkpoint = last_whole_checkpoint(output)
     if recipe.experts.expert_epochs and checkpoint is None:
         experts = ExpertPretraining(model.to(training.device), processor, tasks)
@@ -370,7 +372,7 @@ def main(arguments: list[str]) -> None:
         data_collator=learning,
         scoring_collator=scoring,
         train_dataset=train_rows,
-        eval_dataset=validation if len(tasks) > 1 else validation[tasks[0].name],
+        eval_dataset=validation if len(validation) > 1 else validation.get(tasks[0].name),
         processing_class=processor,
         compute_metrics=lambda predictions: metrics_of(tasks, predictions),
         callbacks=[JsonLinesLog(output / "log.jsonl")],
