@@ -133,7 +133,15 @@ def build_tower(modality: str, tower: str | dict[str, Any]) -> tuple[PreTrainedM
 
 
 def build_towers(recipe: Recipe) -> dict[str, tuple]:
-    """Tower and preprocessor by modality, of those that the recipe names and the model may see."""
+    """Tower and preprocessor by modality, of those that the recipe names and the model may see.
+
+    Raises:
+        ValueError: If a recipe without an audio tower sets what only a tower can do.
+    """
+    needing = (("audio_window", recipe.model.audio_window, 0), ("audio_speeds", recipe.data.audio_speeds, [1.0]))
+    for field, value, unset in needing:
+        if value != unset and not recipe.model.audio_tower:
+            raise ValueError(f"{field}: got {value} for precomputed features, wanted an audio_tower beside it")
     named = {"audio": recipe.model.audio_tower, "vision": recipe.model.vision_tower}
     towers = {name: build_tower(name, spec) for name, spec in named.items() if spec and name in recipe.data.modalities}
     if recipe.model.audio_window and "audio" in towers:
@@ -158,8 +166,12 @@ def feature_statistics(sequences: list) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.from_numpy(frames.mean(0)), torch.from_numpy(frames.std(0))
 
 
-def set_clip_statistics(recipe: Recipe, model: EGMFForConditionalGeneration, corpus, cache: TowerCache | None) -> None:
-    """Sets what the fusion's clip statistics are standardised by: those of the training split's clips."""
+def set_clip_statistics(model: EGMFForConditionalGeneration, corpus, cache: TowerCache | None) -> None:
+    """Sets what the fusion's clip statistics are standardised by: those of the training split's clips.
+
+    Raises:
+        ValueError: If a modality has no clips, or a tower that is still to learn.
+    """
     for modality, module in model.model.fusion.clip_statistics.items():
         clips = []
         for row in corpus["train"]:
@@ -170,6 +182,8 @@ def set_clip_statistics(recipe: Recipe, model: EGMFForConditionalGeneration, cor
                 frames = torch.as_tensor(features, device="cpu").unsqueeze(0)  # (1, T, layers, size) or (1, T, size)
                 layers = frames.unbind(2) if frames.ndim == 4 else (frames,)
                 clips.append(module.measure(layers, torch.ones(frames.shape[:2]))[0].double())
+        if not clips:
+            raise ValueError(f"clip_statistics: got {modality}, wanted one with clips, and features or a frozen tower")
         std, mean = torch.std_mean(torch.stack(clips), 0, correction=0)
         model.model.fusion.set_clip_statistics(modality, mean, std)
 
@@ -345,7 +359,7 @@ def main(arguments: list[str]) -> None:
     for modality in learns_on:
         getattr(model.model, f"{modality}_tower").requires_grad_()
     cache = fill_cache(recipe, model, processor, towers, learns_on, corpus, inputs) if towers else None
-    set_clip_statistics(recipe, model, corpus, cache)
+    set_clip_statistics(model, corpus, cache)
     speeds = tuple(data.audio_speeds)
     learning, scoring = (
         AffectCollator(processor, tasks, data.modalities, with_answers=flag, cache=cache) for flag in (True, False)

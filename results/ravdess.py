@@ -6,7 +6,7 @@
 
 `run` trains and evaluates `recipes/ravdess_smollm2.yaml` on one fold after the other, into `RUNS_DIR/fold<n>_<seed>/`;
 what is finished is skipped. `collect` reads those folders, and keeps every answer in results/ravdess_answers.csv too;
-`render` reads the JSON file alone.
+`render` reads the JSON file alone, and fills the table in README.md too.
 """
 
 import argparse
@@ -161,10 +161,10 @@ def render(data: dict) -> str:
         "# RAVDESS: test results",
         "Eight emotions from speech alone. SmolLM2-135M-Instruct with LoRA and the encoder of Whisper tiny.en, "
         f"frozen; {size['samples']} clips of {size['actors']} actors, each of whom is tested once, in the fold that "
-        "holds them out. Settings are those of the recipe for all folds, chosen by the mean over folds of the "
-        "validation actors; with them fixed, each fold is trained on all twenty other actors, for a fixed number of "
-        "epochs. A validation actor of one fold is a test actor of another, so the choice of settings has seen every "
-        "clip as validation.",
+        "holds them out. All folds have the recipe's settings. What the fusion reads and its dropout were chosen "
+        "on the validation actors of folds 1 to 3, before the LLM; epochs are fixed, and each fold is then trained on "
+        "all twenty other actors. A validation actor of one fold is a test actor of another: no model has seen those "
+        "it is tested on, but the choice of settings has seen actors 5 to 16.",
         "UA, unweighted accuracy, is the mean of the classes' recalls, in percent, over the answers of all folds "
         f"together and mean over seeds; by chance it is {percent(1 / size['classes'])}. The interval is the "
         f"percentile interval of a bootstrap over actors ({RESAMPLES:,} resamples). *Greedy* is the text of plain "
@@ -212,8 +212,13 @@ def main(arguments: list[str]) -> None:
             writer.writeheader()
             writer.writerows(answers)
     else:
-        text = render(json.loads(file.read_text(encoding="utf-8")))
-        (RESULTS / "ravdess.md").write_text(text, encoding="utf-8")
+        sys.path.insert(0, str(RESULTS.parent))
+        from results.make_tables import README, fill_readme
+
+        data = json.loads(file.read_text(encoding="utf-8"))
+        (RESULTS / "ravdess.md").write_text(render(data), encoding="utf-8")
+        readme = fill_readme(README.read_text(encoding="utf-8"), "ravdess", main_table(data))
+        README.write_text(readme, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from results import ravdess
+from results.make_tables import README, fill_readme
 
 
 EMOTIONS = ("neutral", "calm", "happy", "sad", "angry", "fearful", "disgust", "surprised")
@@ -60,3 +61,5 @@ def test_collect_wants_every_fold(runs):
 def test_table_in_the_repository_is_what_render_makes():
     data = json.loads((ravdess.RESULTS / "ravdess.json").read_text(encoding="utf-8"))
     assert (ravdess.RESULTS / "ravdess.md").read_text(encoding="utf-8") == ravdess.render(data)
+    readme = README.read_text(encoding="utf-8")
+    assert readme == fill_readme(readme, "ravdess", ravdess.main_table(data))
