@@ -25,6 +25,7 @@ quickstart: $(INSTALLED)
 
 results: $(INSTALLED)
 	$(BIN)/python results/make_tables.py render
+	$(BIN)/python results/ravdess.py render
 
 # The copy of requirements.txt is written last: an interrupted installation is begun anew from an empty .venv, and a
 # changed requirements.txt updates the .venv that is there. Without pyvenv.cfg, pip would write to the system's Python.

@@ -57,6 +57,8 @@ class EGMFConfig(PreTrainedConfig):
         lm_head_bias: Whether the LLM's head has a bias (`from_language_model` finds out).
         feature_noise: Gaussian noise added in training to precomputed features, by modality name, in units of their
             standard deviation; regularises weak or contaminated features.
+        clip_statistics: Modalities, audio or vision, whose every position is also told the mean and the standard
+            deviation of the clip's frames, of a tower layer by layer.
         initializer_range: Standard deviation of new embeddings, and of a new head's weights.
     """
 
@@ -84,6 +86,7 @@ class EGMFConfig(PreTrainedConfig):
     gating: Literal["hierarchical", "flat", "mean"] = "hierarchical"
     modality_dropout: dict[str, float | int] | None = None
     feature_noise: dict[str, float | int] | None = None
+    clip_statistics: list[str] | tuple[str, ...] = ()
     lm_head_bias: bool = False
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
@@ -100,6 +103,7 @@ class EGMFConfig(PreTrainedConfig):
         self.modality_dropout = dict(self.modality_dropout or {})
         self.feature_noise = dict(self.feature_noise or {})
         self.experts = list(self.experts)
+        self.clip_statistics = list(self.clip_statistics)
         self.local_kernel_sizes = list(self.local_kernel_sizes)
         super().__post_init__(**kwargs)
         self.custom_pipelines = copy.deepcopy(PIPELINES)
@@ -131,6 +135,9 @@ class EGMFConfig(PreTrainedConfig):
                 )
         if self.audio_config is not None and not self.audio_input_rate:
             raise ValueError("audio_input_rate: got nothing, wanted the audio tower's input positions per second")
+        if not set(self.clip_statistics) <= set(self.modalities[1:]):
+            wanted = f"some of the model's {self.modalities[1:]}"
+            raise ValueError(f"clip_statistics: got {self.clip_statistics}, wanted {wanted}")
         for name, rate in self.modality_dropout.items():
             if name not in ("text", "audio", "vision") or not 0 <= rate < 1:
                 raise ValueError(

@@ -72,6 +72,7 @@ class AffectCollator:
         cache: What is known of the rows' files; media that are not in it are decoded.
         augmented: Modalities whose tower inputs are changed at random, for training; they have to be in the cache.
         distort: Called with modality, row id and decoded clip of each file; what it returns takes the clip's place.
+        speeds: Speeds at which the cache has the rows' sound, for training: a random one each time that a row comes.
 
     Attributes:
         errors: Why a row's file gave nothing, by row id; it counts as a missing modality. (In this process only.)
@@ -84,6 +85,7 @@ class AffectCollator:
     cache: TowerCache | None = None
     augmented: tuple[str, ...] = ()
     distort: Callable[[str, str, Any], Any] | None = None
+    speeds: tuple[float, ...] = (1.0,)
     errors: dict[str, str] = field(default_factory=dict)
 
     def __call__(self, rows: list[dict]):
@@ -94,7 +96,10 @@ class AffectCollator:
                 columns |= {name: [row[name] for row in rows] for name in names}
             elif self.cache is not None:
                 for row in rows:
-                    for name, value in self.cache.load(modality, row[COLUMNS[modality]]).items():
+                    speed = 1.0
+                    if modality == "audio" and len(self.speeds) > 1:
+                        speed = self.speeds[int(torch.randint(len(self.speeds), ()))]
+                    for name, value in self.cache.load(modality, row[COLUMNS[modality]], speed).items():
                         value = augment(modality, value) if modality in self.augmented else value
                         columns.setdefault(name, []).append(value)
             else:

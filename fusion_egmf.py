@@ -445,6 +445,32 @@ class LayerMix(nn.Module):
         return sum(weight * layer.to(weight.dtype) for weight, layer in zip(weights, hidden_states, strict=True))
 
 
+class ClipStatistics(nn.Module):
+    """A clip as a whole: mean and standard deviation over time of each of a modality's layers -> d.
+
+    Speech says much of what is felt in how it sounds throughout, and few clips are enough to learn that: this is what
+    a linear probe reads. The statistics are standardised by those of the training split, which travel with the model.
+    """
+
+    def __init__(self, num_layers: int, width: int, config: EGMFConfig):
+        super().__init__()
+        self.norm = FeatureNorm(2 * num_layers * width)
+        self.dropout = nn.Dropout(config.fusion_dropout)
+        self.proj = nn.Linear(2 * num_layers * width, config.fusion_hidden_size)
+
+    @staticmethod
+    def measure(layers: tuple[torch.Tensor, ...], mask: torch.Tensor) -> torch.Tensor:
+        """(B, T, width) each, (B, T) mask -> (B, 2 * layers * width) in float32: the means, then the deviations."""
+        mask = mask.bool()
+        frames = torch.cat(layers, -1).float().masked_fill(~mask.unsqueeze(-1), 0.0)
+        mean = masked_mean(frames, mask)
+        variance = masked_mean((frames - mean.unsqueeze(1)).square(), mask)
+        return torch.cat([mean, (variance + 1e-6).sqrt()], -1)  # the root has a gradient where nothing varies
+
+    def forward(self, layers: tuple[torch.Tensor, ...], mask: torch.Tensor) -> torch.Tensor:
+        return self.proj(self.dropout(self.norm(self.measure(layers, mask))))
+
+
 class EGMFFusion(nn.Module):
     """All that EGMF adds to the LLM and the towers: modality sequences in, K pseudo tokens and gate weights out."""
 
@@ -452,12 +478,15 @@ class EGMFFusion(nn.Module):
         super().__init__()
         size = config.fusion_hidden_size
         widths = {"text": config.text_embedding_size}
-        self.layer_mix = nn.ModuleDict()
+        self.layer_mix, self.clip_statistics = nn.ModuleDict(), nn.ModuleDict()
         for name in config.modalities[1:]:
             tower = getattr(config, f"{name}_config")
             widths[name] = getattr(config, f"{name}_feature_size") if tower is None else tower_size(tower)
             if tower is not None:
                 self.layer_mix[name] = LayerMix(tower_num_states(tower))
+            if name in config.clip_statistics:
+                layers = 1 if tower is None else tower_num_states(tower)
+                self.clip_statistics[name] = ClipStatistics(layers, widths[name], config)
         self.widths = widths
         self.clock = ClockEmbedding(size)
         self.input_norm = nn.ModuleDict(
@@ -481,7 +510,15 @@ class EGMFFusion(nn.Module):
 
         A feature that never varies (deviation 0) is centred and left at that.
         """
-        norm = self.input_norm[name]
+        self._set_statistics(self.input_norm[name], mean, std)
+
+    @torch.no_grad()
+    def set_clip_statistics(self, name: str, mean: torch.Tensor, std: torch.Tensor) -> None:
+        """Sets what a modality's [`ClipStatistics`] are standardised by: their mean and deviation over clips."""
+        self._set_statistics(self.clip_statistics[name].norm, mean, std)
+
+    @staticmethod
+    def _set_statistics(norm: FeatureNorm, mean: torch.Tensor, std: torch.Tensor) -> None:
         norm.mean.copy_(mean)
         norm.std.copy_(torch.where(std > 1e-6, std, 1.0))
 
@@ -498,17 +535,19 @@ class EGMFFusion(nn.Module):
             state = self.absent_embedding[index].expand(batch_size, 1, -1)
             mask = torch.ones(batch_size, 1, dtype=torch.bool, device=weight.device)
             return ModalitySequence(state, torch.zeros_like(state), state.new_zeros(batch_size, 0), mask, ~mask[:, 0])
+        mask, layers = mask.bool(), features if name in self.layer_mix else (features,)
         if name in self.layer_mix:
             features = self.layer_mix[name](features)
-        mask = mask.bool()
         # Padding may hold anything, NaN too: it must not reach a sum, where 0 * NaN is NaN.
         features = self.input_norm[name](features.to(weight.dtype).masked_fill(~mask.unsqueeze(-1), 0.0))
         if self.training and self.feature_noise.get(name):
             features = features + self.feature_noise[name] * torch.randn_like(features)
-        frames = self.dropout(self.input_proj[name](features) + self.present_embedding[index])
+        here, present = self.present_embedding[index].expand(batch_size, -1), mask.any(1)
+        if name in self.clip_statistics:  # every position of the modality knows the clip as a whole
+            here = here + self.clip_statistics[name](layers, mask)
+        frames = self.dropout(self.input_proj[name](features) + here.unsqueeze(1))
+        state = torch.where(present[:, None], here, self.absent_embedding[index])
         fractions = clip_fractions(mask, times, span)
-        present = mask.any(1)
-        state = torch.where(present[:, None], self.present_embedding[index], self.absent_embedding[index])
         content = torch.cat([state.unsqueeze(1).to(frames), frames], 1)
         clock = F.pad(self.clock(fractions, times).to(frames), (0, 0, 1, 0))
         return ModalitySequence(content, clock, fractions, F.pad(mask, (1, 0), value=True), present)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import soxr
 import torch
 import transformers
 from huggingface_hub import constants
@@ -22,6 +23,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from media_egmf import AudioClip
 from media_inputs_egmf import Media, TowerInput
 from processing_egmf import EGMFProcessor
 
@@ -87,35 +89,40 @@ class TowerCache:
             digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()[:16]
 
-    def _entry(self, modality: str, path: str) -> Path:
+    def _entry(self, modality: str, path: str, speed: float = 1.0) -> Path:
         if path not in self._hashes:
             with open(path, "rb") as file:
                 self._hashes[path] = hashlib.file_digest(file, "sha256").hexdigest()
-        content = self._hashes[path]
+        content = self._hashes[path] + (f"-{speed}" if speed != 1.0 else "")
         return self.folders[modality] / content[:2] / f"{content}.safetensors"
 
-    def fill(self, rows: Iterable[dict], device: torch.device) -> None:
-        """Computes what is missing for the rows' files; they are read in as many processes as there are cores."""
+    def fill(self, rows: Iterable[dict], device: torch.device, speeds: Iterable[float] = (1.0,)) -> None:
+        """Computes what is missing for the rows' files; they are read in as many processes as there are cores.
+
+        Sound is heard at each of the `speeds`: at 1.1, tempo and pitch are a tenth higher.
+        """
         todo = {}
         for row in rows:
             for modality in self.folders:
                 path = row[COLUMNS[modality]]
-                if path is not None and (modality, path) not in todo:
-                    try:
-                        if not self._entry(modality, path).exists():
-                            todo[modality, path] = None
-                    except OSError as error:
-                        self.errors[modality, path] = f"Cannot read {path!r}: {error.strerror}."
+                for speed in speeds if modality == "audio" else (1.0,):
+                    if path is not None and (modality, path, speed) not in todo:
+                        try:
+                            if not self._entry(modality, path, speed).exists():
+                                todo[modality, path, speed] = None
+                        except OSError as error:
+                            self.errors[modality, path] = f"Cannot read {path!r}: {error.strerror}."
         if not todo:
             return
         workers = min(len(todo), os.cpu_count() or 1)
         files = _Files(self.processor, [*todo], self.inputs)
         reader = DataLoader(files, batch_size=None, num_workers=workers, collate_fn=_as_it_is)
-        for (modality, path), made in zip(todo, tqdm(reader, desc="media", unit="clip", disable=None), strict=True):
+        made_of = zip(todo, tqdm(reader, desc="media", unit="clip", disable=None), strict=True)
+        for (modality, path, speed), made in made_of:
             if isinstance(made, str):
                 self.errors[modality, path] = made
             else:
-                self._write(self._entry(modality, path), self._tensors(modality, made, device))
+                self._write(self._entry(modality, path, speed), self._tensors(modality, made, device))
 
     @torch.no_grad()
     def _tensors(self, modality: str, made: dict, device: torch.device) -> dict[str, torch.Tensor]:
@@ -140,8 +147,8 @@ class TowerCache:
         save_file(tensors, scratch.name)
         os.replace(scratch.name, entry)
 
-    def load(self, modality: str, path: str | None) -> dict:
-        """The processor's arguments for a filled-in file, each None if it gave nothing.
+    def load(self, modality: str, path: str | None, speed: float = 1.0) -> dict:
+        """The processor's arguments for a filled-in file (at one of the speeds), each None if it gave nothing.
 
         Hidden layers `{modality}_features` (T, layers + 1, size) and their seconds `{modality}_times` (T,) of a
         frozen tower, of a trained one `audio` or `video`.
@@ -149,7 +156,7 @@ class TowerCache:
         there = path is not None and (modality, path) not in self.errors
         tensors = {}
         if there:
-            with safe_open(self._entry(modality, path), "pt") as file:
+            with safe_open(self._entry(modality, path, speed), "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
         if modality in self.frozen:
             return {f"{modality}_{name}": tensors.get(name) for name in ("features", "times")}
@@ -159,24 +166,28 @@ class TowerCache:
 
 @dataclass
 class _Files(torch.utils.data.Dataset):
-    """By place in `files`, (modality, path): what the tower reads, as the fields of `TowerInput`, or why nothing."""
+    """By place in `files`, (modality, path, speed): the fields of what the tower reads, or why it is nothing."""
 
     processor: EGMFProcessor
-    files: list[tuple[str, str]]
+    files: list[tuple[str, str, float]]
     inputs: TowerCache | None
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray | None] | str:
-        modality, path = self.files[index]
+        modality, path, speed = self.files[index]
         media = {"audio": path} if modality == "audio" else {"video": path, "sound_track": False}
-        if self.inputs is not None and modality in self.inputs.trained:
+        if self.inputs is not None and modality in self.inputs.trained and speed == 1.0:
             if (modality, path) in self.inputs.errors:
                 return self.inputs.errors[modality, path]
             return vars(self.inputs.load(modality, path)[COLUMNS[modality]])
         try:
-            clips = self.processor.tower_inputs(self.processor.load_media(**media))
+            clips = self.processor.load_media(**media)
+            if speed != 1.0:
+                rate = clips.audio.sampling_rate
+                clips = Media(AudioClip(soxr.resample(clips.audio.samples, speed * rate, rate), rate, []), None)
+            clips = self.processor.tower_inputs(clips)
         except self.processor.media_error as error:
             return str(error)
         made = clips.audio if modality == "audio" else clips.video

@@ -11,6 +11,7 @@ these towers with it, then the fusion and the LLM with LoRA. Writes to `output_d
 `num_train_epochs: 0` the towers are all that is made.
 """
 
+import copy
 import dataclasses
 import json
 import logging
@@ -48,7 +49,7 @@ from pretraining import ExpertPretraining, TowerPretraining
 from processing_egmf import EGMFProcessor
 from recipes import Recipe, load_recipe
 from tower_cache import COLUMNS, PREPROCESSORS, TowerCache
-from towers_egmf import load_tower
+from towers_egmf import encoder_of, load_tower
 
 
 class JsonLinesLog(TrainerCallback):
@@ -91,6 +92,26 @@ class AffectTrainer(Trainer):
         return loss, scores.log_probs, torch.stack([answers, tasks], 1)
 
 
+def cut_window(tower: PreTrainedModel, extractor: Any, seconds: int) -> tuple[PreTrainedModel, Any]:
+    """A speech encoder that reads fixed windows, such as Whisper's, with windows of the first `seconds` only.
+
+    A window is read whole, silence included, so that short clips cost what the longest one costs.
+
+    Raises:
+        ValueError: If the encoder reads no fixed windows, or shorter ones.
+    """
+    tower, whole = encoder_of(tower, "audio"), getattr(extractor, "chunk_length", None)
+    if not whole or not hasattr(tower.config, "max_source_positions") or not 0 < seconds <= whole:
+        wanted = f"at most {whole} seconds" if whole else "none: it has no fixed window"
+        raise ValueError(f"audio_window: got {seconds} seconds for {type(tower).__name__}, wanted {wanted}")
+    config, weights = copy.deepcopy(tower.config), tower.state_dict()
+    config.max_source_positions = config.max_source_positions * seconds // whole
+    weights["embed_positions.weight"] = weights["embed_positions.weight"][: config.max_source_positions]
+    shorter = type(tower)(config).to(tower.dtype)
+    shorter.load_state_dict(weights)
+    return shorter.eval(), type(extractor).from_dict(extractor.to_dict() | {"chunk_length": seconds})
+
+
 def build_tower(modality: str, tower: str | dict[str, Any]) -> tuple[PreTrainedModel, Any]:
     """The tower that a recipe names or describes, and its feature extractor or image processor.
 
@@ -114,9 +135,20 @@ def build_tower(modality: str, tower: str | dict[str, Any]) -> tuple[PreTrainedM
 
 
 def build_towers(recipe: Recipe) -> dict[str, tuple]:
-    """Tower and preprocessor by modality, of those that the recipe names and the model may see."""
+    """Tower and preprocessor by modality, of those that the recipe names and the model may see.
+
+    Raises:
+        ValueError: If a recipe without an audio tower sets what only a tower can do.
+    """
+    needing = (("audio_window", recipe.model.audio_window, 0), ("audio_speeds", recipe.data.audio_speeds, [1.0]))
+    for field, value, unset in needing:
+        if value != unset and not recipe.model.audio_tower:
+            raise ValueError(f"{field}: got {value} for precomputed features, wanted an audio_tower beside it")
     named = {"audio": recipe.model.audio_tower, "vision": recipe.model.vision_tower}
-    return {name: build_tower(name, spec) for name, spec in named.items() if spec and name in recipe.data.modalities}
+    towers = {name: build_tower(name, spec) for name, spec in named.items() if spec and name in recipe.data.modalities}
+    if recipe.model.audio_window and "audio" in towers:
+        towers["audio"] = cut_window(*towers["audio"], recipe.model.audio_window)
+    return towers
 
 
 def build_processor(recipe: Recipe, language_model: str, towers: dict[str, tuple]) -> EGMFProcessor:
@@ -134,6 +166,28 @@ def feature_statistics(sequences: list) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and standard deviation (D,) over all frames of the clips' features (T, D); absent clips are None."""
     frames = np.concatenate([np.asarray(sequence, dtype=np.float64) for sequence in sequences if sequence is not None])
     return torch.from_numpy(frames.mean(0)), torch.from_numpy(frames.std(0))
+
+
+def set_clip_statistics(model: EGMFForConditionalGeneration, corpus, cache: TowerCache | None) -> None:
+    """Sets what the fusion's clip statistics are standardised by: those of the training split's clips.
+
+    Raises:
+        ValueError: If a modality has no clips, or a tower that is still to learn.
+    """
+    for modality, module in model.model.fusion.clip_statistics.items():
+        clips = []
+        for row in corpus["train"]:
+            features = row[f"{modality}_features"]
+            if cache is not None and modality in cache.frozen:
+                features = cache.load(modality, row[COLUMNS[modality]])[f"{modality}_features"]
+            if features is not None:
+                frames = torch.as_tensor(features, device="cpu").unsqueeze(0)  # (1, T, layers, size) or (1, T, size)
+                layers = frames.unbind(2) if frames.ndim == 4 else (frames,)
+                clips.append(module.measure(layers, torch.ones(frames.shape[:2]))[0].double())
+        if not clips:
+            raise ValueError(f"clip_statistics: got {modality}, wanted one with clips, and features or a frozen tower")
+        std, mean = torch.std_mean(torch.stack(clips), 0, correction=0)
+        model.model.fusion.set_clip_statistics(modality, mean, std)
 
 
 def trained_towers(recipe: Recipe, towers: dict[str, tuple]) -> list[str]:
@@ -163,6 +217,7 @@ def build_model(
         gating=arguments.gating,
         modality_dropout=arguments.modality_dropout,
         feature_noise=arguments.feature_noise,
+        clip_statistics=arguments.clip_statistics,
         audio_input_rate=processor.audio_input_rate if "audio" in towers else None,
         **{f"{modality}_tower": tower for modality, (tower, _) in towers.items()},
         **{f"{modality}_feature_size": len(mean) for modality, (mean, _) in statistics.items()},
@@ -234,8 +289,8 @@ def fill_cache(
     precision = torch.autocast(training.device.type, torch.bfloat16, enabled=training.bf16)
     frozen = towers.keys() - trained
     cache = TowerCache(model.to(training.device), processor, frozen, trained, precision, inputs=inputs)
-    rows = (row for split in ("train", "validation") for row in corpus[split].select_columns([*COLUMNS.values()]))
-    cache.fill(rows, training.device)
+    for split, speeds in (("train", recipe.data.audio_speeds), ("validation", (1.0,))):
+        cache.fill(corpus[split].select_columns([*COLUMNS.values()]), training.device, speeds)
     for error in cache.errors.values():
         logging.warning("%s It counts as a missing modality.", error)
     return cache
@@ -321,12 +376,13 @@ def main(arguments: list[str]) -> None:
             epochs, rate = recipe.experts.tower_epochs, recipe.experts.tower_learning_rate
             pretrain(recipe, alone, collator, rows, phase, epochs, rate)
             alone.requires_grad_(False)
+    set_clip_statistics(model, corpus, inputs)
+    speeds = tuple(data.audio_speeds)
     if recipe.experts.expert_epochs:
         learn(model, with_experts)
         experts = ExpertPretraining(model.to(training.device), processor, tasks)
-        collator = AffectCollator(
-            processor, tasks, data.modalities, with_answers=False, cache=inputs, augmented=tuple(with_experts)
-        )
+        collator = AffectCollator(processor, tasks, data.modalities, with_answers=False, cache=inputs)
+        collator.speeds, collator.augmented = speeds, tuple(with_experts)
         epochs, rate = recipe.experts.expert_epochs, recipe.experts.expert_learning_rate
         pretrain(recipe, experts, collator, ask(corpus["train"], tasks), output / "experts", epochs, rate)
     for modality in with_experts:
@@ -338,8 +394,11 @@ def main(arguments: list[str]) -> None:
     learning, scoring = (
         AffectCollator(processor, tasks, data.modalities, with_answers=flag, cache=cache) for flag in (True, False)
     )
+    learning.speeds = speeds
     train_rows = with_lengths(ask(corpus["train"], tasks), learning)
-    validation = {task.name: with_lengths(ask(corpus["validation"], [task]), learning) for task in tasks}
+    validation = {}
+    if len(corpus["validation"]):
+        validation = {task.name: with_lengths(ask(corpus["validation"], [task]), learning) for task in tasks}
     checkpoint = last_whole_checkpoint(output)
     set_seed(training.seed)  # whatever was read and not computed until here, the last phase begins alike
     model = add_lora(recipe, model, learns_on)
@@ -351,7 +410,7 @@ def main(arguments: list[str]) -> None:
         data_collator=learning,
         scoring_collator=scoring,
         train_dataset=train_rows,
-        eval_dataset=validation if len(tasks) > 1 else validation[tasks[0].name],
+        eval_dataset=validation if len(validation) > 1 else validation.get(tasks[0].name),
         processing_class=processor,
         compute_metrics=lambda predictions: metrics_of(tasks, predictions),
         callbacks=[JsonLinesLog(output / "log.jsonl")],

@@ -4,7 +4,8 @@ Read from the audio files as published, whose names say everything: `03-01-06-01
 only), channel (01: speech), emotion, intensity, statement, repetition, actor. Copies in another audio format, or
 without the published folders `Actor_01` to `Actor_24`, are read as well; other modalities and song are left out.
 
-The actors are held out in six folds, 1-4, 5-8 and so on; of the others, the fold that follows is the validation split.
+The actors are held out in six folds, 1-4, 5-8 and so on; of the others, the fold that follows is the validation split,
+or, once everything has been chosen, belongs to the training split too.
 """
 
 import os
@@ -20,12 +21,13 @@ STATEMENTS = ("Kids are talking by the door.", "Dogs are sitting by the door.")
 FOLDS, ACTORS = 6, 24
 
 
-def load(source: str | os.PathLike, fold: int = 1) -> DatasetDict:
+def load(source: str | os.PathLike, fold: int = 1, validation: bool = True) -> DatasetDict:
     """Load RAVDESS as emotion classification over `EMOTIONS`.
 
     Args:
         source: the folder with the audio files, at any depth.
         fold: 1 to 6, which four actors are the test split.
+        validation: whether there is a validation split; without, it is empty and all other actors are trained on.
 
     Raises:
         FileNotFoundError: there is no such folder, or no RAVDESS speech in it.
@@ -36,7 +38,7 @@ def load(source: str | os.PathLike, fold: int = 1) -> DatasetDict:
     files = sorted(path for path in Path(source).rglob("03-01-*") if path.is_file())
     if not files:
         raise FileNotFoundError(f"{source}: no files 03-01-*, expected the folder with the audio files of RAVDESS")
-    held_out = {"test": fold - 1, "validation": fold % FOLDS}
+    held_out = {"test": fold - 1} | ({"validation": fold % FOLDS} if validation else {})
     rows: dict[str, list[dict]] = {"train": [], "validation": [], "test": []}
     for path in files:
         emotion, statement, actor = _codes(path)
@@ -44,7 +46,7 @@ def load(source: str | os.PathLike, fold: int = 1) -> DatasetDict:
         split = next((name for name, number in held_out.items() if number == group), "train")
         row = {"id": path.stem, "text": STATEMENTS[statement - 1], "language": "en", "audio": str(path)}
         rows[split].append({**row, "emotion": EMOTIONS[emotion - 1]})
-    empty = [split for split, found in rows.items() if not found]
+    empty = [split for split in ("train", *held_out) if not rows[split]]
     if empty:
         raise ValueError(f"{source}: no files of the actors of {', '.join(empty)}, expected all {ACTORS} actors")
     return DatasetDict({split: build_split(found) for split, found in rows.items()})

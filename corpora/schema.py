@@ -40,7 +40,8 @@ def build_split(rows: Iterable[Mapping[str, object]]) -> Dataset:
     of shape (T, D).
     """
     empty: dict[str, object] = {name: None for name in FEATURES} | {"context": [], "following": []}
-    return Dataset.from_list([empty | row for row in rows], features=FEATURES)
+    whole = [empty | row for row in rows]
+    return Dataset.from_dict({name: [row[name] for row in whole] for name in FEATURES}, features=FEATURES)
 
 
 def check_count(option: str, value: object, minimum: int = 0) -> int:

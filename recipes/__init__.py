@@ -24,6 +24,9 @@ class ModelArguments:
 
     language_model: str = field(metadata={"help": "local folder or Hub id of a causal LLM, or `tiny-random`"})
     audio_tower: str = field(default="", metadata={"help": "folder or Hub id of a speech encoder, or see `train.py`"})
+    audio_window: int = field(
+        default=0, metadata={"help": "seconds that an encoder of fixed windows hears; 0 for its checkpoint's"}
+    )
     vision_tower: str = field(default="", metadata={"help": "folder or Hub id of an image encoder, or see `train.py`"})
     train_audio_tower: bool = field(default=False, metadata={"help": "train it whole; otherwise it is frozen"})
     train_vision_tower: bool = field(default=False, metadata={"help": "train it whole; otherwise it is frozen"})
@@ -38,6 +41,9 @@ class ModelArguments:
     gating: str = "hierarchical"
     modality_dropout: str = _json_field("{}")
     feature_noise: str = _json_field("{}")
+    clip_statistics: list[str] = field(
+        default_factory=list, metadata={"help": "modalities whose positions know mean and deviation of the clip"}
+    )
     lora_r: int = 16
     lora_alpha: int = 32
     lora_target_modules: str = field(
@@ -61,6 +67,10 @@ class DataArguments:
     tasks: list[str] = field(metadata={"help": "what is asked of every row, see `tasks_egmf.BUILTIN_TASKS`"})
     corpus_dir: str | None = field(default=None, metadata={"help": "folder with the corpus's published files"})
     corpus_options: str = _json_field("{}")
+    audio_speeds: list[float] = field(
+        default_factory=lambda: [1.0],
+        metadata={"help": "training hears a clip at one of them at random; 1.1 is a tenth faster and higher"},
+    )
     max_context_tokens: int = 256
     modalities: list[str] = field(
         default_factory=lambda: ["text", "audio", "vision"], metadata={"help": "modalities the model may see"}
@@ -71,6 +81,8 @@ class DataArguments:
         unknown = set(self.modalities) - {"text", "audio", "vision"}
         if unknown or not self.modalities:
             raise ValueError(f"modalities: got {self.modalities}, wanted some of text, audio, vision")
+        if 1.0 not in self.audio_speeds or min(self.audio_speeds) <= 0:
+            raise ValueError(f"audio_speeds: got {self.audio_speeds}, wanted positive ones with 1.0 among them")
 
 
 @dataclass

@@ -454,6 +454,13 @@ def test_ravdess_holds_out_actors(tmp_path, fold):
     assert set(splits["train"]["emotion"]) == set(ravdess.EMOTIONS)
 
 
+def test_ravdess_trains_on_the_validation_actors_once_all_is_chosen(tmp_path):
+    write_ravdess(tmp_path)
+    chosen, final = (load_corpus("ravdess", tmp_path, fold=2, validation=flag) for flag in (True, False))
+    assert final["validation"].num_rows == 0 and final["test"]["id"] == chosen["test"]["id"]
+    assert set(final["train"]["id"]) == {*chosen["train"]["id"], *chosen["validation"]["id"]}
+
+
 def test_ravdess_faults(tmp_path):
     with pytest.raises(FileNotFoundError, match="no files 03-01-"):
         load_corpus("ravdess", tmp_path)

@@ -6,7 +6,7 @@ from torch import nn
 from transformers import CLIPVisionConfig, LlamaConfig, MobileNetV2Config
 
 from configuration_egmf import EGMFConfig
-from fusion_egmf import ClockEmbedding, EGMFFusion, clip_fractions, clip_span
+from fusion_egmf import ClipStatistics, ClockEmbedding, EGMFFusion, clip_fractions, clip_span
 from modeling_egmf import EGMFModel
 
 
@@ -247,6 +247,38 @@ def test_feature_noise_is_for_training_only():
         assert torch.equal(quiet(inputs, prompt)[0], quiet(inputs, prompt)[0])
 
 
+# Clip statistics
+
+
+@torch.no_grad()
+def test_clip_statistics_are_those_of_the_frames_in_use():
+    torch.manual_seed(0)
+    layers = tuple(torch.randn(2, 9, 8) for _ in range(3))
+    mask = torch.ones(2, 9, dtype=torch.long)
+    mask[1, 4:] = 0
+    for layer in layers:
+        layer[1, 4:] = torch.nan
+    measured = ClipStatistics.measure(layers, mask)
+    whole = torch.stack(layers, 2)[1, :4].flatten(1)
+    wanted = torch.cat([whole.mean(0), whole.std(0, correction=0)])
+    torch.testing.assert_close(measured[1], wanted, rtol=0, atol=1e-4)
+    assert torch.equal(measured[:1], ClipStatistics.measure(tuple(layer[:1] for layer in layers), mask[:1]))
+
+    fusion = build_fusion(clip_statistics=["audio"]).eval()
+    audio, prompt = torch.randn(1, 6, 8), torch.randn(1, TEXT.hidden_size)
+    padded = torch.cat([audio, torch.full((1, 3, 8), torch.nan)], 1)
+    inputs = inputs_of(audio=audio), inputs_of(audio=padded)
+    inputs[1]["audio"][1][:, 6:] = 0
+    torch.testing.assert_close(*(fusion(given, prompt)[0] for given in inputs), rtol=0, atol=1e-4)
+    before = fusion(inputs[0], prompt)[0]
+    fusion.set_clip_statistics("audio", torch.full((16,), 2.0), torch.ones(16))
+    assert (fusion(inputs[0], prompt)[0] - before).abs().max() > 1e-3
+
+
+def test_no_clip_statistics_unless_wanted():
+    assert not [name for name in build_fusion().state_dict() if "clip_statistics" in name]
+
+
 # The config
 
 
@@ -268,6 +300,7 @@ def test_feature_noise_is_for_training_only():
         ({"modality_dropout": {"smell": 0.5}}, "modality_dropout: got {'smell': 0.5}, wanted text, audio or vision"),
         ({"modality_dropout": {"text": 1.0}}, "modality_dropout: got .* wanted .* a rate in"),
         ({"feature_noise": {"text": 0.1}}, "feature_noise: got {'text': 0.1}, wanted audio or vision"),
+        ({"clip_statistics": ["audio"]}, r"clip_statistics: got \['audio'\], wanted some of the model's \[\]"),
         ({"feature_noise": {"audio": -0.1}}, "feature_noise: got .* wanted .* >= 0"),
     ],
 )

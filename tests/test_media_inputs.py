@@ -311,6 +311,23 @@ def test_cache_is_filled_once_and_tells_files_apart(media, files, tmp_path):
     assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 2
 
 
+def test_sound_is_kept_at_every_speed(media, files, tmp_path):
+    processor, model = media
+    rows, task = rows_of(files, tmp_path), processor.tasks["meld"]
+    cache = TowerCache(model, processor, ["audio"], folder=tmp_path / "cache")
+    cache.fill(rows, torch.device("cpu"), speeds=(1.0, 2.0))
+    assert [Path(path).name for _, path in cache.errors] == ["gone.wav"]
+    lengths = [len(cache.load("audio", files["wav"], speed)["audio_features"]) for speed in (1.0, 2.0)]
+    assert lengths[0] == pytest.approx(2 * lengths[1], abs=1)
+    assert cache.load("audio", rows[2]["audio"], 2.0)["audio_features"] is None
+    learning = AffectCollator(processor, [task], ["text", "audio"], True, cache, speeds=(1.0, 2.0))
+    torch.manual_seed(0)
+    heard = {int(learning(rows[:1])["audio_mask"].sum()) for _ in range(16)}
+    assert heard == set(lengths)
+    scoring = AffectCollator(processor, [task], ["text", "audio"], False, cache)
+    assert int(scoring(rows[:1])["audio_mask"].sum()) == lengths[0]
+
+
 def test_another_tower_has_its_own_entries(media, tmp_path):
     processor, model = media
     first = TowerCache(model, processor, ["vision"], folder=tmp_path).folders["vision"]

@@ -16,13 +16,16 @@ from transformers import (
     ResNetConfig,
     ResNetModel,
     Wav2Vec2Config,
+    Wav2Vec2FeatureExtractor,
     Wav2Vec2Model,
     WhisperConfig,
+    WhisperFeatureExtractor,
     WhisperModel,
 )
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from modeling_egmf import EGMFForConditionalGeneration
+from train import cut_window
 
 
 TOLERANCE = 1e-4
@@ -50,10 +53,11 @@ IMAGE = {
 PYRAMID = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}  # of many widths
 
 
-def whisper() -> WhisperModel:
+def whisper(max_source_positions: int = 50) -> WhisperModel:
     special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
     heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
-    sizes = {"num_mel_bins": 8, "d_model": 16, "encoder_layers": 2, "decoder_layers": 1, "max_source_positions": 50}
+    sizes = {"num_mel_bins": 8, "d_model": 16, "encoder_layers": 2, "decoder_layers": 1}
+    sizes["max_source_positions"] = max_source_positions
     return WhisperModel(WhisperConfig(vocab_size=20, **special, **heads, **sizes, dropout=0.5))
 
 
@@ -287,3 +291,24 @@ def test_real_whisper_encoder(assemble, processor):
     assert seconds[0, 199] < 4.0 < seconds[0, 200]
     logits, gates = outputs_of(model, batch)
     assert torch.isfinite(logits).all() and (gates[..., :2] > 0).all()
+
+
+def test_a_shorter_window_hears_the_same_beginning():
+    torch.manual_seed(0)
+    two_seconds = WhisperFeatureExtractor(feature_size=8, chunk_length=2)
+    tower = whisper(max_source_positions=100)
+    shorter, own = cut_window(tower, two_seconds, 1)
+    assert shorter.config.max_source_positions == 50 and (own.n_samples, own.nb_max_frames) == (16000, 100)
+    sound = 0.1 * torch.randn(16000).numpy()
+    reads = [made(sound, sampling_rate=16000, return_tensors="pt") for made in (two_seconds, own)]
+    with torch.no_grad():
+        layers = [
+            encoder(read.input_features, output_hidden_states=True).hidden_states[0]
+            for encoder, read in zip((tower.get_encoder().eval(), shorter), reads, strict=True)
+        ]
+    # What goes into the first layer: its convolutions see past the end of a window.
+    torch.testing.assert_close(layers[1][:, :48], layers[0][:, :48], rtol=0, atol=1e-4)
+    with pytest.raises(ValueError, match="audio_window: got 3 seconds for WhisperEncoder, wanted at most 2 seconds"):
+        cut_window(tower, two_seconds, 3)
+    with pytest.raises(ValueError, match="audio_window: got 1 seconds for Wav2Vec2Model, wanted none"):
+        cut_window(Wav2Vec2Model(Wav2Vec2Config(**WAVE)), Wav2Vec2FeatureExtractor(), 1)

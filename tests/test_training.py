@@ -17,6 +17,7 @@ from corpora import load_corpus
 from evaluation import AffectCollator, ask, classification_metrics, gold_answer, regression_metrics
 from processing_egmf import BUILTIN_TASKS
 from recipes import load_recipe
+from train import build_model, build_processor, build_towers, resolve_language_model, set_clip_statistics
 
 
 REPO = Path(__file__).resolve().parents[1]
@@ -71,12 +72,22 @@ def test_command_line_overrides_the_recipe():
         ([], "recipe: got no YAML file"),
         (["recipes/tiny.yaml", "--learning_rat", "1"], "learning_rat"),
         (["recipes/tiny.yaml", "--modalities", "smell"], "modalities: got .*smell"),
+        (
+            ["recipes/tiny.yaml", "--audio_speeds", "0.9", "1.1"],
+            r"audio_speeds: got \[0.9, 1.1\], wanted .* 1.0 among",
+        ),
     ],
 )
 def test_a_wrong_recipe_is_named(arguments, message, monkeypatch):
     monkeypatch.chdir(REPO)
     with pytest.raises(ValueError, match=message):
         load_recipe(arguments)
+
+
+@pytest.mark.parametrize("fields", [["--audio_speeds", "1.0", "0.9"], ["--audio_window", "4"]])
+def test_what_only_a_tower_can_do_needs_one(fields):
+    with pytest.raises(ValueError, match=f"{fields[0][2:]}: got .* wanted an audio_tower"):
+        build_towers(load_recipe([str(REPO / "recipes/tiny.yaml"), *fields]))
 
 
 def test_unknown_task_ends_training_with_its_name(tmp_path):
@@ -106,6 +117,18 @@ def test_training_log_and_model_folder(trained):
     } <= files
     fields = json.loads((trained / "model" / "recipe.json").read_text())
     assert fields["corpus"] == "generated" and fields["corpus_options"] == {"size": 96} and "corpus_dir" not in fields
+
+
+def test_clip_statistics_are_standardised_by_the_training_split():
+    fields = ["--clip_statistics", "audio", "vision", "--corpus_options", '{"size": 60}']
+    recipe = load_recipe([str(REPO / "recipes/tiny.yaml"), *fields])
+    corpus, folder = load_corpus("generated", None, size=60), resolve_language_model("tiny-random")
+    model = build_model(recipe, folder, build_processor(recipe, folder, {}), {}, corpus["train"])
+    set_clip_statistics(model, corpus, None)
+    for modality, module in model.model.fusion.clip_statistics.items():
+        clips = [torch.tensor(clip)[None] for clip in corpus["train"][f"{modality}_features"] if clip is not None]
+        given = torch.cat([module.norm(module.measure((clip,), torch.ones(clip.shape[:2]))) for clip in clips])
+        assert given.mean(0).abs().max() < 0.1 and 0.9 < given.std(0).min() and given.std(0).max() < 1.1, modality
 
 
 def test_evaluation_files_agree_with_each_other(evaluated):
