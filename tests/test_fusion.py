@@ -69,9 +69,9 @@ def constant_agreement(size: int, generator: torch.Generator):
 
 
 def moving_agreement(size: int, generator: torch.Generator):
-    """Both modalities change sign at random, and vision follows audio or contradicts it, moment by moment."""
+    """Both modalities have random signs, of a quarter of the clip each; vision follows audio or contradicts it."""
     label = torch.randint(0, 2, (size,), generator=generator)
-    signs = 2 * torch.randint(0, 2, (size, 8), generator=generator) - 1
+    signs = (2 * torch.randint(0, 2, (size, 4), generator=generator) - 1).repeat_interleave(2, dim=1)
     audio = 0.5 * torch.randn(size, 8, 8, generator=generator)
     vision = 0.5 * torch.randn(size, 8, 6, generator=generator)
     audio[:, :, 0] += 2 * signs
