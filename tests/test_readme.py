@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 import yaml
 from huggingface_hub import ModelCard
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import eval as eval_script
+import train as train_script
+from corpora import load_corpus
 from language_models import build_tiny_language_model
-from modeling_egmf import EGMFForConditionalGeneration
-from processing_egmf import BUILTIN_TASKS, EGMFProcessor
+from processing_egmf import BUILTIN_TASKS
+from recipes import load_recipe
 from results.make_tables import BENCHMARKS
 
 
@@ -38,21 +39,17 @@ def commands(script: str) -> list[list[str]]:
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory) -> Path:
-    """A folder with a freshly assembled model where `make quickstart` leaves its own."""
+    """A folder with a freshly assembled model and clips where `make quickstart` leaves its own."""
     folder = tmp_path_factory.mktemp("readme")
     build_tiny_language_model(folder / "llm")
-    processor = EGMFProcessor(AutoTokenizer.from_pretrained(folder / "llm"), num_pseudo_tokens=4)
-    model = EGMFForConditionalGeneration.from_language_model(
-        AutoModelForCausalLM.from_pretrained(folder / "llm"),
-        pseudo_token_id=processor.pseudo_token_id,
-        num_pseudo_tokens=4,
-        fusion_hidden_size=32,
-        fusion_intermediate_size=64,
-        audio_feature_size=6,
-        vision_feature_size=5,
-    )
-    model.save_pretrained(folder / "runs/tiny/model")
-    processor.save_pretrained(folder / "runs/tiny/model")
+    clips = {"train": 24, "validation": 24, "test": 24}
+    corpus = load_corpus("avatars", folder / "runs/quickstart/clips", **clips)
+    recipe = load_recipe([str(ROOT / "recipes/avatars_towers.yaml"), "--num_pseudo_tokens", "4"])
+    towers = train_script.build_towers(recipe)
+    processor = train_script.build_processor(recipe, str(folder / "llm"), towers)
+    model = train_script.build_model(recipe, str(folder / "llm"), processor, towers, corpus["train"])
+    model.save_pretrained(folder / "runs/quickstart/model")
+    processor.save_pretrained(folder / "runs/quickstart/model")
     return folder
 
 
@@ -66,9 +63,18 @@ def test_code_runs_as_printed(workplace):
     )
     assert outcome.returncode == 0, outcome.stderr
     answer, probabilities, scores = outcome.stdout.strip().split("\n")
-    assert answer in BUILTIN_TASKS["mosi"].labels
+    assert answer in BUILTIN_TASKS["avatars"].labels
     assert sum(json.loads(probabilities.replace("'", '"')).values()) == pytest.approx(1.0)
     assert scores.startswith("('+0.0', '+0.5',") and scores.endswith("'+10.0')")
+
+
+def test_the_clip_of_the_snippet_says_what_is_printed(workplace):
+    options = {"train": 24, "validation": 24, "test": 24}
+    rows = load_corpus("avatars", workplace / "runs/quickstart/clips", **options)["test"]
+    (snippet,) = [block for block in code_blocks("python") if "clips/test" in block]
+    name, text = re.search(r"clips/test/(\w+)\.mp4", snippet)[1], re.search(r'text="([^"]+)"', snippet)[1]
+    assert [row["text"] for row in rows if row["id"] == name] == [text]
+    assert f"{name}.mp4" in (ROOT / "Makefile").read_text(encoding="utf-8")
 
 
 def test_card():
