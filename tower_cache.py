@@ -46,7 +46,7 @@ class TowerCache:
         trained: Modalities whose towers learn.
         precision: Autocast that training runs under; hidden layers are computed in it.
         folder: Where entries are kept; by default beside the Hub's cache.
-        inputs: A filled cache of what the towers read, which saves decoding the files again.
+        inputs: A cache of what the towers read, filled or not: what it has need not be decoded again.
 
     Attributes:
         folders: Where entries are, by modality.
@@ -106,12 +106,9 @@ class TowerCache:
             for modality in self.folders:
                 path = row[COLUMNS[modality]]
                 for speed in speeds if modality == "audio" else (1.0,):
-                    if path is not None and (modality, path, speed) not in todo:
-                        try:
-                            if not self._entry(modality, path, speed).exists():
-                                todo[modality, path, speed] = None
-                        except OSError as error:
-                            self.errors[modality, path] = f"Cannot read {path!r}: {error.strerror}."
+                    key = (modality, path, speed)
+                    if path is not None and key not in todo and not self.has(*key):
+                        todo[key] = None
         if not todo:
             return
         workers = min(len(todo), os.cpu_count() or 1)
@@ -123,6 +120,13 @@ class TowerCache:
                 self.errors[modality, path] = made
             else:
                 self._write(self._entry(modality, path, speed), self._tensors(modality, made, device))
+
+    def has(self, modality: str, path: str, speed: float = 1.0) -> bool:
+        """Whether a file's entry is there; of a file that cannot be opened there is none."""
+        try:
+            return self._entry(modality, path, speed).exists()
+        except OSError:
+            return False
 
     @torch.no_grad()
     def _tensors(self, modality: str, made: dict, device: torch.device) -> dict[str, torch.Tensor]:
@@ -181,7 +185,8 @@ class _Files(torch.utils.data.Dataset):
         if self.inputs is not None and modality in self.inputs.trained and speed == 1.0:
             if (modality, path) in self.inputs.errors:
                 return self.inputs.errors[modality, path]
-            return vars(self.inputs.load(modality, path)[COLUMNS[modality]])
+            if self.inputs.has(modality, path):
+                return vars(self.inputs.load(modality, path)[COLUMNS[modality]])
         try:
             clips = self.processor.load_media(**media)
             if speed != 1.0:

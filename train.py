@@ -288,6 +288,7 @@ def fill_cache(
     # As the training steps run: a hidden layer does not depend on where it is computed.
     precision = torch.autocast(training.device.type, torch.bfloat16, enabled=training.bf16)
     frozen = towers.keys() - trained
+    inputs = inputs or TowerCache(model, processor, frozen=(), trained=towers)
     cache = TowerCache(model.to(training.device), processor, frozen, trained, precision, inputs=inputs)
     for split, speeds in (("train", recipe.data.audio_speeds), ("validation", (1.0,))):
         cache.fill(corpus[split].select_columns([*COLUMNS.values()]), training.device, speeds)
