@@ -1,7 +1,8 @@
 """Corpora: published or generated files in, one `datasets.DatasetDict` schema out.
 
 Each module reads one data set and has one function, `load(source, **options)`. What they return is described
-in `corpora/schema.py`; nothing in here knows the model.
+in `corpora/schema.py`; nothing in here knows the model. `python -m corpora` converts large ones once, to folders that
+`load_corpus` reads as well.
 
     from corpora import load_corpus
     splits = load_corpus("mosi", "path/to/mosi", context=3)
@@ -14,8 +15,10 @@ import os
 
 from datasets import DatasetDict
 
+from corpora.converted import is_converted, load_converted
 
-CORPORA = ("avatars", "generated", "meld", "mosi", "ravdess")
+
+CORPORA = ("avatars", "cherma", "generated", "meld", "mosei", "mosi", "ravdess", "simsv2")
 
 
 def load_corpus(name: str, source: str | os.PathLike | None = None, **options) -> DatasetDict:
@@ -23,9 +26,10 @@ def load_corpus(name: str, source: str | os.PathLike | None = None, **options) -
 
     Args:
         name: one of `CORPORA`.
-        source: the folder (or file) with the published files; for `avatars`, the folder in which its clips are made;
-            `None` for `generated`, which has none.
-        **options: the named module's own options, see its `load`.
+        source: the folder (or file) with the published files, or what `python -m corpora` made of them; for `avatars`,
+            the folder in which its clips are made; `None` for `generated`, which has none.
+        **options: the named module's own options, see its `load`; of a converted folder, see
+            `corpora.converted.load_converted`.
 
     Returns:
         The splits `train`, `validation` and `test`, with the columns of `corpora.schema.FEATURES`.
@@ -37,6 +41,8 @@ def load_corpus(name: str, source: str | os.PathLike | None = None, **options) -
     """
     if name not in CORPORA:
         raise ValueError(f"corpus: unknown name {name!r}, expected one of {', '.join(CORPORA)}")
+    if source is not None and is_converted(source):
+        return load_converted(name, source, **options)
     load = importlib.import_module(f"{__name__}.{name}").load
     known = [option for option in inspect.signature(load).parameters if option != "source"]
     for option in options:

@@ -1,6 +1,9 @@
 """MELD (declare-lab/MELD): dialogues from a television series, one of seven emotions per utterance.
 
-Read from the official `{train,dev,test}_sent_emo.csv`: `Utterance, Speaker, Emotion, Dialogue_ID, Utterance_ID`.
+Read from the official `{train,dev,test}_sent_emo.csv`: `Utterance, Speaker, Emotion, Dialogue_ID, Utterance_ID`, or
+from the features of AZYoung233/MSE-Adapter, `meld_{train,valid,test}.pkl` (audio 64 features, vision 64; described in
+`corpora/mse_adapter.py`), which have neither speakers nor dialogues. The rest of this is about the former.
+
 MELD's `dev` is called `validation` here, in the split and in the ids (`validation_dia0_utt0`); ids carry the split,
 as dialogue numbers repeat across splits. Utterance numbers have gaps: the context is made of what the file has.
 
@@ -13,12 +16,15 @@ clip can be decoded is not checked here (train dia125_utt3 cannot, dev dia110_ut
 
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
 from datasets import DatasetDict
 
-from corpora.schema import build_split, check_count
+from corpora.mse_adapter import find_pickles, read_pickles
+from corpora.reading import Notes, Reading, Rows, repair_text
+from corpora.schema import check_count
 
 
 logger = logging.getLogger(__name__)
@@ -27,76 +33,94 @@ EMOTIONS = ("neutral", "surprise", "fear", "sadness", "joy", "disgust", "anger")
 FILES = {"train": "train_sent_emo.csv", "validation": "dev_sent_emo.csv", "test": "test_sent_emo.csv"}
 CLIPS = {"train": "train_splits", "validation": "dev_splits_complete", "test": "output_repeated_splits_test"}
 
+SIZES = {"train": 9989, "validation": 1109, "test": 2610}
+WIDTHS = {"audio_features": 64, "vision_features": 64}
+
 _COLUMNS = ("Utterance", "Speaker", "Emotion", "Dialogue_ID", "Utterance_ID")
-# Python leaves five of the 32 bytes undefined in cp1252: those stay as they are.
-_CP1252 = {code: bytes([code]).decode("cp1252", errors="ignore") or chr(code) for code in range(0x80, 0xA0)}
 
 
 def load(source: str | os.PathLike, context: int = 8, media: str | os.PathLike | None = None) -> DatasetDict:
     """Load MELD as emotion classification over `EMOTIONS`.
 
     Args:
-        source: the folder with the three CSV files.
+        source: the folder with the three CSV files, or with the three pickles.
         context: how many preceding utterances of the dialogue, with their speakers, each row carries.
         media: the folder with the three clip folders. Fills `audio` and `video` with the clip's path, null where
             there is no such file; how many are missing is logged for each split.
 
     Raises:
-        FileNotFoundError: a CSV file, or the media folder, does not exist.
-        ValueError: `context` out of range, a media folder with none of the clip folders, or a CSV file that is not as
-            described above (names file, row and column; rows count from 1, without the header).
+        FileNotFoundError: a CSV file, a pickle, or the media folder, does not exist.
+        ValueError: `context` out of range, a media folder with none of the clip folders, or one with pickles, files of
+            both forms, or a file that is not as described above (names file, row and column; rows of CSV files count
+            from 1, without the header).
     """
+    notes = Notes()
+    reading = read(source, notes, context, media)
+    # Clips that are missing are in the log already.
+    return reading.load(notes if reading.widths else Notes(), logger)
+
+
+def read(source: str | os.PathLike, notes: Notes, context: int = 8, media: str | os.PathLike | None = None) -> Reading:
+    """As `load`, before the rows are read."""
     context = check_count("context", context)
+    source, pickles = Path(source), find_pickles(Path(source), "meld")
+    if pickles:
+        if any((source / name).is_file() for name in FILES.values()):
+            raise ValueError(f"{source}: got CSV files and pickles of MELD, wanted the files of one form")
+        if media is not None:
+            raise ValueError(
+                f"media: got {str(media)!r}, wanted None: the pickles of {source} do not name their clips"
+            )
+        return Reading("MSE-Adapter's features", read_pickles(pickles, notes, "en", EMOTIONS), SIZES, WIDTHS)
     if media is not None:
         media = Path(media)
         if not media.is_dir():
             raise FileNotFoundError(f"media: {media} is not a folder")
         if not any((media / folder).is_dir() for folder in CLIPS.values()):
             raise ValueError(f"media: {media} has none of the folders {', '.join(CLIPS.values())}")
+    frames = {split: _read(source / name) for split, name in FILES.items()}
+    splits = {split: Rows(len(frame), _rows(frame, split, context, media, notes)) for split, frame in frames.items()}
+    return Reading("CSV files" if media is None else "CSV files and clips", splits, SIZES, media=media)
 
-    splits = {}
-    for split, name in FILES.items():
-        frame = _read(Path(source) / name)
-        rows = []
-        for dialogue_id, dialogue in frame.groupby("Dialogue_ID", sort=True):
-            turns = [
-                {"speaker": speaker, "text": text}
-                for speaker, text in zip(dialogue["Speaker"], dialogue["Utterance"], strict=True)
-            ]
-            for here, (utterance_id, emotion) in enumerate(
-                zip(dialogue["Utterance_ID"], dialogue["Emotion"], strict=True)
-            ):
+
+def _rows(frame: pd.DataFrame, split: str, context: int, media: Path | None, notes: Notes) -> Iterator[dict]:
+    missing = []
+    for dialogue_id, dialogue in frame.groupby("Dialogue_ID", sort=True):
+        turns = [
+            {"speaker": speaker, "text": text}
+            for speaker, text in zip(dialogue["Speaker"], dialogue["Utterance"], strict=True)
+        ]
+        for here, (utterance_id, emotion) in enumerate(
+            zip(dialogue["Utterance_ID"], dialogue["Emotion"], strict=True)
+        ):
+            row_id, clip = f"{split}_dia{dialogue_id}_utt{utterance_id}", None
+            if media is not None:
                 clip = _clip(media, split, dialogue_id, utterance_id)
-                rows.append(
-                    turns[here]
-                    | {
-                        "id": f"{split}_dia{dialogue_id}_utt{utterance_id}",
-                        "context": turns[max(0, here - context) : here],
-                        "language": "en",
-                        "audio": clip,  # a video's own sound track is its audio
-                        "video": clip,
-                        "emotion": emotion,
-                    }
-                )
-        if media is not None:
-            missing = [row["id"] for row in rows if row["video"] is None]
-            logger.log(
-                logging.WARNING if missing else logging.INFO,
-                "MELD %s: %d of %d clips are not in %s%s",
-                split,
-                len(missing),
-                len(rows),
-                media / CLIPS[split],
-                f" (first: {', '.join(missing[:3])})" if missing else "",
-            )
-        splits[split] = build_split(rows)
-    return DatasetDict(splits)
+                if clip is None:
+                    missing.append(row_id)
+                    notes.add(split, "clip: none", row_id)
+            yield turns[here] | {
+                "id": row_id,
+                "context": turns[max(0, here - context) : here],
+                "language": "en",
+                "audio": clip,  # a video's own sound track is its audio
+                "video": clip,
+                "emotion": emotion,
+            }
+    if media is not None:
+        logger.log(
+            logging.WARNING if missing else logging.INFO,
+            "MELD %s: %d of %d clips are not in %s%s",
+            split,
+            len(missing),
+            len(frame),
+            media / CLIPS[split],
+            f" (first: {', '.join(missing[:3])})" if missing else "",
+        )
 
 
-def _clip(media: Path | None, split: str, dialogue_id: int, utterance_id: int) -> str | None:
+def _clip(media: Path, split: str, dialogue_id: int, utterance_id: int) -> str | None:
     """The path of an utterance's clip, None where there is no such file."""
-    if media is None:
-        return None
     path = media / CLIPS[split] / f"dia{dialogue_id}_utt{utterance_id}.mp4"
     return str(path) if path.is_file() else None
 
@@ -122,7 +146,7 @@ def _read(file: Path) -> pd.DataFrame:
     doubled = frame.duplicated(["Dialogue_ID", "Utterance_ID"])
     _check(file, frame["Utterance_ID"], ~doubled, "each utterance of a dialogue once")
     for column in ("Utterance", "Speaker"):
-        frame[column] = frame[column].map(lambda text: text.translate(_CP1252).strip())
+        frame[column] = frame[column].map(repair_text)
     return frame.sort_values(["Dialogue_ID", "Utterance_ID"], ignore_index=True)
 
 
