@@ -90,7 +90,8 @@ class AffectCollator:
 
     def __call__(self, rows: list[dict]):
         columns = {}
-        for modality in set(self.modalities) - {"text"}:
+        # In order: what is drawn at random for the modalities must not change places from run to run.
+        for modality in (name for name in self.modalities if name != "text"):
             if getattr(self.processor, PREPROCESSORS[modality]) is None:
                 names = (f"{modality}_features", f"{modality}_times")
                 columns |= {name: [row[name] for row in rows] for name in names}

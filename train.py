@@ -312,6 +312,11 @@ def last_whole_checkpoint(folder: Path) -> str | None:
     return None
 
 
+def steps_of(checkpoint: str | None) -> int:
+    """How many steps led to a checkpoint."""
+    return int(checkpoint.rpartition("-")[2]) if checkpoint else 0
+
+
 def with_lengths(rows: Dataset, collator: AffectCollator) -> Dataset:
     """Rows with the number of tokens of each one's prompt, by which Trainer groups them."""
     return rows.add_column("length", prompt_lengths(rows, collator))
@@ -418,7 +423,10 @@ def main(arguments: list[str]) -> None:
     )
     # Under autocast LoRA's own cast of its input to float32 and back is a quarter of a step's time, for nothing.
     with disable_input_dtype_casting(model, active=training.bf16):
-        trainer.train(resume_from_checkpoint=checkpoint)
+        if steps_of(checkpoint) == training.max_steps:  # killed before it was saved; Trainer would take another step
+            trainer._load_from_checkpoint(checkpoint)
+        else:
+            trainer.train(resume_from_checkpoint=checkpoint)
 
     if trainer.is_world_process_zero():
         merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()

@@ -309,16 +309,7 @@ def test_pseudo_tokens_differ(egmf, samples, make_batch):
     """K queries give K tokens, not K copies of one."""
     batch = make_batch(samples)
     with torch.no_grad():
-        embeds, _, _ = egmf.model.embed(
-            batch["input_ids"],
-            batch["attention_mask"],
-            batch["utterance_mask"],
-            {
-                name: (batch[f"{name}_features"], batch[f"{name}_mask"], batch[f"{name}_times"])
-                for name in ("audio", "vision")
-            },
-        )
-    tokens = embeds[batch["input_ids"] == egmf.config.pseudo_token_id].view(len(samples), 3, -1)
+        tokens, _ = egmf.model.get_pseudo_tokens(**batch)
     similarity = F.cosine_similarity(tokens[:, :, None], tokens[:, None], dim=-1)
     assert similarity[:, ~torch.eye(3, dtype=torch.bool)].max() < 0.95
 

@@ -113,7 +113,7 @@ def test_one_model_answers_both_tasks_from_files(trained, clips, tmp_path):
 
 def test_a_run_killed_between_and_in_its_phases_ends_alike(command, trained, tmp_path):
     own = [*command, "--output_dir", str(tmp_path / "run")]
-    for phase in ("audio_tower/checkpoint-*", "experts/checkpoint-*", "checkpoint-2"):
+    for phase in ("audio_tower/checkpoint-*", "experts/checkpoint-*", "checkpoint-2", "checkpoint-4"):
         killed_at = f"{phase}/trainer_state.json"
         process = subprocess.Popen(own, cwd=REPO, env=environment(tmp_path), start_new_session=True)
         while process.poll() is None and not list((tmp_path / "run").glob(killed_at)):
