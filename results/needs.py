@@ -4,16 +4,16 @@
 
 Nothing in the tables is measured on a GPU: the recipes have not been run. Computed is, for a step of training:
 
-- Weights: of a frozen one the two bytes of bfloat16, of a trained one (LoRA, fusion) sixteen: float32 with its gradient
-  and Adam's two moments.
+- Weights: of a frozen one the two bytes of bfloat16, of a trained one (LoRA, fusion) sixteen: float32 with its
+  gradient and Adam's two moments.
 - What the forward pass keeps for the backward one: counted, tensor by tensor, on models of full width with one layer
   and with two, built by the recipe; the difference is a layer's. The logits, of the answers' tokens only, are added.
-- Time: the larger of floating point operations, counted likewise, at `SHARE` of the GPU's peak, and of kernels, one for
-  each operation that torch dispatches, at `KERNEL` seconds; small models are bound by the latter.
+- Time: the larger of floating point operations, counted likewise, at `SHARE` of the GPU's peak, and of kernels, one
+  for each operation that torch dispatches, at `KERNEL` seconds; small models are bound by the latter.
 
-`ROWS`, `TOKENS`, `SECONDS` and the other constants are assumptions, the corpora's means where they are published. Towers
-run once for each clip and are not run again: their time is counted, the decoding of clips is not, and the disk that
-their hidden layers take is given.
+What surrounds the LLM's layers is counted with the smallest LLM. `ROWS`, `TOKENS`, `SECONDS` and the other constants
+are assumptions, the corpora's means where they are published. Towers run once for each clip and not again: their time
+is counted, the decoding of clips is not, and the disk that their hidden layers take is given.
 """
 
 import sys
@@ -173,7 +173,7 @@ def disk_of(recipe: Recipe) -> float:
 
 def needs() -> list[dict]:
     """A row for every recipe and LLM: gigabytes of GPU memory, hours of a run, gigabytes of disk."""
-    layer, trained = {}, {}, {}
+    layer, trained = {}, {}
     for size in SIZES:
         recipe = load("meld_qwen3_features", size)
         counts = [count(build(recipe, layers)[0], trained=True) for layers in (1, 2)]
@@ -228,8 +228,8 @@ def table_of(rows: list[dict]) -> str:
 def main() -> None:
     torch.manual_seed(0)
     table = table_of(needs())
-    head = "# What the Qwen3 recipes need\n\nNot yet run. Computed by `python results/needs.py`, whose first lines say how; "
-    head += "one A100 is assumed.\n\n"
+    head = "# What the Qwen3 recipes need\n\nNot yet run. Computed for one A100 by `python results/needs.py`, whose "
+    head += "first lines say how.\n\n"
     (ROOT / "results/needs.md").write_text(head + table, encoding="utf-8")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     start, end = "<!-- results/needs.md -->\n", "<!-- end of results/needs.md -->"

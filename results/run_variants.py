@@ -4,9 +4,9 @@
         --variants full text --seeds 1111 2222 3333
 
 One run after the other; a finished one is skipped, an interrupted one goes on from its last checkpoint. Each run's
-folder `RUNS_DIR/VARIANT_SEED` also holds the commands it was made with. Then `make_tables.py collect` gathers them. What
-else is said (`--language_model Qwen/Qwen3-8B`) goes to `train.py`. Of a mixture, each corpus is evaluated, in a folder of
-its name.
+folder `RUNS_DIR/VARIANT_SEED` also holds the commands it was made with. Then `make_tables.py collect` gathers them.
+What else is said (`--language_model Qwen/Qwen3-8B`) goes to `train.py`. Of a mixture, each corpus is evaluated, in a
+folder of its name.
 """
 
 import argparse
