@@ -105,10 +105,11 @@ def test_a_dry_run_builds_steps_saves_and_evaluates(recipe, sources, offline, tm
     assert any(np.isfinite(row.get("train_loss", np.nan)) for row in log)
     fields = json.loads((tmp_path / "run/model/recipe.json").read_text())
     assert fields["shrink"] == 16 and fields["language_model"] == f"{Path(size).name}-shrunk-16"
-    real, small = published_config(size), AutoModel.from_pretrained(tmp_path / "run/model").config.text_config
-    assert small.hidden_size == real.hidden_size // 16 and small.head_dim == real.head_dim
+    real = published_config(size)
+    small = json.loads((tmp_path / "run/model/config.json").read_text())["text_config"]
+    assert (small["hidden_size"], small["head_dim"]) == (real.hidden_size // 16, real.head_dim)
     assert any(size in record.message and "cannot be reached" in record.message for record in caplog.records)
-    for name in ("meld", "cherma", "mosei", "simsv2") if mixed else (corpus,):
+    for name in ("meld", "simsv2") if mixed else (corpus,):
         output = tmp_path / name
         source = folder / name if mixed else folder
         command = [str(tmp_path / "run/model"), "--corpus", name, "--corpus_dir", str(source), "--output", str(output)]
