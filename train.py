@@ -11,7 +11,6 @@ these towers with it, then the fusion and the LLM with LoRA. Writes to `output_d
 `num_train_epochs: 0` the towers are all that is made.
 """
 
-import copy
 import dataclasses
 import json
 import logging
@@ -19,37 +18,24 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-import transformers
-from datasets import Dataset
-from peft import LoraConfig, PeftModel, get_peft_model
+from datasets import Dataset, concatenate_datasets
 from peft.helpers import disable_input_dtype_casting
-from transformers import (
-    CONFIG_MAPPING,
-    AutoFeatureExtractor,
-    AutoImageProcessor,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    Trainer,
-    TrainerCallback,
-    set_seed,
-)
+from transformers import TrainerCallback, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from corpora import load_corpus
-from evaluation import AffectCollator, ask, check_labels, classification_metrics, prompt_lengths, regression_metrics
+from assembly import add_lora, build_model, build_processor, build_towers, learn, set_clip_statistics, trained_towers
+from evaluation import AffectCollator, ask, classification_metrics, prompt_lengths, regression_metrics
 from language_models import resolve_language_model
+from mixture import MixtureTrainer, ask_parts, check_parts, load_parts, mixture_of
 from modeling_egmf import EGMFForConditionalGeneration
 from pretraining import ExpertPretraining, TowerPretraining
 from processing_egmf import EGMFProcessor
 from recipes import Recipe, load_recipe
-from tower_cache import COLUMNS, PREPROCESSORS, TowerCache
-from towers_egmf import encoder_of, load_tower
+from shrinking import shrink
+from tower_cache import COLUMNS, TowerCache
 
 
 class JsonLinesLog(TrainerCallback):
@@ -64,7 +50,7 @@ class JsonLinesLog(TrainerCallback):
                 file.write(json.dumps({**self.fields, "step": state.global_step, **logs}) + "\n")
 
 
-class AffectTrainer(Trainer):
+class AffectTrainer(MixtureTrainer):
     """Trainer whose evaluation scores every legal answer instead of comparing logits at the gold tokens.
 
     An evaluation data set asks one task; of several tasks there is a dict of them. Evaluation loss is the negative
@@ -92,165 +78,9 @@ class AffectTrainer(Trainer):
         return loss, scores.log_probs, torch.stack([answers, tasks], 1)
 
 
-def cut_window(tower: PreTrainedModel, extractor: Any, seconds: int) -> tuple[PreTrainedModel, Any]:
-    """A speech encoder that reads fixed windows, such as Whisper's, with windows of the first `seconds` only.
-
-    A window is read whole, silence included, so that short clips cost what the longest one costs.
-
-    Raises:
-        ValueError: If the encoder reads no fixed windows, or shorter ones.
-    """
-    tower, whole = encoder_of(tower, "audio"), getattr(extractor, "chunk_length", None)
-    if not whole or not hasattr(tower.config, "max_source_positions") or not 0 < seconds <= whole:
-        wanted = f"at most {whole} seconds" if whole else "none: it has no fixed window"
-        raise ValueError(f"audio_window: got {seconds} seconds for {type(tower).__name__}, wanted {wanted}")
-    config, weights = copy.deepcopy(tower.config), tower.state_dict()
-    config.max_source_positions = config.max_source_positions * seconds // whole
-    weights["embed_positions.weight"] = weights["embed_positions.weight"][: config.max_source_positions]
-    shorter = type(tower)(config).to(tower.dtype)
-    shorter.load_state_dict(weights)
-    return shorter.eval(), type(extractor).from_dict(extractor.to_dict() | {"chunk_length": seconds})
-
-
-def build_tower(modality: str, tower: str | dict[str, Any]) -> tuple[PreTrainedModel, Any]:
-    """The tower that a recipe names or describes, and its feature extractor or image processor.
-
-    Raises:
-        ValueError: If a description is not `{"config": {"model_type", ...}, "feature_extractor" (of vision:
-            "image_processor"): {"..._type", ...}}`.
-    """
-    kind = PREPROCESSORS[modality]
-    if isinstance(tower, str):
-        if modality == "audio":
-            return load_tower(tower), AutoFeatureExtractor.from_pretrained(tower)
-        # The PIL backend gives the same pixels with and without torchvision.
-        return load_tower(tower), AutoImageProcessor.from_pretrained(tower, backend="pil")
-    config, preprocessor = (dict(tower.get(name) or {}) for name in ("config", kind))
-    model_type, name = config.pop("model_type", None), preprocessor.pop(f"{kind}_type", "")
-    found = getattr(transformers, f"{name}Pil", None) or getattr(transformers, name, None)
-    if model_type not in CONFIG_MAPPING or found is None or tower.keys() != {"config", kind}:
-        wanted = f"a config with `model_type` and a {kind} with `{kind}_type` of transformers"
-        raise ValueError(f"{modality}_tower: got {tower}, wanted {wanted}")
-    return AutoModel.from_config(CONFIG_MAPPING[model_type](**config)), found(**preprocessor)
-
-
-def build_towers(recipe: Recipe) -> dict[str, tuple]:
-    """Tower and preprocessor by modality, of those that the recipe names and the model may see.
-
-    Raises:
-        ValueError: If a recipe without an audio tower sets what only a tower can do.
-    """
-    needing = (("audio_window", recipe.model.audio_window, 0), ("audio_speeds", recipe.data.audio_speeds, [1.0]))
-    for field, value, unset in needing:
-        if value != unset and not recipe.model.audio_tower:
-            raise ValueError(f"{field}: got {value} for precomputed features, wanted an audio_tower beside it")
-    named = {"audio": recipe.model.audio_tower, "vision": recipe.model.vision_tower}
-    towers = {name: build_tower(name, spec) for name, spec in named.items() if spec and name in recipe.data.modalities}
-    if recipe.model.audio_window and "audio" in towers:
-        towers["audio"] = cut_window(*towers["audio"], recipe.model.audio_window)
-    return towers
-
-
-def build_processor(recipe: Recipe, language_model: str, towers: dict[str, tuple]) -> EGMFProcessor:
-    return EGMFProcessor(
-        AutoTokenizer.from_pretrained(language_model),
-        **{PREPROCESSORS[modality]: preprocessor for modality, (_, preprocessor) in towers.items()},
-        num_pseudo_tokens=recipe.model.num_pseudo_tokens,
-        num_frames=recipe.model.num_frames,
-        max_context_tokens=recipe.data.max_context_tokens,
-        default_task=recipe.data.tasks[0],
-    )
-
-
-def feature_statistics(sequences: list) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation (D,) over all frames of the clips' features (T, D); absent clips are None."""
-    frames = np.concatenate([np.asarray(sequence, dtype=np.float64) for sequence in sequences if sequence is not None])
-    return torch.from_numpy(frames.mean(0)), torch.from_numpy(frames.std(0))
-
-
-def set_clip_statistics(model: EGMFForConditionalGeneration, corpus, cache: TowerCache | None) -> None:
-    """Sets what the fusion's clip statistics are standardised by: those of the training split's clips.
-
-    Raises:
-        ValueError: If a modality has no clips, or a tower that is still to learn.
-    """
-    for modality, module in model.model.fusion.clip_statistics.items():
-        clips = []
-        for row in corpus["train"]:
-            features = row[f"{modality}_features"]
-            if cache is not None and modality in cache.frozen:
-                features = cache.load(modality, row[COLUMNS[modality]])[f"{modality}_features"]
-            if features is not None:
-                frames = torch.as_tensor(features, device="cpu").unsqueeze(0)  # (1, T, layers, size) or (1, T, size)
-                layers = frames.unbind(2) if frames.ndim == 4 else (frames,)
-                clips.append(module.measure(layers, torch.ones(frames.shape[:2]))[0].double())
-        if not clips:
-            raise ValueError(f"clip_statistics: got {modality}, wanted one with clips, and features or a frozen tower")
-        std, mean = torch.std_mean(torch.stack(clips), 0, correction=0)
-        model.model.fusion.set_clip_statistics(modality, mean, std)
-
-
-def trained_towers(recipe: Recipe, towers: dict[str, tuple]) -> list[str]:
-    """Modalities whose towers are trained."""
-    return [modality for modality in towers if getattr(recipe.model, f"train_{modality}_tower")]
-
-
-def build_model(
-    recipe: Recipe, language_model: str, processor: EGMFProcessor, towers: dict[str, tuple], train_split
-) -> EGMFForConditionalGeneration:
-    """The LLM with a new fusion and the towers, before any training."""
-    arguments = recipe.model
-    statistics = {}
-    for modality in {"audio", "vision"} - towers.keys():
-        sequences = train_split[f"{modality}_features"]
-        if modality in recipe.data.modalities and any(sequence is not None for sequence in sequences):
-            statistics[modality] = feature_statistics(sequences)
-    model = EGMFForConditionalGeneration.from_language_model(
-        AutoModelForCausalLM.from_pretrained(language_model, attn_implementation=arguments.attn_implementation),
-        pseudo_token_id=processor.pseudo_token_id,
-        num_pseudo_tokens=arguments.num_pseudo_tokens,
-        fusion_hidden_size=arguments.fusion_hidden_size,
-        fusion_intermediate_size=arguments.fusion_intermediate_size,
-        fusion_dropout=arguments.fusion_dropout,
-        experts=arguments.experts,
-        local_kernel_sizes=arguments.local_kernel_sizes,
-        gating=arguments.gating,
-        modality_dropout=arguments.modality_dropout,
-        feature_noise=arguments.feature_noise,
-        clip_statistics=arguments.clip_statistics,
-        audio_input_rate=processor.audio_input_rate if "audio" in towers else None,
-        **{f"{modality}_tower": tower for modality, (tower, _) in towers.items()},
-        **{f"{modality}_feature_size": len(mean) for modality, (mean, _) in statistics.items()},
-    )
-    for modality, (mean, std) in statistics.items():
-        model.model.fusion.set_feature_statistics(modality, mean, std)
-    for modality in trained_towers(recipe, towers) + list(towers) * bool(recipe.experts.tower_epochs):
-        # Small steps would be lost in half precision.
-        getattr(model.model, f"{modality}_tower").float()
-    return model
-
-
-def learn(model: EGMFForConditionalGeneration, towers: list[str]) -> None:
-    """Which towers learn from now on, by modality; the others are frozen."""
-    model.model.freeze_towers()
-    for modality in towers:
-        getattr(model.model, f"{modality}_tower").requires_grad_()
-    model.train()  # a frozen tower has no dropout and keeps its statistics
-
-
-def add_lora(recipe: Recipe, model: EGMFForConditionalGeneration, trained: list[str]) -> PeftModel:
-    """LoRA on the LLM's projections; the fusion, and the towers of the `trained` modalities, are trained whole."""
-    lora = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=recipe.model.lora_r,
-        lora_alpha=recipe.model.lora_alpha,
-        target_modules=recipe.model.lora_target_modules,
-        modules_to_save=["fusion", *(f"{modality}_tower" for modality in trained)],
-    )
-    return get_peft_model(model, lora)
-
-
-def pretrain(recipe: Recipe, module, collator: AffectCollator, rows, output: Path, epochs: int, rate: float) -> None:
+def pretrain(
+    recipe: Recipe, module, collator: AffectCollator, rows, output: Path, epochs: int, rate: float, mixture=None
+) -> None:
     """A phase without the LLM: see `pretraining.py`. An interrupted one goes on, a finished one is read.
 
     Args:
@@ -259,6 +89,7 @@ def pretrain(recipe: Recipe, module, collator: AffectCollator, rows, output: Pat
         rows: The training split, asked.
         output: Folder of the phase's checkpoints.
         epochs, rate: How long, and the highest learning rate.
+        mixture: See [`MixtureTrainer`].
     """
     own = dataclasses.replace(
         recipe.training,
@@ -276,7 +107,7 @@ def pretrain(recipe: Recipe, module, collator: AffectCollator, rows, output: Pat
     )
     set_seed(own.seed)  # whatever was finished or interrupted before, a phase begins alike
     log = JsonLinesLog(output.parent / "log.jsonl", phase=output.name)
-    trainer = Trainer(module, own, data_collator=collator, train_dataset=rows, callbacks=[log])
+    trainer = MixtureTrainer(module, own, data_collator=collator, train_dataset=rows, callbacks=[log], mixture=mixture)
     trainer.train(resume_from_checkpoint=last_whole_checkpoint(output))
 
 
@@ -359,14 +190,16 @@ def main(arguments: list[str]) -> None:
     output.mkdir(parents=True, exist_ok=True)
     set_seed(training.seed)
 
-    corpus = load_corpus(data.corpus, data.corpus_dir, **data.corpus_options)
+    corpora = load_parts(data.parts)
+    corpus = {split: concatenate_datasets([part[split] for part in corpora]) for split in ("train", "validation")}
+    if recipe.model.shrink != 1:
+        shrink(recipe.model, output / "shrunk")
     language_model = resolve_language_model(recipe.model.language_model)
     towers = build_towers(recipe)
     processor = build_processor(recipe, language_model, towers)
     tasks = [processor.tasks[name] for name in data.tasks]
-    for split in ("train", "validation"):
-        for task in tasks:
-            check_labels(f"{data.corpus} / {split}", corpus[split], task)
+    check_parts(data.parts, corpora, processor, data.modalities)
+    asked, mixture = ask_parts(data.parts, corpora, processor, "train"), mixture_of(data.parts, corpora)
     model = build_model(recipe, language_model, processor, towers, corpus["train"])
 
     training.remove_unused_columns = False  # the collator reads the corpus's columns
@@ -390,7 +223,7 @@ def main(arguments: list[str]) -> None:
         collator = AffectCollator(processor, tasks, data.modalities, with_answers=False, cache=inputs)
         collator.speeds, collator.augmented = speeds, tuple(with_experts)
         epochs, rate = recipe.experts.expert_epochs, recipe.experts.expert_learning_rate
-        pretrain(recipe, experts, collator, ask(corpus["train"], tasks), output / "experts", epochs, rate)
+        pretrain(recipe, experts, collator, asked, output / "experts", epochs, rate, mixture)
     for modality in with_experts:
         save_tower(model, modality, towers[modality][1], output / "towers" / modality)
     if not training.num_train_epochs:
@@ -401,10 +234,11 @@ def main(arguments: list[str]) -> None:
         AffectCollator(processor, tasks, data.modalities, with_answers=flag, cache=cache) for flag in (True, False)
     )
     learning.speeds = speeds
-    train_rows = with_lengths(ask(corpus["train"], tasks), learning)
-    validation = {}
-    if len(corpus["validation"]):
-        validation = {task.name: with_lengths(ask(corpus["validation"], [task]), learning) for task in tasks}
+    train_rows, validation = with_lengths(asked, learning), {}
+    for part, rows in zip(data.parts, corpora, strict=True):
+        for name in part.tasks if len(rows["validation"]) else ():
+            key = f"{part.name}_{name}" if data.corpora else name
+            validation[key] = with_lengths(ask(rows["validation"], [processor.tasks[name]]), learning)
     checkpoint = last_whole_checkpoint(output)
     set_seed(training.seed)  # whatever was read and not computed until here, the last phase begins alike
     model = add_lora(recipe, model, learns_on)
@@ -416,10 +250,11 @@ def main(arguments: list[str]) -> None:
         data_collator=learning,
         scoring_collator=scoring,
         train_dataset=train_rows,
-        eval_dataset=validation if len(validation) > 1 else validation.get(tasks[0].name),
+        eval_dataset=validation if len(validation) > 1 else next(iter(validation.values()), None),
         processing_class=processor,
         compute_metrics=lambda predictions: metrics_of(tasks, predictions),
         callbacks=[JsonLinesLog(output / "log.jsonl")],
+        mixture=mixture,
     )
     # Under autocast LoRA's own cast of its input to float32 and back is a quarter of a step's time, for nothing.
     with disable_input_dtype_casting(model, active=training.bf16):

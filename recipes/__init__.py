@@ -6,8 +6,10 @@ A recipe's fields are those of [`ModelArguments`], [`DataArguments`], [`ExpertAr
 """
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -23,6 +25,9 @@ class ModelArguments:
     """What is assembled; fields named as in `EGMFConfig` are passed on to it."""
 
     language_model: str = field(metadata={"help": "local folder or Hub id of a causal LLM, or `tiny-random`"})
+    shrink: int = field(
+        default=1, metadata={"help": "2, 4, 8 or 16: a dry run on random models so many times smaller, `shrinking.py`"}
+    )
     audio_tower: str = field(default="", metadata={"help": "folder or Hub id of a speech encoder, or see `train.py`"})
     audio_window: int = field(
         default=0, metadata={"help": "seconds that an encoder of fixed windows hears; 0 for its checkpoint's"}
@@ -59,13 +64,34 @@ class ModelArguments:
             setattr(self, name, json.loads(value) if value.startswith("{") else value)
 
 
+@dataclass(frozen=True)
+class CorpusPart:
+    """A corpus that is trained on: where it is and how it is read, what is asked of its rows, how often they come."""
+
+    name: str
+    source: str | None
+    tasks: list[str]
+    options: dict[str, Any]
+    weight: float
+
+
 @dataclass
 class DataArguments:
-    """What it is trained on."""
+    """What it is trained on: one corpus (`corpus`, `tasks`, `corpus_options`), or a mixture of several (`corpora`).
 
-    corpus: str = field(metadata={"help": "name of a corpus, see `corpora.CORPORA`"})
-    tasks: list[str] = field(metadata={"help": "what is asked of every row, see `tasks_egmf.BUILTIN_TASKS`"})
-    corpus_dir: str | None = field(default=None, metadata={"help": "folder with the corpus's published files"})
+    A mixture is a mapping from the name of a corpus to its `tasks`, its `weight` (the share of an epoch's rows that
+    are its own, relative to the others' weights; see `mixture.py`) and maybe its `options`. `tasks` then are those of
+    all its corpora, each once.
+    """
+
+    corpus: str = field(default="", metadata={"help": "name of a corpus, see `corpora.CORPORA`"})
+    tasks: list[str] = field(
+        default_factory=list, metadata={"help": "what is asked of every row, see `tasks_egmf.BUILTIN_TASKS`"}
+    )
+    corpora: str = _json_field("{}")
+    corpus_dir: str | None = field(
+        default=None, metadata={"help": "folder with the corpus's files; of a mixture, with a folder per corpus"}
+    )
     corpus_options: str = _json_field("{}")
     audio_speeds: list[float] = field(
         default_factory=lambda: [1.0],
@@ -78,11 +104,42 @@ class DataArguments:
 
     def __post_init__(self):
         self.corpus_options = json.loads(self.corpus_options)
+        self.corpora = json.loads(self.corpora)
+        self._check_corpora()
+        for part in self.parts:
+            self.tasks += [task for task in part.tasks if task not in self.tasks]
         unknown = set(self.modalities) - {"text", "audio", "vision"}
         if unknown or not self.modalities:
             raise ValueError(f"modalities: got {self.modalities}, wanted some of text, audio, vision")
         if 1.0 not in self.audio_speeds or min(self.audio_speeds) <= 0:
             raise ValueError(f"audio_speeds: got {self.audio_speeds}, wanted positive ones with 1.0 among them")
+
+    def _check_corpora(self) -> None:
+        if not self.corpora:
+            if not self.corpus or not self.tasks:
+                got = f"corpus {self.corpus!r} and tasks {self.tasks}"
+                raise ValueError(f"corpus: got {got}, wanted both, or `corpora`, a mixture")
+            return
+        if self.corpus or self.tasks or self.corpus_options:
+            wanted = "none of corpus, tasks and corpus_options beside them"
+            raise ValueError(f"corpora: got a mixture and one corpus of its own, wanted {wanted}")
+        for name, part in self.corpora.items():
+            if not {"tasks", "weight"} <= part.keys() <= {"tasks", "weight", "options"} or not part["tasks"]:
+                wanted = "`tasks`, `weight` and maybe `options`"
+                raise ValueError(f"corpora: {name}: got {part}, wanted {wanted}")
+            if not isinstance(part["weight"], int | float) or not 0 < part["weight"] < math.inf:
+                raise ValueError(f"corpora: {name}: weight: got {part['weight']!r}, wanted a positive number")
+
+    @property
+    def parts(self) -> list[CorpusPart]:
+        """The corpora that are trained on."""
+        if not self.corpora:
+            return [CorpusPart(self.corpus, self.corpus_dir, self.tasks, self.corpus_options, 1.0)]
+        parts = []
+        for name, part in self.corpora.items():
+            source = None if self.corpus_dir is None or name == "generated" else str(Path(self.corpus_dir) / name)
+            parts.append(CorpusPart(name, source, part["tasks"], part.get("options", {}), part["weight"]))
+        return parts
 
 
 @dataclass
@@ -140,4 +197,8 @@ def load_recipe(arguments: list[str]) -> Recipe:
     )
     if unknown:
         raise ValueError(f"{arguments[0]}: unknown {unknown}, wanted fields of a recipe or of TrainingArguments")
-    return Recipe(*parsed, fields=fields)
+    recipe = Recipe(*parsed, fields=fields)
+    if recipe.data.corpora and recipe.experts.tower_epochs:
+        wanted = "0 in a mixture: towers from scratch learn one task alone"
+        raise ValueError(f"tower_epochs: got {recipe.experts.tower_epochs}, wanted {wanted}")
+    return recipe

@@ -5,6 +5,8 @@
 
 One run after the other; a finished one is skipped, an interrupted one goes on from its last checkpoint. Each run's
 folder `RUNS_DIR/VARIANT_SEED` also holds the commands it was made with. Then `make_tables.py collect` gathers them.
+What else is said (`--language_model Qwen/Qwen3-8B`) goes to `train.py`. Of a mixture, each corpus is evaluated, in a
+folder of its name.
 """
 
 import argparse
@@ -36,21 +38,25 @@ def main() -> None:
     parser.add_argument("--runs_dir", type=Path, required=True)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1111, 2222, 3333, 4444, 5555])
-    args = parser.parse_args()
-    corpus = yaml.safe_load(args.recipe.read_text())["corpus"]
+    args, more = parser.parse_known_args()
+    fields = yaml.safe_load(args.recipe.read_text(encoding="utf-8"))
+    tests = {"test": (fields.get("corpus"), args.corpus_dir)}
+    if "corpora" in fields:
+        tests = {name: (name, str(Path(args.corpus_dir) / name)) for name in fields["corpora"]}
     for seed in args.seeds:
         for variant in args.variants:
             folder = args.runs_dir / f"{variant}_{seed}"
-            if (folder / "test" / "metrics.json").exists():
+            if all((folder / test / "metrics.json").exists() for test in tests):
                 print(f"{folder}: finished already")
                 continue
             train = ["train.py", args.recipe, "--corpus_dir", args.corpus_dir, "--output_dir", folder, "--seed", seed]
-            test = ["eval.py", folder / "model", "--corpus", corpus, "--corpus_dir", args.corpus_dir]
-            test += ["--split", "test", "--output", folder / "test"]
-            commands = [["python", *map(str, [*train, *VARIANTS[variant]])], ["python", *map(str, test)]]
+            commands = [["python", *map(str, [*train, *VARIANTS[variant], *more])]]
+            for test, (corpus, source) in tests.items():
+                command = ["eval.py", folder / "model", "--corpus", corpus, "--corpus_dir", source]
+                commands.append(["python", *map(str, command), "--split", "test", "--output", str(folder / test)])
             folder.mkdir(parents=True, exist_ok=True)
             lines = "".join(shlex.join(command) + "\n" for command in commands)
-            (folder / "command.txt").write_text(lines.replace(f"--corpus_dir {args.corpus_dir} ", "--corpus_dir DIR "))
+            (folder / "command.txt").write_text(lines.replace(f"--corpus_dir {args.corpus_dir}", "--corpus_dir DIR"))
             for command in commands:
                 print(shlex.join(command), flush=True)
                 subprocess.run([sys.executable, *command[1:]], check=True)

@@ -142,9 +142,9 @@ def test_interrupted_build_leaves_no_folder(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        language_models._build_once(tmp_path / "model", build)
+        language_models.build_once(tmp_path / "model", build)
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
-    language_models._build_once(tmp_path / "model", lambda folder: folder.mkdir())
+    language_models.build_once(tmp_path / "model", lambda folder: folder.mkdir())
     assert (tmp_path / "model").is_dir()
 
 

@@ -24,8 +24,8 @@ from transformers import (
 )
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
+from assembly import cut_window
 from modeling_egmf import EGMFForConditionalGeneration
-from train import cut_window
 
 
 TOLERANCE = 1e-4

@@ -1,0 +1,222 @@
+"""From a recipe to the model that is trained: towers, processor, LLM and fusion put together, and LoRA put on."""
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import (
+    CONFIG_MAPPING,
+    AutoFeatureExtractor,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+)
+
+from modeling_egmf import EGMFForConditionalGeneration
+from processing_egmf import EGMFProcessor
+from recipes import Recipe
+from tower_cache import COLUMNS, PREPROCESSORS, TowerCache
+from towers_egmf import encoder_of, load_tower
+
+
+def cut_window(tower: PreTrainedModel, extractor: Any, seconds: int) -> tuple[PreTrainedModel, Any]:
+    """A speech encoder that reads fixed windows, such as Whisper's, with windows of the first `seconds` only.
+
+    A window is read whole, silence included, so that short clips cost what the longest one costs.
+
+    Raises:
+        ValueError: If the encoder reads no fixed windows, or shorter ones.
+    """
+    tower, whole = encoder_of(tower, "audio"), getattr(extractor, "chunk_length", None)
+    if not whole or not hasattr(tower.config, "max_source_positions") or not 0 < seconds <= whole:
+        wanted = f"at most {whole} seconds" if whole else "none: it has no fixed window"
+        raise ValueError(f"audio_window: got {seconds} seconds for {type(tower).__name__}, wanted {wanted}")
+    config, weights = copy.deepcopy(tower.config), tower.state_dict()
+    config.max_source_positions = config.max_source_positions * seconds // whole
+    weights["embed_positions.weight"] = weights["embed_positions.weight"][: config.max_source_positions]
+    shorter = type(tower)(config).to(tower.dtype)
+    shorter.load_state_dict(weights)
+    return shorter.eval(), type(extractor).from_dict(extractor.to_dict() | {"chunk_length": seconds})
+
+
+def build_tower(modality: str, tower: str | dict[str, Any]) -> tuple[PreTrainedModel, Any]:
+    """The tower that a recipe names or describes, and its feature extractor or image processor.
+
+    Raises:
+        ValueError: If a description is not `{"config": {"model_type", ...}, "feature_extractor" (of vision:
+            "image_processor"): {"..._type", ...}}`.
+    """
+    kind = PREPROCESSORS[modality]
+    if isinstance(tower, str):
+        if modality == "audio":
+            return load_tower(tower), AutoFeatureExtractor.from_pretrained(tower)
+        # The PIL backend gives the same pixels with and without torchvision.
+        return load_tower(tower), AutoImageProcessor.from_pretrained(tower, backend="pil")
+    config, preprocessor = (dict(tower.get(name) or {}) for name in ("config", kind))
+    model_type, name = config.pop("model_type", None), preprocessor.pop(f"{kind}_type", "")
+    found = getattr(transformers, f"{name}Pil", None) or getattr(transformers, name, None)
+    if model_type not in CONFIG_MAPPING or found is None or tower.keys() != {"config", kind}:
+        wanted = f"a config with `model_type` and a {kind} with `{kind}_type` of transformers"
+        raise ValueError(f"{modality}_tower: got {tower}, wanted {wanted}")
+    return AutoModel.from_config(CONFIG_MAPPING[model_type](**config)), found(**preprocessor)
+
+
+def build_towers(recipe: Recipe) -> dict[str, tuple]:
+    """Tower and preprocessor by modality, of those that the recipe names and the model may see.
+
+    Raises:
+        ValueError: If a recipe without an audio tower sets what only a tower can do.
+    """
+    needing = (("audio_window", recipe.model.audio_window, 0), ("audio_speeds", recipe.data.audio_speeds, [1.0]))
+    for field, value, unset in needing:
+        if value != unset and not recipe.model.audio_tower:
+            raise ValueError(f"{field}: got {value} for precomputed features, wanted an audio_tower beside it")
+    named = {"audio": recipe.model.audio_tower, "vision": recipe.model.vision_tower}
+    towers = {name: build_tower(name, spec) for name, spec in named.items() if spec and name in recipe.data.modalities}
+    if recipe.model.audio_window and "audio" in towers:
+        towers["audio"] = cut_window(*towers["audio"], recipe.model.audio_window)
+    return towers
+
+
+def build_processor(recipe: Recipe, language_model: str, towers: dict[str, tuple]) -> EGMFProcessor:
+    return EGMFProcessor(
+        AutoTokenizer.from_pretrained(language_model),
+        **{PREPROCESSORS[modality]: preprocessor for modality, (_, preprocessor) in towers.items()},
+        num_pseudo_tokens=recipe.model.num_pseudo_tokens,
+        num_frames=recipe.model.num_frames,
+        max_context_tokens=recipe.data.max_context_tokens,
+        default_task=recipe.data.tasks[0],
+    )
+
+
+def feature_statistics(rows: Dataset, column: str) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Mean and standard deviation (D,), in float64, over all frames of a column of features (T, D).
+
+    The column is read twice, few rows at a time: MOSEI's would not fit in memory at once. Sums go on from one batch to
+    the next, frame by frame, so that the figures are those of all frames in one array.
+
+    Returns:
+        None if every clip is null.
+
+    Raises:
+        ValueError: If clips differ in width.
+    """
+    total, count = None, 0
+    for frames in _frames(rows, column):
+        if total is not None and len(total) != frames.shape[1]:
+            wanted = "one width (a model without a tower takes one kind of features)"
+            raise ValueError(f"{column}: got clips of {len(total)} and of {frames.shape[1]} features, wanted {wanted}")
+        total, count = _sum_on(total, frames), count + len(frames)
+    if total is None:
+        return None
+    mean, total = total / count, None
+    for frames in _frames(rows, column):
+        total = _sum_on(total, np.square(frames - mean))
+    return torch.from_numpy(mean), torch.from_numpy(np.sqrt(total / count))
+
+
+def _frames(rows: Dataset, column: str, batch_size: int = 64) -> Iterator[np.ndarray]:
+    """The frames (N, D) of all clips, in float64, some clips at a time."""
+    for table in rows.select_columns([column]).with_format("arrow").iter(batch_size):
+        frames = table.column(column).combine_chunks().flatten()  # neither null clips nor the clips' borders
+        widths = np.unique(frames.value_lengths().to_numpy())
+        values = frames.flatten().to_numpy().astype(np.float64)
+        if len(widths) > 1:
+            raise ValueError(f"{column}: got clips of {widths[0]} and of {widths[1]} features, wanted one width")
+        if len(widths):
+            yield values.reshape(-1, widths[0])
+
+
+def _sum_on(total: np.ndarray | None, frames: np.ndarray) -> np.ndarray:
+    return (frames if total is None else np.concatenate([total[None], frames])).sum(0)
+
+
+def set_clip_statistics(model: EGMFForConditionalGeneration, corpus, cache: TowerCache | None) -> None:
+    """Sets what the fusion's clip statistics are standardised by: those of the training split's clips.
+
+    Raises:
+        ValueError: If a modality has no clips, or a tower that is still to learn.
+    """
+    for modality, module in model.model.fusion.clip_statistics.items():
+        clips = []
+        for row in corpus["train"]:
+            features = row[f"{modality}_features"]
+            if cache is not None and modality in cache.frozen:
+                features = cache.load(modality, row[COLUMNS[modality]])[f"{modality}_features"]
+            if features is not None:
+                frames = torch.as_tensor(features, device="cpu").unsqueeze(0)  # (1, T, layers, size) or (1, T, size)
+                layers = frames.unbind(2) if frames.ndim == 4 else (frames,)
+                clips.append(module.measure(layers, torch.ones(frames.shape[:2]))[0].double())
+        if not clips:
+            raise ValueError(f"clip_statistics: got {modality}, wanted one with clips, and features or a frozen tower")
+        std, mean = torch.std_mean(torch.stack(clips), 0, correction=0)
+        model.model.fusion.set_clip_statistics(modality, mean, std)
+
+
+def trained_towers(recipe: Recipe, towers: dict[str, tuple]) -> list[str]:
+    """Modalities whose towers are trained."""
+    return [modality for modality in towers if getattr(recipe.model, f"train_{modality}_tower")]
+
+
+def build_model(
+    recipe: Recipe, language_model: str, processor: EGMFProcessor, towers: dict[str, tuple], train_split
+) -> EGMFForConditionalGeneration:
+    """The LLM with a new fusion and the towers, before any training."""
+    arguments = recipe.model
+    statistics = {}
+    for modality in {"audio", "vision"} - towers.keys():
+        found = None
+        if modality in recipe.data.modalities:
+            found = feature_statistics(train_split, f"{modality}_features")
+        if found is not None:
+            statistics[modality] = found
+    model = EGMFForConditionalGeneration.from_language_model(
+        AutoModelForCausalLM.from_pretrained(language_model, attn_implementation=arguments.attn_implementation),
+        pseudo_token_id=processor.pseudo_token_id,
+        num_pseudo_tokens=arguments.num_pseudo_tokens,
+        fusion_hidden_size=arguments.fusion_hidden_size,
+        fusion_intermediate_size=arguments.fusion_intermediate_size,
+        fusion_dropout=arguments.fusion_dropout,
+        experts=arguments.experts,
+        local_kernel_sizes=arguments.local_kernel_sizes,
+        gating=arguments.gating,
+        modality_dropout=arguments.modality_dropout,
+        feature_noise=arguments.feature_noise,
+        clip_statistics=arguments.clip_statistics,
+        audio_input_rate=processor.audio_input_rate if "audio" in towers else None,
+        **{f"{modality}_tower": tower for modality, (tower, _) in towers.items()},
+        **{f"{modality}_feature_size": len(mean) for modality, (mean, _) in statistics.items()},
+    )
+    for modality, (mean, std) in statistics.items():
+        model.model.fusion.set_feature_statistics(modality, mean, std)
+    for modality in trained_towers(recipe, towers) + list(towers) * bool(recipe.experts.tower_epochs):
+        # Small steps would be lost in half precision.
+        getattr(model.model, f"{modality}_tower").float()
+    return model
+
+
+def learn(model: EGMFForConditionalGeneration, towers: list[str]) -> None:
+    """Which towers learn from now on, by modality; the others are frozen."""
+    model.model.freeze_towers()
+    for modality in towers:
+        getattr(model.model, f"{modality}_tower").requires_grad_()
+    model.train()  # a frozen tower has no dropout and keeps its statistics
+
+
+def add_lora(recipe: Recipe, model: EGMFForConditionalGeneration, trained: list[str]) -> PeftModel:
+    """LoRA on the LLM's projections; the fusion, and the towers of the `trained` modalities, are trained whole."""
+    lora = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=recipe.model.lora_r,
+        lora_alpha=recipe.model.lora_alpha,
+        target_modules=recipe.model.lora_target_modules,
+        modules_to_save=["fusion", *(f"{modality}_tower" for modality in trained)],
+    )
+    return get_peft_model(model, lora)

@@ -1,0 +1,242 @@
+"""What the Qwen3 recipes need of a GPU, computed -> results/needs.md, and the table in the main README.
+
+    python results/needs.py
+
+Nothing in the tables is measured on a GPU: the recipes have not been run. Computed is, for a step of training:
+
+- Weights: of a frozen one the two bytes of bfloat16, of a trained one (LoRA, fusion) sixteen: float32 with its
+  gradient and Adam's two moments.
+- What the forward pass keeps for the backward one: counted, tensor by tensor, on models of full width with one layer
+  and with two, built by the recipe; the difference is a layer's. The logits, of the answers' tokens only, are added.
+- Time: the larger of floating point operations, counted likewise, at `SHARE` of the GPU's peak, and of kernels, one
+  for each operation that torch dispatches, at `KERNEL` seconds; small models are bound by the latter.
+
+What surrounds the LLM's layers is counted with the smallest LLM. `ROWS`, `TOKENS`, `SECONDS` and the other constants
+are assumptions, the corpora's means where they are published. Towers run once for each clip and not again: their time
+is counted, the decoding of clips is not, and the disk that their hidden layers take is given.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft.helpers import disable_input_dtype_casting
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModel, AutoModelForCausalLM
+
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from assembly import add_lora  # noqa: E402
+from language_models import byte_tokenizer  # noqa: E402
+from modeling_egmf import EGMFForConditionalGeneration  # noqa: E402
+from processing_egmf import EGMFProcessor  # noqa: E402
+from recipes import Recipe, load_recipe  # noqa: E402
+from shrinking import published_config  # noqa: E402
+from towers_egmf import encoder_of, tower_num_states, tower_size  # noqa: E402
+
+
+PEAK, SHARE = 312e12, 0.3  # operations a second of an A100, dense bfloat16; how much of it training reaches
+KERNEL = 1e-5  # seconds to launch one
+OVERHEAD, SPARE = 1.5e9, 1.1  # bytes of CUDA and its libraries; what the allocator loses
+SIZES = ("0.6B", "1.7B", "4B", "8B")
+# Rows of train and validation. CHERMA's are three and one fifth of the 28,717 that its paper names, not verified.
+ROWS = {"meld": (9989, 1109), "cherma": (17230, 5743), "mosei": (16326, 1871), "simsv2": (2722, 647)}
+SECONDS = {"meld": 3.6, "mosei": 7.3, "simsv2": 3.6}  # of a clip, on average
+TOKENS = {"features": 90, "clips": 200}  # of prompt and answer, on average; with MELD's dialogue
+LONGEST = 400  # tokens of the longest prompts, that a batch has to fit with
+WIDTHS = {"meld": (64, 64), "cherma": (1024, 2048), "mosei": (74, 35), "simsv2": (25, 177)}
+FRAMES = {"meld": (157, 32), "cherma": (543, 16), "mosei": (500, 375), "simsv2": (925, 232)}
+AUDIO_RATE = 50  # frames a second of HuBERT and its like
+VOCABULARY, ANSWER = 151936, 5  # tokens
+
+
+@dataclass
+class Cost:
+    """Of one row: bytes kept for the backward pass, operations, and of any batch: kernels."""
+
+    kept: float
+    operations: float
+    kernels: float
+
+    def plus(self, other: "Cost", times: float) -> "Cost":
+        pairs = zip(vars(self).values(), vars(other).values(), strict=True)
+        return Cost(*(mine + times * theirs for mine, theirs in pairs))
+
+
+class _Kernels(TorchDispatchMode):
+    """Counts operations that compute something: views launch no kernel."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += not function.is_view
+        return function(*args, **(kwargs or {}))
+
+
+def build(recipe: Recipe, layers: int) -> tuple[torch.nn.Module, EGMFProcessor]:
+    """The recipe's model with LoRA and random weights, of full width, with few layers and a small vocabulary."""
+    config = published_config(recipe.model.language_model)
+    config.num_hidden_layers, config.vocab_size, config.layer_types = layers, 512, config.layer_types[:layers]
+    config.bos_token_id = config.eos_token_id = None
+    llm = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    processor = EGMFProcessor(byte_tokenizer(), num_pseudo_tokens=recipe.model.num_pseudo_tokens)
+    if recipe.model.audio_tower:
+        options = {f"{name}_tower": tower for name, tower in towers_of(recipe).items()} | {"audio_input_rate": 16000}
+    else:
+        options = {f"{name}_feature_size": width for name, (_, width) in features_of(recipe).items()}
+    for name in ("num_pseudo_tokens", "fusion_hidden_size", "fusion_intermediate_size", "fusion_dropout"):
+        options[name] = getattr(recipe.model, name)
+    model = EGMFForConditionalGeneration.from_language_model(llm, pseudo_token_id=processor.pseudo_token_id, **options)
+    return add_lora(recipe, model, []).train(), processor
+
+
+def towers_of(recipe: Recipe) -> dict[str, torch.nn.Module]:
+    """The recipe's towers by modality, without weights: in training they do not run, their hidden layers are read."""
+    names, towers = {"audio": recipe.model.audio_tower, "vision": recipe.model.vision_tower}, {}
+    with torch.device("meta"):
+        for modality, name in names.items():
+            if name:
+                towers[modality] = encoder_of(AutoModel.from_config(published_config(name)), modality)
+    return towers
+
+
+def features_of(recipe: Recipe) -> dict[str, tuple[int, int]]:
+    """Frames of a row, the most there are, and their numbers, by modality."""
+    if not recipe.model.audio_tower:
+        corpus = recipe.data.corpus
+        pairs = zip(("audio", "vision"), FRAMES[corpus], WIDTHS[corpus], strict=True)
+        return {name: (frames, width) for name, frames, width in pairs}
+    frames = {"audio": int(AUDIO_RATE * SECONDS[recipe.data.corpus]), "vision": recipe.model.num_frames}
+    return {
+        name: (frames[name], tower_num_states(tower.config) * tower_size(tower.config))
+        for name, tower in towers_of(recipe).items()
+    }
+
+
+def cost_of(recipe: Recipe, layers: int, tokens: int) -> Cost:
+    """A training step with one row of about so many tokens, under autocast as in training."""
+    model, processor = build(recipe, layers)
+    task = processor.tasks[recipe.data.tasks[0]]
+    features = {}
+    for name, (frames, width) in features_of(recipe).items():
+        shape = (frames, width)
+        if recipe.model.audio_tower:
+            states = tower_num_states(towers_of(recipe)[name].config)
+            shape = (frames, states, width // states)
+        features[f"{name}_features"] = [torch.randn(shape)]
+    empty = processor(text=[""], task=task, answer=[task.answers[0]])["input_ids"].shape[1]
+    batch = processor(text=["a" * max(0, tokens - empty)], task=task, answer=[task.answers[0]], **features)
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, so that no other takes its place
+        return tensor
+
+    with FlopCounterMode(display=False) as operations, _Kernels() as kernels:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            with disable_input_dtype_casting(model), torch.autocast("cpu", torch.bfloat16):
+                loss = model(**batch).loss
+        loss.backward()
+    kept_bytes = sum(size for size, _ in kept.values())
+    return Cost(kept_bytes, operations.get_total_flops(), kernels.count)
+
+
+def tower_operations(recipe: Recipe) -> float:
+    """Of one clip, forward: two for each weight that a position meets; CLIP's positions are the patches of a frame."""
+    towers, positions = towers_of(recipe), {}
+    if not towers:
+        return 0.0
+    positions["audio"] = AUDIO_RATE * SECONDS[recipe.data.corpus]
+    vision = towers["vision"].config
+    positions["vision"] = recipe.model.num_frames * ((vision.image_size // vision.patch_size) ** 2 + 1)
+    return sum(2.0 * count(tower) * positions[name] for name, tower in towers.items())
+
+
+def count(module: torch.nn.Module, trained: bool | None = None) -> int:
+    """Parameters, all or those that are trained, or are not."""
+    return sum(p.numel() for p in module.parameters() if trained is None or p.requires_grad == trained)
+
+
+def disk_of(recipe: Recipe) -> float:
+    """Bytes of the hidden layers of all clips, in bfloat16 as the frozen towers give them."""
+    if not recipe.model.audio_tower:
+        return 0.0
+    return 2.0 * sum(ROWS[recipe.data.corpus]) * sum(frames * width for frames, width in features_of(recipe).values())
+
+
+def needs() -> list[dict]:
+    """A row for every recipe and LLM: gigabytes of GPU memory, hours of a run, gigabytes of disk."""
+    layer, trained = {}, {}
+    for size in SIZES:
+        recipe = load("meld_qwen3_features", size)
+        counts = [count(build(recipe, layers)[0], trained=True) for layers in (1, 2)]
+        trained[size] = counts[1] - counts[0]
+        one, two = (cost_of(recipe, layers, TOKENS["features"]) for layers in (1, 2))
+        layer[size] = two.plus(one, -1)
+    rows = []
+    for name in sorted(path.stem for path in (ROOT / "recipes").glob("*_qwen3_*.yaml")):
+        smallest = load(name, SIZES[0])
+        if smallest.data.corpora:
+            continue
+        kind = name.rpartition("_")[2]
+        around = cost_of(smallest, 1, TOKENS["features"]).plus(layer[SIZES[0]], -1)
+        fusion = count(build(smallest, 1)[0], trained=True) - trained[SIZES[0]]
+        for size in SIZES:
+            recipe = load(name, size)
+            llm = published_config(recipe.model.language_model)
+            with torch.device("meta"):
+                frozen = count(AutoModelForCausalLM.from_config(llm))
+            frozen += sum(map(count, towers_of(recipe).values()))
+            learns = fusion + llm.num_hidden_layers * trained[size]
+            batch, tokens = recipe.training.per_device_train_batch_size, TOKENS[kind]
+            kept = around.kept + llm.num_hidden_layers * layer[size].kept * LONGEST / TOKENS["features"]
+            logits = 3 * 4 * VOCABULARY * ANSWER
+            memory = (2 * frozen + 16 * learns + batch * (kept + logits)) * SPARE + OVERHEAD
+            per_row = around.operations + llm.num_hidden_layers * layer[size].operations * tokens / TOKENS["features"]
+            kernels = around.kernels + llm.num_hidden_layers * layer[size].kernels
+            train, validation = ROWS[recipe.data.corpus]
+            # Validation runs forward only: a third of the operations at most, counted as half for its answers.
+            steps = recipe.training.num_train_epochs * (train + validation / 2) / batch
+            seconds = steps * max(batch * per_row / (PEAK * SHARE), kernels * KERNEL)
+            seconds += (train + validation) * tower_operations(recipe) / (PEAK * SHARE)
+            rows.append({"recipe": name, "size": size, "memory": memory / 1e9, "hours": seconds / 3600})
+            rows[-1]["disk"] = disk_of(recipe) / 1e9
+    return rows
+
+
+def load(name: str, size: str) -> Recipe:
+    return load_recipe([str(ROOT / f"recipes/{name}.yaml"), "--language_model", f"Qwen/Qwen3-{size}"])
+
+
+def table_of(rows: list[dict]) -> str:
+    lines = [["recipe, one run of one seed", *(f"{size}: GB, hours" for size in SIZES), "GB of disk"]]
+    lines.append(["---"] * len(lines[0]))
+    for name in dict.fromkeys(row["recipe"] for row in rows):
+        own = [row for row in rows if row["recipe"] == name]
+        cells = [f"{row['memory']:.0f}, {row['hours']:.1f}" for row in own]
+        lines.append([f"`{name}`", *cells, f"{own[0]['disk']:.0f}" if own[0]["disk"] else "-"])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    table = table_of(needs())
+    head = "# What the Qwen3 recipes need\n\nNot yet run. Computed for one A100 by `python results/needs.py`, whose "
+    head += "first lines say how.\n\n"
+    (ROOT / "results/needs.md").write_text(head + table, encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    start, end = "<!-- results/needs.md -->\n", "<!-- end of results/needs.md -->"
+    before, after = readme.split(start)[0], readme.split(end)[1]
+    (ROOT / "README.md").write_text(before + start + table + end + after, encoding="utf-8")
+    print(table, end="")
+
+
+if __name__ == "__main__":
+    main()

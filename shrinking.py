@@ -1,0 +1,135 @@
+"""Dry runs: `train.py RECIPE --shrink 16` trains on random models, the recipe's own but so many times smaller.
+
+Each model that the recipe names (the LLM and the towers) is built with random weights from its configuration, with
+layers, widths and attention heads divided by the number: everything is loaded, stepped, saved and evaluated as in a
+real run, in seconds on a CPU, and what it answers means nothing. Vocabulary, head size, picture size, and the kernels
+and strides that make frames of sound, stay as they are, and so do tokenizer and preprocessors.
+
+A configuration comes from the folder or the Hub's repository that the recipe names. Where the Hub cannot be reached,
+it comes from `recipes/published_configs.json`, with a tokenizer of bytes in the LLM's place for its own, and the log
+says so; a model that is not in there is an error. Nothing but a dry run ever reads that file.
+"""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoFeatureExtractor,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+)
+
+from language_models import build_once, byte_tokenizer, why_unreachable
+from recipes import ModelArguments
+
+
+DIVISORS = (1, 2, 4, 8, 16)
+PUBLISHED = Path(__file__).parent / "recipes" / "published_configs.json"
+
+_DIVIDED = {"hidden_size", "intermediate_size", "projection_dim", "conv_dim", "num_hidden_layers"}
+_DIVIDED |= {"num_attention_heads", "num_key_value_heads"}
+_PREPROCESSORS = {"audio_tower": "feature_extractor", "vision_tower": "image_processor"}
+
+
+def shrink(model: ModelArguments, folder: Path) -> None:
+    """Puts small random models, written into `folder`, in the place of those that a recipe names.
+
+    Raises:
+        ValueError: A `shrink` that is none of 2, 4, 8 and 16, or a model whose layers and widths are not known.
+        ConnectionError: A model that neither the Hub, which cannot be reached, nor the file has.
+    """
+    if model.shrink not in DIVISORS:
+        raise ValueError(f"shrink: got {model.shrink}, wanted one of {', '.join(map(str, DIVISORS))}")
+    for field in ("language_model", *_PREPROCESSORS):
+        name = getattr(model, field)
+        if name and isinstance(name, str):  # a tower that the recipe describes is small as it is
+            target = folder / f"{Path(name).name}-shrunk-{model.shrink}"
+            build_once(target, lambda place, field=field, name=name: _build(field, name, model.shrink, place))
+            setattr(model, field, str(target))
+
+
+def shrunk(config: PreTrainedConfig, divisor: int) -> PreTrainedConfig:
+    """A configuration with layers, widths and heads divided, rounded up; of CLIP and the like, those of both parts.
+
+    Raises:
+        ValueError: If it has no `hidden_size` and `num_hidden_layers` of its own, nor parts that have.
+    """
+    fields = config.to_dict()
+    parts = [fields, *(fields[name] for name in config.sub_configs)]
+    if not any({"hidden_size", "num_hidden_layers"} <= part.keys() for part in parts):
+        wanted = "a model with hidden_size and num_hidden_layers in its configuration"
+        raise ValueError(f"shrink: got a model of type {config.model_type!r}, wanted {wanted}")
+    for part in parts:
+        for name in _DIVIDED & part.keys():
+            value = part[name]
+            part[name] = [_up(size, divisor) for size in value] if isinstance(value, list) else _up(value, divisor)
+        if part.get("layer_types"):
+            part["layer_types"] = part["layer_types"][: part["num_hidden_layers"]]
+    return type(config).from_dict(fields)
+
+
+def published_config(name: str) -> PreTrainedConfig | None:
+    """The configuration of `recipes/published_configs.json`; None if it has no such model."""
+    entry = _published().get(name)
+    if entry is None:
+        return None
+    fields = dict(entry["config"])
+    return CONFIG_MAPPING[fields.pop("model_type")](**fields)
+
+
+def _published() -> dict[str, dict[str, Any]]:
+    return json.loads(PUBLISHED.read_text(encoding="utf-8"))
+
+
+def _up(size: int, divisor: int) -> int:
+    return -(-size // divisor)
+
+
+def _build(field: str, name: str, divisor: int, folder: Path) -> None:
+    """Writes a small random model, and its tokenizer or preprocessor."""
+    error = None if Path(name).is_dir() else why_unreachable(name, field)
+    config = AutoConfig.from_pretrained(name) if error is None else published_config(name)
+    if config is None:
+        wanted = f"a local folder or one of {', '.join(_published())}"
+        raise ConnectionError(
+            f"{field}: got {name!r}, and the Hugging Face Hub cannot be reached ({error}); wanted {wanted}"
+        ) from error
+    if error is not None:
+        logging.warning("The Hugging Face Hub cannot be reached: %s has its configuration from %s", name, PUBLISHED)
+    config = shrunk(config, divisor)
+    dtype = config.dtype or torch.float32
+    if field == "language_model":
+        tokenizer = AutoTokenizer.from_pretrained(name) if error is None else byte_tokenizer()
+        if error is not None:
+            config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+        model = _random(AutoModelForCausalLM, config, dtype)
+        model.generation_config = GenerationConfig(
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+        )
+        tokenizer.save_pretrained(folder)
+    else:
+        model = _random(AutoModel, config, dtype)
+        if error is None:
+            loader = AutoFeatureExtractor if field == "audio_tower" else AutoImageProcessor
+            loader.from_pretrained(name).save_pretrained(folder)
+        else:
+            preprocessor = _published()[name][_PREPROCESSORS[field]]
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor), encoding="utf-8")
+    model.save_pretrained(folder)
+
+
+def _random(auto: type, config: PreTrainedConfig, dtype: torch.dtype):
+    """A model of random weights; the same ones every time, and the global random state is left alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return auto.from_config(config, dtype=dtype)

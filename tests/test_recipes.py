@@ -1,0 +1,243 @@
+"""Recipes of the four benchmarks as dry runs, mixtures of corpora, and what of the features is summed up before."""
+
+import csv
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import formats
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import OfflineModeIsEnabled
+from test_media import write_clip
+from transformers import AutoModel, AutoModelForCausalLM, TrainingArguments
+
+import eval as eval_script
+import train as train_script
+from assembly import feature_statistics
+from corpora import cherma, load_corpus, meld
+from corpora.schema import build_split
+from mixture import MixtureSampler, MixtureTrainer
+from recipes import load_recipe
+from shrinking import published_config, shrunk
+
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES = sorted((ROOT / "recipes").glob("*_qwen3_*.yaml"), key=lambda path: path.stem)
+# Published with the models, or counted from their checkpoints.
+PARAMETERS = {
+    "Qwen/Qwen3-0.6B": 596_049_920,
+    "Qwen/Qwen3-1.7B": 1_720_574_976,
+    "Qwen/Qwen3-4B": 4_022_468_096,
+    "Qwen/Qwen3-8B": 8_190_735_360,
+    "openai/clip-vit-large-patch14": 427_616_513,
+}
+SIZES = [name for name in PARAMETERS if "Qwen" in name]
+
+
+@pytest.fixture
+def offline(monkeypatch, tmp_path):
+    """No Hub, whatever the network, and a cache of our own."""
+
+    def model_info(self, repo_id, **kwargs):
+        raise OfflineModeIsEnabled("offline")
+
+    monkeypatch.setattr(HfApi, "model_info", model_info)
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "hf_home"))
+
+
+def write_meld(folder: Path, clip: Path) -> None:
+    for split, name in meld.FILES.items():
+        (folder / "clips" / meld.CLIPS[split]).mkdir(parents=True)
+        with (folder / name).open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["Utterance", "Speaker", "Emotion", "Dialogue_ID", "Utterance_ID"])
+            for number, emotion in enumerate(meld.EMOTIONS[:4]):
+                writer.writerow([f"sentence {number}", "Ann", emotion, 0, number])
+                shutil.copy(clip, folder / "clips" / meld.CLIPS[split] / f"dia0_utt{number}.mp4")
+
+
+@pytest.fixture(scope="session")
+def sources(tmp_path_factory) -> dict[str, tuple[Path, dict]]:
+    """By kind and corpus, generated files in the published form and the options that read them."""
+    root = tmp_path_factory.mktemp("sources")
+    clip = write_clip(root / "clip.mp4", size=(64, 48))
+    for kind in ("features", "clips"):
+        (root / kind / "meld").mkdir(parents=True)
+    for folder in ("features/cherma", "clips/cherma"):
+        (root / folder).mkdir()
+        formats.mse_pickles(root / folder, "cherma", cherma.EMOTIONS, "zh", widths=(1024, 2048))
+    formats.mse_pickles(root / "features/meld", "meld", meld.EMOTIONS, "en")
+    formats.mmsa_pickle(root / "features/mosei")
+    formats.mmsa_pickle(root / "features/simsv2", language="zh", widths=(25, 177), high=1.0, rates=None)
+    write_meld(root / "clips/meld", clip)
+    formats.cmu_mosei(root / "clips/mosei")
+    formats.clip_table(root / "clips/simsv2", "meta.csv", "zh")
+    for name in ("mosei", "simsv2"):
+        for number, file in enumerate(sorted((root / "clips" / name).rglob("*.mp4"))):
+            if number != 1:  # which stays empty: a clip that cannot be read
+                shutil.copy(clip, file)
+    return root
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_a_dry_run_builds_steps_saves_and_evaluates(recipe, sources, offline, tmp_path, caplog):
+    caplog.set_level(logging.WARNING)
+    corpus, _, kind = recipe.stem.split("_")
+    size, mixed = SIZES[RECIPES.index(recipe) % len(SIZES)], corpus == "all"
+    folder = sources / kind if mixed else sources / kind / corpus
+    arguments = [str(recipe), "--corpus_dir", str(folder), "--shrink", "16", "--language_model", size]
+    arguments += ["--output_dir", str(tmp_path / "run"), "--max_steps", "2", "--per_device_train_batch_size", "4"]
+    media = json.dumps({"media": str(sources / "clips/meld/clips")})
+    if recipe.stem == "meld_qwen3_clips":
+        arguments += ["--corpus_options", media]
+    if mixed:
+        corpora = load_recipe([str(recipe)]).data.corpora
+        corpora["meld"]["options"] = json.loads(media)
+        arguments += ["--corpora", json.dumps(corpora)]
+    train_script.main(arguments)
+
+    log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert any(np.isfinite(row.get("train_loss", np.nan)) for row in log)
+    fields = json.loads((tmp_path / "run/model/recipe.json").read_text())
+    assert fields["shrink"] == 16 and fields["language_model"] == f"{Path(size).name}-shrunk-16"
+    real = published_config(size)
+    small = json.loads((tmp_path / "run/model/config.json").read_text())["text_config"]
+    assert (small["hidden_size"], small["head_dim"]) == (real.hidden_size // 16, real.head_dim)
+    assert any(size in record.message and "cannot be reached" in record.message for record in caplog.records)
+    for name in ("meld", "simsv2") if mixed else (corpus,):
+        output = tmp_path / name
+        source = folder / name if mixed else folder
+        command = [str(tmp_path / "run/model"), "--corpus", name, "--corpus_dir", str(source), "--output", str(output)]
+        eval_script.main(command)
+        report = json.loads((output / "metrics.json").read_text())
+        assert report["task"] == name and report["samples"] == len(load_corpus(name, source)["test"])
+        if mixed:
+            assert any(key.startswith(f"eval_{name}_{name}_") for row in log for key in row)
+    if mixed:
+        assert any("cherma: its audio features are not read" in record.message for record in caplog.records)
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_published_configurations_have_the_published_parameters(name):
+    auto = AutoModelForCausalLM if name in SIZES else AutoModel
+    with torch.device("meta"):
+        model = auto.from_config(published_config(name))
+    assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[name]
+
+
+def test_shrinking_divides_layers_widths_and_heads():
+    small = shrunk(published_config("Qwen/Qwen3-8B"), 4)
+    assert (small.hidden_size, small.intermediate_size, small.num_hidden_layers) == (1024, 3072, 9)
+    assert (small.num_attention_heads, small.num_key_value_heads, small.head_dim) == (8, 2, 128)
+    assert small.vocab_size == 151936 and len(small.layer_types) == 9
+    clip = shrunk(published_config("openai/clip-vit-large-patch14"), 16)
+    assert (clip.vision_config.hidden_size, clip.vision_config.image_size) == (64, 224)
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        (["--shrink", "3"], ValueError, "shrink: got 3, wanted one of 1, 2, 4, 8, 16"),
+        (["--shrink", "2", "--language_model", "a/b"], ConnectionError, "language_model: got 'a/b'.* wanted .*Qwen3"),
+        (["--language_model", "Qwen/Qwen3-8B"], ConnectionError, "'Qwen/Qwen3-8B' is not a local folder"),
+    ],
+)
+def test_what_cannot_be_shrunk_or_had_is_an_error(fields, error, message, offline, tmp_path):
+    arguments = [str(ROOT / "recipes/tiny.yaml"), "--language_model", "Qwen/Qwen3-0.6B", "--output_dir", str(tmp_path)]
+    with pytest.raises(error, match=message):
+        train_script.main([*arguments, *fields])
+
+
+# --- mixtures --------------------------------------------------------------------------------------------------------
+
+
+def test_a_mixture_draws_by_weight_and_every_row_before_any_comes_again():
+    sampler, seen = MixtureSampler([100, 10, 30], [2, 1, 1], seed=7), []
+    for epoch in range(4):
+        sampler.set_epoch(epoch)
+        seen.append(list(sampler))
+        counts = [sum(first <= row < last for row in seen[-1]) for first, last in ((0, 100), (100, 110), (110, 140))]
+        assert counts == [70, 35, 35] and len(seen[-1]) == len(sampler) == 140
+    assert set(seen[0]) | set(seen[1]) >= set(range(100)) and seen[0] != seen[1]
+    assert max(np.bincount([row for row in seen[0] if 100 <= row < 110])[100:]) == 4  # 35 of 10 rows: 3 or 4 times
+    again = MixtureSampler([100, 10, 30], [2, 1, 1], seed=7)
+    again.set_epoch(2)
+    assert list(again) == seen[2]
+    lengths = [row % 9 for row in range(140)]
+    grouped = MixtureSampler([100, 10, 30], [2, 1, 1], seed=7, lengths=lengths, batch_size=4)
+    assert sorted(grouped) == sorted(seen[0])
+
+
+def test_trainer_draws_another_part_in_every_epoch(tmp_path):
+    class Recorder(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.rows = torch.nn.Parameter(torch.zeros(1)), []
+
+        def forward(self, row):
+            self.rows += row.tolist()
+            return {"loss": self.weight.sum()}
+
+    module, rows = Recorder(), [{"row": number} for number in range(40)]
+    arguments = TrainingArguments(
+        str(tmp_path),
+        num_train_epochs=2,
+        per_device_train_batch_size=8,
+        save_strategy="no",
+        use_cpu=True,
+        report_to=[],
+    )
+    MixtureTrainer(module, arguments, train_dataset=rows, mixture=([30, 10], [1, 1])).train()
+    first, second = module.rows[:40], module.rows[40:]
+    assert sum(row < 30 for row in first) == sum(row < 30 for row in second) == 20
+    assert set(first) | set(second) == set(range(40)) and set(first) != set(second)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (["--corpora", '{"meld": {"tasks": ["meld"]}}'], "corpora: meld: got .* wanted `tasks`, `weight`"),
+        (["--corpora", '{"meld": {"tasks": ["meld"], "weight": 0}}'], "meld: weight: got 0, wanted a positive"),
+        (["--corpus", "meld"], "wanted none of corpus, tasks"),
+        (["--tower_epochs", "1"], "tower_epochs: got 1, wanted 0 in a mixture"),
+    ],
+)
+def test_a_wrong_mixture_is_named(fields, message):
+    with pytest.raises(ValueError, match=message):
+        load_recipe([str(ROOT / "recipes/all_qwen3_clips.yaml"), *fields])
+
+
+def test_labels_are_checked_by_each_corpus_own_tasks(tmp_path):
+    mixture = json.dumps({"generated": {"tasks": ["meld"], "weight": 1}})
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text((ROOT / "recipes/tiny.yaml").read_text().replace("corpus: generated\ntasks: [mosi]\n", ""))
+    with pytest.raises(ValueError, match="generated / train: emotion: got 'positive'.*wanted a label of task 'meld'"):
+        train_script.main([str(recipe), "--corpora", mixture, "--output_dir", str(tmp_path / "run")])
+
+
+# --- statistics ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [range(240), range(3, 200, 7), range(1)])
+def test_streamed_statistics_are_those_of_all_frames_at_once(rows):
+    rows = load_corpus("generated")["train"].select(rows)
+    for column in ("audio_features", "vision_features"):
+        clips = [np.asarray(clip, dtype=np.float64) for clip in rows[column] if clip is not None]
+        found = feature_statistics(rows, column)
+        if not clips:
+            assert found is None
+            continue
+        mean, std = np.concatenate(clips).mean(0), np.concatenate(clips).std(0)
+        assert np.array_equal(found[0].numpy(), mean) and np.array_equal(found[1].numpy(), std)
+
+
+def test_features_of_two_widths_are_refused():
+    clips = [np.ones((2, 3)), np.ones((2, 4))]
+    rows = build_split({"id": str(place), "audio_features": clip} for place, clip in enumerate(clips))
+    with pytest.raises(ValueError, match="audio_features: got clips of 3 and of 4 features, wanted one width"):
+        feature_statistics(rows, "audio_features")
