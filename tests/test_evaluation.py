@@ -9,6 +9,7 @@ from datasets import DatasetDict
 from transformers import AutoProcessor
 
 import eval as eval_script
+import mixture
 import train as train_script
 from corpora import load_corpus
 from corpora.schema import build_split
@@ -192,8 +193,8 @@ def test_labels_of_another_corpus_are_refused(column, labels, task, message):
 def test_a_meld_label_reaches_no_cherma_run(model_folder, tmp_path, monkeypatch):
     """Neither in training nor in evaluation, before anything is computed."""
     corpus = rows_with("emotion", ["joy", "anger"])
-    for script in (train_script, eval_script):
-        monkeypatch.setattr(script, "load_corpus", lambda *args, **options: corpus)
+    for reader in (mixture, eval_script):
+        monkeypatch.setattr(reader, "load_corpus", lambda *args, **options: corpus)
     with pytest.raises(ValueError, match="generated / train: emotion: got 'joy' in 1 rows, wanted .*'cherma'"):
         train_script.main(["recipes/tiny.yaml", "--tasks", "cherma", "--output_dir", str(tmp_path / "run")])
     arguments = [model_folder, "--corpus", "generated", "--output", str(tmp_path / "out")]
