@@ -211,7 +211,7 @@ def main(arguments: list[str]) -> None:
             set_seed(training.seed)  # for the readout: whatever was computed or read before, it begins alike
             alone = TowerPretraining(model, modality, tasks[0]).requires_grad_()
             collator = AffectCollator(processor, tasks[:1], [modality], with_answers=False, cache=inputs)
-            collator.speeds, collator.augmented = tuple(data.audio_speeds), (modality,)
+            collator.speeds = tuple(data.audio_speeds)
             rows, phase = ask(corpus["train"], tasks[:1]), output / f"{modality}_tower"
             epochs, rate = recipe.experts.tower_epochs, recipe.experts.tower_learning_rate
             pretrain(recipe, alone, collator, rows, phase, epochs, rate)
