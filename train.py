@@ -1,7 +1,7 @@
 """Trains EGMF by a recipe.
 
     python train.py recipes/mosi_smollm2.yaml --corpus_dir DIR [--any_field value ...]
-    accelerate launch train.py recipes/mosi_smollm2.yaml --corpus_dir DIR
+    accelerate launch --config_file recipes/accelerate/ddp.yaml train.py recipes/mosi_smollm2.yaml --corpus_dir DIR
 
 A recipe with `tower_epochs` first trains each tower alone, one with `expert_epochs` the fusion without the LLM, and
 these towers with it, then the fusion and the LLM with LoRA. Writes to `output_dir`: a folder of checkpoints per phase
@@ -21,17 +21,29 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast
 from datasets import Dataset, concatenate_datasets
 from peft.helpers import disable_input_dtype_casting
 from transformers import TrainerCallback, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from assembly import add_lora, build_model, build_processor, build_towers, learn, set_clip_statistics, trained_towers
+from assembly import (
+    add_lora,
+    build_model,
+    build_processor,
+    build_towers,
+    finished,
+    learn,
+    set_clip_statistics,
+    trained_towers,
+)
 from evaluation import AffectCollator, ask, classification_metrics, prompt_lengths, regression_metrics
 from language_models import resolve_language_model
 from mixture import MixtureTrainer, ask_parts, check_parts, load_parts, mixture_of
 from modeling_egmf import EGMFForConditionalGeneration
 from pretraining import ExpertPretraining, TowerPretraining
+from processes import in_turns, only_the_main_process_speaks
 from processing_egmf import EGMFProcessor
 from recipes import Recipe, load_recipe
 from shrinking import shrink
@@ -74,8 +86,8 @@ class AffectTrainer(MixtureTrainer):
         candidates = self.scoring_collator.processor.candidates(self.scoring_collator.tasks[int(tasks[0])])
         with self.accelerator.autocast():
             scores = self.accelerator.unwrap_model(model).score_labels(candidates=candidates, **inputs)
-        loss = -scores.log_probs.gather(1, answers.unsqueeze(1)).mean()
-        return loss, scores.log_probs, torch.stack([answers, tasks], 1)
+        # No loss: Trainer would take the mean over batches, which with several processes may hold a row twice.
+        return None, scores.log_probs, torch.stack([answers, tasks], 1)
 
 
 def pretrain(
@@ -108,7 +120,11 @@ def pretrain(
     set_seed(own.seed)  # whatever was finished or interrupted before, a phase begins alike
     log = JsonLinesLog(output.parent / "log.jsonl", phase=output.name)
     trainer = MixtureTrainer(module, own, data_collator=collator, train_dataset=rows, callbacks=[log], mixture=mixture)
-    trainer.train(resume_from_checkpoint=last_whole_checkpoint(output))
+    with in_turns():
+        checkpoint = last_whole_checkpoint(output)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if own.world_size > 1:  # the averages of batch normalisation are each process's own after the last step
+        broadcast([*module.buffers()])
 
 
 def fill_cache(
@@ -117,7 +133,7 @@ def fill_cache(
     """What training needs of every clip that it sees; one that gives nothing is named, and missing."""
     training = recipe.training
     # As the training steps run: a hidden layer does not depend on where it is computed.
-    precision = torch.autocast(training.device.type, torch.bfloat16, enabled=training.bf16)
+    precision = torch.autocast(training.device.type, torch.bfloat16, enabled=training.mixed_precision == "bf16")
     frozen = towers.keys() - trained
     inputs = inputs or TowerCache(model, processor, frozen=(), trained=towers)
     cache = TowerCache(model.to(training.device), processor, frozen, trained, precision, inputs=inputs)
@@ -156,13 +172,13 @@ def with_lengths(rows: Dataset, collator: AffectCollator) -> Dataset:
 def metrics_of(tasks: list, predictions) -> dict[str, float]:
     """Trainer's validation metrics of a task, from the answers' log-probabilities and the places of gold and task."""
     golds, places = predictions.label_ids.T
-    task = tasks[places[0]]
+    task, loss = tasks[places[0]], -predictions.predictions[np.arange(len(golds)), golds].mean()
     gold = [task.parse(task.answers[index]) for index in golds]
     if task.kind == "classification":
         best = [task.answers[index] for index in predictions.predictions.argmax(-1)]
-        return classification_metrics(gold, best)
+        return {"loss": float(loss)} | classification_metrics(gold, best)
     scores = np.asarray([task.parse(answer) for answer in task.answers])
-    return regression_metrics(gold, list(np.exp(predictions.predictions) @ scores))
+    return {"loss": float(loss)} | regression_metrics(gold, list(np.exp(predictions.predictions) @ scores))
 
 
 def save_tower(model: EGMFForConditionalGeneration, modality: str, preprocessor, folder: Path) -> None:
@@ -186,15 +202,17 @@ def save_model(recipe: Recipe, model: EGMFForConditionalGeneration, processor: E
 def main(arguments: list[str]) -> None:
     recipe = load_recipe(arguments)
     training, data = recipe.training, recipe.data
+    only_the_main_process_speaks()
     output = Path(training.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     set_seed(training.seed)
 
-    corpora = load_parts(data.parts)
+    with in_turns():  # what is not there yet is made
+        corpora = load_parts(data.parts)
+        if recipe.model.shrink != 1:
+            shrink(recipe.model, output / "shrunk")
+        language_model = resolve_language_model(recipe.model.language_model)
     corpus = {split: concatenate_datasets([part[split] for part in corpora]) for split in ("train", "validation")}
-    if recipe.model.shrink != 1:
-        shrink(recipe.model, output / "shrunk")
-    language_model = resolve_language_model(recipe.model.language_model)
     towers = build_towers(recipe)
     processor = build_processor(recipe, language_model, towers)
     tasks = [processor.tasks[name] for name in data.tasks]
@@ -224,7 +242,7 @@ def main(arguments: list[str]) -> None:
         collator.speeds, collator.augmented = speeds, tuple(with_experts)
         epochs, rate = recipe.experts.expert_epochs, recipe.experts.expert_learning_rate
         pretrain(recipe, experts, collator, asked, output / "experts", epochs, rate, mixture)
-    for modality in with_experts:
+    for modality in with_experts if PartialState().is_main_process else ():
         save_tower(model, modality, towers[modality][1], output / "towers" / modality)
     if not training.num_train_epochs:
         return
@@ -239,10 +257,12 @@ def main(arguments: list[str]) -> None:
         for name in part.tasks if len(rows["validation"]) else ():
             key = f"{part.name}_{name}" if data.corpora else name
             validation[key] = with_lengths(ask(rows["validation"], [processor.tasks[name]]), learning)
-    checkpoint = last_whole_checkpoint(output)
+    with in_turns():
+        checkpoint = last_whole_checkpoint(output)
     set_seed(training.seed)  # whatever was read and not computed until here, the last phase begins alike
     model = add_lora(recipe, model, learns_on)
-    model.print_trainable_parameters()
+    if PartialState().is_main_process:
+        model.print_trainable_parameters()
 
     trainer = AffectTrainer(
         model,
@@ -257,15 +277,15 @@ def main(arguments: list[str]) -> None:
         mixture=mixture,
     )
     # Under autocast LoRA's own cast of its input to float32 and back is a quarter of a step's time, for nothing.
-    with disable_input_dtype_casting(model, active=training.bf16):
+    with disable_input_dtype_casting(model, active=training.mixed_precision == "bf16"):
         if steps_of(checkpoint) == training.max_steps:  # killed before it was saved; Trainer would take another step
             trainer._load_from_checkpoint(checkpoint)
         else:
             trainer.train(resume_from_checkpoint=checkpoint)
 
-    if trainer.is_world_process_zero():
-        merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
-        save_model(recipe, merged, processor, output / "model")
+    whole = finished(recipe, trainer, learns_on)
+    if whole is not None:
+        save_model(recipe, whole.merge_and_unload(), processor, output / "model")
         print(f"model: {output / 'model'}")
 
 
