@@ -186,7 +186,12 @@ def load_language_model(recipe: Recipe, folder: str) -> PreTrainedModel:
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=AutoConfig.from_pretrained(folder).dtype or torch.float32,
         )
-    return AutoModelForCausalLM.from_pretrained(folder, **options)
+    model = AutoModelForCausalLM.from_pretrained(folder, **options)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # On CPUs, bitsandbytes packs weights in evaluation for a kernel that has no gradient, and keeps them so.
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def build_model(

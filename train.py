@@ -25,6 +25,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast
 from datasets import Dataset, concatenate_datasets
 from peft.helpers import disable_input_dtype_casting
+from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import TrainerCallback, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -84,8 +85,11 @@ class AffectTrainer(MixtureTrainer):
         inputs = self._prepare_inputs(inputs)
         answers, tasks = inputs.pop("answer_index"), inputs.pop("task_index")
         candidates = self.scoring_collator.processor.candidates(self.scoring_collator.tasks[int(tasks[0])])
+        answering = self.accelerator.unwrap_model(model)
+        if "score_labels" not in vars(answering):
+            register_fsdp_forward_method(answering, "score_labels")  # of FSDP2; of any other model it does nothing
         with self.accelerator.autocast():
-            scores = self.accelerator.unwrap_model(model).score_labels(candidates=candidates, **inputs)
+            scores = answering.score_labels(candidates=candidates, **inputs)
         # No loss: Trainer would take the mean over batches, which with several processes may hold a row twice.
         return None, scores.log_probs, torch.stack([answers, tasks], 1)
 
