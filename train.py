@@ -44,7 +44,7 @@ from language_models import resolve_language_model
 from mixture import MixtureTrainer, ask_parts, check_parts, load_parts, mixture_of
 from modeling_egmf import EGMFForConditionalGeneration
 from pretraining import ExpertPretraining, TowerPretraining
-from processes import in_turns, only_the_main_process_speaks
+from processes import are_sharded, in_turns, only_the_main_process_speaks
 from processing_egmf import EGMFProcessor
 from recipes import Recipe, load_recipe
 from shrinking import shrink
@@ -120,6 +120,8 @@ def pretrain(
         save_total_limit=1,
         load_best_model_at_end=False,
         train_sampling_strategy="random",
+        activation_checkpointing=False,  # a method of whole models only
+        gradient_checkpointing=None,
     )
     set_seed(own.seed)  # whatever was finished or interrupted before, a phase begins alike
     log = JsonLinesLog(output.parent / "log.jsonl", phase=output.name)
@@ -185,6 +187,17 @@ def metrics_of(tasks: list, predictions) -> dict[str, float]:
     return {"loss": float(loss)} | regression_metrics(gold, list(np.exp(predictions.predictions) @ scores))
 
 
+def check_sharding(recipe: Recipe) -> None:
+    """Raises a ValueError if a recipe has what models that are divided among processes cannot do."""
+    epochs = {name: getattr(recipe.experts, name) for name in ("tower_epochs", "expert_epochs")}
+    for name, count in epochs.items() if are_sharded() else ():
+        if count:
+            wanted = "0, or recipes/accelerate/ddp.yaml"
+            raise ValueError(f"{name}: got {count} for a model that FSDP or DeepSpeed divides, wanted {wanted}")
+    if are_sharded() and recipe.model.load_in_4bit:
+        raise ValueError("load_in_4bit: got true for a model that FSDP or DeepSpeed divides, wanted false")
+
+
 def save_tower(model: EGMFForConditionalGeneration, modality: str, preprocessor, folder: Path) -> None:
     """A tower as a model of its own, with its feature extractor or image processor."""
     getattr(model.model, f"{modality}_tower").save_pretrained(folder)
@@ -207,6 +220,7 @@ def main(arguments: list[str]) -> None:
     recipe = load_recipe(arguments)
     training, data = recipe.training, recipe.data
     only_the_main_process_speaks()
+    check_sharding(recipe)
     output = Path(training.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     set_seed(training.seed)
