@@ -18,6 +18,7 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import eval as eval_script
 import train as train_script
 from corpora import load_corpus
 from evaluation import Predictor
@@ -147,7 +148,7 @@ def test_two_processes_evaluate_what_one_evaluates(halves, tmp_path, protocol):
     arguments = ["eval.py", halves / "model", "--corpus", "generated", "--batch_size", 3]
     arguments += ["--robustness", protocol] if protocol else []
     start(*ON_TWO, *arguments, "--output", tmp_path / "two")
-    start("eval", *arguments[1:], "--output", tmp_path / "one")
+    eval_script.main([*map(str, arguments[1:]), "--output", str(tmp_path / "one")])
     assert {path.name for path in (tmp_path / "one").iterdir()} == {path.name for path in (tmp_path / "two").iterdir()}
     report = f"{protocol or 'metrics'}.json"
     one, two = (json.loads((tmp_path / name / report).read_text()) for name in ("one", "two"))
