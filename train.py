@@ -15,67 +15,25 @@ import dataclasses
 import json
 import logging
 import os
-import shutil
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
 from peft.helpers import disable_input_dtype_casting
-from transformers import TrainerCallback, set_seed
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers import set_seed
 
 from assembly import add_lora, build_model, build_processor, build_towers, learn, set_clip_statistics, trained_towers
-from evaluation import AffectCollator, ask, classification_metrics, prompt_lengths, regression_metrics
+from evaluation import AffectCollator, ask, prompt_lengths
 from language_models import resolve_language_model
-from mixture import MixtureTrainer, ask_parts, check_parts, load_parts, mixture_of
+from mixture import ask_parts, check_parts, load_parts, mixture_of
 from modeling_egmf import EGMFForConditionalGeneration
 from pretraining import ExpertPretraining, TowerPretraining
 from processing_egmf import EGMFProcessor
 from recipes import Recipe, load_recipe
 from shrinking import shrink
 from tower_cache import COLUMNS, TowerCache
-
-
-class JsonLinesLog(TrainerCallback):
-    """Appends every log entry of the Trainer to a file, one JSON object a line, with `fields` in each."""
-
-    def __init__(self, path: Path, **fields: str):
-        self.path, self.fields = path, fields
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if state.is_world_process_zero:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({**self.fields, "step": state.global_step, **logs}) + "\n")
-
-
-class AffectTrainer(MixtureTrainer):
-    """Trainer whose evaluation scores every legal answer instead of comparing logits at the gold tokens.
-
-    An evaluation data set asks one task; of several tasks there is a dict of them. Evaluation loss is the negative
-    log-probability of the gold answer among the legal ones; selection sees the validation split alone.
-    """
-
-    def __init__(self, *args, scoring_collator: AffectCollator, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.scoring_collator = scoring_collator
-
-    def get_eval_dataloader(self, eval_dataset=None):
-        training_collator, self.data_collator = self.data_collator, self.scoring_collator
-        try:
-            return super().get_eval_dataloader(eval_dataset)
-        finally:
-            self.data_collator = training_collator
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        inputs = self._prepare_inputs(inputs)
-        answers, tasks = inputs.pop("answer_index"), inputs.pop("task_index")
-        candidates = self.scoring_collator.processor.candidates(self.scoring_collator.tasks[int(tasks[0])])
-        with self.accelerator.autocast():
-            scores = self.accelerator.unwrap_model(model).score_labels(candidates=candidates, **inputs)
-        loss = -scores.log_probs.gather(1, answers.unsqueeze(1)).mean()
-        return loss, scores.log_probs, torch.stack([answers, tasks], 1)
+from training_run import AffectTrainer, JsonLinesLog, RunTrainer, last_whole_checkpoint, metrics_of, steps_of
 
 
 def pretrain(
@@ -89,7 +47,7 @@ def pretrain(
         rows: The training split, asked.
         output: Folder of the phase's checkpoints.
         epochs, rate: How long, and the highest learning rate.
-        mixture: See [`MixtureTrainer`].
+        mixture: See [`RunTrainer`].
     """
     own = dataclasses.replace(
         recipe.training,
@@ -107,7 +65,7 @@ def pretrain(
     )
     set_seed(own.seed)  # whatever was finished or interrupted before, a phase begins alike
     log = JsonLinesLog(output.parent / "log.jsonl", phase=output.name)
-    trainer = MixtureTrainer(module, own, data_collator=collator, train_dataset=rows, callbacks=[log], mixture=mixture)
+    trainer = RunTrainer(module, own, data_collator=collator, train_dataset=rows, callbacks=[log], mixture=mixture)
     trainer.train(resume_from_checkpoint=last_whole_checkpoint(output))
 
 
@@ -128,41 +86,9 @@ def fill_cache(
     return cache
 
 
-def last_whole_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that was written to its end; None if there is none. Later ones are removed."""
-    numbered = ((int(path.name.rpartition("-")[2]), path) for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*[0-9]"))
-    for step, path in sorted(numbered, reverse=True):
-        try:
-            # Trainer writes its state last.
-            if json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))["global_step"] == step:
-                return str(path)
-        except (OSError, ValueError):
-            pass
-        logging.warning("%s was not written to its end, and is removed", path)
-        shutil.rmtree(path)
-    return None
-
-
-def steps_of(checkpoint: str | None) -> int:
-    """How many steps led to a checkpoint."""
-    return int(checkpoint.rpartition("-")[2]) if checkpoint else 0
-
-
 def with_lengths(rows: Dataset, collator: AffectCollator) -> Dataset:
     """Rows with the number of tokens of each one's prompt, by which Trainer groups them."""
     return rows.add_column("length", prompt_lengths(rows, collator))
-
-
-def metrics_of(tasks: list, predictions) -> dict[str, float]:
-    """Trainer's validation metrics of a task, from the answers' log-probabilities and the places of gold and task."""
-    golds, places = predictions.label_ids.T
-    task = tasks[places[0]]
-    gold = [task.parse(task.answers[index]) for index in golds]
-    if task.kind == "classification":
-        best = [task.answers[index] for index in predictions.predictions.argmax(-1)]
-        return classification_metrics(gold, best)
-    scores = np.asarray([task.parse(answer) for answer in task.answers])
-    return regression_metrics(gold, list(np.exp(predictions.predictions) @ scores))
 
 
 def save_tower(model: EGMFForConditionalGeneration, modality: str, preprocessor, folder: Path) -> None:
