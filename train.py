@@ -24,6 +24,7 @@ from peft.helpers import disable_input_dtype_casting
 from transformers import set_seed
 
 from assembly import add_lora, build_model, build_processor, build_towers, learn, set_clip_statistics, trained_towers
+from checkpoints import writing
 from evaluation import AffectCollator, ask, prompt_lengths
 from language_models import resolve_language_model
 from mixture import ask_parts, check_parts, load_parts, mixture_of
@@ -33,7 +34,7 @@ from processing_egmf import EGMFProcessor
 from recipes import Recipe, load_recipe
 from shrinking import shrink
 from tower_cache import COLUMNS, TowerCache
-from training_run import AffectTrainer, JsonLinesLog, RunTrainer, last_whole_checkpoint, metrics_of, steps_of
+from training_run import AffectTrainer, RunTrainer, check_media, check_reporters, metrics_of, run_command
 
 
 def pretrain(
@@ -64,9 +65,16 @@ def pretrain(
         train_sampling_strategy="random",
     )
     set_seed(own.seed)  # whatever was finished or interrupted before, a phase begins alike
-    log = JsonLinesLog(output.parent / "log.jsonl", phase=output.name)
-    trainer = RunTrainer(module, own, data_collator=collator, train_dataset=rows, callbacks=[log], mixture=mixture)
-    trainer.train(resume_from_checkpoint=last_whole_checkpoint(output))
+    trainer = RunTrainer(
+        module,
+        own,
+        data_collator=collator,
+        train_dataset=rows,
+        mixture=mixture,
+        run_folder=output.parent,
+        phase=output.name,
+    )
+    trainer.go_on()
 
 
 def fill_cache(
@@ -93,25 +101,28 @@ def with_lengths(rows: Dataset, collator: AffectCollator) -> Dataset:
 
 def save_tower(model: EGMFForConditionalGeneration, modality: str, preprocessor, folder: Path) -> None:
     """A tower as a model of its own, with its feature extractor or image processor."""
-    getattr(model.model, f"{modality}_tower").save_pretrained(folder)
-    preprocessor.save_pretrained(folder)
+    with writing(folder):
+        getattr(model.model, f"{modality}_tower").save_pretrained(folder)
+        preprocessor.save_pretrained(folder)
 
 
 def save_model(recipe: Recipe, model: EGMFForConditionalGeneration, processor: EGMFProcessor, folder: Path) -> None:
     """The merged model, self-contained, with the recipe's fields in `recipe.json`."""
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
     fields = vars(recipe.data) | vars(recipe.model) | vars(recipe.experts)
     del fields["corpus_dir"]  # a path of this machine is nobody else's business
     for name in ("language_model", "audio_tower", "vision_tower"):
         if isinstance(fields[name], str) and os.path.isdir(fields[name]):
             fields[name] = Path(fields[name]).name
-    (folder / "recipe.json").write_text(json.dumps(fields, indent=2) + "\n")
+    with writing(folder):
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        (folder / "recipe.json").write_text(json.dumps(fields, indent=2) + "\n")
 
 
 def main(arguments: list[str]) -> None:
     recipe = load_recipe(arguments)
     training, data = recipe.training, recipe.data
+    check_reporters(training.report_to)
     output = Path(training.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     set_seed(training.seed)
@@ -132,6 +143,8 @@ def main(arguments: list[str]) -> None:
     learns_on = trained_towers(recipe, towers)
     with_experts = list(towers) if recipe.experts.tower_epochs else learns_on
     inputs = fill_cache(recipe, model, processor, towers, with_experts, corpus, None) if towers else None
+    if inputs is not None and training.process_index == 0:
+        check_media(output / "unreadable.json", inputs.errors)
     if recipe.experts.tower_epochs:
         for modality in towers:
             set_seed(training.seed)  # for the readout: whatever was computed or read before, it begins alike
@@ -165,7 +178,6 @@ def main(arguments: list[str]) -> None:
         for name in part.tasks if len(rows["validation"]) else ():
             key = f"{part.name}_{name}" if data.corpora else name
             validation[key] = with_lengths(ask(rows["validation"], [processor.tasks[name]]), learning)
-    checkpoint = last_whole_checkpoint(output)
     set_seed(training.seed)  # whatever was read and not computed until here, the last phase begins alike
     model = add_lora(recipe, model, learns_on)
     model.print_trainable_parameters()
@@ -179,15 +191,12 @@ def main(arguments: list[str]) -> None:
         eval_dataset=validation if len(validation) > 1 else next(iter(validation.values()), None),
         processing_class=processor,
         compute_metrics=lambda predictions: metrics_of(tasks, predictions),
-        callbacks=[JsonLinesLog(output / "log.jsonl")],
         mixture=mixture,
+        run_folder=output,
     )
     # Under autocast LoRA's own cast of its input to float32 and back is a quarter of a step's time, for nothing.
     with disable_input_dtype_casting(model, active=training.bf16):
-        if steps_of(checkpoint) == training.max_steps:  # killed before it was saved; Trainer would take another step
-            trainer._load_from_checkpoint(checkpoint)
-        else:
-            trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.go_on()
 
     if trainer.is_world_process_zero():
         merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
@@ -197,4 +206,4 @@ def main(arguments: list[str]) -> None:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    main(sys.argv[1:])
+    run_command(main, sys.argv[1:])
