@@ -265,22 +265,24 @@ class _Keeper(TrainerCallback):
     def on_evaluate(self, args, state, control, **kwargs):
         self._decide(control)
 
+    def on_save(self, args, state, control, **kwargs):
+        if self._has_to_stop():
+            raise termination.stop(f"{self.trainer.checkpoint} was written")
+
     def _decide(self, control) -> None:
-        accelerator = self.trainer.accelerator
-        if accelerator.num_processes > 1:  # all stop at the same step
-            if termination.asked and not self.stopping:
-                accelerator.set_trigger()
-            self.stopping = accelerator.check_trigger() or self.stopping
-        else:
-            self.stopping = termination.asked
-        control.should_save = control.should_save or self.stopping
+        control.should_save = control.should_save or self._has_to_stop()
         if self.at_end and control.should_save:
             # What is due at the end of an epoch comes after this; a run that went on from here would not do it.
             control.should_save, self.put_off = False, True
 
-    def on_save(self, args, state, control, **kwargs):
-        if self.stopping:
-            raise termination.stop(f"{self.trainer.checkpoint} was written")
+    def _has_to_stop(self) -> bool:
+        accelerator = self.trainer.accelerator
+        if accelerator.num_processes == 1:
+            return termination.asked
+        if termination.asked and not self.stopping:
+            accelerator.set_trigger()
+        self.stopping = accelerator.check_trigger() or self.stopping  # all stop at the same step
+        return self.stopping
 
 
 class RunTrainer(MixtureTrainer):
