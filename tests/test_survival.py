@@ -194,7 +194,7 @@ def test_a_run_killed_at_any_moment_ends_like_one_that_was_not(whole, tmp_path):
     ("owner", "method", "count"), [(RunTrainer, "_save_rng_state", 3), (JsonLinesLog, "on_log", 3)], ids=str
 )
 def test_a_run_killed_at_a_bad_moment_ends_like_one_that_was_not(whole, tmp_path, owner, method, count):
-    """In the middle of a checkpoint; at the end of an epoch, after its last step and before its validation is logged."""
+    """In the middle of a checkpoint; at the end of an epoch, before its validation is logged."""
     run = Run(tmp_path, TINY)
     assert run(At(owner, method, count, kill))[0] == -signal.SIGKILL
     unfinished = [name for name in run.checkpoints() if not (run.folder / name / MANIFEST).exists()]
@@ -253,7 +253,7 @@ def limit_optimizer() -> None:
 
 @pytest.mark.parametrize("limit", [limit_weights, limit_optimizer])
 def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(half, whole, limit):
-    """No file may be larger than a limit: the weights cannot be written (safetensors), the optimizer cannot (torch)."""
+    """No file may be larger than a limit that safetensors hits with the weights, or torch with the optimizer."""
     status, said = half(limit)
     last = said.strip().splitlines()[-1]
     assert status == 1 and "Traceback" not in said
@@ -274,10 +274,9 @@ def test_a_run_goes_on_when_a_full_disk_has_room_again(half, whole, tmp_path):
     try:
         shutil.move(half.folder, disk / "run")
         half.folder, half.arguments[-1] = disk / "run", str(disk / "run")
-        with (disk / "other").open("wb") as file, pytest.raises(OSError):
+        with (disk / "other").open("wb", buffering=0) as file, pytest.raises(OSError):
             while True:  # to the last page, less room for some files of a checkpoint
                 file.write(bytes(4096))
-                file.flush()
         os.truncate(disk / "other", (disk / "other").stat().st_size - 500_000)
         status, said = half()
         assert status == 1 and "Traceback" not in said
@@ -305,7 +304,7 @@ def test_sigterm_saves_and_ends_a_run_that_then_ends_as_if_nothing_was(whole, tm
     status, said = run(At(owner, method, count, terminate))
     assert status == 143 and f"Stopped by SIGTERM: {run.folder / f'checkpoint-{step}'} was written" in said
     assert "Traceback" not in said and damage_of(run.folder / f"checkpoint-{step}") is None
-    assert "train_loss" not in (run.folder / "log.jsonl").read_text() and not (run.folder / "model").exists()
+    assert not (run.folder / "model").exists()
     run.finish()
     assert_alike(run, whole)
 
