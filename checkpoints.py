@@ -19,7 +19,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 
 MANIFEST = "manifest.json"
-TORCH_WRITER = ("PytorchStreamWriter", "inline_container", "unexpected pos")
+# What torch's RuntimeErrors and tokenizers' plain Exceptions say, where a file cannot be written.
+OF_WRITERS = ("PytorchStreamWriter", "inline_container", "unexpected pos", "(os error ")
 FULL = {errno.ENOSPC: "no space left", errno.EDQUOT: "quota used up", errno.EFBIG: "file larger than is allowed"}
 
 
@@ -145,9 +146,9 @@ def writing(path: Path, wanted: int | None = None, remedy: str = "make room, and
     """
     try:
         yield
-    except (OSError, SafetensorError, RuntimeError) as error:
-        # Of torch's errors, those of its writer, which says "PytorchStreamWriter failed ..." or names its own code.
-        if isinstance(error, RuntimeError) and not any(word in str(error) for word in TORCH_WRITER):
+    except Exception as error:
+        known = isinstance(error, OSError | SafetensorError) or any(words in str(error) for words in OF_WRITERS)
+        if isinstance(error, RunStopped) or not known:
             raise
         place = next(parent for parent in [path, *path.absolute().parents] if parent.is_dir())
         why = FULL.get(getattr(error, "errno", None)) or str(error).splitlines()[0]

@@ -5,6 +5,7 @@ message, and with its checkpoints as they were, when a checkpoint cannot be writ
 file that it reads is gone, and when a scheduler asks it to (SIGTERM): then it first writes a checkpoint.
 """
 
+import hashlib
 import json
 import logging
 import math
@@ -213,21 +214,32 @@ RATES = ("tokens", "rows")
 
 @dataclass
 class _Told:
-    """A collator's batches, and beside them what is told of them: the rows' ids, and how much they are."""
+    """A collator's batches, and beside them what is told of them: the rows' ids, and how much they are.
+
+    What is random in a batch is a function of seed, epoch and rows: batches are made ahead of their steps, and a run
+    that goes on in the middle of an epoch could not know how far.
+    """
 
     collator: AffectCollator
     unit: str
+    seed: int
+    epoch: int = 0
 
     def __call__(self, rows: list[dict]):
+        ids = [row["id"] for row in rows]
+        digest = hashlib.sha256(json.dumps([self.seed, self.epoch, ids]).encode()).digest()
+        before = torch.get_rng_state()
+        torch.default_generator.manual_seed(int.from_bytes(digest[:7]))  # no accelerator's
         try:
             batch = self.collator(rows)
         except OSError as error:
-            ids = ", ".join(row["id"] for row in rows)
             raise RunStopped(
-                f"{error}. One of the rows {ids} needs it, and it was there when the run began: nothing is trained on "
-                "without it. Put it back, and the same command goes on from the last checkpoint."
+                f"{error}. One of the rows {', '.join(ids)} needs it, and it was there when the run began: nothing is "
+                "trained on without it. Put it back, and the same command goes on from the last checkpoint."
             ) from error
-        batch["row_ids"] = [row["id"] for row in rows]
+        finally:
+            torch.set_rng_state(before)
+        batch["row_ids"] = ids
         # Counted here, where no accelerator has to be waited for.
         batch["amount"] = int(batch["attention_mask"].sum()) if self.unit == "tokens" else len(rows)
         return batch
@@ -252,6 +264,9 @@ class _Keeper(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         termination.can_wait = False
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.trainer.told.epoch = int(state.epoch)
 
     def on_step_end(self, args, state, control, **kwargs):
         self.at_end = state.epoch == int(state.epoch) or state.global_step >= state.max_steps
@@ -358,7 +373,8 @@ class RunTrainer(MixtureTrainer):
         self._clock, self._amount = time.perf_counter(), 0
 
     def get_train_dataloader(self):
-        collator, self.data_collator = self.data_collator, _Told(self.data_collator, self.unit)
+        collator = self.data_collator
+        self.data_collator = self.told = _Told(collator, self.unit, self.args.data_seed or self.args.seed)
         try:
             loader = super().get_train_dataloader()
         finally:
@@ -431,19 +447,19 @@ class RunTrainer(MixtureTrainer):
         checkpoint, folder = self.checkpoint, Path(self.args.output_dir)
         whole = sorted(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*[0-9]"), key=steps_of)
         remedy = f"make room, and the same command goes on from {whole[-1] if whole else 'the beginning'}"
-        try:
-            (checkpoint / MANIFEST).unlink(missing_ok=True)
-            with writing(checkpoint, size_of(whole[-1]) if whole else None, remedy):
+        (checkpoint / MANIFEST).unlink(missing_ok=True)
+        with writing(checkpoint, size_of(whole[-1]) if whole else None, remedy):
+            try:
                 super()._save_checkpoint(model, trial)
                 self.accelerator.wait_for_everyone()
                 if self.args.should_save:
                     (checkpoint / RUNNING_LOSS).write_text(json.dumps(running) + "\n", encoding="utf-8")
                     seal(checkpoint)
-        except RunStopped:
-            shutil.rmtree(checkpoint, ignore_errors=True)
-            raise
-        finally:
-            self.args.save_total_limit = limit
+            except Exception:
+                shutil.rmtree(checkpoint, ignore_errors=True)
+                raise
+            finally:
+                self.args.save_total_limit = limit
         if self.args.should_save:
             rotate_checkpoints(str(folder), limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()

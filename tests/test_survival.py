@@ -26,6 +26,8 @@ from safetensors.torch import load_file
 from transformers import TrainingArguments
 
 from checkpoints import MANIFEST, RunStopped, damage_of, last_whole_checkpoint, seal
+from corpora import load_corpus
+from tower_cache import TowerCache
 from train import main
 from training_run import AffectTrainer, JsonLinesLog, RunTrainer, run_command
 
@@ -59,6 +61,7 @@ _processes.set_forkserver_preload(["train"])
 
 def _child(arguments: list[str], output: Path, hub: Path | None, before: Callable | None) -> None:
     os.setsid()
+    multiprocessing.set_start_method("fork", force=True)  # as it is in a command of its own
     handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
@@ -394,3 +397,75 @@ def test_a_finished_run_is_only_read(whole):
     whole.finish()
     assert (whole.folder / "log.jsonl").read_text() == before
     assert all(torch.equal(weights[name], value) for name, value in whole.weights().items())
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("clips") / "avatars"
+    load_corpus("avatars", folder, **CLIPS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def phases(clips, tmp_path_factory) -> Run:
+    folder = tmp_path_factory.mktemp("phases")
+    run = Run(folder, [*PHASES, "--corpus_dir", str(clips)], hub=folder / "hub")
+    run.finish()
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("owner", "method", "count", "saved"),
+    [
+        (TowerCache, "_write", 5, None),  # while clips are read
+        (RunTrainer, "training_step", 1, "audio_tower/checkpoint-1"),
+        (RunTrainer, "training_step", 4, "audio_tower/checkpoint-4"),
+        (RunTrainer, "training_step", 9, "experts/checkpoint-1"),
+    ],
+    ids=lambda value: str(getattr(value, "__name__", value)),
+)
+def test_sigterm_in_any_phase(phases, clips, tmp_path, owner, method, count, saved):
+    run = Run(tmp_path, [*PHASES, "--corpus_dir", str(clips)], hub=tmp_path / "hub")
+    status, said = run(At(owner, method, count, terminate))
+    assert status == 143 and "Stopped by SIGTERM: " in said
+    assert "nothing of this part" in said if saved is None else f"{run.folder / saved} was written" in said
+    run.finish()
+    assert_alike(run, phases)
+
+
+def test_every_phase_is_in_the_log_and_in_the_picture(phases, tmp_path):
+    names = [entry.get("phase") for entry in phases.entries() if "loss" in entry]
+    assert list(dict.fromkeys(names)) == ["audio_tower", "vision_tower", "experts", None]
+    assert (phases.folder / "training.png").read_bytes()[:4] == b"\x89PNG"
+    said = phases.said.read_text()
+    assert re.search(r"^experts: step 2/6, loss [\d.]+, lr [\d.e-]+, rows/s [\d,]+, [\d:]+ left$", said, re.MULTILINE)
+
+
+def test_a_file_that_is_gone_is_named_and_nothing_is_trained_on_without_it(phases, clips, tmp_path):
+    """What is kept of a clip goes in the middle of a phase; then the clip itself, before the run goes on."""
+    own = shutil.copytree(clips, tmp_path / "avatars")
+    run = Run(tmp_path, [*PHASES, "--corpus_dir", str(own)], hub=tmp_path / "hub")
+    status, said = run(At(RunTrainer, "training_step", 3, _Gone(tmp_path / "hub")))
+    last = said.strip().splitlines()[-1]
+    assert status == 1 and "Traceback" not in said
+    assert re.search(rf"^{own}/train/\w+\.(mp4|wav): what is kept of it in {tmp_path}/hub/.* cannot be read", last)
+    assert "Put it back" in last and damage_of(run.folder / "audio_tower" / "checkpoint-4") is None
+    clip = next((own / "train").glob("*.mp4"))
+    clip.rename(tmp_path / clip.name)
+    status, said = run()
+    assert status == 1 and "files were read when this run began and give nothing now" in said and str(clip) in said
+    assert damage_of(run.folder / "audio_tower" / "checkpoint-4") is None
+    (tmp_path / clip.name).rename(clip)
+    run.finish()
+    assert_alike(run, phases)
+
+
+class _Gone:
+    """Removes a folder."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __call__(self) -> None:
+        shutil.rmtree(self.folder)
