@@ -19,12 +19,13 @@ import transformers
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from huggingface_hub import constants
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from checkpoints import writing
 from media_egmf import AudioClip
 from media_inputs_egmf import Media, TowerInput
 from processing_egmf import EGMFProcessor
@@ -169,11 +170,11 @@ class TowerCache:
         return {name: encoded[f"{modality}_{name}"][0][mask].cpu().contiguous() for name in ("features", "times")}
 
     def _write(self, entry: Path, tensors: dict[str, torch.Tensor]) -> None:
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=entry.parent, suffix=".tmp", delete=False) as scratch:
-            pass
-        save_file(tensors, scratch.name)
-        os.replace(scratch.name, entry)
+        with writing(entry):
+            entry.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=entry.parent) as scratch:
+                save_file(tensors, Path(scratch) / entry.name)
+                os.replace(Path(scratch) / entry.name, entry)
 
     def load(self, modality: str, path: str | None, speed: float = 1.0) -> dict:
         """The processor's arguments for a filled-in file (at one of the speeds), each None if it gave nothing.
@@ -184,8 +185,12 @@ class TowerCache:
         there = path is not None and (modality, path) not in self.errors
         tensors = {}
         if there:
-            with safe_open(self._entry(modality, path, speed), "pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
+            entry = self._entry(modality, path, speed)
+            try:
+                with safe_open(entry, "pt") as file:
+                    tensors = {name: file.get_tensor(name) for name in file.keys()}
+            except (OSError, SafetensorError) as error:
+                raise OSError(f"{path}: what is kept of it in {entry} cannot be read: {error}") from error
         if modality in self.frozen:
             return {f"{modality}_{name}": tensors.get(name) for name in ("features", "times")}
         made = {name: value.float().numpy() if name == "values" else value.numpy() for name, value in tensors.items()}

@@ -15,19 +15,15 @@ import dataclasses
 import json
 import logging
 import os
-import shutil
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast
 from datasets import Dataset, concatenate_datasets
 from peft.helpers import disable_input_dtype_casting
-from torch.distributed.fsdp import register_fsdp_forward_method
-from transformers import TrainerCallback, set_seed
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers import set_seed
 
 from assembly import (
     add_lora,
@@ -39,9 +35,10 @@ from assembly import (
     set_clip_statistics,
     trained_towers,
 )
-from evaluation import AffectCollator, ask, classification_metrics, prompt_lengths, regression_metrics
+from checkpoints import writing
+from evaluation import AffectCollator, ask, prompt_lengths
 from language_models import resolve_language_model
-from mixture import MixtureTrainer, ask_parts, check_parts, load_parts, mixture_of
+from mixture import ask_parts, check_parts, load_parts, mixture_of
 from modeling_egmf import EGMFForConditionalGeneration
 from pretraining import ExpertPretraining, TowerPretraining
 from processes import are_sharded, in_turns, only_the_main_process_speaks
@@ -49,49 +46,7 @@ from processing_egmf import EGMFProcessor
 from recipes import Recipe, load_recipe
 from shrinking import shrink
 from tower_cache import COLUMNS, TowerCache
-
-
-class JsonLinesLog(TrainerCallback):
-    """Appends every log entry of the Trainer to a file, one JSON object a line, with `fields` in each."""
-
-    def __init__(self, path: Path, **fields: str):
-        self.path, self.fields = path, fields
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if state.is_world_process_zero:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({**self.fields, "step": state.global_step, **logs}) + "\n")
-
-
-class AffectTrainer(MixtureTrainer):
-    """Trainer whose evaluation scores every legal answer instead of comparing logits at the gold tokens.
-
-    An evaluation data set asks one task; of several tasks there is a dict of them. Evaluation loss is the negative
-    log-probability of the gold answer among the legal ones; selection sees the validation split alone.
-    """
-
-    def __init__(self, *args, scoring_collator: AffectCollator, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.scoring_collator = scoring_collator
-
-    def get_eval_dataloader(self, eval_dataset=None):
-        training_collator, self.data_collator = self.data_collator, self.scoring_collator
-        try:
-            return super().get_eval_dataloader(eval_dataset)
-        finally:
-            self.data_collator = training_collator
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        inputs = self._prepare_inputs(inputs)
-        answers, tasks = inputs.pop("answer_index"), inputs.pop("task_index")
-        candidates = self.scoring_collator.processor.candidates(self.scoring_collator.tasks[int(tasks[0])])
-        answering = self.accelerator.unwrap_model(model)
-        if "score_labels" not in vars(answering):
-            register_fsdp_forward_method(answering, "score_labels")  # of FSDP2; of any other model it does nothing
-        with self.accelerator.autocast():
-            scores = answering.score_labels(candidates=candidates, **inputs)
-        # No loss: Trainer would take the mean over batches, which with several processes may hold a row twice.
-        return None, scores.log_probs, torch.stack([answers, tasks], 1)
+from training_run import AffectTrainer, RunTrainer, check_media, check_reporters, metrics_of, run_command
 
 
 def pretrain(
@@ -105,7 +60,7 @@ def pretrain(
         rows: The training split, asked.
         output: Folder of the phase's checkpoints.
         epochs, rate: How long, and the highest learning rate.
-        mixture: See [`MixtureTrainer`].
+        mixture: See [`RunTrainer`].
     """
     own = dataclasses.replace(
         recipe.training,
@@ -124,11 +79,16 @@ def pretrain(
         gradient_checkpointing=None,
     )
     set_seed(own.seed)  # whatever was finished or interrupted before, a phase begins alike
-    log = JsonLinesLog(output.parent / "log.jsonl", phase=output.name)
-    trainer = MixtureTrainer(module, own, data_collator=collator, train_dataset=rows, callbacks=[log], mixture=mixture)
-    with in_turns():
-        checkpoint = last_whole_checkpoint(output)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer = RunTrainer(
+        module,
+        own,
+        data_collator=collator,
+        train_dataset=rows,
+        mixture=mixture,
+        run_folder=output.parent,
+        phase=output.name,
+    )
+    trainer.go_on()
     if own.world_size > 1:  # the averages of batch normalisation are each process's own after the last step
         broadcast([*module.buffers()])
 
@@ -150,41 +110,9 @@ def fill_cache(
     return cache
 
 
-def last_whole_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that was written to its end; None if there is none. Later ones are removed."""
-    numbered = ((int(path.name.rpartition("-")[2]), path) for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*[0-9]"))
-    for step, path in sorted(numbered, reverse=True):
-        try:
-            # Trainer writes its state last.
-            if json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))["global_step"] == step:
-                return str(path)
-        except (OSError, ValueError):
-            pass
-        logging.warning("%s was not written to its end, and is removed", path)
-        shutil.rmtree(path)
-    return None
-
-
-def steps_of(checkpoint: str | None) -> int:
-    """How many steps led to a checkpoint."""
-    return int(checkpoint.rpartition("-")[2]) if checkpoint else 0
-
-
 def with_lengths(rows: Dataset, collator: AffectCollator) -> Dataset:
     """Rows with the number of tokens of each one's prompt, by which Trainer groups them."""
     return rows.add_column("length", prompt_lengths(rows, collator))
-
-
-def metrics_of(tasks: list, predictions) -> dict[str, float]:
-    """Trainer's validation metrics of a task, from the answers' log-probabilities and the places of gold and task."""
-    golds, places = predictions.label_ids.T
-    task, loss = tasks[places[0]], -predictions.predictions[np.arange(len(golds)), golds].mean()
-    gold = [task.parse(task.answers[index]) for index in golds]
-    if task.kind == "classification":
-        best = [task.answers[index] for index in predictions.predictions.argmax(-1)]
-        return {"loss": float(loss)} | classification_metrics(gold, best)
-    scores = np.asarray([task.parse(answer) for answer in task.answers])
-    return {"loss": float(loss)} | regression_metrics(gold, list(np.exp(predictions.predictions) @ scores))
 
 
 def check_sharding(recipe: Recipe) -> None:
@@ -200,26 +128,29 @@ def check_sharding(recipe: Recipe) -> None:
 
 def save_tower(model: EGMFForConditionalGeneration, modality: str, preprocessor, folder: Path) -> None:
     """A tower as a model of its own, with its feature extractor or image processor."""
-    getattr(model.model, f"{modality}_tower").save_pretrained(folder)
-    preprocessor.save_pretrained(folder)
+    with writing(folder):
+        getattr(model.model, f"{modality}_tower").save_pretrained(folder)
+        preprocessor.save_pretrained(folder)
 
 
 def save_model(recipe: Recipe, model: EGMFForConditionalGeneration, processor: EGMFProcessor, folder: Path) -> None:
     """The merged model, self-contained, with the recipe's fields in `recipe.json`."""
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
     fields = vars(recipe.data) | vars(recipe.model) | vars(recipe.experts)
     del fields["corpus_dir"]  # a path of this machine is nobody else's business
     for name in ("language_model", "audio_tower", "vision_tower"):
         if isinstance(fields[name], str) and os.path.isdir(fields[name]):
             fields[name] = Path(fields[name]).name
-    (folder / "recipe.json").write_text(json.dumps(fields, indent=2) + "\n")
+    with writing(folder):
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        (folder / "recipe.json").write_text(json.dumps(fields, indent=2) + "\n")
 
 
 def main(arguments: list[str]) -> None:
     recipe = load_recipe(arguments)
     training, data = recipe.training, recipe.data
     only_the_main_process_speaks()
+    check_reporters(training.report_to)
     check_sharding(recipe)
     output = Path(training.output_dir)
     output.mkdir(parents=True, exist_ok=True)
@@ -242,6 +173,8 @@ def main(arguments: list[str]) -> None:
     learns_on = trained_towers(recipe, towers)
     with_experts = list(towers) if recipe.experts.tower_epochs else learns_on
     inputs = fill_cache(recipe, model, processor, towers, with_experts, corpus, None) if towers else None
+    if inputs is not None and training.process_index == 0:
+        check_media(output / "unreadable.json", inputs.errors)
     if recipe.experts.tower_epochs:
         for modality in towers:
             set_seed(training.seed)  # for the readout: whatever was computed or read before, it begins alike
@@ -275,8 +208,6 @@ def main(arguments: list[str]) -> None:
         for name in part.tasks if len(rows["validation"]) else ():
             key = f"{part.name}_{name}" if data.corpora else name
             validation[key] = with_lengths(ask(rows["validation"], [processor.tasks[name]]), learning)
-    with in_turns():
-        checkpoint = last_whole_checkpoint(output)
     set_seed(training.seed)  # whatever was read and not computed until here, the last phase begins alike
     model = add_lora(recipe, model, learns_on)
     if PartialState().is_main_process:
@@ -291,15 +222,12 @@ def main(arguments: list[str]) -> None:
         eval_dataset=validation if len(validation) > 1 else next(iter(validation.values()), None),
         processing_class=processor,
         compute_metrics=lambda predictions: metrics_of(tasks, predictions),
-        callbacks=[JsonLinesLog(output / "log.jsonl")],
         mixture=mixture,
+        run_folder=output,
     )
     # Under autocast LoRA's own cast of its input to float32 and back is a quarter of a step's time, for nothing.
     with disable_input_dtype_casting(model, active=training.mixed_precision == "bf16"):
-        if steps_of(checkpoint) == training.max_steps:  # killed before it was saved; Trainer would take another step
-            trainer._load_from_checkpoint(checkpoint)
-        else:
-            trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.go_on()
 
     whole = finished(recipe, trainer, learns_on)
     if whole is not None:
@@ -309,4 +237,4 @@ def main(arguments: list[str]) -> None:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    main(sys.argv[1:])
+    run_command(main, sys.argv[1:])
