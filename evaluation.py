@@ -223,7 +223,8 @@ class Predictor:
         """What the model says of each row of a batch."""
         model, processor, task = self.model, self.processor, self.task
         scores = model.score_labels(candidates=processor.candidates(task), **inputs)
-        generated = model.generate(**inputs, max_new_tokens=processor.max_answer_tokens(task), do_sample=False)
+        read = {"past_key_values": scores.past_key_values} if scores.past_key_values is not None else {}
+        generated = model.generate(**inputs, **read, max_new_tokens=processor.max_answer_tokens(task), do_sample=False)
         texts = processor.decode_answers(generated[:, inputs["input_ids"].shape[1] :], task)
         distributions = processor.summarize(scores.log_probs, task)
         gates = gate_names(scores.gate_weights, model.config.experts, model.config.modalities)

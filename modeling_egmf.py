@@ -578,7 +578,10 @@ class EGMFForConditionalGeneration(EGMFPreTrainedModel, ScoringMixin, Generation
     def prepare_inputs_for_generation(
         self, input_ids, attention_mask=None, is_first_iteration=False, use_cache=True, **kwargs
     ):
-        # The modalities are in the cache after the prompt; without a cache every step is a prompt again.
+        # The modalities are in the cache after the prompt, be it of `score_labels()`; without a cache every step is a
+        # prompt again.
+        cache = kwargs.get("past_key_values")
+        is_prompt = (is_first_iteration and (cache is None or not int(cache.get_seq_length()))) or not use_cache
         modalities = {name: kwargs.pop(name, None) for name in ("utterance_mask", *MEDIA_INPUTS)}
         inputs = super().prepare_inputs_for_generation(
             input_ids,
@@ -587,7 +590,7 @@ class EGMFForConditionalGeneration(EGMFPreTrainedModel, ScoringMixin, Generation
             use_cache=use_cache,
             **kwargs,
         )
-        if modalities["utterance_mask"] is not None and (is_first_iteration or not use_cache):
+        if modalities["utterance_mask"] is not None and is_prompt:
             new_tokens = input_ids.shape[1] - modalities["utterance_mask"].shape[1]
             modalities["utterance_mask"] = F.pad(modalities["utterance_mask"], (0, new_tokens))
             inputs.update({name: value for name, value in modalities.items() if value is not None})
