@@ -89,8 +89,9 @@ def pretrain(
         phase=output.name,
     )
     trainer.go_on()
-    if own.world_size > 1:  # the averages of batch normalisation are each process's own after the last step
-        broadcast([*module.buffers()])
+    # The averages of batch normalisation are each process's own after the last step, and weights may differ by a bit:
+    # what is computed with them from now on is to be the same, and found by all in the same place.
+    broadcast([tensor.detach() for tensor in module.state_dict().values()])
 
 
 def fill_cache(
