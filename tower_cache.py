@@ -116,8 +116,9 @@ class TowerCache:
                     if path is not None:
                         wanted[modality, path, speed] = None
         state = PartialState()
-        # Shares of all entries, not of those that are missing: what is missing changes while others fill.
-        share = [*wanted][state.process_index :: state.num_processes]
+        # Shares of all entries, not of those that are missing: what is missing changes while others fill. By modality,
+        # as sound and pictures take unlike times.
+        share = sorted(wanted, key=lambda key: key[0])[state.process_index :: state.num_processes]
         self._compute([key for key in share if not self.has(*key)], device)
         for errors, hashes in gather_object([(self.errors, self._hashes)]):
             self.errors |= errors

@@ -11,6 +11,7 @@ these towers with it, then the fusion and the LLM with LoRA. Writes to `output_d
 `num_train_epochs: 0` the towers are all that is made.
 """
 
+import copy
 import dataclasses
 import json
 import logging
@@ -129,7 +130,8 @@ def check_sharding(recipe: Recipe) -> None:
 def save_tower(model: EGMFForConditionalGeneration, modality: str, preprocessor, folder: Path) -> None:
     """A tower as a model of its own, with its feature extractor or image processor."""
     with writing(folder):
-        getattr(model.model, f"{modality}_tower").save_pretrained(folder)
+        # A copy: saving writes into the configuration, by which the processes find what is cached of a tower.
+        copy.deepcopy(getattr(model.model, f"{modality}_tower")).save_pretrained(folder)
         preprocessor.save_pretrained(folder)
 
 
