@@ -5,8 +5,8 @@
 
 A recipe with `tower_epochs` first trains each tower alone, one with `expert_epochs` the fusion without the LLM, and
 these towers with it, then the fusion and the LLM with LoRA. Writes to `output_dir`: a folder of checkpoints per phase
-(the same command resumes from the last one), `log.jsonl`, the trained towers in `towers/`, for the `audio_tower` and
-`vision_tower` of other recipes, and `model/`: merged and self-contained, for
+(the same command goes on from the last one), `log.jsonl` and `training.png`, the trained towers in `towers/`, for the
+`audio_tower` and `vision_tower` of other recipes, and `model/`: merged and self-contained, for
 `AutoModel.from_pretrained(..., trust_remote_code=True)`, with the recipe's fields in `recipe.json`. With
 `num_train_epochs: 0` the towers are all that is made.
 """

@@ -7,13 +7,16 @@ import json
 import logging
 import multiprocessing
 import os
+import pty
 import random
 import re
 import resource
+import select
 import shutil
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,14 +25,19 @@ import pytest
 import torch
 from datasets import Dataset
 from huggingface_hub import constants
+from PIL import Image
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import TrainingArguments
 
 from checkpoints import MANIFEST, RunStopped, damage_of, last_whole_checkpoint, seal
 from corpora import load_corpus
+from evaluation import AffectCollator, ask
+from plots import plot_training
+from processing_egmf import BUILTIN_TASKS
 from tower_cache import TowerCache
 from train import main
-from training_run import AffectTrainer, JsonLinesLog, RunTrainer, run_command
+from training_run import AffectTrainer, JsonLinesLog, RunTrainer, _Told, check_reporters, run_command
 
 
 REPO = Path(__file__).resolve().parents[1]
@@ -443,7 +451,7 @@ def test_every_phase_is_in_the_log_and_in_the_picture(phases, tmp_path):
 
 
 def test_a_file_that_is_gone_is_named_and_nothing_is_trained_on_without_it(phases, clips, tmp_path):
-    """What is kept of a clip goes in the middle of a phase; then the clip itself, before the run goes on."""
+    """What is kept of the clips goes in the middle of a run; before it goes on, a clip is damaged."""
     own = shutil.copytree(clips, tmp_path / "avatars")
     run = Run(tmp_path, [*PHASES, "--corpus_dir", str(own)], hub=tmp_path / "hub")
     status, said = run(At(RunTrainer, "training_step", 3, _Gone(tmp_path / "hub")))
@@ -452,13 +460,62 @@ def test_a_file_that_is_gone_is_named_and_nothing_is_trained_on_without_it(phase
     assert re.search(rf"^{own}/train/\w+\.(mp4|wav): what is kept of it in {tmp_path}/hub/.* cannot be read", last)
     assert "Put it back" in last and damage_of(run.folder / "audio_tower" / "checkpoint-4") is None
     clip = next((own / "train").glob("*.mp4"))
-    clip.rename(tmp_path / clip.name)
+    content = clip.read_bytes()
+    clip.write_bytes(content[:100])
     status, said = run()
     assert status == 1 and "files were read when this run began and give nothing now" in said and str(clip) in said
     assert damage_of(run.folder / "audio_tower" / "checkpoint-4") is None
-    (tmp_path / clip.name).rename(clip)
+    clip.write_bytes(content)
     run.finish()
     assert_alike(run, phases)
+
+
+def test_progress_on_a_terminal_is_a_bar_with_loss_rate_and_time(whole, tmp_path):
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (40, 200))
+    run = Run(tmp_path, TINY)
+    run.said = Path(os.ttyname(theirs))
+    process, said = run.start(), b""
+    while process.is_alive() or select.select([ours], [], [], 0)[0]:
+        if select.select([ours], [], [], 0.1)[0]:
+            said += os.read(ours, 4096)
+    assert process.exitcode == 0
+    bar = r"training:  83%\|[^|]+\| 10/12 \[[\d:]+<[\d:]+, [^,]+, loss=[\d.]+, lr=0\.00075, tokens/s=[\d,]+\]"
+    assert re.search(bar, said.decode())
+
+
+def test_reports_to_tensorboard_and_names_a_missing_package(tmp_path, monkeypatch):
+    run = Run(tmp_path, [*TINY, "--report_to", "tensorboard"])
+    run.finish()
+    (events,) = run.folder.glob("runs/*")
+    reader = EventAccumulator(str(events))
+    reader.Reload()
+    logged = [(entry["step"], entry["loss"]) for entry in run.entries() if "loss" in entry]
+    assert [(event.step, event.value) for event in reader.Scalars("train/loss")] == [
+        (step, pytest.approx(loss)) for step, loss in logged
+    ]
+    assert {"train/tokens_per_second", "eval/weighted_f1"} <= set(reader.Tags()["scalars"])
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    with pytest.raises(
+        ValueError, match="report_to: got 'trackio', wanted its package beside it: pip install trackio"
+    ):
+        check_reporters(["tensorboard", "trackio"])
+
+
+def test_tokens_are_counted_without_their_padding(processor):
+    rows = list(ask(load_corpus("generated", None, size=36)["train"].select(range(6)), [BUILTIN_TASKS["mosi"]]))
+    collator = AffectCollator(processor, [BUILTIN_TASKS["mosi"]], ["text"], with_answers=True)
+    alone = [collator([row])["input_ids"].shape[1] for row in rows]
+    batch = _Told(collator, "tokens", seed=0)(rows)
+    assert len(set(alone)) > 1 and batch["amount"] == sum(alone) < batch["input_ids"].numel()
+
+
+def test_the_picture_has_a_column_for_each_phase(phases, whole, tmp_path):
+    sizes = {}
+    for run in (phases, whole):
+        plot_training(run.folder / "log.jsonl", tmp_path / "picture.png")
+        sizes[run] = Image.open(tmp_path / "picture.png").size[0]
+    assert sizes[phases] > 3 * sizes[whole]
 
 
 class _Gone:
