@@ -7,16 +7,19 @@ A recipe with `tower_epochs` first trains each tower alone, one with `expert_epo
 these towers with it, then the fusion and the LLM with LoRA. Writes to `output_dir`: a folder of checkpoints per phase
 (the same command resumes from the last one), `log.jsonl`, the trained towers in `towers/`, for the `audio_tower` and
 `vision_tower` of other recipes, and `model/`: merged and self-contained, for
-`AutoModel.from_pretrained(..., trust_remote_code=True)`, with the recipe's fields in `recipe.json`. With
-`num_train_epochs: 0` the towers are all that is made.
+`AutoModel.from_pretrained(..., trust_remote_code=True)`, with the recipe's fields and the packages' versions in
+`recipe.json`; `adapter/` is what of it was trained last, for `publish.py --adapter_only`. With `num_train_epochs: 0`
+the towers are all that is made.
 """
 
 import dataclasses
 import json
 import logging
 import os
+import platform
 import shutil
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +39,10 @@ from processing_egmf import EGMFProcessor
 from recipes import Recipe, load_recipe
 from shrinking import shrink
 from tower_cache import COLUMNS, TowerCache
+
+
+# What a trained model may depend on; their versions are kept with it.
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "safetensors", "numpy")
 
 
 class JsonLinesLog(TrainerCallback):
@@ -180,6 +187,8 @@ def save_model(recipe: Recipe, model: EGMFForConditionalGeneration, processor: E
     for name in ("language_model", "audio_tower", "vision_tower"):
         if isinstance(fields[name], str) and os.path.isdir(fields[name]):
             fields[name] = Path(fields[name]).name
+    fields["training"] = recipe.training_record()
+    fields["packages"] = {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
     (folder / "recipe.json").write_text(json.dumps(fields, indent=2) + "\n")
 
 
@@ -264,7 +273,9 @@ def main(arguments: list[str]) -> None:
             trainer.train(resume_from_checkpoint=checkpoint)
 
     if trainer.is_world_process_zero():
-        merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
+        adapted = trainer.accelerator.unwrap_model(trainer.model)
+        adapted.save_pretrained(output / "adapter")
+        merged = adapted.merge_and_unload()
         save_model(recipe, merged, processor, output / "model")
         print(f"model: {output / 'model'}")
 
