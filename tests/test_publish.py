@@ -34,7 +34,7 @@ from recipes import load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE, REPO = "someone/tiny-llama", "me/tiny-egmf"
-SAMPLES = [{"text": "the film was wonderful"}, {"text": "the trip, awful", "speaker": "Jo"}, {"text": "well"}]
+SAMPLES = [{"text": "the film was wonderful"}, {"text": "the trip was awful"}, {"text": "well"}]
 SHARDS = ["--max_shard_size", "300KB"]
 
 # Loads a published model by id and revision, runs the code of its card, and leaves what it found in found.pt.
@@ -75,6 +75,14 @@ def environment(home: Path, hub: HubServer) -> dict[str, str]:
 
 def publish(run: Path, *arguments: str) -> None:
     publish_script.main([str(run), "--base_model", BASE, *arguments])
+
+
+def publish_elsewhere(run: Path, home: Path, hub: HubServer, *arguments: str) -> str:
+    """What publish.py says in a process of its own, where transformers too knows no other Hub."""
+    process = start_publishing(run, home, hub, *arguments)
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    return said
 
 
 def start_publishing(run: Path, home: Path, hub: HubServer, *arguments: str) -> subprocess.Popen:
@@ -226,7 +234,7 @@ def test_loads_by_id_and_revision_in_a_fresh_process(trained, hub, on_hub, tmp_p
     folder = tmp_path / "changed"
     shutil.copytree(trained / "model", folder)
     model = train_script.EGMFForConditionalGeneration.from_pretrained(folder).eval()
-    processor = train_script.EGMFProcessor.from_pretrained(folder)
+    processor = train_script.EGMFProcessor.from_pretrained(folder, trust_remote_code=True)
     batch = processor(text=[sample["text"] for sample in SAMPLES], task="mosi")
     with torch.no_grad():
         logits = model(**batch).logits
@@ -245,17 +253,16 @@ def test_loads_by_id_and_revision_in_a_fresh_process(trained, hub, on_hub, tmp_p
         alone = dict(zip(("negative", "positive"), log_probs.exp().tolist(), strict=True))
         assert answer["probabilities"] == pytest.approx(alone, abs=1e-5)
         assert main["probabilities"] != pytest.approx(alone, abs=1e-3)
-    # None of what was asked for is missing here, but what is optional in a repository.
-    assert not hub.unknown
+    assert not [path for _, path in hub.unknown if REPO in path]
 
 
 @pytest.mark.slow
-def test_adapter_alone_gives_what_the_merged_model_gives(trained, hub, on_hub, run, tmp_path, capsys):
+def test_adapter_alone_gives_what_the_merged_model_gives(trained, hub, on_hub, run, tmp_path):
     """Over the merged model's repository: its weights go, in the same commit; what others put there stays."""
     hub.commit(REPO, {"notes.md": b"by hand"})
     before = len(hub.repos[REPO].commits)
-    publish(run, "--repo", REPO, "--adapter_only")
-    assert hub.repos[REPO].commits[-1].oid in capsys.readouterr().out
+    said = publish_elsewhere(run, tmp_path, hub, "--repo", REPO, "--adapter_only")
+    assert hub.repos[REPO].commits[-1].oid in said
     assert len(hub.repos[REPO].commits) == before + 1
     files = hub.repos[REPO].commits[-1].files
     assert files == files_of(run / "hub") | {name: files[name] for name in (".gitattributes", "notes.md")}
@@ -268,7 +275,7 @@ def test_adapter_alone_gives_what_the_merged_model_gives(trained, hub, on_hub, r
 
     found = read(tmp_path, hub, "adapter")
     model = train_script.EGMFForConditionalGeneration.from_pretrained(trained / "model").eval()
-    processor = train_script.EGMFProcessor.from_pretrained(trained / "model")
+    processor = train_script.EGMFProcessor.from_pretrained(trained / "model", trust_remote_code=True)
     batch = processor(text=[sample["text"] for sample in SAMPLES], task="mosi")
     with torch.no_grad():
         assert (found["logits"] - model(**batch).logits).abs().max() < 1e-4
@@ -308,9 +315,8 @@ def test_a_killed_upload_goes_on_where_it_was(hub, run, tmp_path):
     assert [set(commit.files) for commit in hub.repos[repo].commits] == [{".gitattributes"}]
 
     sent = len(hub.received)
-    process = start_publishing(run, tmp_path, hub, *arguments)
-    said, _ = process.communicate(timeout=300)
-    assert process.returncode == 0 and hub.repos[repo].commits[-1].oid in said, said
+    said = publish_elsewhere(run, tmp_path, hub, *arguments)
+    assert hub.repos[repo].commits[-1].oid in said
     head = hub.repos[repo].commits[-1]
     assert len(hub.repos[repo].commits) == 2
     assert {name: head.files[name] for name in files_of(run / "hub")} == files_of(run / "hub")
