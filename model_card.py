@@ -69,6 +69,16 @@ FIGURES = {
 KINDS = {"classification": "emotion-recognition", "regression": "sentiment-analysis"}
 
 
+def _defaults() -> dict[str, Any]:
+    """What a recipe need not say, by field; a mapping is JSON there. Where its corpus lies, a run does not keep."""
+    parts = [part for arguments in (ModelArguments, DataArguments, ExpertArguments) for part in fields(arguments)]
+    values = {part.name: part.default if part.default_factory is MISSING else part.default_factory() for part in parts}
+    return {name: {} if value == "{}" else value for name, value in values.items() if name != "corpus_dir"}
+
+
+DEFAULTS = _defaults()
+
+
 @dataclass
 class Run:
     """What is known of a run; see `publishing.read_run`.
@@ -109,16 +119,15 @@ class Run:
     @property
     def recipe_fields(self) -> dict[str, Any]:
         """The recipe as a YAML file in `recipes/` has it: what differs from the defaults, and the Trainer's fields."""
-        set_fields = {}
-        for part in (ModelArguments, DataArguments, ExpertArguments):
-            for field in fields(part):
-                default = field.default if field.default_factory is MISSING else field.default_factory()
-                value = self.recipe.get(field.name, default)
-                if value not in (default, {}):
-                    set_fields[field.name] = value
+        set_fields = {name: self.recipe[name] for name, value in DEFAULTS.items() if self.recipe[name] != value}
         if self.recipe["corpora"]:
             del set_fields["tasks"]  # they are in there
         return set_fields | self.recipe.get("training", {})
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether the LLM has an id, but was read from a folder; a config keeps the id alone."""
+        return self.base_model is not None and self.config["text_config"].get("_name_or_path") != self.base_model
 
     @property
     def is_random(self) -> bool:
@@ -215,7 +224,7 @@ def card_data(run: Run, repo_id: str, license: str | None, adapter_only: bool) -
         datasets=[corpus.dataset for corpus in run.corpora.values() if corpus.dataset] or None,
         metrics=sorted({result.metric_type for result in results}) or None,
         tags=tags + ["peft"] * adapter_only,
-        model_name=repo_id.partition("/")[2],
+        model_name=repo_id.partition("/")[2] if results else None,
         eval_results=results or None,
     )
 
@@ -271,8 +280,7 @@ Fusion with Large Language Models*]({PAPER}). It is not the authors' code or mod
 
 | task | answers | language |
 | --- | --- | --- |
-{tasks}
-"""
+{tasks}"""
 
 
 def _answers(task: AffectTask) -> str:
@@ -441,6 +449,11 @@ def _limits(run: Run) -> str:
         limits.append(
             "Its training data are what the corpora named above hold: actors, films, series, or opinions that people "
             "put on YouTube. None of these is how people feel or talk elsewhere."
+        )
+    if run.is_copy:
+        limits.append(
+            f"Its language model was read from a copy of {run.base_model} on the machine that trained, not from the "
+            "Hub: of SmolLM2-135M-Instruct that may be one whose weights were rounded to 4 bits."
         )
     languages = sorted({task.language for task in run.tasks})
     limits.append(

@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM
 
 from configuration_egmf import EGMFConfig
 from evaluation import weights_digest
-from model_card import Run, recipe_yaml, write_card
+from model_card import DEFAULTS, Run, recipe_yaml, write_card
 from modeling_egmf import EGMFForConditionalGeneration
 from processing_egmf import AffectTask
 
@@ -38,6 +38,7 @@ CODE_LICENSE = Path(__file__).parent / "LICENSE"
 COPIED = ("*.json", "*_egmf.py", "*.jinja", "*.txt", "*.model")
 # What an earlier publication may have left, and what must not stay beside a new one: a loader would prefer it.
 REPLACED = ("*.safetensors", "*.safetensors.index.json", "adapter_config.json", "*_egmf.py")
+INDEX = "model.safetensors.index.json"
 WRITTEN = {"README.md", "LICENSE", "recipe.json", "recipe.yaml"}
 
 
@@ -72,6 +73,7 @@ def read_run(folder: Path, base_model: str | None = None) -> Run:
     recipe, config, processor = map(
         _read, (model / f"{name}.json" for name in ("recipe", "config", "processor_config"))
     )
+    recipe = DEFAULTS | recipe  # a field may be younger than the run
     name = recipe["language_model"]
     # A local folder's path is not kept, neither in the recipe nor in the config.
     known = name if "/" in name or name == config["text_config"].get("_name_or_path") else None
@@ -132,8 +134,7 @@ def build_folder(run: Run, repo_id: str, license: str | None, adapter_only: bool
         FileNotFoundError: If `adapter_only` is asked of a run without `adapter/`.
     """
     model, target = run.folder / "model", run.folder / "hub"
-    copied = [path for path in sorted(model.iterdir()) if any(path.match(pattern) for pattern in COPIED)]
-    copied = [path for path in copied if not is_replaced(path.name) or path.suffix == ".py"]
+    copied = sorted(path for pattern in COPIED for path in model.glob(pattern) if path.name != INDEX)
     written = WRITTEN | {path.name for path in copied}
     foreign = [path.name for path in target.glob("*") if path.name not in written and not is_replaced(path.name)]
     if foreign:

@@ -400,6 +400,24 @@ def test_what_is_wrong_is_named(run, arguments, gone, message, monkeypatch):
         publish_script.main([str(run), *arguments])
 
 
+def test_commands_of_the_readme_parse():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    commands = [line.split()[2:] for line in text.splitlines() if line.startswith("python publish.py")]
+    assert len(commands) == 3
+    for command in commands:
+        parsed = publish_script.parse_arguments(command)
+        assert (parsed.run, parsed.repo) == (Path("runs/mosi"), "OWNER/NAME")
+
+
+def test_a_run_older_than_a_field_of_recipes_is_published(run):
+    """As train.py left it before there were mixtures and dry runs, without versions and the Trainer's settings."""
+    recipe = json.loads((run / "model" / "recipe.json").read_text())
+    younger = ("corpora", "shrink", "audio_window", "training", "packages")
+    (run / "model" / "recipe.json").write_text(json.dumps({key: recipe[key] for key in recipe if key not in younger}))
+    card = ModelCard.load(build_folder(read_run(run), REPO, None, False, "5GB") / "README.md")
+    assert "did not record the Trainer's settings" in card.text and "versions of its packages" in card.text
+
+
 def test_a_base_model_other_than_the_runs_is_refused(run):
     recipe = json.loads((run / "model" / "recipe.json").read_text())
     (run / "model" / "recipe.json").write_text(json.dumps(recipe | {"language_model": "Qwen/Qwen3-0.6B"}))
