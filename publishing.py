@@ -82,17 +82,17 @@ def read_run(folder: Path, base_model: str | None = None) -> Run:
     base_model = base_model or known
     if base_model:
         recipe["language_model"] = base_model
-    log = folder / "log.jsonl"
     evaluations, left_out = read_evaluations(folder)
+    log, unreadable = read_log(folder / "log.jsonl")
     tasks = {task["name"]: AffectTask.from_dict(task) for task in processor["tasks"].values()}
     return Run(
         folder=folder,
         recipe=recipe,
         config=config,
         tasks=[tasks[name] for name in recipe["tasks"]],
-        log=[json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else [],
+        log=log,
         evaluations=evaluations,
-        left_out=left_out,
+        left_out=left_out + unreadable,
         base_model=base_model,
         hub_towers={name: recipe[f"{name}_tower"] for name in ("audio", "vision") if _is_on_hub(name, recipe)},
     )
@@ -105,6 +105,17 @@ def _is_on_hub(modality: str, recipe: dict[str, Any]) -> bool:
     if modality == "audio":
         changed = changed or recipe["audio_window"]
     return isinstance(tower, str) and "/" in tower and modality in recipe["modalities"] and not changed
+
+
+def read_log(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """The lines of a run's log, and which do not count: a run that was killed may have left half of one."""
+    lines, unreadable = [], []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else (), 1):
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            unreadable.append(f"{path}: line {number} is not JSON")
+    return lines, unreadable
 
 
 def read_evaluations(folder: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:

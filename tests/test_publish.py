@@ -80,7 +80,7 @@ def publish(run: Path, *arguments: str) -> None:
 def publish_elsewhere(run: Path, home: Path, hub: HubServer, *arguments: str) -> str:
     """What publish.py says in a process of its own, where transformers too knows no other Hub."""
     process = start_publishing(run, home, hub, *arguments)
-    said, _ = process.communicate(timeout=300)
+    said, _ = process.communicate(timeout=600)
     assert process.returncode == 0, said
     return said
 
@@ -205,6 +205,12 @@ def test_dry_run_writes_the_folder_and_says_what_it_could_not_check(trained, run
         assert not [name for name in private if name.encode() in content], path.name
 
 
+def test_dry_run_asks_the_hub_where_it_can(here, run, capsys):
+    publish(run, "--repo", "me/asked", "--dry_run")
+    assert "the Hub finds it valid" in capsys.readouterr().out and "me/asked" not in here.repos
+    assert here.requests[-1] == ("POST", "/api/validate-yaml")
+
+
 def test_the_published_recipe_is_the_runs_own(trained, run, tmp_path):
     """`train.py hub/recipe.yaml` would train the same."""
     build_folder(read_run(run, BASE), REPO, None, False, "5GB")
@@ -303,11 +309,11 @@ def test_a_killed_upload_goes_on_where_it_was(hub, run, tmp_path):
             while first[0] not in hub.objects:
                 time.sleep(0.01)
             held.set()
-            time.sleep(60)
+            time.sleep(60)  # killed by then
 
     hub.on_upload = hold_all_but_the_first
     process = start_publishing(run, tmp_path, hub, *arguments)
-    assert held.wait(120)
+    assert held.wait(400)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     hub.on_upload = lambda oid, size: None
@@ -416,6 +422,15 @@ def test_a_run_older_than_a_field_of_recipes_is_published(run):
     (run / "model" / "recipe.json").write_text(json.dumps({key: recipe[key] for key in recipe if key not in younger}))
     card = ModelCard.load(build_folder(read_run(run), REPO, None, False, "5GB") / "README.md")
     assert "did not record the Trainer's settings" in card.text and "versions of its packages" in card.text
+
+
+def test_half_a_line_of_the_log_is_left_out_and_named(run):
+    whole = len(read_run(run).log)
+    with (run / "log.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"step": 4, "lo')
+    state = read_run(run)
+    assert len(state.log) == whole > 0
+    assert state.left_out == [f"{run / 'log.jsonl'}: line {whole + 1} is not JSON"]
 
 
 def test_a_base_model_other_than_the_runs_is_refused(run):
