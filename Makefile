@@ -18,7 +18,7 @@ test: $(INSTALLED)
 
 # Each step is skipped once it is finished; an interrupted one goes on where it was.
 QUICK := runs/quickstart
-CLIPS := --corpus_dir $(QUICK)/clips --corpus_options '{"validation": 24, "test": 240}'
+CLIPS := --corpus_dir $(QUICK)/clips --corpus_options '{"train": 2880, "validation": 24, "test": 240}'
 TOWERS := $(QUICK)/towers/towers
 EVAL := $(BIN)/python eval.py $(QUICK)/model --corpus avatars --corpus_dir $(QUICK)/clips --split test
 

@@ -8,16 +8,20 @@ import numpy as np
 import torch
 import transformers
 from datasets import Dataset
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import (
     CONFIG_MAPPING,
+    AutoConfig,
     AutoFeatureExtractor,
     AutoImageProcessor,
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedModel,
+    Trainer,
 )
+from transformers.utils import is_bitsandbytes_available
 
 from modeling_egmf import EGMFForConditionalGeneration
 from processing_egmf import EGMFProcessor
@@ -165,6 +169,31 @@ def trained_towers(recipe: Recipe, towers: dict[str, tuple]) -> list[str]:
     return [modality for modality in towers if getattr(recipe.model, f"train_{modality}_tower")]
 
 
+def load_language_model(recipe: Recipe, folder: str) -> PreTrainedModel:
+    """The recipe's LLM; with `load_in_4bit` its layers are rounded to 4 bits (NF4) while they are read.
+
+    Raises:
+        ValueError: If the recipe wants 4 bits and there is no bitsandbytes.
+    """
+    options: dict[str, Any] = {"attn_implementation": recipe.model.attn_implementation}
+    if recipe.model.load_in_4bit:
+        if not is_bitsandbytes_available():
+            wanted = "the package bitsandbytes beside it (pip install bitsandbytes)"
+            raise ValueError(f"load_in_4bit: got true, wanted {wanted}")
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=AutoConfig.from_pretrained(folder).dtype or torch.float32,
+        )
+    model = AutoModelForCausalLM.from_pretrained(folder, **options)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # On CPUs, bitsandbytes packs weights in evaluation for a kernel that has no gradient, and keeps them so.
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
 def build_model(
     recipe: Recipe, language_model: str, processor: EGMFProcessor, towers: dict[str, tuple], train_split
 ) -> EGMFForConditionalGeneration:
@@ -178,7 +207,7 @@ def build_model(
         if found is not None:
             statistics[modality] = found
     model = EGMFForConditionalGeneration.from_language_model(
-        AutoModelForCausalLM.from_pretrained(language_model, attn_implementation=arguments.attn_implementation),
+        load_language_model(recipe, language_model),
         pseudo_token_id=processor.pseudo_token_id,
         num_pseudo_tokens=arguments.num_pseudo_tokens,
         fusion_hidden_size=arguments.fusion_hidden_size,
@@ -194,6 +223,7 @@ def build_model(
         **{f"{modality}_tower": tower for modality, (tower, _) in towers.items()},
         **{f"{modality}_feature_size": len(mean) for modality, (mean, _) in statistics.items()},
     )
+    model.is_loaded_in_4bit = arguments.load_in_4bit  # PEFT and Trainer look for it
     for modality, (mean, std) in statistics.items():
         model.model.fusion.set_feature_statistics(modality, mean, std)
     for modality in trained_towers(recipe, towers) + list(towers) * bool(recipe.experts.tower_epochs):
@@ -220,3 +250,39 @@ def add_lora(recipe: Recipe, model: EGMFForConditionalGeneration, trained: list[
         modules_to_save=["fusion", *(f"{modality}_tower" for modality in trained)],
     )
     return get_peft_model(model, lora)
+
+
+def finished(recipe: Recipe, trainer: Trainer, trained: list[str]) -> PeftModel | None:
+    """The trained model with LoRA still on it, in one piece and with plain weights; None but on the main process.
+
+    Where processes hold parts of it (FSDP, DeepSpeed), these are put together; weights of 4 bits become what they
+    stand for, in the precision of the LLM's others. All processes have to call it.
+
+    Args:
+        trained: Modalities whose towers were trained with the LLM.
+    """
+    accelerator = trainer.accelerator
+    model = accelerator.unwrap_model(trainer.model)
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        weights = accelerator.get_state_dict(trainer.model_wrapped)
+        if not accelerator.is_main_process:
+            return None
+        parts = model.get_base_model()
+        with torch.device("meta"):
+            model = add_lora(recipe, EGMFForConditionalGeneration(copy.deepcopy(parts.config)), trained)
+        model.load_state_dict(weights, assign=True)
+        model.get_base_model().tie_weights()
+        model.get_base_model().generation_config = parts.generation_config
+    if not accelerator.is_main_process:
+        return None
+    if recipe.model.load_in_4bit:
+        from transformers.integrations.bitsandbytes import dequantize_and_replace  # needs bitsandbytes
+
+        adapter, base = get_peft_model_state_dict(model), model.unload()
+        text_config = base.config.text_config
+        dequantize_and_replace(base, text_config.quantization_config, dtype=base.lm_head.weight.dtype)
+        for config in (text_config, base.model.language_model.config):
+            vars(config).pop("quantization_config", None)
+        model = add_lora(recipe, base, trained)
+        set_peft_model_state_dict(model, adapter)
+    return model

@@ -4,6 +4,7 @@
     python eval.py ... --compare runs/other/test/predictions.jsonl
     python eval.py runs/meld/model --corpus cherma --task meld --label_map meld-cherma ...
     python eval.py ... --robustness mmin
+    accelerate launch --config_file recipes/accelerate/ddp.yaml eval.py ...
 
 Writes to the output folder `metrics.json` (of a corpus that sorts its rows into groups, by group too),
 `predictions.jsonl` (id, gold, greedy text, distribution, answers, gate weights) and plots as PNG (the confusion
@@ -15,6 +16,8 @@ distribution. Intervals are 95 %, by bootstrap over videos or dialogues.
 With a label map the corpus's own labels are the gold ones, and `answers` are brought into them; `greedy_text` and
 `distribution` stay what the model said. With `--robustness`, only `PROTOCOL.json`, `PROTOCOL.md` and `PROTOCOL.png`
 are written: the figures, their summary as one table and one plot (see `robustness.py`).
+
+Several processes share the samples out, each to one of them, and the first writes what one process would have written.
 """
 
 import argparse
@@ -22,7 +25,8 @@ import json
 import sys
 from pathlib import Path
 
-from accelerate import Accelerator
+import torch
+from accelerate import PartialState
 from transformers import AutoModel, AutoProcessor
 from transformers.utils import cached_file
 
@@ -32,6 +36,7 @@ from corpora import CORPORA, group_of, load_corpus
 from evaluation import LABEL_COLUMNS, Predictor, check_labels, measure_of, metrics_of, weights_digest
 from label_maps import LABEL_MAPS
 from plots import plot_conditions, plot_confusion, plot_gates, plot_scores
+from processes import in_turns, only_the_main_process_speaks
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -122,6 +127,8 @@ def evaluate(args: argparse.Namespace, predict: Predictor, rows, modalities: lis
     task = predict.judged
     others = read_predictions(args.compare, rows, task) if args.compare else None
     predictions = predict(rows, modalities)[0]
+    if not PartialState().is_main_process:
+        return
     with (args.output / "predictions.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in predictions)
 
@@ -158,6 +165,8 @@ def evaluate(args: argparse.Namespace, predict: Predictor, rows, modalities: lis
 def evaluate_robustness(args: argparse.Namespace, predict: Predictor, rows, modalities, report: dict) -> None:
     """A protocol's conditions: all figures, one table and one plot, into the output folder."""
     report |= robustness.run(args.robustness, predict, rows, modalities)
+    if not PartialState().is_main_process:
+        return
     kind = predict.judged.kind
     answer, measures = robustness.SHOWN[kind]
     title = f"{args.robustness}: {args.corpus} / {args.split}, {len(rows)} samples, {answer}"
@@ -176,9 +185,11 @@ def write_report(path: Path, report: dict) -> None:
 
 def main(arguments: list[str]) -> None:
     args = parse_arguments(arguments)
-    device = Accelerator().device
-    processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=True)
-    model = AutoModel.from_pretrained(args.model, trust_remote_code=True).to(device).eval()
+    device = PartialState(cpu=not torch.accelerator.is_available()).device
+    only_the_main_process_speaks()
+    with in_turns():  # the model's code is copied to where it is imported from
+        processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=True)
+        model = AutoModel.from_pretrained(args.model, trust_remote_code=True).to(device).eval()
     trained = load_training_fields(args.model)
     part = trained.get("corpora", {}).get(args.corpus, {})  # of a mixture
     name = args.task or (part or trained).get("tasks", [args.corpus])[0]
@@ -190,7 +201,8 @@ def main(arguments: list[str]) -> None:
     options = args.corpus_options
     if options is None:
         options = trained["corpus_options"] if trained.get("corpus") == args.corpus else part.get("options", {})
-    rows = load_corpus(args.corpus, args.corpus_dir, **options)[args.split]
+    with in_turns():  # a corpus may be made on the spot
+        rows = load_corpus(args.corpus, args.corpus_dir, **options)[args.split]
     predict = Predictor(model, processor, task, label_map, args.batch_size, device)
     check_labels(f"{args.corpus} / {args.split}", rows, predict.judged)
     allowed = args.modalities or trained.get("modalities", model.config.modalities)

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from datasets import Dataset, concatenate_datasets
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -192,6 +194,9 @@ class Predictor:
     ) -> list[list[dict]]:
         """One prediction per row, in the rows' order, for every one of `changes`.
 
+        Of several processes (`accelerate launch`) each takes its share of the batches, and all return all predictions.
+        The batches are those of one process, and so are the numbers.
+
         Args:
             rows: Of the corpus schema, with labels of `judged`.
             modalities: What the model may see.
@@ -203,11 +208,14 @@ class Predictor:
         asked = ask(rows, [self.task])
         # Alike lengths together: less padding, the same numbers.
         order = sorted(range(len(asked)), key=prompt_lengths(asked, collator).__getitem__)
-        loader = DataLoader(asked.select(order), batch_size=self.batch_size, collate_fn=collator)
+        batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
+        state = PartialState()
+        share = batches[state.process_index :: state.num_processes]
+        loader = DataLoader(asked, batch_sampler=share, collate_fn=collator)
         ids, gold = rows["id"][:], rows[LABEL_COLUMNS[self.judged.kind]][:]
-        results: list[list[dict]] = [[{}] * len(order) for _ in changes]
-        for number, batch in enumerate(tqdm(loader, desc="evaluating", unit="batch", disable=None)):
-            places = order[number * self.batch_size :][: self.batch_size]
+        results: list[dict[int, dict]] = [{} for _ in changes]
+        quiet = None if state.is_main_process else True
+        for places, batch in zip(share, tqdm(loader, desc="evaluating", unit="batch", disable=quiet), strict=True):
             # Once for all answers.
             inputs = self.model.encode_media({name: value.to(self.device) for name, value in batch.items()})
             for predictions, change in zip(results, changes, strict=True):
@@ -216,13 +224,18 @@ class Predictor:
                     predictions[place] = {"id": ids[place], "gold": gold[place]} | answered
                     if error := collator.errors.get(ids[place]):
                         predictions[place]["media_error"] = error
-        return results
+        shares = gather_object([results])
+        everything = [
+            {place: row for part in parts for place, row in part.items()} for parts in zip(*shares, strict=True)
+        ]
+        return [[predictions[place] for place in range(len(order))] for predictions in everything]
 
     def _answers(self, inputs: dict[str, torch.Tensor]) -> list[dict]:
         """What the model says of each row of a batch."""
         model, processor, task = self.model, self.processor, self.task
         scores = model.score_labels(candidates=processor.candidates(task), **inputs)
-        generated = model.generate(**inputs, max_new_tokens=processor.max_answer_tokens(task), do_sample=False)
+        read = {"past_key_values": scores.past_key_values} if scores.past_key_values is not None else {}
+        generated = model.generate(**inputs, **read, max_new_tokens=processor.max_answer_tokens(task), do_sample=False)
         texts = processor.decode_answers(generated[:, inputs["input_ids"].shape[1] :], task)
         distributions = processor.summarize(scores.log_probs, task)
         gates = gate_names(scores.gate_weights, model.config.experts, model.config.modalities)

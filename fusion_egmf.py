@@ -409,7 +409,7 @@ class PseudoTokenProjector(nn.Module):
             nn.Linear(size, size),
         )
         self.norm = nn.RMSNorm(size, elementwise_affine=False, eps=1e-6)
-        self.embedding_rms = nn.Parameter(torch.empty(()))
+        self.embedding_rms = nn.Parameter(torch.empty(1))  # FSDP divides no scalars
 
     def forward(self, latents: torch.Tensor) -> torch.Tensor:
         # The token's own embedding keeps the K tokens apart, also where no modality is present.

@@ -4,9 +4,10 @@ import logging
 from collections.abc import Iterator
 
 import torch
+from accelerate.utils import set_seed
 from datasets import Dataset, DatasetDict, concatenate_datasets
 from torch.utils.data import Sampler
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from corpora import load_corpus
@@ -118,21 +119,36 @@ class MixtureSampler(Sampler[int]):
         return torch.Generator().manual_seed(seed)
 
 
+class OwnDraws(TrainerCallback):
+    """Gives each of several processes random numbers of its own: dropout and changes to inputs must not be alike.
+
+    Done when the model is there and its rows are in order, both of which have to be the same on all.
+    """
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if args.world_size > 1:
+            set_seed(args.seed, device_specific=True)
+
+
 class MixtureTrainer(Trainer):
     """Trainer that draws its rows by `mixture`, (sizes, weights) of the corpora in them; None: as Trainer does."""
 
     def __init__(self, *args, mixture: tuple[list[int], list[float]] | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         self.mixture = mixture
+        self.add_callback(OwnDraws())
 
     def _get_train_sampler(self, train_dataset=None):
-        if self.mixture is None:
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        by_length, mixture = self.args.train_sampling_strategy == "group_by_length", self.mixture
+        if mixture is None and by_length and self.args.world_size > 1:
+            # Trainer's own groups by the process's random state: each process would go by an order of its own.
+            mixture = [len(rows)], [1.0]
+        if mixture is None:
             return super()._get_train_sampler(train_dataset)
-        rows, lengths = self.train_dataset if train_dataset is None else train_dataset, None
-        if self.args.train_sampling_strategy == "group_by_length":
-            lengths = rows[self.args.length_column_name][:]
-        group = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return MixtureSampler(*self.mixture, self.args.seed, lengths, group)
+        lengths = rows[self.args.length_column_name][:] if by_length else None
+        group = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return MixtureSampler(*mixture, self.args.seed, lengths, group)
 
 
 def mixture_of(parts: list[CorpusPart], corpora: list[DatasetDict]) -> tuple[list[int], list[float]] | None:

@@ -145,6 +145,7 @@ class AffectRecognitionPipeline(Pipeline):
         inputs, scores = model_inputs.pop("inputs"), None
         if inputs is not None:
             scores = dict(self.model.score_labels(self.processor.candidates(model_inputs["task"]), **inputs))
+            scores.pop("past_key_values", None)  # nothing is generated from here
         return {**model_inputs, "scores": scores}
 
     def postprocess(self, outputs: dict[str, Any]) -> list[dict[str, Any]]:

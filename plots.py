@@ -1,5 +1,6 @@
-"""What an evaluation says, as pictures: PNG files made from `predictions.jsonl`'s rows."""
+"""What an evaluation or a training says, as pictures: PNG files from `predictions.jsonl` or from `log.jsonl`."""
 
+import json
 from pathlib import Path
 
 import matplotlib
@@ -106,6 +107,37 @@ def plot_conditions(
             axes.tick_params(axis="x", rotation=30)
         axes.set_ylabel(measure)
     figure.suptitle(title)
+    figure.tight_layout()
+    _save(figure, path)
+
+
+def plot_training(log: Path, path: Path) -> None:
+    """A run's loss in each of its phases, and under it what validation said, from its `log.jsonl`.
+
+    Args:
+        log: The log; entries without a `phase` are those of the last one.
+        path: The PNG file.
+    """
+    phases: dict[str, list[dict]] = {}
+    for line in log.read_text(encoding="utf-8").splitlines():
+        entry = json.loads(line)
+        phases.setdefault(entry.get("phase", "training"), []).append(entry)
+    figure, all_axes = plt.subplots(2, len(phases), figsize=(4.5 * len(phases), 6), squeeze=False)
+    for (phase, entries), (losses, metrics) in zip(phases.items(), all_axes.T, strict=True):
+        for name in dict.fromkeys(name for entry in entries for name in entry):
+            is_loss = name == "loss" or name.startswith("eval_") and name.endswith("loss")
+            is_metric = name.startswith("eval_") and not name.endswith(("_runtime", "_per_second", "_unparsable"))
+            points = [(entry["step"], entry[name]) for entry in entries if entry.get(name) is not None]
+            if points and (is_loss or is_metric):
+                marker = "o" if name.startswith("eval_") else None
+                (losses if is_loss else metrics).plot(*zip(*points, strict=True), label=name, marker=marker, ms=3)
+        losses.set(title=phase, ylabel="loss")
+        metrics.set_ylabel("validation")
+        for axes in (losses, metrics):
+            axes.set_xlabel("step")
+            axes.set_visible(bool(axes.lines))
+            if axes.lines:
+                axes.legend(fontsize="x-small")
     figure.tight_layout()
     _save(figure, path)
 

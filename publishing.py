@@ -230,7 +230,8 @@ def check_adapter(run: Run, folder: Path) -> None:
 
 def check_no_paths(folder: Path, run: Path) -> None:
     """Raises a ValueError if a text file names a folder of this machine: the run's, the user's or the present one."""
-    private = {str(path.resolve()) for path in (run, Path.home(), Path.cwd(), Path(tempfile.gettempdir()))} - {"/"}
+    places = {str(path.resolve()) for path in (run, Path.home(), Path.cwd(), Path(tempfile.gettempdir()))} - {"/"}
+    private = sorted(places, key=len, reverse=True)  # what names most first
     for path in sorted(folder.iterdir()):
         if path.suffix != ".safetensors" and path.name not in ("tokenizer.json", "LICENSE"):
             text = path.read_text(encoding="utf-8")

@@ -54,10 +54,21 @@ def mmin(predict: Predictor, rows: Dataset, modalities: list[str]) -> Iterator[O
     if len(modalities) < 2:
         raise ValueError(f"robustness: got 'mmin' for a model that sees {modalities}, wanted two modalities or more")
     present = [name for name in LETTERS if name in modalities]
-    for size in range(1, len(present) + 1):
-        for chosen in combinations(present, size):
-            seen = [name for name in modalities if name in chosen]
-            yield "".join(LETTERS[name] for name in chosen), None, predict(rows, seen)[0]
+    choices = [chosen for size in range(1, len(present) + 1) for chosen in combinations(present, size)]
+    outcomes = {}
+    for with_text in (True, False):  # words are left out of the prompt; of the rest, each file is read once for all
+        alike = [chosen for chosen in choices if ("text" in chosen) == with_text]
+        changes = [partial(hide, [name for name in present if name not in chosen]) for chosen in alike]
+        seen = [name for name in modalities if with_text or name != "text"]
+        if alike:
+            outcomes |= dict(zip(alike, predict(rows, seen, changes=changes), strict=True))
+    for chosen in choices:
+        yield "".join(LETTERS[name] for name in chosen), None, outcomes[chosen]
+
+
+def hide(names: list[str], inputs: dict[str, torch.Tensor], ids: list[str]) -> dict[str, torch.Tensor]:
+    """A batch without the fields of audio or vision, as the processor makes one where they are absent."""
+    return {field: value for field, value in inputs.items() if field.partition("_")[0] not in names}
 
 
 def lnln(predict: Predictor, rows: Dataset, modalities: list[str]) -> Iterator[Outcome]:

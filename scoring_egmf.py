@@ -19,10 +19,14 @@ class LabelScores(ModelOutput):
     Args:
         log_probs: (B, C) log-probability of each candidate answer; they sum to one over the candidates.
         gate_weights: As in [`EGMFOutput`].
+        past_key_values: The prompts' cache but for their last token: `generate(**inputs, past_key_values=...)` on the
+            same inputs does not read them again. None where the inputs are padded on the right, or the LLM's cache is
+            of another kind. It serves once.
     """
 
     log_probs: torch.Tensor | None = None
     gate_weights: dict[str, torch.Tensor] | None = None
+    past_key_values: Cache | None = None
 
 
 def accepts_position_ids(language_model: PreTrainedModel) -> bool:
@@ -121,14 +125,17 @@ class ScoringMixin:
             attention_mask = torch.ones_like(input_ids)
         # The answer follows the prompt directly: padding goes to the left.
         order = attention_mask.bool().long().argsort(dim=1, stable=True)
+        is_left_padded = torch.equal(order, torch.arange(order.shape[1], device=order.device).expand_as(order))
         input_ids, attention_mask = input_ids.gather(1, order), attention_mask.gather(1, order)
         if inputs.get("utterance_mask") is not None:
             inputs["utterance_mask"] = inputs["utterance_mask"].gather(1, order)
-        as_tree = len(trie.paths) > 1 and self._takes_tree_mask()
-        outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=as_tree, **inputs)
-        hidden = outputs.last_hidden_state[:, -1:]
-        if as_tree and all(type(layer) is DynamicLayer for layer in outputs.past_key_values.layers):
-            inner = self._tree_states(trie, attention_mask, outputs.past_key_values)
+        takes_tree = self._takes_tree_mask()
+        outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=takes_tree, **inputs)
+        hidden, cache = outputs.last_hidden_state[:, -1:], outputs.past_key_values if takes_tree else None
+        if cache is not None and not all(type(layer) is DynamicLayer for layer in cache.layers):
+            cache = None
+        if len(trie.paths) > 1 and cache is not None:
+            inner = self._tree_states(trie, attention_mask, cache)
             hidden = torch.cat([hidden, inner], 1)
         elif len(trie.paths) > 1:
             inner = self._batch_states(trie, input_ids, attention_mask, inputs)
@@ -136,7 +143,11 @@ class ScoringMixin:
         token_ids = torch.tensor(trie.token_ids, device=hidden.device)
         bias = self.lm_head.bias[token_ids] if self.lm_head.bias is not None else None
         logits = self._finish_logits(F.linear(hidden, self.lm_head.weight[token_ids], bias))
-        return LabelScores(log_probs=trie.log_probs(logits), gate_weights=outputs.gate_weights)
+        if cache is not None and is_left_padded:
+            cache.crop(-(cache.get_seq_length() - input_ids.shape[1] + 1))
+        else:
+            cache = None
+        return LabelScores(log_probs=trie.log_probs(logits), gate_weights=outputs.gate_weights, past_key_values=cache)
 
     def _takes_tree_mask(self) -> bool:
         text_config = self.model.language_model.config

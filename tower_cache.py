@@ -16,13 +16,16 @@ import numpy as np
 import soxr
 import torch
 import transformers
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from huggingface_hub import constants
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from checkpoints import writing
 from media_egmf import AudioClip
 from media_inputs_egmf import Media, TowerInput
 from processing_egmf import EGMFProcessor
@@ -99,22 +102,44 @@ class TowerCache:
     def fill(self, rows: Iterable[dict], device: torch.device, speeds: Iterable[float] = (1.0,)) -> None:
         """Computes what is missing for the rows' files; they are read in as many processes as there are cores.
 
-        Sound is heard at each of the `speeds`: at 1.1, tempo and pitch are a tenth higher.
+        Sound is heard at each of the `speeds`: at 1.1, tempo and pitch are a tenth higher. Of several training
+        processes each computes its share, and waits for the others'; then all know of every error.
+
+        Raises:
+            FileNotFoundError: If an entry that another process made is not to be found here.
         """
-        todo = {}
+        wanted = {}
         for row in rows:
             for modality in self.folders:
                 path = row[COLUMNS[modality]]
                 for speed in speeds if modality == "audio" else (1.0,):
-                    key = (modality, path, speed)
-                    if path is not None and key not in todo and not self.has(*key):
-                        todo[key] = None
+                    if path is not None:
+                        wanted[modality, path, speed] = None
+        state = PartialState()
+        # Shares of all entries, not of those that are missing: what is missing changes while others fill.
+        share = [*wanted][state.process_index :: state.num_processes]
+        self._compute([key for key in share if not self.has(*key)], device)
+        for errors, hashes in gather_object([(self.errors, self._hashes)]):
+            self.errors |= errors
+            self._hashes |= hashes
+        there = (state.num_processes == 1 or key[:2] in self.errors or self.has(*key) for key in wanted)
+        if missing := sum(not found for found in there):
+            where = ", ".join(map(str, self.folders.values()))
+            wanted_place = "a folder that all machines of the run share: set HF_HOME to one"
+            raise FileNotFoundError(
+                f"tower cache: got {missing} of {len(wanted)} entries not in {where}, wanted {wanted_place}"
+            )
+
+    def _compute(self, todo: list[tuple[str, str, float]], device: torch.device) -> None:
+        """Makes the entries of files (modality, path, speed)."""
         if not todo:
             return
-        workers = min(len(todo), os.cpu_count() or 1)
-        files = _Files(self.processor, [*todo], self.inputs)
+        beside = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes of this run on this machine
+        workers = min(len(todo), max(1, (os.cpu_count() or 1) // beside))
+        files = _Files(self.processor, todo, self.inputs)
         reader = DataLoader(files, batch_size=None, num_workers=workers, collate_fn=_as_it_is)
-        made_of = zip(todo, tqdm(reader, desc="media", unit="clip", disable=None), strict=True)
+        quiet = None if PartialState().is_main_process else True
+        made_of = zip(todo, tqdm(reader, desc="media", unit="clip", disable=quiet), strict=True)
         for (modality, path, speed), made in made_of:
             if isinstance(made, str):
                 self.errors[modality, path] = made
@@ -145,11 +170,11 @@ class TowerCache:
         return {name: encoded[f"{modality}_{name}"][0][mask].cpu().contiguous() for name in ("features", "times")}
 
     def _write(self, entry: Path, tensors: dict[str, torch.Tensor]) -> None:
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=entry.parent, suffix=".tmp", delete=False) as scratch:
-            pass
-        save_file(tensors, scratch.name)
-        os.replace(scratch.name, entry)
+        with writing(entry):
+            entry.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=entry.parent) as scratch:
+                save_file(tensors, Path(scratch) / entry.name)
+                os.replace(Path(scratch) / entry.name, entry)
 
     def load(self, modality: str, path: str | None, speed: float = 1.0) -> dict:
         """The processor's arguments for a filled-in file (at one of the speeds), each None if it gave nothing.
@@ -160,8 +185,12 @@ class TowerCache:
         there = path is not None and (modality, path) not in self.errors
         tensors = {}
         if there:
-            with safe_open(self._entry(modality, path, speed), "pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
+            entry = self._entry(modality, path, speed)
+            try:
+                with safe_open(entry, "pt") as file:
+                    tensors = {name: file.get_tensor(name) for name in file.keys()}
+            except (OSError, SafetensorError) as error:
+                raise OSError(f"{path}: what is kept of it in {entry} cannot be read: {error}") from error
         if modality in self.frozen:
             return {f"{modality}_{name}": tensors.get(name) for name in ("features", "times")}
         made = {name: value.float().numpy() if name == "values" else value.numpy() for name, value in tensors.items()}

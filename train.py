@@ -1,7 +1,7 @@
 """Trains EGMF by a recipe.
 
     python train.py recipes/mosi_smollm2.yaml --corpus_dir DIR [--any_field value ...]
-    accelerate launch train.py recipes/mosi_smollm2.yaml --corpus_dir DIR
+    accelerate launch --config_file recipes/accelerate/ddp.yaml train.py recipes/mosi_smollm2.yaml --corpus_dir DIR
 
 A recipe with `tower_epochs` first trains each tower alone, one with `expert_epochs` the fusion without the LLM, and
 these towers with it, then the fusion and the LLM with LoRA. Writes to `output_dir`: a folder of checkpoints per phase
@@ -17,72 +17,43 @@ import json
 import logging
 import os
 import platform
-import shutil
 import sys
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast
 from datasets import Dataset, concatenate_datasets
 from peft.helpers import disable_input_dtype_casting
-from transformers import TrainerCallback, set_seed
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers import set_seed
 
-from assembly import add_lora, build_model, build_processor, build_towers, learn, set_clip_statistics, trained_towers
-from evaluation import AffectCollator, ask, classification_metrics, prompt_lengths, regression_metrics
+from assembly import (
+    add_lora,
+    build_model,
+    build_processor,
+    build_towers,
+    finished,
+    learn,
+    set_clip_statistics,
+    trained_towers,
+)
+from checkpoints import writing
+from evaluation import AffectCollator, ask, prompt_lengths
 from language_models import resolve_language_model
-from mixture import MixtureTrainer, ask_parts, check_parts, load_parts, mixture_of
+from mixture import ask_parts, check_parts, load_parts, mixture_of
 from modeling_egmf import EGMFForConditionalGeneration
 from pretraining import ExpertPretraining, TowerPretraining
+from processes import are_sharded, in_turns, only_the_main_process_speaks
 from processing_egmf import EGMFProcessor
 from recipes import Recipe, load_recipe
 from shrinking import shrink
 from tower_cache import COLUMNS, TowerCache
+from training_run import AffectTrainer, RunTrainer, check_media, check_reporters, metrics_of, run_command
 
 
 # What a trained model may depend on; their versions are kept with it.
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "safetensors", "numpy")
-
-
-class JsonLinesLog(TrainerCallback):
-    """Appends every log entry of the Trainer to a file, one JSON object a line, with `fields` in each."""
-
-    def __init__(self, path: Path, **fields: str):
-        self.path, self.fields = path, fields
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if state.is_world_process_zero:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({**self.fields, "step": state.global_step, **logs}) + "\n")
-
-
-class AffectTrainer(MixtureTrainer):
-    """Trainer whose evaluation scores every legal answer instead of comparing logits at the gold tokens.
-
-    An evaluation data set asks one task; of several tasks there is a dict of them. Evaluation loss is the negative
-    log-probability of the gold answer among the legal ones; selection sees the validation split alone.
-    """
-
-    def __init__(self, *args, scoring_collator: AffectCollator, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.scoring_collator = scoring_collator
-
-    def get_eval_dataloader(self, eval_dataset=None):
-        training_collator, self.data_collator = self.data_collator, self.scoring_collator
-        try:
-            return super().get_eval_dataloader(eval_dataset)
-        finally:
-            self.data_collator = training_collator
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        inputs = self._prepare_inputs(inputs)
-        answers, tasks = inputs.pop("answer_index"), inputs.pop("task_index")
-        candidates = self.scoring_collator.processor.candidates(self.scoring_collator.tasks[int(tasks[0])])
-        with self.accelerator.autocast():
-            scores = self.accelerator.unwrap_model(model).score_labels(candidates=candidates, **inputs)
-        loss = -scores.log_probs.gather(1, answers.unsqueeze(1)).mean()
-        return loss, scores.log_probs, torch.stack([answers, tasks], 1)
 
 
 def pretrain(
@@ -96,7 +67,7 @@ def pretrain(
         rows: The training split, asked.
         output: Folder of the phase's checkpoints.
         epochs, rate: How long, and the highest learning rate.
-        mixture: See [`MixtureTrainer`].
+        mixture: See [`RunTrainer`].
     """
     own = dataclasses.replace(
         recipe.training,
@@ -111,11 +82,22 @@ def pretrain(
         save_total_limit=1,
         load_best_model_at_end=False,
         train_sampling_strategy="random",
+        activation_checkpointing=False,  # a method of whole models only
+        gradient_checkpointing=None,
     )
     set_seed(own.seed)  # whatever was finished or interrupted before, a phase begins alike
-    log = JsonLinesLog(output.parent / "log.jsonl", phase=output.name)
-    trainer = MixtureTrainer(module, own, data_collator=collator, train_dataset=rows, callbacks=[log], mixture=mixture)
-    trainer.train(resume_from_checkpoint=last_whole_checkpoint(output))
+    trainer = RunTrainer(
+        module,
+        own,
+        data_collator=collator,
+        train_dataset=rows,
+        mixture=mixture,
+        run_folder=output.parent,
+        phase=output.name,
+    )
+    trainer.go_on()
+    if own.world_size > 1:  # the averages of batch normalisation are each process's own after the last step
+        broadcast([*module.buffers()])
 
 
 def fill_cache(
@@ -124,7 +106,7 @@ def fill_cache(
     """What training needs of every clip that it sees; one that gives nothing is named, and missing."""
     training = recipe.training
     # As the training steps run: a hidden layer does not depend on where it is computed.
-    precision = torch.autocast(training.device.type, torch.bfloat16, enabled=training.bf16)
+    precision = torch.autocast(training.device.type, torch.bfloat16, enabled=training.mixed_precision == "bf16")
     frozen = towers.keys() - trained
     inputs = inputs or TowerCache(model, processor, frozen=(), trained=towers)
     cache = TowerCache(model.to(training.device), processor, frozen, trained, precision, inputs=inputs)
@@ -135,53 +117,31 @@ def fill_cache(
     return cache
 
 
-def last_whole_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that was written to its end; None if there is none. Later ones are removed."""
-    numbered = ((int(path.name.rpartition("-")[2]), path) for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*[0-9]"))
-    for step, path in sorted(numbered, reverse=True):
-        try:
-            # Trainer writes its state last.
-            if json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))["global_step"] == step:
-                return str(path)
-        except (OSError, ValueError):
-            pass
-        logging.warning("%s was not written to its end, and is removed", path)
-        shutil.rmtree(path)
-    return None
-
-
-def steps_of(checkpoint: str | None) -> int:
-    """How many steps led to a checkpoint."""
-    return int(checkpoint.rpartition("-")[2]) if checkpoint else 0
-
-
 def with_lengths(rows: Dataset, collator: AffectCollator) -> Dataset:
     """Rows with the number of tokens of each one's prompt, by which Trainer groups them."""
     return rows.add_column("length", prompt_lengths(rows, collator))
 
 
-def metrics_of(tasks: list, predictions) -> dict[str, float]:
-    """Trainer's validation metrics of a task, from the answers' log-probabilities and the places of gold and task."""
-    golds, places = predictions.label_ids.T
-    task = tasks[places[0]]
-    gold = [task.parse(task.answers[index]) for index in golds]
-    if task.kind == "classification":
-        best = [task.answers[index] for index in predictions.predictions.argmax(-1)]
-        return classification_metrics(gold, best)
-    scores = np.asarray([task.parse(answer) for answer in task.answers])
-    return regression_metrics(gold, list(np.exp(predictions.predictions) @ scores))
+def check_sharding(recipe: Recipe) -> None:
+    """Raises a ValueError if a recipe has what models that are divided among processes cannot do."""
+    epochs = {name: getattr(recipe.experts, name) for name in ("tower_epochs", "expert_epochs")}
+    for name, count in epochs.items() if are_sharded() else ():
+        if count:
+            wanted = "0, or recipes/accelerate/ddp.yaml"
+            raise ValueError(f"{name}: got {count} for a model that FSDP or DeepSpeed divides, wanted {wanted}")
+    if are_sharded() and recipe.model.load_in_4bit:
+        raise ValueError("load_in_4bit: got true for a model that FSDP or DeepSpeed divides, wanted false")
 
 
 def save_tower(model: EGMFForConditionalGeneration, modality: str, preprocessor, folder: Path) -> None:
     """A tower as a model of its own, with its feature extractor or image processor."""
-    getattr(model.model, f"{modality}_tower").save_pretrained(folder)
-    preprocessor.save_pretrained(folder)
+    with writing(folder):
+        getattr(model.model, f"{modality}_tower").save_pretrained(folder)
+        preprocessor.save_pretrained(folder)
 
 
 def save_model(recipe: Recipe, model: EGMFForConditionalGeneration, processor: EGMFProcessor, folder: Path) -> None:
     """The merged model, self-contained, with the recipe's fields in `recipe.json`."""
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
     fields = vars(recipe.data) | vars(recipe.model) | vars(recipe.experts)
     del fields["corpus_dir"]  # a path of this machine is nobody else's business
     for name in ("language_model", "audio_tower", "vision_tower"):
@@ -189,21 +149,28 @@ def save_model(recipe: Recipe, model: EGMFForConditionalGeneration, processor: E
             fields[name] = Path(fields[name]).name
     fields["training"] = recipe.training_record()
     fields["packages"] = {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
-    (folder / "recipe.json").write_text(json.dumps(fields, indent=2) + "\n")
+    with writing(folder):
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        (folder / "recipe.json").write_text(json.dumps(fields, indent=2) + "\n")
 
 
 def main(arguments: list[str]) -> None:
     recipe = load_recipe(arguments)
     training, data = recipe.training, recipe.data
+    only_the_main_process_speaks()
+    check_reporters(training.report_to)
+    check_sharding(recipe)
     output = Path(training.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     set_seed(training.seed)
 
-    corpora = load_parts(data.parts)
+    with in_turns():  # what is not there yet is made
+        corpora = load_parts(data.parts)
+        if recipe.model.shrink != 1:
+            shrink(recipe.model, output / "shrunk")
+        language_model = resolve_language_model(recipe.model.language_model)
     corpus = {split: concatenate_datasets([part[split] for part in corpora]) for split in ("train", "validation")}
-    if recipe.model.shrink != 1:
-        shrink(recipe.model, output / "shrunk")
-    language_model = resolve_language_model(recipe.model.language_model)
     towers = build_towers(recipe)
     processor = build_processor(recipe, language_model, towers)
     tasks = [processor.tasks[name] for name in data.tasks]
@@ -215,17 +182,20 @@ def main(arguments: list[str]) -> None:
     learns_on = trained_towers(recipe, towers)
     with_experts = list(towers) if recipe.experts.tower_epochs else learns_on
     inputs = fill_cache(recipe, model, processor, towers, with_experts, corpus, None) if towers else None
+    if inputs is not None and training.process_index == 0:
+        check_media(output / "unreadable.json", inputs.errors)
+    speeds = tuple(data.audio_speeds)
     if recipe.experts.tower_epochs:
         for modality in towers:
             set_seed(training.seed)  # for the readout: whatever was computed or read before, it begins alike
             alone = TowerPretraining(model, modality, tasks[0]).requires_grad_()
             collator = AffectCollator(processor, tasks[:1], [modality], with_answers=False, cache=inputs)
+            collator.speeds = speeds
             rows, phase = ask(corpus["train"], tasks[:1]), output / f"{modality}_tower"
             epochs, rate = recipe.experts.tower_epochs, recipe.experts.tower_learning_rate
             pretrain(recipe, alone, collator, rows, phase, epochs, rate)
             alone.requires_grad_(False)
     set_clip_statistics(model, corpus, inputs)
-    speeds = tuple(data.audio_speeds)
     if recipe.experts.expert_epochs:
         learn(model, with_experts)
         experts = ExpertPretraining(model.to(training.device), processor, tasks)
@@ -233,7 +203,7 @@ def main(arguments: list[str]) -> None:
         collator.speeds, collator.augmented = speeds, tuple(with_experts)
         epochs, rate = recipe.experts.expert_epochs, recipe.experts.expert_learning_rate
         pretrain(recipe, experts, collator, asked, output / "experts", epochs, rate, mixture)
-    for modality in with_experts:
+    for modality in with_experts if PartialState().is_main_process else ():
         save_tower(model, modality, towers[modality][1], output / "towers" / modality)
     if not training.num_train_epochs:
         return
@@ -248,10 +218,10 @@ def main(arguments: list[str]) -> None:
         for name in part.tasks if len(rows["validation"]) else ():
             key = f"{part.name}_{name}" if data.corpora else name
             validation[key] = with_lengths(ask(rows["validation"], [processor.tasks[name]]), learning)
-    checkpoint = last_whole_checkpoint(output)
     set_seed(training.seed)  # whatever was read and not computed until here, the last phase begins alike
     model = add_lora(recipe, model, learns_on)
-    model.print_trainable_parameters()
+    if PartialState().is_main_process:
+        model.print_trainable_parameters()
 
     trainer = AffectTrainer(
         model,
@@ -262,24 +232,21 @@ def main(arguments: list[str]) -> None:
         eval_dataset=validation if len(validation) > 1 else next(iter(validation.values()), None),
         processing_class=processor,
         compute_metrics=lambda predictions: metrics_of(tasks, predictions),
-        callbacks=[JsonLinesLog(output / "log.jsonl")],
         mixture=mixture,
+        run_folder=output,
     )
     # Under autocast LoRA's own cast of its input to float32 and back is a quarter of a step's time, for nothing.
-    with disable_input_dtype_casting(model, active=training.bf16):
-        if steps_of(checkpoint) == training.max_steps:  # killed before it was saved; Trainer would take another step
-            trainer._load_from_checkpoint(checkpoint)
-        else:
-            trainer.train(resume_from_checkpoint=checkpoint)
+    with disable_input_dtype_casting(model, active=training.mixed_precision == "bf16"):
+        trainer.go_on()
 
-    if trainer.is_world_process_zero():
-        adapted = trainer.accelerator.unwrap_model(trainer.model)
-        adapted.save_pretrained(output / "adapter")
-        merged = adapted.merge_and_unload()
-        save_model(recipe, merged, processor, output / "model")
+    whole = finished(recipe, trainer, learns_on)
+    if whole is not None:
+        with writing(output / "adapter"):
+            whole.save_pretrained(output / "adapter")
+        save_model(recipe, whole.merge_and_unload(), processor, output / "model")
         print(f"model: {output / 'model'}")
 
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    main(sys.argv[1:])
+    run_command(main, sys.argv[1:])

@@ -37,6 +37,7 @@ class ModelArguments:
     train_vision_tower: bool = field(default=False, metadata={"help": "train it whole; otherwise it is frozen"})
     num_frames: int = field(default=16, metadata={"help": "frames of a video, spread evenly over it"})
     attn_implementation: str = field(default="sdpa", metadata={"help": "attention of the LLM, e.g. sdpa or eager"})
+    load_in_4bit: bool = field(default=False, metadata={"help": "the LLM in 4 bits while it trains, by bitsandbytes"})
     num_pseudo_tokens: int = 8
     fusion_hidden_size: int = 256
     fusion_intermediate_size: int = 512

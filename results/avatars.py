@@ -21,6 +21,10 @@ import numpy as np
 
 
 RESULTS = Path(__file__).resolve().parent
+sys.path.insert(0, str(RESULTS.parent))
+from robustness import summarize  # noqa: E402
+
+
 RECIPES = {"towers": "recipes/avatars_towers.yaml", "model": "recipes/avatars_smollm2.yaml"}
 TASKS = {"avatars": "accuracy", "avatars_score": "mae"}
 ANSWER = {"avatars": "distribution", "avatars_score": "median"}
@@ -34,7 +38,14 @@ VARIANTS: dict[str, tuple[list[str], str]] = {
     "no_semantic": (["--experts", "local", "global"], "without the semantic expert"),
     "no_global": (["--experts", "local", "semantic"], "without the global expert"),
     "flat": (["--gating", "flat"], "flat gate"),
+    "dropout": (
+        ["--modality_dropout", '{"text": 0.2, "audio": 0.2, "vision": 0.2}'],
+        "modality dropout of 0.2 in training",
+    ),
 }
+# Those that are also tested with whole modalities missing, and the conditions of that (`robustness.py`).
+TESTED_MISSING = ("full", "dropout")
+CONDITIONS = ("A", "V", "T", "AV", "AT", "VT", "AVT", "mean")
 
 
 def commands_of(variant: str, seed: int, corpus_dir: str, runs_dir: Path) -> list[list[str]]:
@@ -48,13 +59,16 @@ def commands_of(variant: str, seed: int, corpus_dir: str, runs_dir: Path) -> lis
     for task in TASKS:
         test = ["eval.py", str(folder / "model"), "--corpus", "avatars", "--corpus_dir", corpus_dir]
         commands.append([*test, "--task", task, "--split", "test", "--output", str(folder / task)])
+    if variant in TESTED_MISSING:
+        missing = ["--task", "avatars", "--split", "test", "--robustness", "mmin", "--output", str(folder / "missing")]
+        commands.append([*test, *missing])
     return commands
 
 
 def finished(command: list[str]) -> bool:
     """Whether what a command makes is there."""
     if command[0] == "eval.py":
-        return (Path(command[-1]) / "metrics.json").exists()
+        return (Path(command[-1]) / ("mmin.json" if "mmin" in command else "metrics.json")).exists()
     output = Path(command[command.index("--output_dir") + 1])
     last = "towers/vision/preprocessor_config.json" if RECIPES["towers"] in command else "model/recipe.json"
     return (output / last).exists()
@@ -91,6 +105,10 @@ def collect(runs_dir: Path, known: list[dict]) -> list[dict]:
                 figures = {group: round(answers[answer][measure], 6) for group, answers in groups.items()}
                 entry[f"{measure}_{answer}"] = figures
             entry[f"unparsable_{task}"] = report["answers"]["greedy"]["unparsable"]
+        if (folder / "missing" / "mmin.json").exists():
+            report = json.loads((folder / "missing" / "mmin.json").read_text(encoding="utf-8"))
+            conditions = summarize(report, "classification")
+            entry["missing"] = {name: round(conditions[name]["accuracy"][0], 6) for name in CONDITIONS}
         runs[entry["variant"], entry["seed"]] = entry
     order = list(VARIANTS)
     return sorted(runs.values(), key=lambda entry: (order.index(entry["variant"]), entry["seed"]))
@@ -103,8 +121,9 @@ def spread(values: list[float], digits: int) -> str:
 
 
 def table(runs: list[dict], figure: str, scale: float, digits: int) -> str:
-    """One row per variant: a figure over all clips and by kind."""
-    groups = list(runs[0][figure])
+    """One row per variant that has it: a figure over all clips and by kind, or by condition."""
+    runs = [entry for entry in runs if figure in entry]
+    groups = list(runs[0][figure]) if runs else []
     rows = [["model", "seeds", *groups], ["---"] * (2 + len(groups))]
     for variant, (_, name) in VARIANTS.items():
         own = [entry for entry in runs if entry["variant"] == variant]
@@ -120,7 +139,6 @@ def main_table(runs: list[dict]) -> str:
 
 def render(runs: list[dict]) -> str:
     """The whole text of results/avatars.md."""
-    sys.path.insert(0, str(RESULTS.parent))
     from corpora.avatars import KINDS, ceiling
 
     seen = {"text": ("text",), "audio": ("audio",), "vision": ("vision",), "all three": ("text", "audio", "vision")}
@@ -148,11 +166,24 @@ def render(runs: list[dict]) -> str:
         "## Sentiment score: mean absolute error",
         "Scores run from -1 to 1. The median of the distribution.",
         table(runs, "mae_median", 1, 3),
+        *missing_section(runs),
         "## Commands",
         "```bash\n" + "\n".join(commands_text(runs)) + "\n```",
         "Made from `results/avatars.json` by `python results/avatars.py render`.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def missing_section(runs: list[dict]) -> list[str]:
+    """The table of the runs that were tested with whole modalities missing; nothing if there is none."""
+    figures = table(runs, "missing", 100, 1)
+    text = (
+        "The six conditions of MMIN ([`robustness.py`](../robustness.py)): every clip with these modalities alone (A "
+        "audio, V vision, T text), by one model. *AVT* is the intact clip, *mean* that of the six conditions. One "
+        "model always saw all three in training; of the other one's samples each modality was hidden at times."
+    )
+    tested = any("missing" in entry for entry in runs)
+    return ["## Missing modalities: accuracy in percent", text, figures] if tested else []
 
 
 def commands_text(runs: list[dict]) -> list[str]:
@@ -186,7 +217,6 @@ def main(arguments: list[str]) -> None:
     else:
         runs = json.loads(file.read_text(encoding="utf-8"))
         (RESULTS / "avatars.md").write_text(render(runs), encoding="utf-8")
-        sys.path.insert(0, str(RESULTS.parent))
         from results.make_tables import README, fill_readme
 
         readme = fill_readme(README.read_text(encoding="utf-8"), "avatars", main_table(runs))

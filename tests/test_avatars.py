@@ -23,7 +23,7 @@ from processing_egmf import BUILTIN_TASKS
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = {"train": 24, "validation": 24, "test": 24}
-FULL = {"train": 2880, "validation": 384, "test": 960}
+FULL = {"train": 8640, "validation": 384, "test": 960}
 
 
 @pytest.fixture(scope="module")

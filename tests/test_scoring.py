@@ -230,3 +230,33 @@ def test_samples_have_the_scored_distribution(fresh_egmf, processor, samples, ma
         pooled = [x[:-1] for x in pooled]
     assert chisquare(pooled[0], pooled[1] * draws / pooled[1].sum()).pvalue > 1e-3
     assert (counts - expected).abs().sum() / (2 * draws) < 0.1
+
+
+# Generation from what scoring has read
+
+
+@pytest.mark.parametrize("name", ["calm", "mosei"])
+def test_generation_goes_on_from_the_scored_prompt(egmf, samples, make_batch, processor, name):
+    """The same answers as from the prompt, of which one token alone is read again."""
+    batch = make_batch(samples, name)
+    options = {"max_new_tokens": 5, "do_sample": False}
+    wanted = egmf.generate(**batch, **options)
+
+    def answer():
+        read = egmf.score_labels(processor.candidates(name), **batch).past_key_values
+        assert torch.equal(egmf.generate(**batch, **options, past_key_values=read), wanted)
+
+    lengths = forward_lengths(egmf, answer)
+    assert lengths[0] == batch["input_ids"].shape[1] and lengths[2:] == [1] * (len(lengths) - 2)
+
+
+def test_no_cache_where_generation_could_not_go_on(egmf, assemble, samples, make_batch, processor):
+    candidates = processor.candidates("meld")
+    batch = make_batch(samples[:2])
+    unpadded, padded = batch["attention_mask"].all(1), dict(batch)
+    order = batch["attention_mask"].argsort(dim=1, stable=True, descending=True)
+    for field in ("input_ids", "attention_mask", "utterance_mask"):
+        padded[field] = batch[field].gather(1, order)
+    assert not unpadded.all() and egmf.score_labels(candidates, **padded).past_key_values is None
+    model = assemble(random_llm("alibi"))
+    assert model.score_labels(candidates, **batch).past_key_values is None

@@ -132,7 +132,7 @@ def group_of(row_id: str) -> str:
 def load(
     source: str | os.PathLike,
     seed: int = 0,
-    train: int = 2880,
+    train: int = 8640,
     validation: int = 384,
     test: int = 960,
     language: str = "en",

@@ -1,0 +1,279 @@
+"""Two real processes (gloo), and less memory: what comes out is what one process with all memory makes."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin, patch_environment
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import eval as eval_script
+import train as train_script
+from corpora import load_corpus
+from evaluation import Predictor
+from language_models import build_tiny_language_model
+from modeling_egmf import EGMFForConditionalGeneration
+from processing_egmf import EGMFProcessor
+from recipes import load_recipe
+
+
+REPO = Path(__file__).resolve().parents[1]
+CONFIGS = sorted((REPO / "recipes" / "accelerate").glob("*.yaml"))
+ON_TWO = ["accelerate.commands.launch", "--config_file", str(REPO / "recipes" / "accelerate" / "cpu_2.yaml")]
+# No dropout of any kind; 64 rows to train on, 16 to validate: with batches of 5 on two processes the last is not full.
+FIELDS = ["--corpus_options", '{"size": 96}', "--modality_dropout", "{}", "--num_train_epochs", "2"]
+FIELDS += ["--per_device_eval_batch_size", "5"]
+HAS_BITSANDBYTES = importlib.util.find_spec("bitsandbytes") is not None
+
+
+def train(output: Path, *fields) -> Path:
+    """A run of this process."""
+    train_script.main([str(REPO / "recipes/tiny.yaml"), "--output_dir", str(output), *FIELDS, *map(str, fields)])
+    return output
+
+
+def start(*arguments, **environment) -> None:
+    command = [sys.executable, "-m", *map(str, arguments)]
+    process = subprocess.run(command, cwd=REPO, env=os.environ | environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr[-5000:]
+
+
+def worker(name: str, folder: Path, *arguments) -> list[dict]:
+    """What each of two processes of `workers.py` wrote."""
+    start("torch.distributed.run", "--standalone", "--nproc_per_node", 2, "tests/workers.py", name, folder, *arguments)
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+def read_lines(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def curve(run: Path) -> list[dict]:
+    """Losses, gradient norms and validation figures of a run."""
+    kept = ("step", "loss", "grad_norm", "eval_loss", "eval_accuracy", "eval_weighted_f1", "eval_unparsable")
+    rows = [{name: row[name] for name in kept if name in row} for row in read_lines(run / "log.jsonl")]
+    return [row for row in rows if len(row) > 1]
+
+
+def assert_alike(first: Path, second: Path, tolerance: float = 1e-3) -> None:
+    """The same curve, and the same weights but for how sums are rounded."""
+    assert len(curve(first)) == len(curve(second)) > 2
+    for one, two in zip(curve(first), curve(second), strict=True):
+        assert two == pytest.approx(one, rel=tolerance, abs=tolerance)
+    one, two = (load_file(run / "model" / "model.safetensors") for run in (first, second))
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        assert (value.float() - two[name].float()).abs().max() < 2 * tolerance, name
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """One process, batches of 16."""
+    return train(tmp_path_factory.mktemp("whole"), "--per_device_train_batch_size", 16)
+
+
+@pytest.fixture(scope="module")
+def halves(tmp_path_factory) -> Path:
+    """Two processes, batches of 8 on each."""
+    output = tmp_path_factory.mktemp("halves")
+    fields = [*FIELDS, "--per_device_train_batch_size", 8, "--output_dir", output]
+    start(*ON_TWO, "train.py", "recipes/tiny.yaml", *fields)
+    return output
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_is_one_that_accelerate_launches(config):
+    """Its fields are known, and what it asks for is what the processes would be told."""
+    fields = load_config_from_file(str(config))
+    arguments = launch_command_parser().parse_args(["--config_file", str(config), "train.py"])
+    arguments, *_ = _validate_launch_command(arguments)
+    assert arguments.num_processes == fields.num_processes > 1
+    if arguments.use_deepspeed:
+        stage = int(config.stem[-1])
+        assert fields.deepspeed_config["zero_stage"] == stage
+        if importlib.util.find_spec("deepspeed") is None:
+            pytest.skip("deepspeed is not installed: its plugin is not built")
+        arguments.deepspeed_fields_from_accelerate_config = ",".join(fields.deepspeed_config)
+        environment = prepare_deepspeed_cmd_env(arguments)[1]
+        with patch_environment(**environment):
+            plugin = DeepSpeedPlugin()
+        assert plugin.deepspeed_config["zero_optimization"]["stage"] == stage
+        assert plugin.deepspeed_config["gradient_accumulation_steps"] == "auto" and not plugin.zero3_init_flag
+        return
+    assert arguments.multi_gpu or arguments.use_fsdp
+    environment = prepare_multi_gpu_env(arguments)
+    assert environment["ACCELERATE_MIXED_PRECISION"] == ("bf16" if config.stem == "bf16" else "no")
+    assert arguments.nproc_per_node == {"cpu_2": "2"}.get(config.stem, "8")
+    assert getattr(arguments, "nnodes", None) == ("2" if config.stem == "ddp_multinode" else None)
+    assert arguments.use_fsdp == (config.stem == "fsdp2")
+    if arguments.use_fsdp:
+        with patch_environment(**environment):
+            plugin = FullyShardedDataParallelPlugin()
+        assert plugin.fsdp_version == 2 and plugin.reshard_after_forward and not plugin.cpu_ram_efficient_loading
+        assert plugin.state_dict_type.name == "FULL_STATE_DICT"
+
+
+def test_accumulated_gradients_are_those_of_the_larger_batch(whole, tmp_path):
+    fields = ["--per_device_train_batch_size", 8, "--gradient_accumulation_steps", 2]
+    assert_alike(whole, train(tmp_path, *fields))
+
+
+def test_activations_computed_again_change_nothing(whole, tmp_path):
+    fields = ["--per_device_train_batch_size", 16, "--gradient_checkpointing", "true"]
+    assert_alike(whole, train(tmp_path, *fields), tolerance=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_learns(whole, halves):
+    """Losses and weights; and in validation, whose last batch is not full, every row counts once."""
+    assert_alike(whole, halves)
+    assert [row["step"] for row in curve(halves)] == [4, 5, 8]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("protocol", [None, "mmin"])
+def test_two_processes_evaluate_what_one_evaluates(halves, tmp_path, protocol):
+    """The model that two processes saved answers; each of the 16 rows is there once, in the corpus's order."""
+    arguments = ["eval.py", halves / "model", "--corpus", "generated", "--batch_size", 3]
+    arguments += ["--robustness", protocol] if protocol else []
+    start(*ON_TWO, *arguments, "--output", tmp_path / "two")
+    eval_script.main([*map(str, arguments[1:]), "--output", str(tmp_path / "one")])
+    assert {path.name for path in (tmp_path / "one").iterdir()} == {path.name for path in (tmp_path / "two").iterdir()}
+    report = f"{protocol or 'metrics'}.json"
+    one, two = (json.loads((tmp_path / name / report).read_text()) for name in ("one", "two"))
+    if protocol:
+        assert two["conditions"] == one["conditions"] and len(one["conditions"]) == 7
+        return
+    assert two == one and one["samples"] == 16
+    one, two = (read_lines(tmp_path / name / "predictions.jsonl") for name in ("one", "two"))
+    assert [row["id"] for row in two] == load_corpus("generated", size=96)["test"]["id"][:]
+    for alone, shared in zip(one, two, strict=True):
+        assert shared.keys() == alone.keys() and shared["greedy_text"] == alone["greedy_text"]
+        assert shared["answers"] == alone["answers"] and shared["gold"] == alone["gold"]
+        assert shared["distribution"] == pytest.approx(alone["distribution"], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_processes_share_an_order_and_not_their_random_numbers(tmp_path):
+    """Rows grouped by length: in each epoch each row comes on one of the processes, and dropout differs."""
+    found = worker("order", tmp_path)
+    steps = len(found[0]["rows"]) // 2
+    for epoch in range(2):
+        batches = [process["rows"][epoch * steps : (epoch + 1) * steps] for process in found]
+        seen = [row for process in batches for rows, _ in process for row in rows]
+        assert set(seen) == set(range(37)) and len(seen) == 42  # the last batches are filled up
+    assert not set(found[0]["drawn"]) & set(found[1]["drawn"])
+
+
+@pytest.mark.slow
+def test_processes_fill_a_cache_together(tmp_path):
+    paths = []
+    for number in range(5):
+        paths.append(str(tmp_path / f"{number}.wav"))
+        soundfile.write(paths[-1], np.random.default_rng(number).normal(0, 0.1, 8000), 16000)
+    Path(paths[3]).write_bytes(b"no sound")
+    found = worker("cache", tmp_path, *paths)
+    assert sorted(len(process["made"]) for process in found) == [1, 3]
+    assert not set(found[0]["made"]) & set(found[1]["made"])
+    for process in found:
+        assert list(process["errors"]) == [paths[3]] and process["errors"] == found[0]["errors"]
+        assert process["here"] == [True, True, True, False, True]
+
+
+@pytest.mark.slow
+def test_two_processes_go_through_all_phases(tmp_path):
+    """Towers alone, the fusion, the LLM, on clips that are made on the spot; and again, from what is there."""
+    options = {"language_model": "tiny-random", "corpus_dir": tmp_path / "clips", "num_frames": 4, "bf16": False}
+    options |= {"corpus_options": '{"train": 24, "validation": 24, "test": 24}', "per_device_train_batch_size": 6}
+    options |= {"tower_epochs": 1, "expert_epochs": 1, "expert_batch_size": 6, "num_train_epochs": 1}
+    options |= {"output_dir": tmp_path / "run", "save_strategy": "epoch", "gradient_checkpointing": True}
+    fields = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
+    for _ in range(2):
+        start(*ON_TWO, "train.py", "recipes/avatars_towers.yaml", *fields, HF_HOME=str(tmp_path / "hub"))
+    log = read_lines(tmp_path / "run" / "log.jsonl")
+    phases = [row.get("phase") for row in log if "train_runtime" in row]
+    assert phases[:4] == ["audio_tower", "vision_tower", "experts", None]
+    assert [row["step"] for row in log if "train_runtime" in row][:4] == [
+        2,
+        2,
+        4,
+        4,
+    ]  # 24 rows, of two tasks in the end
+    # One entry a clip of what the trained towers read, one of what the frozen ones give.
+    caches = {folder: len([*folder.rglob("*.safetensors")]) for folder in (tmp_path / "hub/egmf/towers").iterdir()}
+    assert len(caches) == 4 and all(count % 48 == 0 for count in caches.values())
+    model = EGMFForConditionalGeneration.from_pretrained(tmp_path / "run" / "model")
+    towers = load_file(tmp_path / "run" / "towers" / "vision" / "model.safetensors")
+    for name, value in model.model.vision_tower.state_dict().items():
+        assert torch.equal(value, towers[name]), name
+
+
+@pytest.mark.slow
+def test_fsdp_learns_what_one_process_learns(tmp_path):
+    """FSDP2 of a bfloat16 LLM beside a float32 fusion, which has to stay one, and of tied embeddings."""
+    build_tiny_language_model(tmp_path / "llm")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "llm", dtype=torch.bfloat16).save_pretrained(tmp_path / "llm")
+    own = ["--language_model", tmp_path / "llm", "--gradient_checkpointing", "true"]
+    one = train(tmp_path / "one", *own, "--per_device_train_batch_size", 16)
+    fields = ["recipes/tiny.yaml", *FIELDS, *own, "--per_device_train_batch_size", 8, "--output_dir", tmp_path / "two"]
+    config = next(path for path in CONFIGS if path.stem == "fsdp2")
+    arguments = launch_command_parser().parse_args(["--config_file", str(config), "train.py"])
+    environment = prepare_multi_gpu_env(_validate_launch_command(arguments)[0])
+    told = {name: value for name, value in environment.items() if name.startswith(("FSDP", "ACCELERATE"))}
+    command = ["torch.distributed.run", "--standalone", "--nproc_per_node", 2, "tests/workers.py", "fsdp", *fields]
+    start(*command, **told)
+    assert (tmp_path / "two" / "checkpoint-8" / "pytorch_model_fsdp.bin").exists()
+    assert_alike(one, tmp_path / "two", tolerance=2e-2)
+    weights = load_file(tmp_path / "two" / "model" / "model.safetensors")
+    kinds = {name: {value.dtype for key, value in weights.items() if name in key} for name in ("fusion", "layers.0.")}
+    assert kinds == {"fusion": {torch.float32}, "layers.0.": {torch.bfloat16}}
+
+
+def test_phases_are_not_for_divided_models(monkeypatch, tmp_path):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="expert_epochs: got 1 .* wanted 0, or recipes/accelerate/ddp.yaml"):
+        train(tmp_path, "--expert_epochs", 1)
+    with pytest.raises(ValueError, match="load_in_4bit: got true .* wanted false"):
+        train(tmp_path, "--load_in_4bit", "true")
+
+
+@pytest.mark.skipif(HAS_BITSANDBYTES, reason="bitsandbytes is installed")
+def test_four_bits_need_bitsandbytes(tmp_path):
+    with pytest.raises(ValueError, match="load_in_4bit: got true, wanted the package bitsandbytes"):
+        train(tmp_path, "--load_in_4bit", "true")
+
+
+@pytest.mark.skipif(not HAS_BITSANDBYTES, reason="bitsandbytes is not installed")
+def test_four_bits_learn_and_become_a_model_that_needs_no_bitsandbytes(whole, tmp_path):
+    """Gradients reach below every layer of 4 bits, and the saved model answers as the one that was trained."""
+    output = train(tmp_path, "--per_device_train_batch_size", 16, "--load_in_4bit", "true")
+    norms = [row["grad_norm"] for run in (whole, output) for row in curve(run) if "grad_norm" in row]
+    assert norms[1] == pytest.approx(norms[0], rel=0.5)
+    config = json.loads((output / "model" / "config.json").read_text())
+    assert "quantization_config" not in config | config["text_config"]
+    model = EGMFForConditionalGeneration.from_pretrained(output / "model")
+    processor, rows = EGMFProcessor.from_pretrained(output / "model"), load_corpus("generated", size=96)["validation"]
+    task = processor.tasks["mosi"]
+    predictions = Predictor(model.eval(), processor, task, None, 5, model.device)(rows, ["text", "audio", "vision"])[0]
+    loss = -np.mean([np.log(row["distribution"][row["gold"]]) for row in predictions])
+    best = max((row for row in curve(output) if "eval_loss" in row), key=lambda row: row["eval_weighted_f1"])
+    assert loss == pytest.approx(best["eval_loss"], abs=1e-3)
+    rounded, plain = (load_file(run / "model" / "model.safetensors") for run in (output, whole))
+    name = "model.language_model.layers.0.mlp.up_proj.weight"
+    assert len(rounded[name].unique()) > 16 and not torch.equal(rounded[name], plain[name])
+
+
+def test_precision_of_the_config_is_that_of_the_recipe(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # as `accelerate launch` with bf16.yaml sets it
+    assert load_recipe([str(REPO / "recipes/tiny.yaml")]).training.mixed_precision == "bf16"

@@ -1,0 +1,471 @@
+"""Runs that are killed, stopped, out of disk or given bad numbers: what they say, what they leave, how they go on.
+
+Every run is a process of its own, forked off one that has the libraries loaded, and is killed for real.
+"""
+
+import json
+import logging
+import multiprocessing
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from huggingface_hub import constants
+from safetensors.torch import load_file
+from transformers import TrainingArguments
+
+from checkpoints import MANIFEST, RunStopped, damage_of, last_whole_checkpoint, seal
+from corpora import load_corpus
+from tower_cache import TowerCache
+from train import main
+from training_run import AffectTrainer, JsonLinesLog, RunTrainer, run_command
+
+
+REPO = Path(__file__).resolve().parents[1]
+# 2 epochs of 6 steps. Neither the log's steps nor the epochs' ends fall on those of the checkpoints.
+TINY = ["recipes/tiny.yaml", "--corpus_options", '{"size": 72}', "--per_device_train_batch_size", "8"]
+TINY += ["--num_train_epochs", "2", "--logging_steps", "5", "--save_strategy", "steps", "--save_steps", "2"]
+TINY += ["--load_best_model_at_end", "False", "--lora_r", "4"]
+CLIPS = {"train": 24, "validation": 24, "test": 24}
+PHASES = ["recipes/avatars_towers.yaml", "--language_model", "tiny-random", "--corpus_options", json.dumps(CLIPS)]
+PHASES += [
+    "--tower_epochs",
+    "2",
+    "--expert_epochs",
+    "2",
+    "--num_frames",
+    "4",
+    "--bf16",
+    "False",
+    "--logging_steps",
+    "1",
+]
+PHASES += ["--num_train_epochs", "1", "--save_strategy", "steps", "--save_steps", "2", "--expert_batch_size", "16"]
+PHASES += ["--per_device_train_batch_size", "16", "--max_steps", "3", "--save_total_limit", "1"]
+BESIDE_TIME = re.compile(r"runtime|per_second")
+
+_processes = multiprocessing.get_context("forkserver")
+_processes.set_forkserver_preload(["train"])
+
+
+def _child(arguments: list[str], output: Path, hub: Path | None, before: Callable | None) -> None:
+    os.setsid()
+    multiprocessing.set_start_method("fork", force=True)  # as it is in a command of its own
+    handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    os.chdir(REPO)
+    if hub is not None:
+        constants.HF_HOME = str(hub)
+    torch.set_num_threads(1)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
+    if before is not None:
+        before()
+    run_command(main, arguments)
+
+
+class Run:
+    """The command that trains into a folder, as often as it is started."""
+
+    def __init__(self, folder: Path, arguments: list[str], hub: Path | None = None):
+        self.folder, self.said = folder / "run", folder / "said.txt"
+        self.arguments = [*arguments, "--output_dir", str(self.folder)]
+        folder.mkdir(parents=True, exist_ok=True)
+        self.hub = hub  # what is kept of clips goes there
+
+    def start(self, before: Callable | None = None):
+        process = _processes.Process(target=_child, args=(self.arguments, self.said, self.hub, before))
+        process.start()
+        return process
+
+    def __call__(self, before: Callable | None = None) -> tuple[int, str]:
+        """The exit status and all that was said."""
+        process = self.start(before)
+        process.join(300)
+        assert process.exitcode is not None, "the run hangs"
+        return process.exitcode, self.said.read_text()
+
+    def finish(self) -> str:
+        status, said = self()
+        assert status == 0, said
+        return said
+
+    def entries(self) -> list[dict]:
+        """What the log says of steps, less what depends on the clock."""
+        lines = [json.loads(line) for line in (self.folder / "log.jsonl").read_text().splitlines()]
+        lines = [line for line in lines if "train_loss" not in line]
+        return [{name: line[name] for name in line if not BESIDE_TIME.search(name)} for line in lines]
+
+    def checkpoints(self) -> list[str]:
+        return sorted(path.name for path in self.folder.glob("*checkpoint-*"))
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return load_file(self.folder / "model" / "model.safetensors")
+
+
+def assert_alike(run: Run, whole: Run) -> None:
+    assert run.entries() == whole.entries()
+    wanted, got = whole.weights(), run.weights()
+    assert wanted.keys() == got.keys()
+    assert all(torch.equal(wanted[name], got[name]) for name in wanted)
+
+
+class At:
+    """Before the `count`-th call of a method in the run, does something to the run itself."""
+
+    def __init__(self, owner: type, name: str, count: int, do: Callable[[], None]):
+        self.owner, self.name, self.count, self.do = owner, name, count, do
+
+    def __call__(self) -> None:
+        method, calls = getattr(self.owner, self.name), iter(range(1, 1_000_000))
+
+        def counted(*args, **kwargs):
+            if next(calls) == self.count:
+                self.do()
+            return method(*args, **kwargs)
+
+        setattr(self.owner, self.name, counted)
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def terminate() -> None:
+    """As schedulers do: every process of the run gets it."""
+    os.killpg(0, signal.SIGTERM)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Run:
+    run = Run(tmp_path_factory.mktemp("whole"), TINY)
+    warm = _processes.Process(target=print)
+    warm.start()
+    warm.join()
+    begun = time.monotonic()
+    run.finish()
+    run.seconds = time.monotonic() - begun
+    return run
+
+
+@pytest.fixture
+def half(whole, tmp_path) -> Run:
+    """A run that was killed after its second checkpoint, at step 4 of 12."""
+    run = Run(tmp_path, TINY)
+    status, _ = run(At(RunTrainer, "training_step", 6, kill))
+    assert status == -signal.SIGKILL and run.checkpoints() == ["checkpoint-2", "checkpoint-4"]
+    return run
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_any_moment_ends_like_one_that_was_not(whole, tmp_path):
+    """At random times, and while a checkpoint is written: each file of it is the last one once."""
+    chance, run, partial = random.Random(0), Run(tmp_path, TINY), 0
+    moments = [chance.uniform(0.3, 0.9) * whole.seconds for _ in range(3)]
+    moments += ["adapter_config.json", "optimizer.pt", "trainer_state.json"]
+    chance.shuffle(moments)
+    for moment in moments:
+        there = set(run.folder.glob("checkpoint-*"))
+        process, begun = run.start(), time.monotonic()
+        while process.is_alive():
+            if isinstance(moment, float):
+                if time.monotonic() - begun > moment:
+                    break
+            elif any((path / moment).exists() for path in set(run.folder.glob("checkpoint-*")) - there):
+                break
+            time.sleep(0.0005)
+        process.kill()
+        process.join()
+        partial += any(not (path / MANIFEST).exists() for path in run.folder.glob("checkpoint-*"))
+    assert partial, "no kill came while a checkpoint was written"
+    run.finish()
+    assert_alike(run, whole)
+
+
+@pytest.mark.parametrize(
+    ("owner", "method", "count"), [(RunTrainer, "_save_rng_state", 3), (JsonLinesLog, "on_log", 3)], ids=str
+)
+def test_a_run_killed_at_a_bad_moment_ends_like_one_that_was_not(whole, tmp_path, owner, method, count):
+    """In the middle of a checkpoint; at the end of an epoch, before its validation is logged."""
+    run = Run(tmp_path, TINY)
+    assert run(At(owner, method, count, kill))[0] == -signal.SIGKILL
+    unfinished = [name for name in run.checkpoints() if not (run.folder / name / MANIFEST).exists()]
+    assert unfinished == (["checkpoint-6"] if owner is RunTrainer else [])
+    said = run.finish()
+    assert all(f"{name} was not written to its end" in said for name in unfinished)
+    assert_alike(run, whole)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", MANIFEST],
+)
+def test_a_damaged_checkpoint_is_set_aside_and_said(whole, tmp_path, caplog, name):
+    """Cut off, and of the same length but changed in the middle; the one before it counts."""
+    assert whole.checkpoints() == ["checkpoint-10", "checkpoint-12"]
+    for harm in ("cut", "changed"):
+        folder = shutil.copytree(whole.folder, tmp_path / harm)
+        assert last_whole_checkpoint(folder) == str(folder / "checkpoint-12")
+        file = folder / "checkpoint-12" / name
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content[: len(content) // 2] if harm == "cut" else content)
+        assert last_whole_checkpoint(folder) == str(folder / "checkpoint-10")
+        assert (folder / "damaged-checkpoint-12" / name).exists() and not (folder / "checkpoint-12").exists()
+        assert re.search(rf"checkpoint-12 is damaged \({name}|[a-z.]+ is missing\)", caplog.text)
+    assert damage_of(folder / "checkpoint-10") is None
+
+
+def test_a_run_goes_on_from_before_a_damaged_checkpoint(half, whole):
+    (half.folder / "checkpoint-4" / "optimizer.pt").write_bytes(b"")
+    said = half.finish()
+    assert "optimizer.pt has 0 bytes, wanted" in said and "going on from" in said
+    assert_alike(half, whole)
+
+
+def test_a_checkpoint_counts_only_with_the_best_one_that_it_names(half, caplog):
+    state = half.folder / "checkpoint-4" / "trainer_state.json"
+    fields = json.loads(state.read_text()) | {"best_model_checkpoint": str(half.folder / "checkpoint-2")}
+    state.write_text(json.dumps(fields))
+    seal(half.folder / "checkpoint-4")
+    (half.folder / "checkpoint-2" / "adapter_model.safetensors").write_bytes(b"")
+    assert last_whole_checkpoint(half.folder) == str(half.folder / "checkpoint-4")
+    assert last_whole_checkpoint(half.folder, with_best=True) is None
+    assert "its best one, checkpoint-2, is: adapter_model.safetensors has 0 bytes" in caplog.text
+    assert half.checkpoints() == ["damaged-checkpoint-2", "damaged-checkpoint-4"]
+
+
+def limit_weights() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, resource.RLIM_INFINITY))
+
+
+def limit_optimizer() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (600_000, resource.RLIM_INFINITY))
+
+
+@pytest.mark.parametrize("limit", [limit_weights, limit_optimizer])
+def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(half, whole, limit):
+    """No file may be larger than a limit that safetensors hits with the weights, or torch with the optimizer."""
+    status, said = half(limit)
+    last = said.strip().splitlines()[-1]
+    assert status == 1 and "Traceback" not in said
+    assert re.search(
+        r"checkpoint-6: could not be written: .*MB are free in .*, and 1\.4 MB are needed: make room", last
+    )
+    assert last.endswith(f"the same command goes on from {half.folder / 'checkpoint-4'}.")
+    assert half.checkpoints() == ["checkpoint-2", "checkpoint-4"]
+    half.finish()
+    assert_alike(half, whole)
+
+
+def test_a_run_goes_on_when_a_full_disk_has_room_again(half, whole, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("no file system may be mounted here")
+    try:
+        shutil.move(half.folder, disk / "run")
+        half.folder, half.arguments[-1] = disk / "run", str(disk / "run")
+        with (disk / "other").open("wb", buffering=0) as file, pytest.raises(OSError):
+            while True:  # to the last page, less room for some files of a checkpoint
+                file.write(bytes(4096))
+        os.truncate(disk / "other", (disk / "other").stat().st_size - 500_000)
+        status, said = half()
+        assert status == 1 and "Traceback" not in said
+        assert re.search(r"checkpoint-6: could not be written: .*0\.5 MB are free in", said)
+        assert half.checkpoints() == ["checkpoint-2", "checkpoint-4"]
+        (disk / "other").unlink()
+        half.finish()
+        assert_alike(half, whole)
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+@pytest.mark.parametrize(
+    ("owner", "method", "count", "step"),
+    [
+        (RunTrainer, "training_step", 3, 3),
+        (RunTrainer, "training_step", 6, 6),  # the last one of an epoch
+        (AffectTrainer, "prediction_step", 1, 6),  # validation at its end
+        (RunTrainer, "_save_rng_state", 2, 4),  # a checkpoint that is written anyway
+    ],
+    ids=lambda value: str(getattr(value, "__name__", value)),
+)
+def test_sigterm_saves_and_ends_a_run_that_then_ends_as_if_nothing_was(whole, tmp_path, owner, method, count, step):
+    run = Run(tmp_path, TINY)
+    status, said = run(At(owner, method, count, terminate))
+    assert status == 143 and f"Stopped by SIGTERM: {run.folder / f'checkpoint-{step}'} was written" in said
+    assert "Traceback" not in said and damage_of(run.folder / f"checkpoint-{step}") is None
+    assert not (run.folder / "model").exists()
+    run.finish()
+    assert_alike(run, whole)
+
+
+def test_processes_that_read_batches_let_the_step_be_finished(tmp_path):
+    """A scheduler signals every process of a job, those of the data loader too."""
+    arguments = [*TINY, "--dataloader_num_workers", "1"]
+    one, other = Run(tmp_path / "one", arguments), Run(tmp_path / "other", arguments)
+    one.finish()
+    status, said = other(At(RunTrainer, "training_step", 3, terminate))
+    assert status == 143 and "checkpoint-3 was written" in said
+    other.finish()
+    assert_alike(other, one)
+
+
+def test_the_command_ends_with_143(tmp_path):
+    command = [sys.executable, "train.py", *TINY, "--num_train_epochs", "100", "--output_dir", str(tmp_path)]
+    process = subprocess.Popen(command, cwd=REPO, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "log.jsonl").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.terminate()
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 143 and "The same command goes on from there" in said
+
+
+def test_a_loss_that_is_no_number_names_its_rows(tmp_path):
+    """Found at its own step; of an infinite gradient too."""
+
+    class Square(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(()))
+
+        def forward(self, value, attention_mask):
+            return {"loss": (self.weight * value).square().mean() if self.finite else (self.weight - 1).sqrt().mean()}
+
+    def collate(rows):
+        return {"value": torch.tensor([row["value"] for row in rows]), "attention_mask": torch.ones(len(rows), 1)}
+
+    rows = Dataset.from_list([{"id": f"clip_{n}", "value": float("nan") if n == 9 else 1.0} for n in range(16)])
+    for finite, value in ((True, "the loss is nan"), (False, "the gradients' norm is inf")):
+        folder = tmp_path / str(finite)
+        settings = {"per_device_train_batch_size": 4, "remove_unused_columns": False, "use_cpu": True}
+        settings |= {
+            "save_steps": 1,
+            "logging_steps": 100,
+            "learning_rate": 1e-3,
+            "train_sampling_strategy": "sequential",
+        }
+        model = Square()
+        model.finite = finite
+        trainer = RunTrainer(
+            model,
+            TrainingArguments(output_dir=str(folder), **settings),
+            data_collator=collate,
+            train_dataset=rows,
+            run_folder=folder,
+        )
+        step, first = (3, 8) if finite else (1, 0)
+        names = ", ".join(f"clip_{n}" for n in range(first, first + 4))
+        with pytest.raises(RunStopped, match=rf"^step {step}: {value}. The rows of its batch: {names}\. ") as stopped:
+            trainer.go_on()
+        saved = [folder / f"checkpoint-{n}" for n in (1, 2)] if finite else []
+        assert sorted(folder.glob("checkpoint-*")) == saved and not any(map(damage_of, saved))
+        assert (f"the last checkpoint is {saved[-1]}." if saved else "there is no checkpoint yet") in str(
+            stopped.value
+        )
+
+
+def test_a_run_that_diverges_ends_with_a_message_and_a_clean_log(tmp_path):
+    run = Run(tmp_path, [*TINY, "--learning_rate", "1e30", "--logging_steps", "1", "--save_steps", "1"])
+    status, said = run()
+    assert status == 1 and "Traceback" not in said and re.search(r"step 2: the .* is (nan|inf)", said)
+    assert run.checkpoints() == ["checkpoint-1"] and [entry["step"] for entry in run.entries()] == [1]
+
+
+def test_a_log_that_a_full_disk_cut_off_is_mended(half, whole, caplog):
+    with (half.folder / "log.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')
+    assert "a line that was not written to its end is removed" in half.finish()
+    assert_alike(half, whole)
+
+
+def test_a_finished_run_is_only_read(whole):
+    before = (whole.folder / "log.jsonl").read_text()
+    weights = whole.weights()
+    whole.finish()
+    assert (whole.folder / "log.jsonl").read_text() == before
+    assert all(torch.equal(weights[name], value) for name, value in whole.weights().items())
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("clips") / "avatars"
+    load_corpus("avatars", folder, **CLIPS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def phases(clips, tmp_path_factory) -> Run:
+    folder = tmp_path_factory.mktemp("phases")
+    run = Run(folder, [*PHASES, "--corpus_dir", str(clips)], hub=folder / "hub")
+    run.finish()
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("owner", "method", "count", "saved"),
+    [
+        (TowerCache, "_write", 5, None),  # while clips are read
+        (RunTrainer, "training_step", 1, "audio_tower/checkpoint-1"),
+        (RunTrainer, "training_step", 4, "audio_tower/checkpoint-4"),
+        (RunTrainer, "training_step", 9, "experts/checkpoint-1"),
+    ],
+    ids=lambda value: str(getattr(value, "__name__", value)),
+)
+def test_sigterm_in_any_phase(phases, clips, tmp_path, owner, method, count, saved):
+    run = Run(tmp_path, [*PHASES, "--corpus_dir", str(clips)], hub=tmp_path / "hub")
+    status, said = run(At(owner, method, count, terminate))
+    assert status == 143 and "Stopped by SIGTERM: " in said
+    assert "nothing of this part" in said if saved is None else f"{run.folder / saved} was written" in said
+    run.finish()
+    assert_alike(run, phases)
+
+
+def test_every_phase_is_in_the_log_and_in_the_picture(phases, tmp_path):
+    names = [entry.get("phase") for entry in phases.entries() if "loss" in entry]
+    assert list(dict.fromkeys(names)) == ["audio_tower", "vision_tower", "experts", None]
+    assert (phases.folder / "training.png").read_bytes()[:4] == b"\x89PNG"
+    said = phases.said.read_text()
+    assert re.search(r"^experts: step 2/6, loss [\d.]+, lr [\d.e-]+, rows/s [\d,]+, [\d:]+ left$", said, re.MULTILINE)
+
+
+def test_a_file_that_is_gone_is_named_and_nothing_is_trained_on_without_it(phases, clips, tmp_path):
+    """What is kept of a clip goes in the middle of a phase; then the clip itself, before the run goes on."""
+    own = shutil.copytree(clips, tmp_path / "avatars")
+    run = Run(tmp_path, [*PHASES, "--corpus_dir", str(own)], hub=tmp_path / "hub")
+    status, said = run(At(RunTrainer, "training_step", 3, _Gone(tmp_path / "hub")))
+    last = said.strip().splitlines()[-1]
+    assert status == 1 and "Traceback" not in said
+    assert re.search(rf"^{own}/train/\w+\.(mp4|wav): what is kept of it in {tmp_path}/hub/.* cannot be read", last)
+    assert "Put it back" in last and damage_of(run.folder / "audio_tower" / "checkpoint-4") is None
+    clip = next((own / "train").glob("*.mp4"))
+    clip.rename(tmp_path / clip.name)
+    status, said = run()
+    assert status == 1 and "files were read when this run began and give nothing now" in said and str(clip) in said
+    assert damage_of(run.folder / "audio_tower" / "checkpoint-4") is None
+    (tmp_path / clip.name).rename(clip)
+    run.finish()
+    assert_alike(run, phases)
+
+
+class _Gone:
+    """Removes a folder."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __call__(self) -> None:
+        shutil.rmtree(self.folder)

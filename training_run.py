@@ -1,0 +1,511 @@
+"""What every phase of a training run shares: its Trainer, its log, what is seen of it, and how it survives.
+
+A phase goes on from its last whole checkpoint (`checkpoints.py`) as if nothing had been. It ends with one clear
+message, and with its checkpoints as they were, when a checkpoint cannot be written, when a loss is no number, when a
+file that it reads is gone, and when a scheduler asks it to (SIGTERM): then it first writes a checkpoint.
+"""
+
+import hashlib
+import json
+import logging
+import math
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import broadcast_object_list
+from torch.distributed.fsdp import register_fsdp_forward_method
+from tqdm.auto import tqdm
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainerState
+from transformers.trainer_pt_utils import nested_gather
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+
+from checkpoints import (
+    MANIFEST,
+    RunStopped,
+    last_whole_checkpoint,
+    seal,
+    size_of,
+    steps_of,
+    write_whole,
+    writing,
+)
+from evaluation import AffectCollator, classification_metrics, regression_metrics
+from mixture import MixtureTrainer
+from plots import plot_training
+
+
+STATE = "trainer_state.json"
+RUNNING_LOSS = "running_loss.json"
+TERMINATED = 128 + signal.SIGTERM  # what a shell says of a process that SIGTERM ended
+UNCHECKED = 64  # losses that stay on an accelerator before they are looked at, at most
+
+
+class Termination:
+    """SIGTERM, which schedulers send some time before they kill.
+
+    Where a checkpoint can be written, during training, it is noted, and [`RunTrainer`] stops at the end of the step.
+    Anywhere else it stops the command at once.
+
+    Attributes:
+        asked: Whether it has come.
+        can_wait: Whether it is noted only.
+    """
+
+    def __init__(self):
+        self.asked = self.can_wait = False
+
+    def __call__(self, number: int, frame: Any) -> None:
+        if self.asked:
+            return
+        self.asked = True
+        if not self.can_wait:
+            raise self.stop("nothing of this part of the run had to be saved")
+        logging.warning("SIGTERM: the run stops as soon as this step and its checkpoint are finished")
+
+    def stop(self, saved: str) -> RunStopped:
+        return RunStopped(f"Stopped by SIGTERM: {saved}. The same command goes on from there.", TERMINATED)
+
+
+termination = Termination()
+
+
+def run_command(main: Callable[[list[str]], None], arguments: list[str]) -> None:
+    """Runs a command that trains: ends by SIGTERM with status 143, and with a message alone where one says it all."""
+    signal.signal(signal.SIGTERM, termination)
+    try:
+        main(arguments)
+    except RunStopped as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(stop.status)
+    except Exception:
+        # Schedulers signal every process: those that read for this one may be gone before it knows of it itself.
+        if not termination.asked:
+            raise
+        print(termination.stop("nothing was saved since the last checkpoint"), file=sys.stderr)
+        sys.exit(TERMINATED)
+
+
+def check_reporters(names: list[str]) -> None:
+    """Raises a ValueError if `report_to` names a package that is missing, before anything is computed."""
+    for name in names:
+        if name in ("tensorboard", "trackio") and find_spec(name) is None:
+            raise ValueError(f"report_to: got {name!r}, wanted its package beside it: pip install {name}")
+
+
+def check_media(record: Path, errors: dict[tuple[str, str], str]) -> None:
+    """Sees to it that a run goes on with the files that it began with.
+
+    Args:
+        record: Where the files are noted that gave nothing when the run began.
+        errors: Why files give nothing now, by modality and path.
+
+    Raises:
+        RunStopped: If one of them gave something then: its rows would silently be trained on without it.
+    """
+    if not record.exists():
+        write_whole(record, json.dumps([[*key, why] for key, why in errors.items()], indent=2) + "\n")
+        return
+    known = {(modality, path) for modality, path, _ in json.loads(record.read_text(encoding="utf-8"))}
+    gone = [why for key, why in errors.items() if key not in known]
+    if gone:
+        raise RunStopped(
+            f"{len(gone)} files were read when this run began and give nothing now: {' '.join(gone[:10])} Put them "
+            f"back, and the same command goes on; or begin another run in another output_dir ({record} has those "
+            "that never gave anything)."
+        )
+
+
+class JsonLinesLog(TrainerCallback):
+    """Appends every log entry of the Trainer to a file, one JSON object a line, with `fields` in each."""
+
+    def __init__(self, path: Path, **fields: str):
+        self.path, self.fields = path, fields
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero:
+            line = json.dumps({**self.fields, "step": state.global_step, **logs}) + "\n"
+            with writing(self.path), self.path.open("a", encoding="utf-8") as file:
+                file.write(line)
+
+    def cut(self, step: int) -> None:
+        """Takes out what this phase logged after a step: it is to come again. And a line that a full disk cut off."""
+        if not self.path.exists():
+            return
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if self._stays(line, step)]
+        if kept != lines:
+            write_whole(self.path, "".join(kept))
+
+    def _stays(self, line: str, step: int) -> bool:
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            logging.warning("%s: a line that was not written to its end is removed: %s", self.path, line.strip())
+            return False
+        return entry.get("phase") != self.fields.get("phase") or 0 < entry["step"] <= step
+
+
+class Progress(ProgressCallback):
+    """How a phase gets on: its loss, learning rate, speed and the time that is left.
+
+    A bar on a terminal; a line for each log entry where there is none, or where `disable_tqdm` is set.
+    """
+
+    def __init__(self, phase: str):
+        super().__init__()
+        self.phase = phase
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.first, self.begun, self.current_step = state.global_step, time.monotonic(), state.global_step
+        if state.is_world_process_zero and sys.stderr.isatty() and not args.disable_tqdm:
+            # Of the whole time, or what validation takes would not be in what is left.
+            self.training_bar = tqdm(
+                desc=self.phase, total=state.max_steps, initial=self.first, smoothing=0, dynamic_ncols=True
+            )
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.training_bar is not None:
+            super().on_step_end(args, state, control, **kwargs)
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        if self.training_bar is not None:
+            super().on_prediction_step(args, state, control, **kwargs)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        if "loss" in logs:
+            shown = {"loss": f"{logs['loss']:.4g}", "lr": f"{logs['learning_rate']:.2g}"}
+            rates = {name: f"{logs[f'{name}_per_second']:,.0f}" for name in RATES if f"{name}_per_second" in logs}
+            shown |= {f"{name}/s": rate for name, rate in rates.items()}
+        else:
+            numbers = {name: value for name, value in logs.items() if isinstance(value, int | float)}
+            shown = {name: f"{value:.4g}" for name, value in numbers.items() if name not in ("epoch", "total_flos")}
+        if self.training_bar is not None and "loss" in logs:
+            self.training_bar.set_postfix(shown)
+            return
+        text = f"{self.phase}: step {state.global_step}/{state.max_steps}"
+        text += "".join(f", {name} {value}" for name, value in shown.items())
+        done = state.global_step - self.first
+        if "loss" in logs and done:
+            left = (time.monotonic() - self.begun) / done * (state.max_steps - state.global_step)
+            text += f", {tqdm.format_interval(left)} left"
+        if self.training_bar is not None:
+            self.training_bar.write(text)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.training_bar is not None:
+            super().on_train_end(args, state, control, **kwargs)
+
+
+RATES = ("tokens", "rows")
+
+
+@dataclass
+class _Told:
+    """A collator's batches, and beside them what is told of them: the rows' ids, and how much they are.
+
+    What is random in a batch is a function of seed, epoch and rows: batches are made ahead of their steps, and a run
+    that goes on in the middle of an epoch could not know how far.
+    """
+
+    collator: AffectCollator
+    unit: str
+    seed: int
+    epoch: int = 0
+
+    def __call__(self, rows: list[dict]):
+        ids = [row["id"] for row in rows]
+        digest = hashlib.sha256(json.dumps([self.seed, self.epoch, ids]).encode()).digest()
+        before = torch.get_rng_state()
+        torch.default_generator.manual_seed(int.from_bytes(digest[:7]))  # no accelerator's
+        try:
+            batch = self.collator(rows)
+        except OSError as error:
+            raise RunStopped(
+                f"{error}. One of the rows {', '.join(ids)} needs it, and it was there when the run began: nothing is "
+                "trained on without it. Put it back, and the same command goes on from the last checkpoint."
+            ) from error
+        finally:
+            torch.set_rng_state(before)
+        batch["row_ids"] = ids
+        # Counted here, where no accelerator has to be waited for.
+        batch["amount"] = int(batch["attention_mask"].sum()) if self.unit == "tokens" else len(rows)
+        return batch
+
+
+def _begin_worker(worker: int, begin: Callable[[int], None]) -> None:
+    """A process that reads batches outlives SIGTERM, as the step is to be finished; it ends with the main process."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    begin(worker)
+
+
+class _Keeper(TrainerCallback):
+    """Asks for checkpoints when a run has to stop, and has those of an epoch's end written last."""
+
+    def __init__(self, trainer: "RunTrainer"):
+        self.trainer, self.stopping = trainer, False
+        self.at_end, self.put_off = False, False  # of an epoch or the run; a checkpoint until all else is done there
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.restore_running_loss()
+        termination.can_wait = True
+
+    def on_train_end(self, args, state, control, **kwargs):
+        termination.can_wait = False
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.trainer.told.epoch = int(state.epoch)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.at_end = state.epoch == int(state.epoch) or state.global_step >= state.max_steps
+        self._decide(control)
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        control.should_save = control.should_save or self.put_off
+        self.at_end = self.put_off = False
+        self._decide(control)
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self._decide(control)
+
+    def on_save(self, args, state, control, **kwargs):
+        if self._has_to_stop():
+            raise termination.stop(f"{self.trainer.checkpoint} was written")
+
+    def _decide(self, control) -> None:
+        control.should_save = control.should_save or self._has_to_stop()
+        if self.at_end and control.should_save:
+            # What is due at the end of an epoch comes after this; a run that went on from here would not do it.
+            control.should_save, self.put_off = False, True
+
+    def _has_to_stop(self) -> bool:
+        accelerator = self.trainer.accelerator
+        if accelerator.num_processes == 1:
+            return termination.asked
+        if termination.asked and not self.stopping:
+            accelerator.set_trigger()
+        self.stopping = accelerator.check_trigger() or self.stopping  # all stop at the same step
+        return self.stopping
+
+
+class RunTrainer(MixtureTrainer):
+    """Trainer of every phase of a run.
+
+    Args:
+        run_folder: The run's folder, where `log.jsonl` is.
+        phase: The phase's name; of the last, None.
+        args, kwargs: See [`MixtureTrainer`].
+    """
+
+    unit = "rows"  # what the speed is measured in
+
+    def __init__(self, *args, run_folder: Path, phase: str | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        # It hides losses that are no numbers, and waits for the accelerator in every step.
+        self.args.logging_nan_inf_filter = False
+        self.log_file = JsonLinesLog(run_folder / "log.jsonl", **({"phase": phase} if phase else {}))
+        self.remove_callback(PrinterCallback)
+        self.remove_callback(ProgressCallback)
+        for callback in (_Keeper(self), self.log_file, Progress(phase or "training")):
+            self.add_callback(callback)
+        self._unchecked: list[tuple[int, list[str] | None, torch.Tensor]] = []  # step, rows and loss; or gradient norm
+        self._restored, self._amount, self._clock = None, 0, time.perf_counter()
+
+    @property
+    def checkpoint(self) -> Path:
+        """Where a checkpoint of this step is, or will be."""
+        return Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+
+    def go_on(self) -> None:
+        """Trains from the last whole checkpoint, or from the beginning; of what is finished, reads what it learned.
+
+        Then draws what the log says of all phases until this one, in `training.png` beside it.
+        """
+        self._go_on()
+        if self.is_world_process_zero():
+            with writing(self.log_file.path.with_name("training.png")):
+                plot_training(self.log_file.path, self.log_file.path.with_name("training.png"))
+
+    def _go_on(self) -> None:
+        found = [None]
+        if self.is_world_process_zero():
+            found = [last_whole_checkpoint(Path(self.args.output_dir), self.args.load_best_model_at_end)]
+        [checkpoint] = broadcast_object_list(found)
+        if self.is_world_process_zero():
+            self.log_file.cut(steps_of(checkpoint))
+        if checkpoint is None:
+            self.train()
+            return
+        state = TrainerState.load_from_json(str(Path(checkpoint) / STATE))
+        if self.args.max_steps > 0:
+            finished = state.global_step >= self.args.max_steps
+        else:
+            epochs = math.ceil(self.args.num_train_epochs)
+            finished = state.global_step >= state.max_steps and state.num_train_epochs >= epochs
+        if finished and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            self._load_from_checkpoint(checkpoint)
+            self.state = state
+            if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+                self._load_best_model()
+            return
+        self._restored = json.loads((Path(checkpoint) / RUNNING_LOSS).read_text(encoding="utf-8"))
+        logging.info("going on from %s", checkpoint)
+        self.train(resume_from_checkpoint=checkpoint)
+
+    def restore_running_loss(self) -> None:
+        """Sets the loss that was not logged yet when the checkpoint was written, which Trainer forgets."""
+        if self._restored is not None:
+            self._tr_loss += self._restored["loss"]
+            self._globalstep_last_logged = self._restored["logged_step"]
+            self._total_loss_scalar = self._restored["total"]
+        self._clock, self._amount = time.perf_counter(), 0
+
+    def get_train_dataloader(self):
+        collator = self.data_collator
+        self.data_collator = self.told = _Told(collator, self.unit, self.args.data_seed or self.args.seed)
+        try:
+            loader = super().get_train_dataloader()
+        finally:
+            self.data_collator = collator
+        if loader.num_workers:
+            loader.worker_init_fn = partial(_begin_worker, begin=loader.worker_init_fn)
+        return loader
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        ids, amount = inputs.pop("row_ids"), inputs.pop("amount")
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._amount += amount
+        self._unchecked.append((self.state.global_step + 1, ids, loss))
+        return loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm)
+        if norm is not None and self.accelerator.scaler is None:  # a scaler's infinite ones are skipped steps
+            self._unchecked.append((self.state.global_step + 1, None, torch.as_tensor(norm)))
+        return norm
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        control = self.control
+        due = control.should_log or control.should_evaluate or control.should_save or control.should_training_stop
+        # To look at a loss is to wait for the accelerator: it is done where that is done anyway.
+        if due or self.args.device.type == "cpu" or len(self._unchecked) >= UNCHECKED:
+            self.check_losses()
+        pauses = control.should_evaluate or control.should_save
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        if pauses:
+            self._clock, self._amount = time.perf_counter(), 0  # training alone is measured
+
+    def check_losses(self) -> None:
+        """Raises a RunStopped, which names the rows, if a loss or a gradient since the last look was no number."""
+        unchecked, self._unchecked = self._unchecked, []
+        if not unchecked:
+            return
+        device = self.args.device
+        values = torch.stack([value.detach().to(device, torch.float32).reshape(()) for _, _, value in unchecked])
+        for (step, ids, _), value in zip(unchecked, values.tolist(), strict=True):
+            if math.isfinite(value):
+                continue
+            what = "the gradients' norm" if ids is None else "the loss"
+            # Of a norm, the batches of its step.
+            rows = ids or [name for other, names, _ in unchecked if other == step for name in names or ()]
+            folder = Path(self.args.output_dir)
+            whole = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*[0-9]") if (path / MANIFEST).exists()]
+            last = max(whole, key=steps_of, default=None)
+            raise RunStopped(
+                f"step {step}: {what} is {value}. The rows of its batch: {', '.join(rows)}. Nothing was saved since; "
+                + (f"the last checkpoint is {last}. " if last else "there is no checkpoint yet. ")
+                + "Look at these rows, or train at a lower learning_rate: unchanged, the run comes here again."
+            )
+
+    def log(self, logs, start_time=None):
+        if "loss" in logs and self._amount:
+            seconds = time.perf_counter() - self._clock
+            logs[f"{self.unit}_per_second"] = round(self._amount * self.accelerator.num_processes / seconds, 1)
+            self._clock, self._amount = time.perf_counter(), 0
+        if "train_loss" in logs:  # Trainer's own is that of the steps since the run was last started
+            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
+        super().log(logs, start_time)
+
+    def _save_checkpoint(self, model, trial):
+        """As Trainer does, but an older one goes only when this one is whole."""
+        # Kept out of `training_args.bin` thereby, which no run reads.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        unlogged = nested_gather(self._tr_loss, self.args.parallel_mode).mean().item()
+        running = {"loss": unlogged, "logged_step": self._globalstep_last_logged, "total": self._total_loss_scalar}
+        checkpoint, folder = self.checkpoint, Path(self.args.output_dir)
+        whole = sorted(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*[0-9]"), key=steps_of)
+        remedy = f"make room, and the same command goes on from {whole[-1] if whole else 'the beginning'}"
+        (checkpoint / MANIFEST).unlink(missing_ok=True)
+        with writing(checkpoint, size_of(whole[-1]) if whole else None, remedy):
+            try:
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    (checkpoint / RUNNING_LOSS).write_text(json.dumps(running) + "\n", encoding="utf-8")
+                    seal(checkpoint)
+            except Exception:
+                shutil.rmtree(checkpoint, ignore_errors=True)
+                raise
+            finally:
+                self.args.save_total_limit = limit
+        if self.args.should_save:
+            rotate_checkpoints(str(folder), limit, self.state.best_model_checkpoint)
+        self.accelerator.wait_for_everyone()
+
+
+class AffectTrainer(RunTrainer):
+    """Trainer whose evaluation scores every legal answer instead of comparing logits at the gold tokens.
+
+    An evaluation data set asks one task; of several tasks there is a dict of them. Evaluation loss is the negative
+    log-probability of the gold answer among the legal ones; selection sees the validation split alone.
+    """
+
+    unit = "tokens"
+
+    def __init__(self, *args, scoring_collator: AffectCollator, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.scoring_collator = scoring_collator
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        training_collator, self.data_collator = self.data_collator, self.scoring_collator
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = training_collator
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        inputs = self._prepare_inputs(inputs)
+        answers, tasks = inputs.pop("answer_index"), inputs.pop("task_index")
+        candidates = self.scoring_collator.processor.candidates(self.scoring_collator.tasks[int(tasks[0])])
+        answering = self.accelerator.unwrap_model(model)
+        if "score_labels" not in vars(answering):
+            register_fsdp_forward_method(answering, "score_labels")  # of FSDP2; of any other model it does nothing
+        with self.accelerator.autocast():
+            scores = answering.score_labels(candidates=candidates, **inputs)
+        # No loss: Trainer would take the mean over batches, which with several processes may hold a row twice.
+        return None, scores.log_probs, torch.stack([answers, tasks], 1)
+
+
+def metrics_of(tasks: list, predictions) -> dict[str, float]:
+    """Trainer's validation metrics of a task, from the answers' log-probabilities and the places of gold and task."""
+    golds, places = predictions.label_ids.T
+    task, loss = tasks[places[0]], -predictions.predictions[np.arange(len(golds)), golds].mean()
+    gold = [task.parse(task.answers[index]) for index in golds]
+    if task.kind == "classification":
+        best = [task.answers[index] for index in predictions.predictions.argmax(-1)]
+        return {"loss": float(loss)} | classification_metrics(gold, best)
+    scores = np.asarray([task.parse(answer) for answer in task.answers])
+    return {"loss": float(loss)} | regression_metrics(gold, list(np.exp(predictions.predictions) @ scores))
