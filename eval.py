@@ -33,7 +33,7 @@ from transformers.utils import cached_file
 import robustness
 from comparison import cluster_of, intervals, mcnemar, paired_differences, resample
 from corpora import CORPORA, group_of, load_corpus
-from evaluation import LABEL_COLUMNS, Predictor, check_labels, measure_of, metrics_of
+from evaluation import LABEL_COLUMNS, Predictor, check_labels, measure_of, metrics_of, weights_digest
 from label_maps import LABEL_MAPS
 from plots import plot_conditions, plot_confusion, plot_gates, plot_scores
 from processes import in_turns, only_the_main_process_speaks
@@ -208,7 +208,14 @@ def main(arguments: list[str]) -> None:
     allowed = args.modalities or trained.get("modalities", model.config.modalities)
     modalities = [modality for modality in model.config.modalities if modality in allowed]
 
-    report = {"model": args.model, "corpus": args.corpus, "task": task.name, "label_map": args.label_map}
+    weights = weights_digest(Path(args.model)) if Path(args.model).is_dir() else None
+    report = {
+        "model": args.model,
+        "weights": weights,
+        "corpus": args.corpus,
+        "task": task.name,
+        "label_map": args.label_map,
+    }
     report |= {"split": args.split, "samples": len(rows), "modalities": modalities}
     args.output.mkdir(parents=True, exist_ok=True)
     (evaluate_robustness if args.robustness else evaluate)(args, predict, rows, modalities, report)

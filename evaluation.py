@@ -1,9 +1,11 @@
 """From rows to figures: batches for the model, its answers, and what they are worth by a corpus's own measures."""
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -144,6 +146,15 @@ def prompt_lengths(dataset: Dataset, collator: AffectCollator) -> list[int]:
     light = AffectCollator(collator.processor, collator.tasks, ["text"], with_answers=None)
     rows = dataset.select_columns([name for name in dataset.column_names if name not in FEATURE_COLUMNS])
     return [int(light([row])["input_ids"].shape[1]) for row in rows]
+
+
+def weights_digest(folder: Path) -> str:
+    """SHA-256 of a model folder's weights, by which a report of figures says what it measured."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
 
 
 Change = Callable[[dict[str, torch.Tensor], list[str]], dict[str, torch.Tensor]]

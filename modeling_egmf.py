@@ -451,6 +451,30 @@ class EGMFForConditionalGeneration(EGMFPreTrainedModel, ScoringMixin, Generation
         model._check_head(language_model)
         return model
 
+    @classmethod
+    def from_base(
+        cls,
+        config: EGMFConfig,
+        language_model: str | PreTrainedModel,
+        audio_tower: str | PreTrainedModel | None = None,
+        vision_tower: str | PreTrainedModel | None = None,
+    ) -> "EGMFForConditionalGeneration":
+        """What the adapter of a trained model is put on: the LLM and the towers that were trained, and a new fusion.
+
+        Args:
+            config: The trained model's.
+            language_model, audio_tower, vision_tower: As in [`from_language_model`]. A tower of the config that is
+                not given is new as well; an adapter that needs no other has it whole.
+        """
+        found = {"lm_head_bias", "tie_word_embeddings", *config.sub_configs}  # in the parts themselves
+        fields = {name: getattr(config, name) for name in EGMFConfig.__annotations__.keys() - found}
+        for name, tower in (("audio", audio_tower), ("vision", vision_tower)):
+            described = getattr(config, f"{name}_config")
+            if tower is None and described is not None:
+                tower = build_tower(described)
+            fields[f"{name}_tower"] = tower
+        return cls.from_language_model(language_model, **fields)
+
     @torch.no_grad()
     def _check_head(self, language_model: PreTrainedModel) -> None:
         """Compares this model's text-only logits with the LLM's own: some LLMs do more than a linear head."""

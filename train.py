@@ -7,8 +7,9 @@ A recipe with `tower_epochs` first trains each tower alone, one with `expert_epo
 these towers with it, then the fusion and the LLM with LoRA. Writes to `output_dir`: a folder of checkpoints per phase
 (the same command goes on from the last one), `log.jsonl` and `training.png`, the trained towers in `towers/`, for the
 `audio_tower` and `vision_tower` of other recipes, and `model/`: merged and self-contained, for
-`AutoModel.from_pretrained(..., trust_remote_code=True)`, with the recipe's fields in `recipe.json`. With
-`num_train_epochs: 0` the towers are all that is made.
+`AutoModel.from_pretrained(..., trust_remote_code=True)`, with the recipe's fields and the packages' versions in
+`recipe.json`; `adapter/` is what of it was trained last, for `publish.py --adapter_only`. With `num_train_epochs: 0`
+the towers are all that is made.
 """
 
 import copy
@@ -16,7 +17,9 @@ import dataclasses
 import json
 import logging
 import os
+import platform
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -48,6 +51,10 @@ from recipes import Recipe, load_recipe
 from shrinking import shrink
 from tower_cache import COLUMNS, TowerCache
 from training_run import AffectTrainer, RunTrainer, check_media, check_reporters, metrics_of, run_command
+
+
+# What a trained model may depend on; their versions are kept with it.
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "safetensors", "numpy")
 
 
 def pretrain(
@@ -142,6 +149,8 @@ def save_model(recipe: Recipe, model: EGMFForConditionalGeneration, processor: E
     for name in ("language_model", "audio_tower", "vision_tower"):
         if isinstance(fields[name], str) and os.path.isdir(fields[name]):
             fields[name] = Path(fields[name]).name
+    fields["training"] = recipe.training_record()
+    fields["packages"] = {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
     with writing(folder):
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
@@ -234,6 +243,8 @@ def main(arguments: list[str]) -> None:
 
     whole = finished(recipe, trainer, learns_on)
     if whole is not None:
+        with writing(output / "adapter"):
+            whole.save_pretrained(output / "adapter")
         save_model(recipe, whole.merge_and_unload(), processor, output / "model")
         print(f"model: {output / 'model'}")
 

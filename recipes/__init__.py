@@ -156,15 +156,26 @@ class ExpertArguments:
     expert_batch_size: int = 32
 
 
+# TrainingArguments that are about the machine, or about where a run is kept.
+_NOT_RECORDED = {"output_dir", "resume_from_checkpoint", "use_cpu", "hub_token", "hub_model_id"}
+
+
 @dataclass
 class Recipe:
-    """A parsed recipe; `fields` is what was set, for the record."""
+    """A parsed recipe; `fields` are the names of what was set, in the file or on the command line."""
 
     model: ModelArguments
     data: DataArguments
     experts: ExpertArguments
     training: TrainingArguments
-    fields: dict
+    fields: set[str]
+
+    def training_record(self) -> dict[str, Any]:
+        """The TrainingArguments that were set, for the record; of an absolute path its last part."""
+        record = self.training.to_dict()
+        kept = {name: value for name, value in record.items() if name in self.fields - _NOT_RECORDED}
+        files = {name for name, value in kept.items() if isinstance(value, str) and Path(value).is_absolute()}
+        return kept | {name: Path(kept[name]).name for name in files}
 
 
 def _as_arguments(fields: dict) -> list[str]:
@@ -198,7 +209,8 @@ def load_recipe(arguments: list[str]) -> Recipe:
     )
     if unknown:
         raise ValueError(f"{arguments[0]}: unknown {unknown}, wanted fields of a recipe or of TrainingArguments")
-    recipe = Recipe(*parsed, fields=fields)
+    given = {argument[2:].partition("=")[0] for argument in arguments[1:] if argument.startswith("--")}
+    recipe = Recipe(*parsed, fields=given | fields.keys())
     if recipe.data.corpora and recipe.experts.tower_epochs:
         wanted = "0 in a mixture: towers from scratch learn one task alone"
         raise ValueError(f"tower_epochs: got {recipe.experts.tower_epochs}, wanted {wanted}")

@@ -1,0 +1,80 @@
+"""Publishes a trained run on the Hugging Face Hub.
+
+    python publish.py runs/mosi --repo OWNER/NAME --dry_run
+    python publish.py runs/mosi --repo OWNER/NAME [--private] [--license apache-2.0]
+    python publish.py runs/mosi --repo OWNER/NAME --adapter_only
+
+Writes `hub/` in the run's folder, anew each time: the merged model in shards, or with `--adapter_only` what was
+trained (LoRA, the fusion, towers that the Hub does not have); the code and the processor that go with it; the recipe,
+as `recipe.json` and `recipe.yaml`; and a model card. Its figures are those of every `metrics.json` that `eval.py` has
+written below the run's folder for this model, with split and interval; without any there are none.
+
+Then uploads the folder in one commit. The same command goes on with an upload that broke off: what is there already is
+not sent again. With `--dry_run` nothing is uploaded; the card is read back, and checked by the Hub where it can be
+reached.
+
+Weights are derived from the language model and from the corpora. Without `--license` the card puts them under no
+licence of their own (`license: other`) and names both; with it, what you say, which you have to be entitled to.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import httpx2
+from huggingface_hub import HfApi, ModelCard, get_token
+from huggingface_hub.errors import OfflineModeIsEnabled
+
+from publishing import build_folder, check_repo_id, read_run, upload
+
+
+UNREACHABLE = (httpx2.TransportError, OfflineModeIsEnabled)
+
+
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("run", type=Path, metavar="RUN_DIR", help="output_dir of train.py")
+    parser.add_argument("--repo", required=True, metavar="OWNER/NAME", help="repository on the Hub; made if need be")
+    parser.add_argument("--adapter_only", action="store_true", help="without the language model's weights")
+    parser.add_argument("--private", action="store_true", help="a repository that only its owner sees")
+    parser.add_argument("--license", help="the Hub's name of the licence that the weights are put under")
+    parser.add_argument("--base_model", metavar="ID", help="Hub id of the LLM, if the run was given a local folder")
+    parser.add_argument("--max_shard_size", default="5GB", help="size of a file of weights; 5GB by default")
+    parser.add_argument("--dry_run", action="store_true", help="write the folder, check the card, upload nothing")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str]) -> None:
+    args = parse_arguments(arguments)
+    check_repo_id(args.repo)
+    if not args.dry_run and get_token() is None:
+        raise ValueError("token: got none, wanted the one of `hf auth login`, or HF_TOKEN; --dry_run needs none")
+    run = read_run(args.run, args.base_model)
+    for reason in run.left_out:
+        print(f"left out: {reason}")
+    if args.adapter_only and run.base_model:
+        try:
+            run.base_revision = HfApi().model_info(run.base_model).sha
+        except UNREACHABLE as error:
+            if not args.dry_run:
+                raise
+            print(
+                f"not checked: the Hub cannot be reached ({error}), so the adapter was not put onto {run.base_model}"
+            )
+    folder = build_folder(run, args.repo, args.license, args.adapter_only, args.max_shard_size)
+    print(f"folder: {folder}, with {len(run.evaluations)} evaluations: {', '.join(run.evaluations) or 'no figures'}")
+    if args.dry_run:
+        try:
+            ModelCard.load(folder / "README.md").validate()
+            print("card: reads back as it was written, and the Hub finds it valid")
+        except UNREACHABLE as error:
+            print(
+                f"card: reads back as it was written; the Hub, which could not be reached ({error}), has not seen it"
+            )
+        return
+    commit = upload(folder, args.repo, args.private)
+    print(f"published: {commit.commit_url}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

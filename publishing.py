@@ -1,0 +1,286 @@
+"""From the output of `train.py` and `eval.py` to a folder that is ready for the Hub, and from there to the Hub.
+
+What is published is the merged model, or with `adapter_only` what was trained and the way to put it onto the language
+model that is on the Hub already. No path of the machine that trained is in any of the files.
+"""
+
+import fnmatch
+import json
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import (
+    CommitInfo,
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    save_torch_state_dict,
+)
+from huggingface_hub.utils import validate_repo_id
+from peft import LoraConfig, PeftModel
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from configuration_egmf import EGMFConfig
+from evaluation import weights_digest
+from model_card import DEFAULTS, Run, recipe_yaml, write_card
+from modeling_egmf import EGMFForConditionalGeneration
+from processing_egmf import AffectTask
+
+
+CODE_LICENSE = Path(__file__).parent / "LICENSE"
+# Of `model/`, what is published as it is: configurations, the processor's files, the code.
+COPIED = ("*.json", "*_egmf.py", "*.jinja", "*.txt", "*.model")
+# What an earlier publication may have left, and what must not stay beside a new one: a loader would prefer it.
+REPLACED = ("*.safetensors", "*.safetensors.index.json", "adapter_config.json", "*_egmf.py")
+INDEX = "model.safetensors.index.json"
+WRITTEN = {"README.md", "LICENSE", "recipe.json", "recipe.yaml"}
+
+
+def check_repo_id(repo_id: str) -> None:
+    """Raises a ValueError unless `repo_id` is OWNER/NAME, in the Hub's letters."""
+    try:
+        validate_repo_id(repo_id)
+        if repo_id.count("/") != 1:
+            raise ValueError("it has no owner")
+    except ValueError as error:
+        raise ValueError(f"repo: got {repo_id!r}, wanted OWNER/NAME ({error})") from error
+
+
+def read_run(folder: Path, base_model: str | None = None) -> Run:
+    """What is known of the run in a folder.
+
+    Args:
+        folder: An `output_dir` of `train.py`.
+        base_model: Hub id of the language model, where the run was given a local folder.
+
+    Raises:
+        FileNotFoundError: If there is no finished run in it.
+        ValueError: If `base_model` is not what the run says itself.
+    """
+    model = folder / "model"
+    for name in ("config.json", "processor_config.json", "recipe.json", "modeling_egmf.py"):
+        if not (model / name).is_file():
+            wanted = "the output_dir of a train.py that has come to its end"
+            raise FileNotFoundError(f"{folder}: got no model/{name}, wanted {wanted}")
+    if not weight_files(model):
+        raise FileNotFoundError(f"{folder}: got no model/*.safetensors, wanted the weights that train.py saved")
+    recipe, config, processor = map(
+        _read, (model / f"{name}.json" for name in ("recipe", "config", "processor_config"))
+    )
+    recipe = DEFAULTS | recipe  # a field may be younger than the run
+    name = recipe["language_model"]
+    # A local folder's path is not kept, neither in the recipe nor in the config.
+    known = name if "/" in name or name == config["text_config"].get("_name_or_path") else None
+    if base_model and known and base_model != known:
+        raise ValueError(f"base_model: got {base_model!r}, wanted {known!r}, which the run was trained on")
+    base_model = base_model or known
+    if base_model:
+        recipe["language_model"] = base_model
+    evaluations, left_out = read_evaluations(folder)
+    log, unreadable = read_log(folder / "log.jsonl")
+    tasks = {task["name"]: AffectTask.from_dict(task) for task in processor["tasks"].values()}
+    return Run(
+        folder=folder,
+        recipe=recipe,
+        config=config,
+        tasks=[tasks[name] for name in recipe["tasks"]],
+        log=log,
+        evaluations=evaluations,
+        left_out=left_out + unreadable,
+        base_model=base_model,
+        hub_towers={name: recipe[f"{name}_tower"] for name in ("audio", "vision") if _is_on_hub(name, recipe)},
+    )
+
+
+def _is_on_hub(modality: str, recipe: dict[str, Any]) -> bool:
+    """Whether a model's tower is one of the Hub's, as it is there: not trained in any phase, and not cut."""
+    tower = recipe[f"{modality}_tower"]
+    changed = recipe[f"train_{modality}_tower"] or recipe["tower_epochs"]
+    if modality == "audio":
+        changed = changed or recipe["audio_window"]
+    return isinstance(tower, str) and "/" in tower and modality in recipe["modalities"] and not changed
+
+
+def read_log(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """The lines of a run's log, and which do not count: a run that was killed may have left half of one."""
+    lines, unreadable = [], []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else (), 1):
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            unreadable.append(f"{path}: line {number} is not JSON")
+    return lines, unreadable
+
+
+def read_evaluations(folder: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """The `metrics.json` below a run's folder that measure its model as it is, and why others do not count."""
+    weights, found, left_out = weights_digest(folder / "model"), {}, []
+    for path in sorted(folder.rglob("metrics.json")):
+        report = _read(path)
+        if not {"corpus", "split", "samples", "answers", "intervals"} <= report.keys():
+            left_out.append(f"{path}: it is not by eval.py")
+        elif report.get("weights") != weights:
+            left_out.append(f"{path}: it does not measure the weights that are in model/; evaluate them (again)")
+        else:
+            found[path.parent.relative_to(folder).as_posix()] = report
+    return found, left_out
+
+
+def weight_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))
+
+
+def build_folder(run: Run, repo_id: str, license: str | None, adapter_only: bool, max_shard_size: str) -> Path:
+    """Writes `hub/` in the run's folder, in place of an earlier one.
+
+    Raises:
+        ValueError: If there are files in it that this function does not write, a local path is in one of those that it
+            would write, or `adapter_only` is asked of a run that cannot be put together from the Hub.
+        FileNotFoundError: If `adapter_only` is asked of a run without `adapter/`.
+    """
+    model, target = run.folder / "model", run.folder / "hub"
+    copied = sorted(path for pattern in COPIED for path in model.glob(pattern) if path.name != INDEX)
+    written = WRITTEN | {path.name for path in copied}
+    foreign = [path.name for path in target.glob("*") if path.name not in written and not is_replaced(path.name)]
+    if foreign:
+        raise ValueError(
+            f"{target}: got {', '.join(sorted(foreign))}, wanted nothing but what publish.py writes there"
+        )
+    with tempfile.TemporaryDirectory(dir=run.folder, prefix=".hub.") as scratch:
+        folder = Path(scratch) / "hub"
+        folder.mkdir()
+        for path in copied:
+            shutil.copyfile(path, folder / path.name)
+        shutil.copyfile(CODE_LICENSE, folder / "LICENSE")
+        _write(folder / "recipe.json", json.dumps(run.recipe, indent=2, ensure_ascii=False) + "\n")
+        _write(folder / "recipe.yaml", recipe_yaml(run))
+        if adapter_only:
+            write_adapter(run, folder)
+            if run.base_revision:
+                check_adapter(run, folder)
+        else:
+            weights = {name: value for path in weight_files(model) for name, value in load_file(path).items()}
+            save_torch_state_dict(weights, folder, max_shard_size=max_shard_size)
+        write_card(folder, run, repo_id, license, adapter_only)
+        check_no_paths(folder, run.folder)
+        for path in folder.iterdir():
+            path.chmod(0o644)  # safetensors writes files that nobody else may read
+        if target.exists():
+            shutil.rmtree(target)
+        folder.rename(target)
+    return target
+
+
+def write_adapter(run: Run, folder: Path) -> None:
+    """The adapter that training left, with the towers that are not on the Hub, and the Hub id of what it is put on."""
+    saved = run.folder / "adapter"
+    if not (saved / "adapter_config.json").is_file():
+        wanted = "what train.py saves there (started again, the same command writes it)"
+        raise FileNotFoundError(f"{saved}: got no adapter_config.json, wanted {wanted}")
+    if run.base_model is None:
+        got = run.recipe["language_model"]
+        raise ValueError(f"base_model: got {got!r}, a local folder or a random model, wanted the Hub id of the LLM")
+    config, weights = LoraConfig.from_pretrained(saved), load_file(saved / "adapter_model.safetensors")
+    for modality in run.towers:
+        tower = f"{modality}_tower"
+        if modality not in run.hub_towers and tower not in config.modules_to_save:
+            config.modules_to_save = [*config.modules_to_save, tower]
+            for path in weight_files(run.folder / "model"):
+                with safe_open(path, "pt") as file:
+                    names = [name for name in file.keys() if name.startswith(f"model.{tower}.")]
+                    weights |= {f"base_model.model.{name}": file.get_tensor(name) for name in names}
+    config.base_model_name_or_path, config.revision = run.base_model, run.base_revision
+    config.save_pretrained(folder)
+    save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def check_adapter(run: Run, folder: Path) -> None:
+    """Puts an adapter onto the models of the Hub, as its card says, and compares what comes out with the merged model.
+
+    Raises:
+        ValueError: If it is another model.
+        OSError: If a model of the Hub cannot be had.
+    """
+    language_model = AutoModelForCausalLM.from_pretrained(run.base_model, revision=run.base_revision)
+    before = language_model.get_input_embeddings().num_embeddings
+    towers = {f"{name}_tower": tower for name, tower in run.hub_towers.items()}
+    base = EGMFForConditionalGeneration.from_base(EGMFConfig.from_pretrained(folder), language_model, **towers)
+    after = base.get_input_embeddings().num_embeddings
+    adapted = PeftModel.from_pretrained(base, folder)
+    lora = {name.replace(".base_layer", "") for name, _ in base.named_parameters() if ".base_layer." in name}
+    merged = adapted.merge_and_unload().state_dict()
+    for path in weight_files(run.folder / "model"):
+        for name, wanted in load_file(path).items():
+            got = merged[name]
+            wanted, tolerance = wanted.to(got.dtype), 0.0
+            if name in lora:  # where it was merged, it may have been rounded otherwise
+                tolerance = 4 * torch.finfo(got.dtype).eps * wanted.abs().max().item()
+            if wanted.shape[:1] == (after,):
+                got, wanted = got[:before], wanted[:before]  # a placeholder's new row is random, and never read
+            if got.shape != wanted.shape or (got - wanted).abs().max() > tolerance:
+                got = f"{run.base_model!r}, on which the adapter makes another {name} than model/ has"
+                raise ValueError(f"base_model: got {got}; wanted the weights that were trained on")
+
+
+def check_no_paths(folder: Path, run: Path) -> None:
+    """Raises a ValueError if a text file names a folder of this machine: the run's, the user's or the present one."""
+    places = {str(path.resolve()) for path in (run, Path.home(), Path.cwd(), Path(tempfile.gettempdir()))} - {"/"}
+    private = sorted(places, key=len, reverse=True)  # what names most first
+    for path in sorted(folder.iterdir()):
+        if path.suffix != ".safetensors" and path.name not in ("tokenizer.json", "LICENSE"):
+            text = path.read_text(encoding="utf-8")
+            found = [name for name in private if re.search(rf"(?<![\w.]){re.escape(name)}(?![\w.-])", text)]
+            if found:
+                raise ValueError(
+                    f"{path.name}: got {found[0]}, a folder of this machine, wanted none in what is published"
+                )
+
+
+def is_replaced(name: str) -> bool:
+    return any(fnmatch.fnmatch(name, pattern) for pattern in REPLACED)
+
+
+def upload(folder: Path, repo_id: str, private: bool) -> CommitInfo:
+    """Makes the repository's files those of a folder, in one commit.
+
+    An upload that broke off is started again from where it was: what the Hub has of the files is not sent again, and
+    nothing is to be seen in the repository before all of it is there. Weights, adapters and code of an earlier
+    publication that the folder does not have are deleted, all other files of the repository are left alone.
+
+    Raises:
+        ValueError: If the repository is to be private and is there already, in public.
+        huggingface_hub.errors.HfHubHTTPError: What the Hub refuses.
+    """
+    api = HfApi()
+    api.create_repo(repo_id, private=private or None, exist_ok=True)
+    head = api.model_info(repo_id)
+    if private and not head.private:
+        raise ValueError(
+            f"private: got {repo_id!r}, which is there already and is public, wanted a private repository"
+        )
+    files = sorted(folder.iterdir())
+    stale = {file.rfilename for file in head.siblings if is_replaced(file.rfilename)} - {path.name for path in files}
+    # Not `upload_folder`, which may split large folders into several commits.
+    return api.create_commit(
+        repo_id,
+        [
+            *(CommitOperationDelete(name) for name in sorted(stale)),
+            *(CommitOperationAdd(path.name, path) for path in files),
+        ],
+        commit_message="Publish with EGMF",
+        parent_commit=head.sha,
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")

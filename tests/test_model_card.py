@@ -1,0 +1,160 @@
+"""Model cards: every figure with its conditions, nothing that was not measured, terms and limits by what was used."""
+
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+
+import model_card
+from model_card import Run, card_data, eval_results, section, write_card
+from processing_egmf import BUILTIN_TASKS
+from recipes import DataArguments, ExpertArguments, ModelArguments
+
+
+LLM = "Qwen/Qwen3-0.6B"
+CLASSES = {
+    "greedy": {"accuracy": 0.5, "weighted_f1": 0.4, "f1_by_class": {"joy": None, "anger": 0.25}, "unparsable": 3}
+}
+SCORES = {
+    "greedy": {"mae": 1.25, "corr": None, "acc7": 0.125, "has0_acc2": 0.5, "zero_predictions": 2, "unparsable": 1},
+    "expected": {"mae": 0.75, "corr": 0.625, "acc7": 0.25, "has0_acc2": 0.5, "zero_predictions": 0, "unparsable": 0},
+}
+
+
+def report(corpus: str, answers: dict, **fields) -> dict:
+    spread = {answer: {"mae": [0.5, 1.0], "accuracy": [0.25, 0.75], "acc7": None} for answer in answers}
+    common = {"split": "test", "samples": 12, "label_map": None, "modalities": ["text", "audio", "vision"]}
+    return {"corpus": corpus, "task": corpus, "answers": answers, "intervals": spread, **common, **fields}
+
+
+def run_of(corpus: str, task: str, *reports: dict, config: dict | None = None, **recipe) -> Run:
+    parts = (ModelArguments(LLM), DataArguments(corpus, tasks=[task]), ExpertArguments())
+    fields = {name: value for part in parts for name, value in vars(part).items()}
+    features = {"audio_feature_size": 74, "vision_feature_size": 35}
+    return Run(
+        folder=Path(),
+        recipe=fields | recipe,
+        config={"text_config": {"_name_or_path": LLM}} | (features if config is None else config),
+        tasks=[BUILTIN_TASKS[task]],
+        log=[],
+        evaluations={f"test{number}": measured for number, measured in enumerate(reports)},
+        left_out=[],
+        base_model=LLM,
+        hub_towers={},
+    )
+
+
+@pytest.fixture
+def card_of(tmp_path):
+    return lambda run, license=None: write_card(tmp_path, run, "me/model", license, False)
+
+
+def test_every_figure_that_is_defined_and_no_other(card_of):
+    run = run_of("mosei", "mosei", report("mosei", SCORES))
+    named = {result.metric_name: result for result in eval_results(run)}
+    assert len(named) == 7  # of eight figures one is not defined
+    mae = named["MAE, expected answer, 95 % interval 0.5000 to 1.0000, 12 samples, task mosei"]
+    assert (mae.metric_type, mae.metric_value, mae.dataset_name, mae.dataset_split) == (
+        "mae",
+        0.75,
+        "CMU-MOSEI",
+        "test",
+    )
+    assert "Acc-7, greedy answer, no interval, 12 samples, task mosei" in named
+    assert {result.metric_type for result in named.values()} == {"mae", "pearsonr", "accuracy"}
+    card = card_of(run)
+    assert [result.metric_value for result in card.data.eval_results] == [r.metric_value for r in eval_results(run)]
+    assert "| MAE | 1.2500 [0.5000, 1.0000] | 0.7500 [0.5000, 1.0000] |" in card.text
+    assert "| Corr | - | 0.6250 |" in card.text and "| unparsable | 1 | 0 |" in card.text
+    assert card.data.tags[2] == "sentiment-analysis" and "a score from -3.0 to +3.0 in steps of 0.1" in card.text
+
+
+def test_what_a_figure_was_measured_under(card_of):
+    """Another corpus by a label map, and fewer modalities than the model takes, are said with the figure."""
+    mapped = report("cherma", CLASSES, task="meld", label_map="meld-cherma")
+    alone = report("meld", CLASSES, modalities=["text"])
+    run = run_of("meld", "meld", mapped, alone)
+    names = [result.metric_name for result in eval_results(run)]
+    assert len(names) == 4
+    assert all(name.endswith("12 samples, task meld, labels by meld-cherma") for name in names[:2])
+    assert all(name.endswith("12 samples, task meld, sees text alone") for name in names[2:])
+    card = card_of(run)
+    assert [result.dataset_type for result in card.data.eval_results] == ["cherma"] * 2 + ["declare-lab/MELD"] * 2
+    assert card.data.datasets == ["declare-lab/MELD"]  # what it was trained on
+    assert "### CHERMA, test: 12 samples, task meld, labels by meld-cherma" in card.text
+    assert "| f1 by class: joy | - |" in card.text and "| f1 by class: anger | 0.2500 |" in card.text
+
+
+@pytest.mark.parametrize(
+    ("license", "front", "words"),
+    [
+        (
+            None,
+            {"license": "other", "license_name": "base-model-and-corpora"},
+            "not put it under a licence of its own",
+        ),
+        ("gpl-3.0", {"license": "gpl-3.0"}, "has put it under `gpl-3.0`"),
+    ],
+)
+def test_terms(card_of, license, front, words):
+    card = card_of(run_of("meld", "meld"), license)
+    terms = {name: value for name, value in card.data.to_dict().items() if name.startswith("license")}
+    terms.pop("license_link", None)
+    assert terms == front
+    text = card.text[card.text.index("## Licence") :]
+    assert words in text and f"https://huggingface.co/{LLM}" in text and "GPL-3.0" in text
+
+
+def test_languages_and_modalities(card_of):
+    towers = {"audio_config": {"hidden_size": 4}, "vision_config": {"hidden_size": 4}}
+    run = run_of("cherma", "cherma", config=towers, audio_tower="me/hubert", vision_tower="me/clip")
+    card = card_of(run)
+    assert card.data.language == ["zh"] and card.data.pipeline_tag == "video-text-to-text"
+    assert 'recognize("clip.mp4", text="真是太好了。")' in card.text and "`me/hubert` and `me/clip`" in card.text
+    assert "A model that reads words, sound and pictures, and answers with an emotion" in card.text
+    heard = run_of("ravdess", "ravdess", config={"audio_config": {"hidden_size": 4}})
+    data = card_data(heard, "me/model", None, False)
+    assert (data.language, data.pipeline_tag, data.base_model_relation) == (["en"], "audio-text-to-text", "finetune")
+
+
+def test_limits_by_what_was_used(card_of):
+    plain = card_of(run_of("mosi", "mosi")).text
+    assert "arrays that somebody has extracted" in plain and "rounded to 4 bits" not in plain
+    assert "began with random weights" not in plain
+    drawn = card_of(run_of("avatars", "avatars", config={"vision_config": {"hidden_size": 4}})).text
+    assert "in which no person is seen or heard" in drawn and "how people feel or talk elsewhere" not in drawn
+    copied = run_of("mosi", "mosi", shrink=16)
+    copied.config["text_config"]["_name_or_path"] = ""
+    assert "may be one whose weights were rounded to 4 bits" in card_of(copied).text
+    assert "began with random weights" in card_of(copied).text
+
+
+def test_a_mixture_names_all_its_corpora(card_of):
+    mixture = {"meld": {"tasks": ["meld"], "weight": 1}, "cherma": {"tasks": ["cherma"], "weight": 2}}
+    run = run_of("meld", "meld", corpora=mixture)
+    assert "tasks" not in run.recipe_fields and run.recipe_fields["corpora"] == mixture
+    text = card_of(run).text
+    assert "[MELD](https://github.com/declare-lab/MELD)" in text and "[CHERMA](" in text
+
+
+def test_losses_of_all_phases(card_of):
+    run = run_of("mosi", "mosi")
+    lines = [(None, 5, 2.0), (None, 10, 1.5), ("experts", 3, 0.75), (None, 10, 1.25)]  # step 10 again after a restart
+    run.log = [
+        {"step": step, "epoch": step / 10, "loss": loss} | ({"phase": name} if name else {})
+        for name, step, loss in lines
+    ]
+    run.log.append({"step": 10, "epoch": 1.0, "eval_loss": 0.5, "eval_accuracy": 0.75, "eval_runtime": 3.0})
+    text = card_of(run).text
+    assert "| LLM with LoRA | 10 | 1.00 | 2 | 1.25 |" in text and "| experts | 3 | 0.30 | 0.75 | 0.75 |" in text
+    assert "| 1.00 | 0.5 | 0.75 |" in text and "runtime" not in text
+
+
+def test_words_of_the_readme_are_quoted(card_of, monkeypatch, tmp_path):
+    card = card_of(run_of("mosi", "mosi"))
+    assert section("Use and misuse") in card.text and section("Citation") in card.text
+    assert ModelCard(str(card)).data.to_dict() == card.data.to_dict()
+    (tmp_path / "other.md").write_text("# EGMF\n")
+    monkeypatch.setattr(model_card, "README", tmp_path / "other.md")
+    with pytest.raises(ValueError, match="got no section 'Use and misuse'"):
+        section("Use and misuse")

@@ -1,0 +1,485 @@
+"""publish.py and a Hub on the loopback interface: what is written, what arrives there, and that it loads from there.
+
+The Hub is `hub_server.py`, which speaks LFS and not Xet; no test here knows what the real one would say.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hub_server import TOKEN, HubServer
+from huggingface_hub import ModelCard, constants
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from test_modeling import LORA_TARGETS
+from test_towers import WAVE
+from transformers import AutoModelForCausalLM, HubertConfig, HubertModel
+
+import eval as eval_script
+import publish as publish_script
+import train as train_script
+from language_models import build_tiny_language_model
+from publishing import build_folder, check_adapter, read_run, upload
+from recipes import load_recipe
+
+
+ROOT = Path(__file__).resolve().parents[1]
+BASE, REPO = "someone/tiny-llama", "me/tiny-egmf"
+SAMPLES = [{"text": "the film was wonderful"}, {"text": "the trip was awful"}, {"text": "well"}]
+SHARDS = ["--max_shard_size", "300KB"]
+
+# Loads a published model by id and revision, runs the code of its card, and leaves what it found in found.pt.
+READER = """
+import re, sys, torch
+from huggingface_hub import ModelCard
+from transformers import AutoModel, AutoProcessor, pipeline
+torch.set_num_threads(1)
+repo, revision, samples = sys.argv[1], sys.argv[2], SAMPLES
+found = {}
+if revision != "adapter":
+    model = AutoModel.from_pretrained(repo, revision=revision, trust_remote_code=True).eval()
+    processor = AutoProcessor.from_pretrained(repo, revision=revision, trust_remote_code=True)
+    recognize = pipeline("affect-recognition", model=repo, revision=revision, trust_remote_code=True)
+    found["pipeline"] = recognize(samples)
+    found["module"] = type(model).__module__
+(code,) = re.findall(r"^```python\\n(.*?)^```", ModelCard.load(repo).text, re.DOTALL | re.MULTILINE)
+names = {}
+exec(code, names)
+if revision == "adapter":
+    model, processor = names["model"], names["processor"]
+else:
+    found["main"] = names["recognize"](samples)
+batch = processor(text=[sample["text"] for sample in samples], task="mosi")
+with torch.no_grad():
+    found["logits"] = model(**batch).logits
+found["scores"] = model.score_labels(processor.candidates("mosi"), **batch).log_probs
+torch.save(found, "found.pt")
+""".replace("SAMPLES", repr(SAMPLES))
+
+
+def environment(home: Path, hub: HubServer) -> dict[str, str]:
+    """An empty cache, and no Hub but this one."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
+    kept |= {"HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    return kept | {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN}
+
+
+def publish(run: Path, *arguments: str) -> None:
+    publish_script.main([str(run), "--base_model", BASE, *arguments])
+
+
+def publish_elsewhere(run: Path, home: Path, hub: HubServer, *arguments: str) -> str:
+    """What publish.py says in a process of its own, where transformers too knows no other Hub."""
+    process = start_publishing(run, home, hub, *arguments)
+    said, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, said
+    return said
+
+
+def start_publishing(run: Path, home: Path, hub: HubServer, *arguments: str) -> subprocess.Popen:
+    command = [sys.executable, str(ROOT / "publish.py"), str(run), "--base_model", BASE, *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=home, env=environment(home, hub), **pipes)
+
+
+def read(home: Path, hub: HubServer, revision: str) -> dict:
+    """What a fresh process finds in the repository."""
+    command = [sys.executable, "-I", "-c", READER, REPO, revision]
+    process = subprocess.run(command, cwd=home, env=environment(home / "cache", hub), capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    return torch.load(home / "found.pt", weights_only=False)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A run that was given its language model as a folder, evaluated on two splits."""
+    root = tmp_path_factory.mktemp("publish")
+    build_tiny_language_model(root / "llm")
+    options = ["--num_train_epochs", "1", "--corpus_options", '{"size": 96}', "--learning_rate", "2e-3"]
+    recipe = [str(ROOT / "recipes/tiny.yaml"), "--language_model", str(root / "llm")]
+    train_script.main([*recipe, "--output_dir", str(root / "run"), *options])
+    for split in ("validation", "test"):
+        arguments = ["--corpus", "generated", "--split", split, "--output", str(root / "run" / split)]
+        eval_script.main([str(root / "run" / "model"), *arguments])
+    return root / "run"
+
+
+@pytest.fixture
+def run(trained, tmp_path) -> Path:
+    """A copy of it, without what was published from others."""
+    return Path(shutil.copytree(trained, tmp_path / "run", ignore=shutil.ignore_patterns("hub", "checkpoint-*")))
+
+
+@pytest.fixture(scope="module")
+def hub(trained):
+    with HubServer() as server:
+        server.commit(BASE, files_of(trained.parent / "llm"))
+        yield server
+
+
+@pytest.fixture(scope="module")
+def here(hub, tmp_path_factory):
+    """The loopback Hub for this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(constants, "ENDPOINT", hub.url)
+        patch.setattr(constants, "HF_HUB_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        patch.setattr(constants, "HF_HUB_OFFLINE", False)
+        patch.setenv("HF_TOKEN", TOKEN)
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def on_hub(trained, here):
+    """The merged model, published over a connection that breaks once: the commit, and its files."""
+    broken = threading.Event()
+
+    def break_once(oid: str, size: int) -> None:
+        if not broken.is_set():
+            broken.set()
+            raise ConnectionAbortedError
+
+    here.on_upload = break_once
+    publish(trained, "--repo", REPO, "--license", "mit", *SHARDS)
+    here.on_upload = lambda oid, size: None
+    assert broken.is_set()
+    return here.repos[REPO].commits[-1], files_of(trained / "hub")
+
+
+def test_dry_run_writes_the_folder_and_says_what_it_could_not_check(trained, run, tmp_path, monkeypatch, capsys):
+    """Offline: the figures of the card are those of metrics.json, and no file names a folder of this machine."""
+    other = run / "other"
+    shutil.copytree(run / "test", other)
+    report = json.loads((other / "metrics.json").read_text())
+    (other / "metrics.json").write_text(json.dumps(report | {"weights": "0" * 64}))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    publish(run, "--repo", REPO, "--dry_run", *SHARDS)
+    said = capsys.readouterr().out
+    assert "could not be reached" in said and "has not seen it" in said
+    assert f"left out: {other / 'metrics.json'}: it does not measure the weights that are in model/" in said
+    assert "with 2 evaluations: test, validation" in said
+
+    hub, model = run / "hub", run / "model"
+    names = {path.name for path in hub.iterdir()}
+    assert {path.name for path in model.iterdir()} - {"model.safetensors"} <= names
+    assert {"README.md", "LICENSE", "recipe.yaml", "model.safetensors.index.json"} <= names
+    shards = sorted(hub.glob("model-*.safetensors"))
+    assert len(shards) > 1
+    weights = {name: value for path in shards for name, value in load_file(path).items()}
+    whole = load_file(model / "model.safetensors")
+    assert weights.keys() == whole.keys() and all(torch.equal(weights[name], whole[name]) for name in whole)
+
+    card = ModelCard.load(hub / "README.md")
+    figures = []
+    for split in ("test", "validation"):
+        measured = json.loads((trained / split / "metrics.json").read_text())
+        assert (measured["split"], measured["corpus"]) == (split, "generated")
+        for answer, row in measured["answers"].items():
+            for name in ("accuracy", "weighted_f1"):
+                low, high = measured["intervals"][answer][name]
+                figures.append((split, answer, row[name], f"95 % interval {low:.4f} to {high:.4f}"))
+    results = card.data.eval_results
+    assert len(results) == len(figures) == 8
+    for result, (split, answer, value, interval) in zip(results, figures, strict=True):
+        assert (result.dataset_split, result.dataset_type, result.metric_value) == (split, "generated", value)
+        assert f"{answer} answer" in result.metric_name and interval in result.metric_name
+        assert f"{value:.4f}" in card.text
+    assert card.data.base_model == BASE and card.data.license == "other"
+
+    private = [str(path) for path in (tmp_path, trained.parent, ROOT, Path.home())]
+    for path in hub.iterdir():
+        content = path.read_bytes()
+        assert not [name for name in private if name.encode() in content], path.name
+
+
+def test_dry_run_asks_the_hub_where_it_can(here, run, capsys):
+    publish(run, "--repo", "me/asked", "--dry_run")
+    assert "the Hub finds it valid" in capsys.readouterr().out and "me/asked" not in here.repos
+    assert here.requests[-1] == ("POST", "/api/validate-yaml")
+
+
+def test_the_published_recipe_is_the_runs_own(trained, run, tmp_path):
+    """`train.py hub/recipe.yaml` would train the same."""
+    build_folder(read_run(run, BASE), REPO, None, False, "5GB")
+    options = ["--num_train_epochs", "1", "--corpus_options", '{"size": 96}', "--learning_rate", "2e-3"]
+    ran = load_recipe([str(ROOT / "recipes/tiny.yaml"), "--language_model", BASE, *options])
+    again = load_recipe([str(run / "hub" / "recipe.yaml")])
+    assert (again.model, again.data, again.experts) == (ran.model, ran.data, ran.experts)
+    assert again.training_record() == ran.training_record()
+    assert again.training_record()["learning_rate"] == 2e-3 and "output_dir" not in again.fields
+
+
+def test_one_commit_has_the_folder_byte_for_byte(hub, on_hub):
+    commit, files = on_hub
+    first, *others = hub.repos[REPO].commits
+    assert first.files.keys() == {".gitattributes"} and others[0] is commit and commit.title == "Publish with EGMF"
+    assert commit.files == first.files | files
+    assert commit.large >= {name for name in files if name.endswith(".safetensors")} != set()
+    assert [path for method, path in hub.requests if "/commit/" in path][:1] == [f"/api/models/{REPO}/commit/main"]
+    card = ModelCard(files["README.md"].decode())
+    assert card.data.license == "mit" and "under `mit`" in card.text
+
+
+@pytest.mark.slow
+def test_loads_by_id_and_revision_in_a_fresh_process(trained, hub, on_hub, tmp_path):
+    """Model, processor and pipeline answer as from the local folder; another commit on main does not matter."""
+    commit, files = on_hub
+    folder = tmp_path / "changed"
+    shutil.copytree(trained / "model", folder)
+    model = train_script.EGMFForConditionalGeneration.from_pretrained(folder).eval()
+    processor = train_script.EGMFProcessor.from_pretrained(folder, trust_remote_code=True)
+    batch = processor(text=[sample["text"] for sample in SAMPLES], task="mosi")
+    with torch.no_grad():
+        logits = model(**batch).logits
+        scores = model.score_labels(processor.candidates("mosi"), **batch).log_probs
+        for parameter in model.model.language_model.parameters():
+            parameter.mul_(0.5)
+    model.save_pretrained(folder, max_shard_size="300KB")
+    later = {path.name: path.read_bytes() for path in folder.glob("model-*")}
+    assert later.keys() == {name for name in files if name.startswith("model-")}
+    hub.commit(REPO, later)
+
+    found = read(tmp_path, hub, commit.oid)
+    assert found["module"].startswith("transformers_modules.")
+    assert torch.equal(found["logits"], logits) and torch.equal(found["scores"], scores)
+    for answer, main, log_probs in zip(found["pipeline"], found["main"], scores, strict=True):
+        alone = dict(zip(("negative", "positive"), log_probs.exp().tolist(), strict=True))
+        assert answer["probabilities"] == pytest.approx(alone, abs=1e-5)
+        assert main["probabilities"] != pytest.approx(alone, abs=1e-3)
+    assert not [path for _, path in hub.unknown if REPO in path]
+
+
+@pytest.mark.slow
+def test_adapter_alone_gives_what_the_merged_model_gives(trained, hub, on_hub, run, tmp_path):
+    """Over the merged model's repository: its weights go, in the same commit; what others put there stays."""
+    hub.commit(REPO, {"notes.md": b"by hand"})
+    before = len(hub.repos[REPO].commits)
+    said = publish_elsewhere(run, tmp_path, hub, "--repo", REPO, "--adapter_only")
+    assert hub.repos[REPO].commits[-1].oid in said
+    assert len(hub.repos[REPO].commits) == before + 1
+    files = hub.repos[REPO].commits[-1].files
+    assert files == files_of(run / "hub") | {name: files[name] for name in (".gitattributes", "notes.md")}
+    assert not [name for name in files if name.startswith("model") and name.endswith((".safetensors", ".index.json"))]
+    config = json.loads(files["adapter_config.json"])
+    base = hub.repos[BASE].commits[-1].oid
+    assert (config["base_model_name_or_path"], config["revision"]) == (BASE, base)
+    data = ModelCard(files["README.md"].decode()).data
+    assert (data.library_name, data.base_model, data.base_model_relation) == ("peft", BASE, "adapter")
+
+    found = read(tmp_path, hub, "adapter")
+    model = train_script.EGMFForConditionalGeneration.from_pretrained(trained / "model").eval()
+    processor = train_script.EGMFProcessor.from_pretrained(trained / "model", trust_remote_code=True)
+    batch = processor(text=[sample["text"] for sample in SAMPLES], task="mosi")
+    with torch.no_grad():
+        assert (found["logits"] - model(**batch).logits).abs().max() < 1e-4
+        bare = AutoModelForCausalLM.from_pretrained(trained.parent / "llm")
+        untrained = bare(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    assert (found["logits"] - untrained).abs().max() > 0.1  # it matters that the adapter is there
+    scores = model.score_labels(processor.candidates("mosi"), **batch).log_probs
+    assert (found["scores"] - scores).abs().max() < 1e-4
+
+
+@pytest.mark.slow
+def test_a_killed_upload_goes_on_where_it_was(hub, run, tmp_path):
+    """SIGKILL once one of the shards has arrived: the repository is as it was, and that shard is not sent again."""
+    # Weights of its own: nothing of them is on the Hub yet.
+    shard = run / "model" / "model.safetensors"
+    train_script.EGMFForConditionalGeneration.from_pretrained(run / "model").half().save_pretrained(run / "model")
+    assert shard.exists()
+    repo, arguments = "me/interrupted", ("--repo", "me/interrupted", "--max_shard_size", "100KB")
+    earlier, first, held = set(hub.objects), [], threading.Event()
+
+    def hold_all_but_the_first(oid: str, size: int) -> None:
+        with hub.lock:
+            first.extend([oid] * (not first))
+        if oid != first[0]:
+            while first[0] not in hub.objects:
+                time.sleep(0.01)
+            held.set()
+            time.sleep(60)  # killed by then
+
+    hub.on_upload = hold_all_but_the_first
+    process = start_publishing(run, tmp_path, hub, *arguments)
+    assert held.wait(400)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    hub.on_upload = lambda oid, size: None
+    assert set(hub.objects) - earlier == set(first)
+    assert [set(commit.files) for commit in hub.repos[repo].commits] == [{".gitattributes"}]
+
+    sent = len(hub.received)
+    said = publish_elsewhere(run, tmp_path, hub, *arguments)
+    assert hub.repos[repo].commits[-1].oid in said
+    head = hub.repos[repo].commits[-1]
+    assert len(hub.repos[repo].commits) == 2
+    assert {name: head.files[name] for name in files_of(run / "hub")} == files_of(run / "hub")
+    again = hub.received[sent:]
+    assert first[0] not in again and len(again) == len(list((run / "hub").glob("*.safetensors"))) - 1 > 0
+
+
+def test_a_second_time_makes_no_commit(here, on_hub, trained):
+    """Nor is anything sent: what is there is what would be."""
+    before, sent = len(here.repos["me/twice"].commits) if "me/twice" in here.repos else 0, len(here.received)
+    first = upload(trained / "hub", "me/twice", private=False)
+    assert len(here.repos["me/twice"].commits) == before + 2
+    assert upload(trained / "hub", "me/twice", private=False).oid == first.oid
+    assert len(here.repos["me/twice"].commits) == before + 2 and len(here.received) == sent
+
+
+def test_private(here, tmp_path):
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n")
+    upload(tmp_path, "me/hidden", private=True)
+    assert here.repos["me/hidden"].private
+    upload(tmp_path, "me/shown", private=False)
+    commits = len(here.repos["me/shown"].commits)
+    with pytest.raises(ValueError, match="private: got 'me/shown', which is there already and is public"):
+        upload(tmp_path, "me/shown", private=True)
+    assert len(here.repos["me/shown"].commits) == commits
+
+
+def test_a_card_that_the_hub_refuses_is_not_published(here, tmp_path):
+    (tmp_path / "README.md").write_text("---\nmodel-index:\n- name: x\n  results:\n  - task: {}\n---\n")
+    with pytest.raises(ValueError, match="Invalid metadata in README.md"):
+        upload(tmp_path, "me/refused", private=False)
+    assert len(here.repos["me/refused"].commits) == 1
+
+
+def test_without_figures_the_card_says_so(run):
+    for path in run.rglob("metrics.json"):
+        path.unlink()
+    card = ModelCard.load(build_folder(read_run(run), REPO, None, False, "5GB") / "README.md")
+    assert card.data.eval_results is None and "model-index" not in card.data.to_dict() and not card.data.metrics
+    assert "This model has not been evaluated" in card.text and "Nobody has measured it." in card.text
+    assert card.data.base_model is None  # the folder's name is no Hub id
+
+
+def test_a_folder_with_files_of_others_is_left_alone(run):
+    (run / "hub").mkdir()
+    (run / "hub" / "notes.md").write_text("mine")
+    with pytest.raises(ValueError, match="hub: got notes.md, wanted nothing but what publish.py writes there"):
+        build_folder(read_run(run), REPO, None, False, "5GB")
+    assert files_of(run / "hub") == {"notes.md": b"mine"}
+    (run / "hub" / "notes.md").rename(run / "hub" / "model-00001-of-00009.safetensors")
+    assert "model-00001-of-00009.safetensors" not in files_of(build_folder(read_run(run), REPO, None, False, "5GB"))
+
+
+def test_a_path_of_this_machine_is_not_published(run):
+    recipe = json.loads((run / "model" / "recipe.json").read_text())
+    recipe["corpus_options"] |= {"labels": str(run / "labels.csv")}
+    (run / "model" / "recipe.json").write_text(json.dumps(recipe))
+    with pytest.raises(ValueError, match=rf"README.md: got {re.escape(str(run))}, a folder of this machine"):
+        build_folder(read_run(run), REPO, None, False, "5GB")
+    assert not (run / "hub").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "gone", "message"),
+    [
+        (["--repo", "me/x", "--dry_run"], "model", "got no model/config.json, wanted the output_dir of a train.py"),
+        (["--repo", "me/x", "--dry_run"], "model/model.safetensors", r"got no model/\*.safetensors"),
+        (["--repo", "me", "--dry_run"], None, r"repo: got 'me', wanted OWNER/NAME \(it has no owner\)"),
+        (["--repo", "me/a b", "--dry_run"], None, "repo: got 'me/a b', wanted OWNER/NAME"),
+        (["--repo", "me/x"], None, "token: got none, wanted the one of `hf auth login`, or HF_TOKEN"),
+        (["--repo", "me/x", "--dry_run", "--adapter_only"], None, "base_model: got 'llm', a local folder or a random"),
+        (["--repo", "me/x", "--dry_run", "--adapter_only"], "adapter", "adapter: got no adapter_config.json"),
+    ],
+)
+def test_what_is_wrong_is_named(run, arguments, gone, message, monkeypatch):
+    monkeypatch.setattr(publish_script, "get_token", lambda: None)
+    if gone:
+        path = run / gone
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        publish_script.main([str(run), *arguments])
+
+
+def test_commands_of_the_readme_parse():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    commands = [line.split()[2:] for line in text.splitlines() if line.startswith("python publish.py")]
+    assert len(commands) == 3
+    for command in commands:
+        parsed = publish_script.parse_arguments(command)
+        assert (parsed.run, parsed.repo) == (Path("runs/mosi"), "OWNER/NAME")
+
+
+def test_a_run_older_than_a_field_of_recipes_is_published(run):
+    """As train.py left it before there were mixtures and dry runs, without versions and the Trainer's settings."""
+    recipe = json.loads((run / "model" / "recipe.json").read_text())
+    younger = ("corpora", "shrink", "audio_window", "training", "packages")
+    (run / "model" / "recipe.json").write_text(json.dumps({key: recipe[key] for key in recipe if key not in younger}))
+    card = ModelCard.load(build_folder(read_run(run), REPO, None, False, "5GB") / "README.md")
+    assert "did not record the Trainer's settings" in card.text and "versions of its packages" in card.text
+
+
+def test_half_a_line_of_the_log_is_left_out_and_named(run):
+    whole = len(read_run(run).log)
+    with (run / "log.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"step": 4, "lo')
+    state = read_run(run)
+    assert len(state.log) == whole > 0
+    assert state.left_out == [f"{run / 'log.jsonl'}: line {whole + 1} is not JSON"]
+
+
+def test_a_base_model_other_than_the_runs_is_refused(run):
+    recipe = json.loads((run / "model" / "recipe.json").read_text())
+    (run / "model" / "recipe.json").write_text(json.dumps(recipe | {"language_model": "Qwen/Qwen3-0.6B"}))
+    with pytest.raises(ValueError, match="base_model: got 'me/other', wanted 'Qwen/Qwen3-0.6B'"):
+        read_run(run, "me/other")
+    assert read_run(run).base_model == "Qwen/Qwen3-0.6B"
+
+
+def test_an_adapter_on_other_weights_is_not_published(trained, run, tmp_path):
+    """The same architecture and tokenizer, other numbers: an adapter on these is another model."""
+    published_folder = build_folder(read_run(run, BASE), REPO, None, True, "5GB")
+    state = read_run(run)
+    state.base_model = str(trained.parent / "llm")  # as from the Hub
+    check_adapter(state, published_folder)
+    build_tiny_language_model(tmp_path / "other", seed=1)
+    state.base_model = str(tmp_path / "other")
+    with pytest.raises(ValueError, match="base_model: got .*, on which the adapter makes another .* than model/ has"):
+        check_adapter(state, published_folder)
+
+
+@pytest.mark.parametrize("on_the_hub", [False, True])
+def test_a_tower_travels_with_the_adapter_unless_the_hub_has_it(tmp_path, llm_folder, assemble, processor, on_the_hub):
+    torch.manual_seed(3)
+    tower = HubertModel(HubertConfig(**WAVE))
+    tower.save_pretrained(tmp_path / "tower")
+    model = assemble(audio_tower=str(tmp_path / "tower"), audio_input_rate=16000)
+    lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=LORA_TARGETS, modules_to_save=["fusion"])
+    adapted, run = get_peft_model(model, lora), tmp_path / "run"
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.02 * torch.randn_like(parameter))
+    adapted.save_pretrained(run / "adapter")
+    recipe = load_recipe(
+        [str(ROOT / "recipes/tiny.yaml"), "--language_model", BASE, "--audio_tower", "someone/hubert"]
+    )
+    recipe.experts.tower_epochs = 0 if on_the_hub else 1  # it would have been trained, then frozen
+    train_script.save_model(recipe, adapted.merge_and_unload(), processor, run / "model")
+
+    state = read_run(run)
+    assert state.hub_towers == ({"audio": "someone/hubert"} if on_the_hub else {})
+    folder = build_folder(state, REPO, None, True, "5GB")
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.pipeline_tag == "audio-text-to-text" and 'audio="clip.wav"' in card.text
+    assert ('audio_tower="someone/hubert"' in card.text) == on_the_hub
+    saved = load_file(folder / "adapter_model.safetensors")
+    assert any(".audio_tower." in name for name in saved) != on_the_hub
+    state.base_model = llm_folder()
+    state.hub_towers = {"audio": str(tmp_path / "tower")} if on_the_hub else {}
+    check_adapter(state, folder)
