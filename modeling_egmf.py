@@ -405,11 +405,13 @@ class EGMFForConditionalGeneration(EGMFPreTrainedModel, ScoringMixin, Generation
         """
         if isinstance(language_model, str):
             language_model = AutoModelForCausalLM.from_pretrained(language_model)
-        towers = {}
+        towers, attention = {}, {"": language_model.config._attn_implementation}
+        attention["text_config"] = attention[""]
         for name, tower in (("audio", audio_tower), ("vision", vision_tower)):
             if tower is not None:
                 tower = encoder_of(load_tower(tower) if isinstance(tower, str) else tower, name)
                 config_kwargs[f"{name}_config"] = tower.config
+                attention[f"{name}_config"] = tower.config._attn_implementation
                 towers[f"{name}_tower"] = tower.requires_grad_(False).to(language_model.dtype)
         if config_kwargs.get("pseudo_token_id", 0) >= language_model.get_input_embeddings().num_embeddings:
             language_model.resize_token_embeddings(config_kwargs["pseudo_token_id"] + 1)
@@ -419,6 +421,7 @@ class EGMFForConditionalGeneration(EGMFPreTrainedModel, ScoringMixin, Generation
             text_config=language_model.config, lm_head_bias=getattr(head, "bias", None) is not None, **config_kwargs
         )
         config.dtype = language_model.dtype
+        config._attn_implementation = attention  # making a config forgets that of its parts
         with torch.device("meta"):
             model = cls(config)
         if type(model.model.language_model) is not type(language_model.base_model):
