@@ -9,6 +9,7 @@ tokens, H the LLM's hidden size.
 
 import copy
 import inspect
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, StaticCache
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import can_return_tuple, torch_compilable_check
 
@@ -25,7 +26,7 @@ from transformers.utils import can_return_tuple, torch_compilable_check
 try:
     from .configuration_egmf import EGMFConfig
     from .fusion_egmf import EGMFFusion, init_fusion_weights, masked_mean
-    from .scoring_egmf import ScoringMixin, accepts_position_ids
+    from .scoring_egmf import ScoringMixin, accepts_position_ids, needs_true_places
     from .towers_egmf import (
         build_tower,
         check_positions,
@@ -41,7 +42,7 @@ try:
 except ImportError:
     from configuration_egmf import EGMFConfig
     from fusion_egmf import EGMFFusion, init_fusion_weights, masked_mean
-    from scoring_egmf import ScoringMixin, accepts_position_ids
+    from scoring_egmf import ScoringMixin, accepts_position_ids, needs_true_places
     from towers_egmf import (
         build_tower,
         check_positions,
@@ -311,6 +312,13 @@ class EGMFModel(EGMFPreTrainedModel):
         _, tokens, _, gate_weights = self.fuse(input_ids, attention_mask, utterance_mask, inputs, each_expert)
         return tokens, gate_weights
 
+    def _flex_attention_on_cpu(self, device: torch.device):
+        """Runs flex attention uncompiled on a CPU, where what torch 2.13 compiles fails at a second length."""
+        is_flex = self.language_model.config._attn_implementation == "flex_attention"
+        if is_flex and device.type == "cpu" and not torch.compiler.is_compiling():
+            return torch.compiler.set_stance("force_eager")
+        return nullcontext()
+
     @can_return_tuple
     def forward(
         self,
@@ -353,13 +361,14 @@ class EGMFModel(EGMFPreTrainedModel):
             position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, -inputs_embeds.shape[1] :]
         if accepts_position_ids(self.language_model):
             kwargs["position_ids"] = position_ids
-        outputs = self.language_model(
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            return_dict=True,
-            **kwargs,
-        )
+        with self._flex_attention_on_cpu(inputs_embeds.device):
+            outputs = self.language_model(
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                return_dict=True,
+                **kwargs,
+            )
         return EGMFOutput(
             last_hidden_state=outputs.last_hidden_state,
             past_key_values=outputs.get("past_key_values"),
@@ -457,7 +466,8 @@ class EGMFForConditionalGeneration(EGMFPreTrainedModel, ScoringMixin, Generation
         training, self_training = language_model.training, self.training
         language_model.eval(), self.eval()
         probe = torch.arange(4, device=language_model.device).unsqueeze(0)
-        wanted = language_model(input_ids=probe, use_cache=False).logits.float()
+        with self.model._flex_attention_on_cpu(probe.device):
+            wanted = language_model(input_ids=probe, use_cache=False).logits.float()
         got = self(input_ids=probe, use_cache=False).logits.float()
         language_model.train(training), self.train(self_training)
         difference = (got - wanted).abs().max().item()
@@ -575,9 +585,18 @@ class EGMFForConditionalGeneration(EGMFPreTrainedModel, ScoringMixin, Generation
             gate_weights=outputs.gate_weights,
         )
 
+    def _check_static_cache(self) -> None:
+        language_model = self.model.language_model
+        implementation = language_model.config._attn_implementation
+        if implementation == "flex_attention" or needs_true_places(language_model):
+            got = f"a static one for {type(language_model).__name__} with {implementation} attention"
+            raise ValueError(f"past_key_values: got {got}, whose masks do not fit it; wanted a dynamic cache")
+
     def prepare_inputs_for_generation(
         self, input_ids, attention_mask=None, is_first_iteration=False, use_cache=True, **kwargs
     ):
+        if isinstance(kwargs.get("past_key_values"), StaticCache):
+            self._check_static_cache()
         # The modalities are in the cache after the prompt; without a cache every step is a prompt again.
         modalities = {name: kwargs.pop(name, None) for name in ("utterance_mask", *MEDIA_INPUTS)}
         inputs = super().prepare_inputs_for_generation(

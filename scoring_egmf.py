@@ -30,6 +30,13 @@ def accepts_position_ids(language_model: PreTrainedModel) -> bool:
     return "position_ids" in inspect.signature(language_model.forward).parameters
 
 
+def needs_true_places(language_model: PreTrainedModel) -> bool:
+    """Whether an LLM goes by the places of cached tokens rather than by their positions: ALiBi, GPT-Neo's windows."""
+    config = language_model.config
+    by_index = "local" in getattr(config, "attention_layers", ())
+    return by_index or getattr(config, "alibi", False) or not accepts_position_ids(language_model)
+
+
 class AnswerTrie:
     """The prefix tree of a set of answers, reduced to the nodes where something is decided.
 
@@ -140,11 +147,8 @@ class ScoringMixin:
 
     def _takes_tree_mask(self) -> bool:
         text_config = self.model.language_model.config
-        return (
-            text_config._attn_implementation in ("eager", "sdpa")
-            and accepts_position_ids(self.model.language_model)
-            and not getattr(text_config, "alibi", False)
-            and "local" not in getattr(text_config, "attention_layers", ())  # GPT-Neo: windows by index, not position
+        return text_config._attn_implementation in ("eager", "sdpa") and not needs_true_places(
+            self.model.language_model
         )
 
     def _tree_states(self, trie: AnswerTrie, attention_mask: torch.Tensor, cache: Cache) -> torch.Tensor:

@@ -4,7 +4,6 @@ import json
 import os
 import platform
 import random
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 
@@ -83,16 +82,6 @@ def peak_memory(function: Callable[[], object]) -> int:
         held += event.nbytes()
         peak = max(peak, held)
     return peak
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    """Median, lowest and highest."""
-    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
-
-
-def ratios(values: list[float], others: list[float]) -> dict[str, float]:
-    """Spread of the ratio of two ways, repetition by repetition."""
-    return spread([value / other for value, other in zip(values, others, strict=True)])
 
 
 def machine() -> dict[str, str | int | float]:

@@ -8,17 +8,20 @@ Three ways take turns in one process, on the same rows, with real `Trainer`s tha
   to the longest of their batch. It has no pseudo tokens.
 - `floor`: the LLM's own forward and backward pass on the very sequences of EGMF, pseudo tokens included, in batches of
   like lengths, with logits where the answer's tokens are predicted and nowhere else.
-- `egmf`: what `train.py` does with the recipe `meld_qwen3_features`.
+- `egmf`: what `train.py` does with a recipe.
 
-A repetition is an epoch of the rows; its time is that of the steps alone (forward, backward, optimizer), not that of
-tokenizer and collator. Memory is the most that torch holds during an epoch beyond the models' weights. The models are
-SmolLM2-135M as it is, and Qwen3-0.6B and 1.7B with random weights at full width and vocabulary but few layers, twice:
-time and memory grow by the layer, so that two depths say what all layers would take.
+Rows in the order of their lengths are cut into batches; grouping by length does that more closely on a whole corpus. A
+repetition is an epoch of the rows; its time is that of the steps alone (forward, backward, optimizer), not that of
+tokenizer and collator, in seconds of CPU on one core, which other programs disturb less than they disturb the clock.
+Memory is the most that torch holds during an epoch beyond the weights. The models are SmolLM2-135M as it is, and
+Qwen3-0.6B and 1.7B with random weights, at full width and vocabulary but with few layers, twice: time and memory grow
+by the layer, so that two depths say what all layers would take.
 """
 
 import argparse
 import copy
 import gc
+import statistics
 import sys
 import tempfile
 import time
@@ -29,13 +32,13 @@ from peft import LoraConfig, get_peft_model
 from peft.helpers import disable_input_dtype_casting
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoTokenizer, Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from measuring import SMOLLM2, build_llm, build_rows, machine, peak_memory, ratios, record, spread, take_turns  # noqa: E402, I001
+from measuring import SMOLLM2, build_llm, build_rows, machine, peak_memory, record, take_turns  # noqa: E402, I001
 
 from assembly import add_lora, build_model, build_processor  # noqa: E402
 from evaluation import AffectCollator, ask  # noqa: E402
@@ -44,7 +47,12 @@ from recipes import load_recipe  # noqa: E402
 from train import with_lengths  # noqa: E402
 
 
-MODELS = {SMOLLM2: (None,), "Qwen/Qwen3-0.6B": (2, 4), "Qwen/Qwen3-1.7B": (1, 2)}
+BATCHES = 3  # of an epoch
+MODELS = {  # recipe, rows in a batch, layers
+    SMOLLM2: ("mosi_smollm2", 4, (None,)),
+    "Qwen/Qwen3-0.6B": ("meld_qwen3_features", 4, (2, 4)),
+    "Qwen/Qwen3-1.7B": ("meld_qwen3_features", 2, (1, 2)),
+}
 
 
 class StepClock(TrainerCallback):
@@ -97,19 +105,22 @@ def plain_collator(collator: AffectCollator):
     return collate
 
 
-def trainers_of(model_name: str, layers: int | None, arguments: list[str], row_count: int, folder: str) -> dict:
+def trainers_of(model_name: str, layers: int | None, folder: str) -> dict[str, Trainer]:
     """The three ways, each a Trainer."""
+    name, batch_size, _ = MODELS[model_name]
+    quiet = {"logging": "no", "eval": "no", "save": "no"}
     recipe = load_recipe(
-        [str(ROOT / "recipes/meld_qwen3_features.yaml"), "--output_dir", folder, "--logging_strategy", "no"]
-        + ["--eval_strategy", "no", "--save_strategy", "no", "--load_best_model_at_end", "false"]
-        + ["--disable_tqdm", "true", "--num_train_epochs", "1", "--remove_unused_columns", "false", *arguments]
+        [str(ROOT / f"recipes/{name}.yaml"), "--output_dir", folder, "--tasks", "meld", "--use_cpu", "true"]
+        + [part for kind, value in quiet.items() for part in (f"--{kind}_strategy", value)]
+        + ["--load_best_model_at_end", "false", "--disable_tqdm", "true", "--remove_unused_columns", "false"]
+        + ["--num_train_epochs", "1", "--per_device_train_batch_size", str(batch_size)]
     )
     attention = {"attn_implementation": recipe.model.attn_implementation}
     tokenizer_folder = resolve_language_model(SMOLLM2)
     processor = build_processor(recipe, tokenizer_folder, {})
     tasks = [processor.tasks[name] for name in recipe.data.tasks]
     collator = AffectCollator(processor, tasks, recipe.data.modalities, with_answers=True)
-    rows = with_lengths(ask(build_rows(row_count), tasks), collator)
+    rows = with_lengths(ask(build_rows(BATCHES * batch_size), tasks), collator)
     with tempfile.TemporaryDirectory(dir=folder) as place:
         llm = build_llm(model_name, layers)
         llm.save_pretrained(place)
@@ -147,10 +158,10 @@ def epoch(trainer: Trainer, lean: bool) -> float:
     return clock.seconds
 
 
-def measure(model_name: str, layers: int | None, arguments: list[str], row_count: int, repetitions: int) -> dict:
+def measure(model_name: str, layers: int | None, repetitions: int) -> dict:
     """Time and memory of the three ways."""
     with tempfile.TemporaryDirectory() as folder:
-        trainers = trainers_of(model_name, layers, arguments, row_count, folder)
+        trainers = trainers_of(model_name, layers, folder)
         memory, weights = {}, {}
         for name, trainer in trainers.items():
             memory[name] = peak_memory(lambda trainer=trainer, name=name: epoch(trainer, name != "plain"))
@@ -158,33 +169,24 @@ def measure(model_name: str, layers: int | None, arguments: list[str], row_count
         ways = {name: lambda t=trainer, n=name: epoch(t, n != "plain") for name, trainer in trainers.items()}
         seconds = take_turns(ways, repetitions)
     gc.collect()
-    return {
-        "layers": layers,
-        "memory": memory,
-        "weights": weights,
-        "seconds": seconds,
-        "time_to_plain": ratios(seconds["egmf"], seconds["plain"]),
-        "time_to_floor": ratios(seconds["egmf"], seconds["floor"]),
-        "memory_to_plain": memory["egmf"] / memory["plain"],
-        "spread": {name: spread(values) for name, values in seconds.items()},
-    }
+    return {"layers": layers, "seconds": seconds, "memory": memory, "weights": weights}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, required=True, help="JSON file that gets the figures")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--repetitions", type=int, default=5)
     args = parser.parse_args()
+    torch.set_num_threads(1)
     found = {"machine": machine(), "models": {}}
-    for name in args.models:
-        attention = ["--attn_implementation", "eager" if name == SMOLLM2 else "sdpa"]
-        for layers in MODELS[name]:
-            measured = measure(name, layers, attention, args.rows, args.repetitions)
-            found["models"].setdefault(name, []).append(measured)
-            print(name, measured, flush=True)
-    record(args.output, "train_step", found)
+    for name, (recipe, batch_size, depths) in MODELS.items():
+        setting = {"recipe": recipe, "batch_size": batch_size, "batches": BATCHES, "depths": []}
+        found["models"][name] = setting
+        for layers in depths:
+            setting["depths"].append(measure(name, layers, args.repetitions))
+            median = {way: statistics.median(values) for way, values in setting["depths"][-1]["seconds"].items()}
+            print(name, layers, {way: round(seconds, 2) for way, seconds in median.items()}, flush=True)
+        record(args.output, "train_step", found)
 
 
 if __name__ == "__main__":
