@@ -25,10 +25,9 @@ from transformers import AutoTokenizer
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from measuring import FRAMES, SMOLLM2, WIDTH, build_llm, build_rows, machine, record, take_turns  # noqa: E402, I001
-
 from evaluation import AffectCollator, ask  # noqa: E402
 from language_models import resolve_language_model  # noqa: E402
+from measuring import FRAMES, SMOLLM2, WIDTH, build_llm, build_rows, machine, record, take_turns  # noqa: E402
 from modeling_egmf import EGMFForConditionalGeneration  # noqa: E402
 from processing_egmf import EGMFProcessor  # noqa: E402
 

@@ -38,11 +38,10 @@ from transformers import Trainer, TrainerCallback
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from measuring import SMOLLM2, build_llm, build_rows, machine, peak_memory, record, take_turns  # noqa: E402, I001
-
 from assembly import add_lora, build_model, build_processor  # noqa: E402
 from evaluation import AffectCollator, ask  # noqa: E402
 from language_models import resolve_language_model  # noqa: E402
+from measuring import SMOLLM2, build_llm, build_rows, machine, peak_memory, record, take_turns  # noqa: E402
 from recipes import load_recipe  # noqa: E402
 from train import with_lengths  # noqa: E402
 

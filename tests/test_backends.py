@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_modeling import greedy, random_llm
+from test_modeling import OTHER_LLMS, greedy, random_llm
 from transformers import AutoModelForCausalLM
 
 from modeling_egmf import EGMFForConditionalGeneration
@@ -91,6 +91,12 @@ def test_static_cache_is_refused_where_answers_would_be_others(
     assert torch.equal(greedy(model, batch), greedy(model, batch, use_cache=False))
 
 
+@pytest.mark.parametrize("name", sorted(OTHER_LLMS.keys() - {"alibi", "window-by-index"}))
+def test_static_cache_of_other_language_models(assemble, samples, make_batch, name):
+    model, batch = assemble(random_llm(name)), make_batch(samples[:2])
+    assert torch.equal(greedy(model, batch, cache_implementation="static"), greedy(model, batch))
+
+
 # bfloat16
 
 
@@ -140,10 +146,9 @@ def compiled_once():
     torch._dynamo.reset()
 
 
-@pytest.mark.slow
 def test_compiled_forward(compiled_once, egmf, samples, make_batch):
-    """With what torch compiles by default; what depends on the batch's values breaks the graph and no more."""
-    compiled = torch.compile(egmf)
+    """Traced for one batch and again for another; what depends on a batch's values breaks the graph and no more."""
+    compiled = torch.compile(egmf, backend="aot_eager")
     with torch.no_grad():
         for some in (samples, samples[:2]):
             batch = make_batch(some)
@@ -154,7 +159,8 @@ def test_compiled_forward(compiled_once, egmf, samples, make_batch):
 
 @pytest.mark.slow
 def test_compiled_generation_with_a_static_cache(compiled_once, fresh_egmf, samples, make_batch):
-    batch = make_batch(samples)
+    """The LLM's body compiled to machine code, for the prompt and for every token after it."""
+    batch = make_batch(samples[:2])
     wanted = greedy(fresh_egmf, batch)
     fresh_egmf.model.language_model.compile()
     assert torch.equal(greedy(fresh_egmf, batch, cache_implementation="static"), wanted)
