@@ -9,7 +9,6 @@ tokens, H the LLM's hidden size.
 
 import copy
 import inspect
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -24,9 +23,10 @@ from transformers.utils import can_return_tuple, torch_compilable_check
 
 
 try:
+    from .backends_egmf import accepts_position_ids, check_static_cache, uncompiled_on_cpu
     from .configuration_egmf import EGMFConfig
     from .fusion_egmf import EGMFFusion, init_fusion_weights, masked_mean
-    from .scoring_egmf import ScoringMixin, accepts_position_ids, needs_true_places
+    from .scoring_egmf import ScoringMixin
     from .towers_egmf import (
         build_tower,
         check_positions,
@@ -40,9 +40,10 @@ try:
         tower_size,
     )
 except ImportError:
+    from backends_egmf import accepts_position_ids, check_static_cache, uncompiled_on_cpu
     from configuration_egmf import EGMFConfig
     from fusion_egmf import EGMFFusion, init_fusion_weights, masked_mean
-    from scoring_egmf import ScoringMixin, accepts_position_ids, needs_true_places
+    from scoring_egmf import ScoringMixin
     from towers_egmf import (
         build_tower,
         check_positions,
@@ -312,13 +313,6 @@ class EGMFModel(EGMFPreTrainedModel):
         _, tokens, _, gate_weights = self.fuse(input_ids, attention_mask, utterance_mask, inputs, each_expert)
         return tokens, gate_weights
 
-    def _flex_attention_on_cpu(self, device: torch.device):
-        """Runs flex attention uncompiled on a CPU, where what torch 2.13 compiles fails at a second length."""
-        is_flex = self.language_model.config._attn_implementation == "flex_attention"
-        if is_flex and device.type == "cpu" and not torch.compiler.is_compiling():
-            return torch.compiler.set_stance("force_eager")
-        return nullcontext()
-
     @can_return_tuple
     def forward(
         self,
@@ -361,7 +355,7 @@ class EGMFModel(EGMFPreTrainedModel):
             position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, -inputs_embeds.shape[1] :]
         if accepts_position_ids(self.language_model):
             kwargs["position_ids"] = position_ids
-        with self._flex_attention_on_cpu(inputs_embeds.device):
+        with uncompiled_on_cpu(self.language_model):
             outputs = self.language_model(
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
@@ -466,7 +460,7 @@ class EGMFForConditionalGeneration(EGMFPreTrainedModel, ScoringMixin, Generation
         training, self_training = language_model.training, self.training
         language_model.eval(), self.eval()
         probe = torch.arange(4, device=language_model.device).unsqueeze(0)
-        with self.model._flex_attention_on_cpu(probe.device):
+        with uncompiled_on_cpu(language_model):
             wanted = language_model(input_ids=probe, use_cache=False).logits.float()
         got = self(input_ids=probe, use_cache=False).logits.float()
         language_model.train(training), self.train(self_training)
@@ -585,18 +579,11 @@ class EGMFForConditionalGeneration(EGMFPreTrainedModel, ScoringMixin, Generation
             gate_weights=outputs.gate_weights,
         )
 
-    def _check_static_cache(self) -> None:
-        language_model = self.model.language_model
-        implementation = language_model.config._attn_implementation
-        if implementation == "flex_attention" or needs_true_places(language_model):
-            got = f"a static one for {type(language_model).__name__} with {implementation} attention"
-            raise ValueError(f"past_key_values: got {got}, whose masks do not fit it; wanted a dynamic cache")
-
     def prepare_inputs_for_generation(
         self, input_ids, attention_mask=None, is_first_iteration=False, use_cache=True, **kwargs
     ):
         if isinstance(kwargs.get("past_key_values"), StaticCache):
-            self._check_static_cache()
+            check_static_cache(self.model.language_model)
         # The modalities are in the cache after the prompt; without a cache every step is a prompt again.
         modalities = {name: kwargs.pop(name, None) for name in ("utterance_mask", *MEDIA_INPUTS)}
         inputs = super().prepare_inputs_for_generation(

@@ -3,14 +3,18 @@
 Shape letters: B samples, C candidate answers, H the LLM's hidden size.
 """
 
-import inspect
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_outputs import ModelOutput
+
+
+try:
+    from .backends_egmf import needs_true_places
+except ImportError:
+    from backends_egmf import needs_true_places
 
 
 @dataclass
@@ -23,18 +27,6 @@ class LabelScores(ModelOutput):
 
     log_probs: torch.Tensor | None = None
     gate_weights: dict[str, torch.Tensor] | None = None
-
-
-def accepts_position_ids(language_model: PreTrainedModel) -> bool:
-    """Whether an LLM takes positions at all (ALiBi and state-space models do not)."""
-    return "position_ids" in inspect.signature(language_model.forward).parameters
-
-
-def needs_true_places(language_model: PreTrainedModel) -> bool:
-    """Whether an LLM goes by the places of cached tokens rather than by their positions: ALiBi, GPT-Neo's windows."""
-    config = language_model.config
-    by_index = "local" in getattr(config, "attention_layers", ())
-    return by_index or getattr(config, "alibi", False) or not accepts_position_ids(language_model)
 
 
 class AnswerTrie:
