@@ -146,9 +146,10 @@ def compiled_once():
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_compiled_forward(compiled_once, egmf, samples, make_batch):
     """Traced for one batch and again for another; what depends on a batch's values breaks the graph and no more."""
-    compiled = torch.compile(egmf, backend="aot_eager")
+    compiled = torch.compile(egmf, backend="aot_eager")  # the same graphs; their machine code is tested below
     with torch.no_grad():
         for some in (samples, samples[:2]):
             batch = make_batch(some)
