@@ -43,6 +43,7 @@ results: $(INSTALLED)
 	$(BIN)/python results/make_tables.py render
 	$(BIN)/python results/ravdess.py render
 	$(BIN)/python results/avatars.py render
+	$(BIN)/python results/performance.py
 
 # The copy of requirements.txt is written last: an interrupted installation is begun anew from an empty .venv, and a
 # changed requirements.txt updates the .venv that is there. Without pyvenv.cfg, pip would write to the system's Python.

@@ -17,15 +17,16 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, StaticCache
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import can_return_tuple, torch_compilable_check
 
 
 try:
+    from .backends_egmf import accepts_position_ids, check_static_cache, uncompiled_on_cpu
     from .configuration_egmf import EGMFConfig
     from .fusion_egmf import EGMFFusion, init_fusion_weights, masked_mean
-    from .scoring_egmf import ScoringMixin, accepts_position_ids
+    from .scoring_egmf import ScoringMixin
     from .towers_egmf import (
         build_tower,
         check_positions,
@@ -39,9 +40,10 @@ try:
         tower_size,
     )
 except ImportError:
+    from backends_egmf import accepts_position_ids, check_static_cache, uncompiled_on_cpu
     from configuration_egmf import EGMFConfig
     from fusion_egmf import EGMFFusion, init_fusion_weights, masked_mean
-    from scoring_egmf import ScoringMixin, accepts_position_ids
+    from scoring_egmf import ScoringMixin
     from towers_egmf import (
         build_tower,
         check_positions,
@@ -353,13 +355,14 @@ class EGMFModel(EGMFPreTrainedModel):
             position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, -inputs_embeds.shape[1] :]
         if accepts_position_ids(self.language_model):
             kwargs["position_ids"] = position_ids
-        outputs = self.language_model(
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            return_dict=True,
-            **kwargs,
-        )
+        with uncompiled_on_cpu(self.language_model):
+            outputs = self.language_model(
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                return_dict=True,
+                **kwargs,
+            )
         return EGMFOutput(
             last_hidden_state=outputs.last_hidden_state,
             past_key_values=outputs.get("past_key_values"),
@@ -481,7 +484,8 @@ class EGMFForConditionalGeneration(EGMFPreTrainedModel, ScoringMixin, Generation
         training, self_training = language_model.training, self.training
         language_model.eval(), self.eval()
         probe = torch.arange(4, device=language_model.device).unsqueeze(0)
-        wanted = language_model(input_ids=probe, use_cache=False).logits.float()
+        with uncompiled_on_cpu(language_model):
+            wanted = language_model(input_ids=probe, use_cache=False).logits.float()
         got = self(input_ids=probe, use_cache=False).logits.float()
         language_model.train(training), self.train(self_training)
         difference = (got - wanted).abs().max().item()
@@ -602,9 +606,11 @@ class EGMFForConditionalGeneration(EGMFPreTrainedModel, ScoringMixin, Generation
     def prepare_inputs_for_generation(
         self, input_ids, attention_mask=None, is_first_iteration=False, use_cache=True, **kwargs
     ):
+        cache = kwargs.get("past_key_values")
+        if isinstance(cache, StaticCache):
+            check_static_cache(self.model.language_model)
         # The modalities are in the cache after the prompt, be it of `score_labels()`; without a cache every step is a
         # prompt again.
-        cache = kwargs.get("past_key_values")
         is_prompt = (is_first_iteration and (cache is None or not int(cache.get_seq_length()))) or not use_cache
         modalities = {name: kwargs.pop(name, None) for name in ("utterance_mask", *MEDIA_INPUTS)}
         inputs = super().prepare_inputs_for_generation(

@@ -3,14 +3,18 @@
 Shape letters: B samples, C candidate answers, H the LLM's hidden size.
 """
 
-import inspect
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_outputs import ModelOutput
+
+
+try:
+    from .backends_egmf import needs_true_places
+except ImportError:
+    from backends_egmf import needs_true_places
 
 
 @dataclass
@@ -27,11 +31,6 @@ class LabelScores(ModelOutput):
     log_probs: torch.Tensor | None = None
     gate_weights: dict[str, torch.Tensor] | None = None
     past_key_values: Cache | None = None
-
-
-def accepts_position_ids(language_model: PreTrainedModel) -> bool:
-    """Whether an LLM takes positions at all (ALiBi and state-space models do not)."""
-    return "position_ids" in inspect.signature(language_model.forward).parameters
 
 
 class AnswerTrie:
@@ -151,11 +150,8 @@ class ScoringMixin:
 
     def _takes_tree_mask(self) -> bool:
         text_config = self.model.language_model.config
-        return (
-            text_config._attn_implementation in ("eager", "sdpa")
-            and accepts_position_ids(self.model.language_model)
-            and not getattr(text_config, "alibi", False)
-            and "local" not in getattr(text_config, "attention_layers", ())  # GPT-Neo: windows by index, not position
+        return text_config._attn_implementation in ("eager", "sdpa") and not needs_true_places(
+            self.model.language_model
         )
 
     def _tree_states(self, trie: AnswerTrie, attention_mask: torch.Tensor, cache: Cache) -> torch.Tensor:

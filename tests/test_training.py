@@ -113,6 +113,7 @@ def test_training_log_and_model_folder(trained):
         "config.json",
         "processor_config.json",
         "modeling_egmf.py",
+        "backends_egmf.py",
         "scoring_egmf.py",
     } <= files
     fields = json.loads((trained / "model" / "recipe.json").read_text())

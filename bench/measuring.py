@@ -1,0 +1,105 @@
+"""What the benchmarks of training and answering share: models, rows, turns, memory, and the JSON of their figures."""
+
+import json
+import os
+import platform
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import peft
+import torch
+import transformers
+from datasets import Dataset
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from corpora.schema import build_split
+from language_models import resolve_language_model
+from shrinking import published_config
+
+
+SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
+WIDTH = 64  # of a frame of voice or face
+FRAMES = {"audio": 157, "vision": 32}  # of MELD's features
+_WORDS = "what you said about the house that we found there is not what they told me when it was over".split()
+_EMOTIONS = ("neutral", "surprise", "fear", "sadness", "joy", "disgust", "anger")
+
+
+def build_rows(count: int, lines: tuple[int, int] = (0, 12)) -> Dataset:
+    """Dialogues as long as MELD's: from `lines[0]` to `lines[1]` lines before the utterance, with voice and face.
+
+    By SmolLM2's tokenizer their prompts have 97 tokens on average, with a standard deviation of 39 (MELD's first 600
+    for training: 113 and 48).
+    """
+    generator = random.Random(0)
+    frames = torch.Generator().manual_seed(0)
+
+    def line(speaker: str) -> dict[str, str]:
+        return {"speaker": speaker, "text": " ".join(generator.choices(_WORDS, k=generator.randint(1, 13)))}
+
+    def row(index: int) -> dict:
+        context = [line(generator.choice(("Ross", "Joey"))) for _ in range(generator.randint(*lines))]
+        features = {
+            f"{modality}_features": torch.randn(generator.randint(size // 4, size), WIDTH, generator=frames).numpy()
+            for modality, size in FRAMES.items()
+        }
+        said = line("Rachel") | {"context": context, "language": "en"}
+        emotion, score = generator.choice(_EMOTIONS), generator.randint(-30, 30) / 10
+        return {"id": f"row_{index}", **said, "emotion": emotion, "sentiment": score, **features}
+
+    return build_split(row(index) for index in range(count))
+
+
+def build_llm(name: str, layers: int | None = None, **options) -> PreTrainedModel:
+    """SmolLM2, or a model of a published configuration with random weights and so many of its layers; in bfloat16."""
+    if name == SMOLLM2:
+        return AutoModelForCausalLM.from_pretrained(resolve_language_model(name), dtype=torch.bfloat16, **options)
+    config = published_config(name)
+    config.num_hidden_layers = layers
+    config.layer_types = config.layer_types[:layers]
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, **options)
+
+
+def take_turns(ways: dict[str, Callable[[], float]], repetitions: int) -> dict[str, list[float]]:
+    """What every way returns, time after time; they take turns, so that what else the machine does meets all alike."""
+    found = {name: [] for name in ways}
+    for repetition in range(repetitions):
+        names = list(ways)
+        for name in names[repetition % len(names) :] + names[: repetition % len(names)]:
+            found[name].append(ways[name]())
+    return found
+
+
+def peak_memory(function: Callable[[], object]) -> int:
+    """The most bytes that torch holds on the CPU while `function` runs, beyond what it held before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def machine() -> dict[str, str | int | float]:
+    """What the figures depend on."""
+    return {
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "load_before": os.getloadavg()[0],
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+    }
+
+
+def record(file: Path, section: str, figures: dict) -> None:
+    """Puts a section of figures into the JSON file, beside those of other benchmarks."""
+    data = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    data[section] = figures
+    file.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")

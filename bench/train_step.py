@@ -1,0 +1,192 @@
+"""What a training step costs, beside fine-tuning the bare LLM and beside the least that it could cost.
+
+    python bench/train_step.py --output results/performance.json
+
+Three ways take turns in one process, on the same rows, with real `Trainer`s that train LoRA under bfloat16:
+
+- `plain`: the bare LLM on the same text, as it is usually done. Logits at all positions, rows in random order, padded
+  to the longest of their batch. It has no pseudo tokens.
+- `floor`: the LLM's own forward and backward pass on the very sequences of EGMF, pseudo tokens included, in batches of
+  like lengths, with logits where the answer's tokens are predicted and nowhere else.
+- `egmf`: what `train.py` does with a recipe.
+
+Rows in the order of their lengths are cut into batches; grouping by length does that more closely on a whole corpus. A
+repetition is an epoch of the rows; its time is that of the steps alone (forward, backward, optimizer), not that of
+tokenizer and collator, in seconds of CPU on one core, which other programs disturb less than they disturb the clock.
+Memory is the most that torch holds during an epoch beyond the weights. The models are SmolLM2-135M as it is, and
+Qwen3-0.6B and 1.7B with random weights, at full width and vocabulary but with few layers, twice: time and memory grow
+by the layer, so that two depths say what all layers would take.
+"""
+
+import argparse
+import copy
+import gc
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.helpers import disable_input_dtype_casting
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import Trainer, TrainerCallback
+
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from assembly import add_lora, build_model, build_processor  # noqa: E402
+from evaluation import AffectCollator, ask  # noqa: E402
+from language_models import resolve_language_model  # noqa: E402
+from measuring import SMOLLM2, build_llm, build_rows, machine, peak_memory, record, take_turns  # noqa: E402
+from recipes import load_recipe  # noqa: E402
+from train import with_lengths  # noqa: E402
+
+
+BATCHES = 3  # of an epoch
+MODELS = {  # recipe, rows in a batch, layers
+    SMOLLM2: ("mosi_smollm2", 4, (None,)),
+    "Qwen/Qwen3-0.6B": ("meld_qwen3_features", 4, (2, 4)),
+    "Qwen/Qwen3-1.7B": ("meld_qwen3_features", 2, (1, 2)),
+}
+
+
+class StepClock(TrainerCallback):
+    """Seconds that the steps take."""
+
+    seconds = 0.0
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.begun = time.process_time()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seconds += time.process_time() - self.begun
+
+
+class Floor(nn.Module):
+    """The LLM with logits where the answer's tokens are predicted alone."""
+
+    def __init__(self, llm: nn.Module):
+        super().__init__()
+        self.llm = llm
+
+    def forward(self, input_ids, attention_mask, labels, num_items_in_batch=None, **kwargs):
+        llm = self.llm.get_base_model()
+        hidden = llm.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        answers = labels[:, 1:] != -100
+        logits = llm.lm_head(hidden[:, :-1][answers])
+        loss = llm.loss_function(
+            logits=logits,
+            labels=None,
+            shift_labels=labels[:, 1:][answers],
+            vocab_size=llm.config.vocab_size,
+            num_items_in_batch=num_items_in_batch,
+        )
+        return {"loss": loss}
+
+
+def plain_collator(collator: AffectCollator):
+    """The collator's prompts and answers without pseudo tokens, voice and face, padded to the longest."""
+    placeholder, pad = collator.processor.pseudo_token_id, collator.processor.tokenizer.pad_token_id
+
+    def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
+        batch = collator(rows)
+        kept = batch["attention_mask"].bool() & (batch["input_ids"] != placeholder)
+        fill = {"input_ids": pad, "attention_mask": 0, "labels": -100}
+        return {
+            name: pad_sequence([ids[here] for ids, here in zip(batch[name], kept, strict=True)], True, value)
+            for name, value in fill.items()
+        }
+
+    return collate
+
+
+def trainers_of(model_name: str, layers: int | None, folder: str) -> dict[str, Trainer]:
+    """The three ways, each a Trainer."""
+    name, batch_size, _ = MODELS[model_name]
+    quiet = {"logging": "no", "eval": "no", "save": "no"}
+    recipe = load_recipe(
+        [str(ROOT / f"recipes/{name}.yaml"), "--output_dir", folder, "--tasks", "meld", "--use_cpu", "true"]
+        + [part for kind, value in quiet.items() for part in (f"--{kind}_strategy", value)]
+        + ["--load_best_model_at_end", "false", "--disable_tqdm", "true", "--remove_unused_columns", "false"]
+        + ["--num_train_epochs", "1", "--per_device_train_batch_size", str(batch_size)]
+    )
+    attention = {"attn_implementation": recipe.model.attn_implementation}
+    tokenizer_folder = resolve_language_model(SMOLLM2)
+    processor = build_processor(recipe, tokenizer_folder, {})
+    tasks = [processor.tasks[name] for name in recipe.data.tasks]
+    collator = AffectCollator(processor, tasks, recipe.data.modalities, with_answers=True)
+    rows = with_lengths(ask(build_rows(BATCHES * batch_size), tasks), collator)
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        llm = build_llm(model_name, layers)
+        llm.save_pretrained(place)
+        model = build_model(recipe, place, processor, {}, rows)
+    own = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=recipe.model.lora_r,
+        lora_alpha=recipe.model.lora_alpha,
+        target_modules=r"model\.layers\..*\.(q|k|v|o|gate|up|down)_proj",
+    )
+    floor = get_peft_model(build_llm(model_name, layers, **attention), own)
+    plain = get_peft_model(build_llm(model_name, layers, **attention), own)
+    rows, recipe.training.train_sampling_strategy = rows.sort("length"), "sequential"
+    random_order = copy.copy(recipe.training)
+    random_order.train_sampling_strategy = "random"
+    text_alone = AffectCollator(processor, tasks, ["text"], with_answers=True)
+    ways = {
+        "plain": (plain, random_order, plain_collator(text_alone)),
+        "floor": (Floor(floor), recipe.training, text_alone),
+        "egmf": (add_lora(recipe, model, []), recipe.training, collator),
+    }
+    return {
+        name: Trainer(module, settings, data_collator=collate, train_dataset=rows)
+        for name, (module, settings, collate) in ways.items()
+    }
+
+
+def epoch(trainer: Trainer, lean: bool) -> float:
+    """Seconds of the steps of one epoch."""
+    clock = StepClock()
+    trainer.add_callback(clock)
+    with disable_input_dtype_casting(trainer.model, active=lean):
+        trainer.train()
+    trainer.remove_callback(clock)
+    return clock.seconds
+
+
+def measure(model_name: str, layers: int | None, repetitions: int) -> dict:
+    """Time and memory of the three ways."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainers = trainers_of(model_name, layers, folder)
+        memory, weights = {}, {}
+        for name, trainer in trainers.items():
+            memory[name] = peak_memory(lambda trainer=trainer, name=name: epoch(trainer, name != "plain"))
+            weights[name] = sum(parameter.nbytes for parameter in trainer.model.parameters())
+        ways = {name: lambda t=trainer, n=name: epoch(t, n != "plain") for name, trainer in trainers.items()}
+        seconds = take_turns(ways, repetitions)
+    gc.collect()
+    return {"layers": layers, "seconds": seconds, "memory": memory, "weights": weights}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--output", type=Path, required=True, help="JSON file that gets the figures")
+    parser.add_argument("--repetitions", type=int, default=5)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    found = {"machine": machine(), "models": {}}
+    for name, (recipe, batch_size, depths) in MODELS.items():
+        setting = {"recipe": recipe, "batch_size": batch_size, "batches": BATCHES, "depths": []}
+        found["models"][name] = setting
+        for layers in depths:
+            setting["depths"].append(measure(name, layers, args.repetitions))
+            median = {way: statistics.median(values) for way, values in setting["depths"][-1]["seconds"].items()}
+            print(name, layers, {way: round(seconds, 2) for way, seconds in median.items()}, flush=True)
+        record(args.output, "train_step", found)
+
+
+if __name__ == "__main__":
+    main()
