@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 from torch.distributed.fsdp import register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainerState
 from transformers.trainer_pt_utils import nested_gather
@@ -414,7 +415,9 @@ class RunTrainer(MixtureTrainer):
         if not unchecked:
             return
         device = self.args.device
-        values = torch.stack([value.detach().to(device, torch.float32).reshape(()) for _, _, value in unchecked])
+        # Of an FSDP2 model the gradient norm is in parts, on all processes, which all look at the same steps.
+        whole = [value.full_tensor() if isinstance(value, DTensor) else value for _, _, value in unchecked]
+        values = torch.stack([value.detach().to(device, torch.float32).reshape(()) for value in whole])
         for (step, ids, _), value in zip(unchecked, values.tolist(), strict=True):
             if math.isfinite(value):
                 continue
