@@ -236,8 +236,9 @@ def test_fsdp_learns_what_one_process_learns(tmp_path):
     assert (tmp_path / "two" / "checkpoint-8" / "pytorch_model_fsdp.bin").exists()
     assert_alike(one, tmp_path / "two", tolerance=2e-2)
     weights = load_file(tmp_path / "two" / "model" / "model.safetensors")
-    kinds = {name: {value.dtype for key, value in weights.items() if name in key} for name in ("fusion", "layers.0.")}
-    assert kinds == {"fusion": {torch.float32}, "layers.0.": {torch.bfloat16}}
+    parts = ("model.fusion.", "model.language_model.")
+    kinds = {part: {value.dtype for key, value in weights.items() if key.startswith(part)} for part in parts}
+    assert kinds == {"model.fusion.": {torch.float32}, "model.language_model.": {torch.bfloat16}}
 
 
 def test_phases_are_not_for_divided_models(monkeypatch, tmp_path):
