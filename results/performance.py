@@ -132,8 +132,8 @@ def render(data: dict) -> str:
         "## A training step",
         f"`python bench/train_step.py --output results/performance.json`, {repetitions} repetitions. "
         + setting(step["machine"]),
-        "*Plain* is LoRA on the bare LLM with the same text, logits at all positions, rows in random order, as PEFT and "
-        "Trainer do it by default. *Floor* is the LLM's own forward and backward pass on EGMF's sequences, pseudo "
+        "*Plain* is LoRA on the bare LLM with the same text, logits at all positions, rows in random order, as PEFT "
+        "and Trainer do it by default. *Floor* is the LLM's own forward and backward pass on EGMF's sequences, pseudo "
         "tokens included, with logits for the answer's tokens alone. *Egmf* is what `train.py` does: the fusion "
         "learns, too, and reads voice and face. Floor and egmf leave out PEFT's cast of its inputs to float32, as "
         "`train.py` does. Recipe and rows of an epoch, which has 97 tokens a row on average: "
