@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import random
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,9 @@ import peft
 import torch
 import transformers
 from datasets import Dataset
-from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from corpora.schema import build_split
@@ -72,16 +75,37 @@ def take_turns(ways: dict[str, Callable[[], float]], repetitions: int) -> dict[s
     return found
 
 
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors that operations make, forward and backward, for as long as they live."""
+
+    def __init__(self):
+        super().__init__()
+        self.held = self.peak = 0
+        self.known = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        for tensor in tree_leaves((args, kwargs)):
+            if isinstance(tensor, torch.Tensor):
+                self.known.setdefault(tensor.untyped_storage(), True)  # there before: weights
+        outputs = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(outputs):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage() not in self.known:
+                storage = tensor.untyped_storage()
+                self.known[storage] = True
+                self.held += storage.nbytes()
+                self.peak = max(self.peak, self.held)
+                weakref.finalize(storage, self.release, storage.nbytes())
+        return outputs
+
+    def release(self, size: int) -> None:
+        self.held -= size
+
+
 def peak_memory(function: Callable[[], object]) -> int:
-    """The most bytes that torch holds on the CPU while `function` runs, beyond what it held before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    """The most bytes that torch's tensors take while `function` runs, beyond those that were there before."""
+    with LiveBytes() as tracker:
         function()
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
+    return tracker.peak
 
 
 def machine() -> dict[str, str | int | float]:
