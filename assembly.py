@@ -20,10 +20,9 @@ from transformers import (
 )
 
 from modeling_egmf import EGMFForConditionalGeneration
-from pretraining import clip_statistics_of
 from processing_egmf import EGMFProcessor
 from recipes import Recipe
-from tower_cache import PREPROCESSORS, TowerCache
+from tower_cache import COLUMNS, PREPROCESSORS, TowerCache
 from towers_egmf import encoder_of, load_tower
 
 
@@ -145,11 +144,16 @@ def set_clip_statistics(model: EGMFForConditionalGeneration, corpus, cache: Towe
     Raises:
         ValueError: If a modality has no clips, or a tower that is still to learn.
     """
-    if not model.model.fusion.clip_statistics:
-        return
-    measured = [clip_statistics_of(model, row, cache) for row in corpus["train"]]
-    for modality in model.model.fusion.clip_statistics:
-        clips = [found[modality].double() for found in measured if modality in found]
+    for modality, module in model.model.fusion.clip_statistics.items():
+        clips = []
+        for row in corpus["train"]:
+            features = row[f"{modality}_features"]
+            if cache is not None and modality in cache.frozen:
+                features = cache.load(modality, row[COLUMNS[modality]])[f"{modality}_features"]
+            if features is not None:
+                frames = torch.as_tensor(features, device="cpu").unsqueeze(0)  # (1, T, layers, size) or (1, T, size)
+                layers = frames.unbind(2) if frames.ndim == 4 else (frames,)
+                clips.append(module.measure(layers, torch.ones(frames.shape[:2]))[0].double())
         if not clips:
             raise ValueError(f"clip_statistics: got {modality}, wanted one with clips, and features or a frozen tower")
         std, mean = torch.std_mean(torch.stack(clips), 0, correction=0)
@@ -186,7 +190,6 @@ def build_model(
         modality_dropout=arguments.modality_dropout,
         feature_noise=arguments.feature_noise,
         clip_statistics=arguments.clip_statistics,
-        clip_readout=arguments.clip_readout,
         audio_input_rate=processor.audio_input_rate if "audio" in towers else None,
         **{f"{modality}_tower": tower for modality, (tower, _) in towers.items()},
         **{f"{modality}_feature_size": len(mean) for modality, (mean, _) in statistics.items()},

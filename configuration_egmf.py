@@ -59,8 +59,6 @@ class EGMFConfig(PreTrainedConfig):
             standard deviation; regularises weak or contaminated features.
         clip_statistics: Modalities, audio or vision, whose every position is also told the mean and the standard
             deviation of the clip's frames, of a tower layer by layer.
-        clip_readout: Whether the pseudo tokens are also told, by a fixed linear map, what these statistics by
-            themselves say of the answer.
         initializer_range: Standard deviation of new embeddings, and of a new head's weights.
     """
 
@@ -89,7 +87,6 @@ class EGMFConfig(PreTrainedConfig):
     modality_dropout: dict[str, float | int] | None = None
     feature_noise: dict[str, float | int] | None = None
     clip_statistics: list[str] | tuple[str, ...] = ()
-    clip_readout: bool = False
     lm_head_bias: bool = False
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
@@ -141,8 +138,6 @@ class EGMFConfig(PreTrainedConfig):
         if not set(self.clip_statistics) <= set(self.modalities[1:]):
             wanted = f"some of the model's {self.modalities[1:]}"
             raise ValueError(f"clip_statistics: got {self.clip_statistics}, wanted {wanted}")
-        if self.clip_readout and not self.clip_statistics:
-            raise ValueError("clip_readout: got True without clip_statistics, wanted some to read")
         for name, rate in self.modality_dropout.items():
             if name not in ("text", "audio", "vision") or not 0 <= rate < 1:
                 raise ValueError(

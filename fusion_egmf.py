@@ -35,7 +35,6 @@ class ModalitySequence:
         fractions: (B, T), where on the clip the frames are, from 0 to 1.
         mask: (B, 1 + T) bool, True where a position holds something; the state token always does.
         present: (B,) bool.
-        verdict: (B, H), what the clip's statistics say of the answer; None if they are not asked.
     """
 
     content: torch.Tensor
@@ -43,7 +42,6 @@ class ModalitySequence:
     fractions: torch.Tensor
     mask: torch.Tensor
     present: torch.Tensor
-    verdict: torch.Tensor | None = None
 
     @property
     def states(self) -> torch.Tensor:
@@ -413,11 +411,9 @@ class PseudoTokenProjector(nn.Module):
         self.norm = nn.RMSNorm(size, elementwise_affine=False, eps=1e-6)
         self.embedding_rms = nn.Parameter(torch.empty(()))
 
-    def forward(self, latents: torch.Tensor, verdict: torch.Tensor | None = None) -> torch.Tensor:
-        """`verdict`, which broadcasts to the tokens, is added to each of them before they are scaled."""
+    def forward(self, latents: torch.Tensor) -> torch.Tensor:
         # The token's own embedding keeps the K tokens apart, also where no modality is present.
-        tokens = self.layers(latents + self.token_embedding)
-        return self.norm(tokens if verdict is None else tokens + verdict) * self.embedding_rms
+        return self.norm(self.layers(latents + self.token_embedding)) * self.embedding_rms
 
 
 class FeatureNorm(nn.Module):
@@ -454,9 +450,6 @@ class ClipStatistics(nn.Module):
 
     Speech says much of what is felt in how it sounds throughout, and few clips are enough to learn that: this is what
     a linear probe reads. The statistics are standardised by those of the training split, which travel with the model.
-
-    With `clip_readout` there is such a probe as well: a linear map of the statistics into the LLM's space, fitted in
-    closed form before anything else learns and fixed from then on: gradient steps fit so few clips less well.
     """
 
     def __init__(self, num_layers: int, width: int, config: EGMFConfig):
@@ -464,8 +457,6 @@ class ClipStatistics(nn.Module):
         self.norm = FeatureNorm(2 * num_layers * width)
         self.dropout = nn.Dropout(config.fusion_dropout)
         self.proj = nn.Linear(2 * num_layers * width, config.fusion_hidden_size)
-        readout = torch.zeros(config.text_embedding_size, 2 * num_layers * width) if config.clip_readout else None
-        self.register_buffer("readout", readout)
 
     @staticmethod
     def measure(layers: tuple[torch.Tensor, ...], mask: torch.Tensor) -> torch.Tensor:
@@ -476,17 +467,8 @@ class ClipStatistics(nn.Module):
         variance = masked_mean((frames - mean.unsqueeze(1)).square(), mask)
         return torch.cat([mean, (variance + 1e-6).sqrt()], -1)  # the root has a gradient where nothing varies
 
-    def forward(
-        self, layers: tuple[torch.Tensor, ...], mask: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """-> what every position is told (B, d), and what the clip says of the answer (B, H) or None."""
-        statistics = self.norm(self.measure(layers, mask))
-        told = self.proj(self.dropout(statistics))
-        if self.readout is None:
-            return told, None
-        # On clips that it was fitted to the readout is too sure; dropout leaves the experts something to learn there.
-        verdict = F.linear(self.dropout(statistics), self.readout)
-        return told, verdict.masked_fill(~mask.bool().any(1, keepdim=True), 0.0)
+    def forward(self, layers: tuple[torch.Tensor, ...], mask: torch.Tensor) -> torch.Tensor:
+        return self.proj(self.dropout(self.norm(self.measure(layers, mask))))
 
 
 class EGMFFusion(nn.Module):
@@ -535,11 +517,6 @@ class EGMFFusion(nn.Module):
         """Sets what a modality's [`ClipStatistics`] are standardised by: their mean and deviation over clips."""
         self._set_statistics(self.clip_statistics[name].norm, mean, std)
 
-    @torch.no_grad()
-    def set_clip_readout(self, name: str, weight: torch.Tensor) -> None:
-        """Sets the map (H, statistics) from a modality's standardised [`ClipStatistics`] to the pseudo tokens."""
-        self.clip_statistics[name].readout.copy_(weight)
-
     @staticmethod
     def _set_statistics(norm: FeatureNorm, mean: torch.Tensor, std: torch.Tensor) -> None:
         norm.mean.copy_(mean)
@@ -565,16 +542,15 @@ class EGMFFusion(nn.Module):
         features = self.input_norm[name](features.to(weight.dtype).masked_fill(~mask.unsqueeze(-1), 0.0))
         if self.training and self.feature_noise.get(name):
             features = features + self.feature_noise[name] * torch.randn_like(features)
-        here, present, verdict = self.present_embedding[index].expand(batch_size, -1), mask.any(1), None
+        here, present = self.present_embedding[index].expand(batch_size, -1), mask.any(1)
         if name in self.clip_statistics:  # every position of the modality knows the clip as a whole
-            told, verdict = self.clip_statistics[name](layers, mask)
-            here = here + told
+            here = here + self.clip_statistics[name](layers, mask)
         frames = self.dropout(self.input_proj[name](features) + here.unsqueeze(1))
         state = torch.where(present[:, None], here, self.absent_embedding[index])
         fractions = clip_fractions(mask, times, span)
         content = torch.cat([state.unsqueeze(1).to(frames), frames], 1)
         clock = F.pad(self.clock(fractions, times).to(frames), (0, 0, 1, 0))
-        return ModalitySequence(content, clock, fractions, F.pad(mask, (1, 0), value=True), present, verdict)
+        return ModalitySequence(content, clock, fractions, F.pad(mask, (1, 0), value=True), present)
 
     def forward(
         self,
@@ -595,9 +571,7 @@ class EGMFFusion(nn.Module):
         mixed, alone, weights = self.gate(latents, present, prompt.to(latents.dtype))
         if each_expert:
             mixed = torch.cat([mixed.unsqueeze(1), alone], 1)
-        verdicts = [sequence.verdict for sequence in sequences.values() if sequence.verdict is not None]
-        verdict = sum(verdicts).view(len(mixed), *[1] * (mixed.ndim - 2), -1) if verdicts else None
-        return self.projector(mixed, verdict), weights
+        return self.projector(mixed), weights
 
 
 def init_fusion_weights(module: nn.Module, embedding_rms: float) -> bool:
@@ -607,9 +581,6 @@ def init_fusion_weights(module: nn.Module, embedding_rms: float) -> bool:
     elif isinstance(module, FeatureNorm):
         init.zeros_(module.mean)
         init.ones_(module.std)
-    elif isinstance(module, ClipStatistics):
-        if module.readout is not None:
-            init.zeros_(module.readout)
     elif isinstance(module, LatentPooling):
         init.normal_(module.queries)
     elif isinstance(module, LayerMix):

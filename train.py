@@ -31,7 +31,7 @@ from evaluation import AffectCollator, ask, classification_metrics, prompt_lengt
 from language_models import resolve_language_model
 from mixture import MixtureTrainer, ask_parts, check_parts, load_parts, mixture_of
 from modeling_egmf import EGMFForConditionalGeneration
-from pretraining import ExpertPretraining, TowerPretraining, fit_clip_readout
+from pretraining import ExpertPretraining, TowerPretraining
 from processing_egmf import EGMFProcessor
 from recipes import Recipe, load_recipe
 from shrinking import shrink
@@ -217,8 +217,6 @@ def main(arguments: list[str]) -> None:
             alone.requires_grad_(False)
     set_clip_statistics(model, corpus, inputs)
     speeds = tuple(data.audio_speeds)
-    if recipe.model.clip_readout:
-        fit_clip_readout(model, processor, tasks, asked, inputs, speeds, recipe.experts.readout_penalty)
     if recipe.experts.expert_epochs:
         learn(model, with_experts)
         experts = ExpertPretraining(model.to(training.device), processor, tasks)

@@ -49,9 +49,6 @@ class ModelArguments:
     clip_statistics: list[str] = field(
         default_factory=list, metadata={"help": "modalities whose positions know mean and deviation of the clip"}
     )
-    clip_readout: bool = field(
-        default=False, metadata={"help": "a linear readout of `clip_statistics`, fitted before the experts learn"}
-    )
     lora_r: int = 16
     lora_alpha: int = 32
     lora_target_modules: str = field(
@@ -153,9 +150,6 @@ class ExpertArguments:
         default=0, metadata={"help": "epochs of the towers alone, which then learn on with the experts; 0 for none"}
     )
     tower_learning_rate: float = 3e-3
-    readout_penalty: float = field(
-        default=4.0, metadata={"help": "of `clip_readout`, see `pretraining.fit_clip_readout`; more for fewer clips"}
-    )
     expert_epochs: int = field(default=0, metadata={"help": "epochs of the fusion without the LLM; 0 for none"})
     expert_learning_rate: float = 1e-3
     expert_batch_size: int = 32
