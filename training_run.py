@@ -27,6 +27,7 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainerState
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer_pt_utils import nested_gather
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
@@ -324,6 +325,7 @@ class RunTrainer(MixtureTrainer):
             self.add_callback(callback)
         self._unchecked: list[tuple[int, list[str] | None, torch.Tensor]] = []  # step, rows and loss; or gradient norm
         self._restored, self._amount, self._clock = None, 0, time.perf_counter()
+        self.phase, self.begun = phase, time.strftime("%Y%m%d-%H%M%S")
 
     @property
     def checkpoint(self) -> Path:
@@ -348,6 +350,7 @@ class RunTrainer(MixtureTrainer):
         if self.is_world_process_zero():
             self.log_file.cut(steps_of(checkpoint))
         if checkpoint is None:
+            self._report_after(0)
             self.train()
             return
         state = TrainerState.load_from_json(str(Path(checkpoint) / STATE))
@@ -363,8 +366,22 @@ class RunTrainer(MixtureTrainer):
                 self._load_best_model()
             return
         self._restored = json.loads((Path(checkpoint) / RUNNING_LOSS).read_text(encoding="utf-8"))
+        self.begun = self._restored.get("begun", self.begun)
+        self._report_after(steps_of(checkpoint))
         logging.info("going on from %s", checkpoint)
         self.train(resume_from_checkpoint=checkpoint)
+
+    def _report_after(self, step: int) -> None:
+        """Has the curves that `report_to` asks for go on after a step, under the name that they began with."""
+        name = self.args.run_name or f"{self.log_file.path.parent.resolve().name}-{self.begun}"
+        self.args.run_name = f"{name}-{self.phase}" if self.phase else name
+        for callback in self.callback_handler.callbacks if self.is_world_process_zero() else ():
+            if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:  # else a user has set it
+                from torch.utils.tensorboard import SummaryWriter  # a package that a run needs only for this
+
+                callback.logging_dir = str(Path(self.args.output_dir) / "runs")
+                # What a killed run had logged later than its last checkpoint comes again, and counts no more.
+                callback.tb_writer = SummaryWriter(callback.logging_dir, purge_step=step + 1)
 
     def restore_running_loss(self) -> None:
         """Sets the loss that was not logged yet when the checkpoint was written, which Trainer forgets."""
@@ -448,6 +465,7 @@ class RunTrainer(MixtureTrainer):
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         unlogged = nested_gather(self._tr_loss, self.args.parallel_mode).mean().item()
         running = {"loss": unlogged, "logged_step": self._globalstep_last_logged, "total": self._total_loss_scalar}
+        running["begun"] = self.begun
         checkpoint, folder = self.checkpoint, Path(self.args.output_dir)
         whole = sorted(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*[0-9]"), key=steps_of)
         remedy = f"make room, and the same command goes on from {whole[-1] if whole else 'the beginning'}"

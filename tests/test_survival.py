@@ -484,17 +484,57 @@ def test_progress_on_a_terminal_is_a_bar_with_loss_rate_and_time(whole, tmp_path
     assert re.search(bar, said.decode())
 
 
-def test_reports_to_tensorboard_and_names_a_missing_package(tmp_path, monkeypatch):
-    run = Run(tmp_path, [*TINY, "--report_to", "tensorboard"])
+def losses(run: Run, phase: str | None = None) -> list[tuple[int, float]]:
+    return [(line["step"], line["loss"]) for line in run.entries() if "loss" in line and line.get("phase") == phase]
+
+
+def test_tensorboard_has_each_step_of_a_killed_run_once(tmp_path):
+    """Step 5 is logged twice: a checkpoint is written at step 4, and the run is killed in step 6."""
+    run = Run(tmp_path, [*TINY, "--report_to", "tensorboard", "--logging_steps", "1"])
+    assert run(At(RunTrainer, "training_step", 6, kill))[0] == -signal.SIGKILL
     run.finish()
-    (events,) = run.folder.glob("runs/*")
-    reader = EventAccumulator(str(events))
+    assert len([*run.folder.glob("runs/*")]) == 2
+    reader = EventAccumulator(str(run.folder / "runs"))
     reader.Reload()
-    logged = [(entry["step"], entry["loss"]) for entry in run.entries() if "loss" in entry]
-    assert [(event.step, event.value) for event in reader.Scalars("train/loss")] == [
-        (step, pytest.approx(loss)) for step, loss in logged
-    ]
-    assert {"train/tokens_per_second", "eval/weighted_f1"} <= set(reader.Tags()["scalars"])
+    seen = [(event.step, pytest.approx(event.value)) for event in reader.Scalars("train/loss")]
+    assert losses(run) == seen and [step for step, _ in seen] == [*range(1, 13)]
+    assert [event.step for event in reader.Scalars("eval/weighted_f1")] == [6, 12]
+    assert "train/tokens_per_second" in reader.Tags()["scalars"]
+
+
+class Environment:
+    """Sets a variable of the run's environment."""
+
+    def __init__(self, name: str, value: str):
+        self.name, self.value = name, value
+
+    def __call__(self) -> None:
+        os.environ[self.name] = self.value
+
+
+def test_trackio_has_a_run_for_each_phase_that_goes_on(tmp_path, monkeypatch):
+    from trackio import sqlite_storage  # here: where it writes is settled when it is imported, in the run as well
+
+    arguments = ["--report_to", "trackio", "--logging_steps", "1", "--expert_epochs", "1", "--expert_batch_size", "8"]
+    run = Run(tmp_path, [*TINY, *arguments, "--project", "tiny"])
+    for epochs in ("1", "2"):
+        run.arguments += ["--num_train_epochs", epochs]
+        status, said = run(Environment("TRACKIO_DIR", str(tmp_path / "trackio")))
+        assert status == 0, said
+    monkeypatch.setattr(sqlite_storage, "TRACKIO_DIR", tmp_path / "trackio")
+    logs = sqlite_storage.SQLiteStorage.get_logs
+    curves = {}
+    for name in sqlite_storage.SQLiteStorage.get_runs("tiny"):
+        lines = [line for line in logs("tiny", name) if "train/loss" in line]
+        curves[name] = [(line["train/global_step"], line["train/loss"]) for line in lines]
+    experts, last = sorted(curves, key=lambda name: len(curves[name]))
+    assert re.fullmatch(r"run-[\d]{8}-[\d]{6}-experts", experts) and re.fullmatch(r"run-[\d]{8}-[\d]{6}", last)
+    assert curves == {experts: losses(run, "experts"), last: losses(run)}
+    assert [len(curve) for curve in curves.values()] == [6, 12]
+    assert [line["train/global_step"] for line in logs("tiny", last) if "eval/weighted_f1" in line] == [6, 12]
+
+
+def test_a_package_that_report_to_needs_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "trackio", None)
     with pytest.raises(
         ValueError, match="report_to: got 'trackio', wanted its package beside it: pip install trackio"
