@@ -177,7 +177,7 @@ class LocalExpert(nn.Module):
     Per modality, depth-wise convolutions at several widths look at short stretches of the frames beside their
     deviation from the clip's mean, so that what is unlike the rest of the clip stands out. Besides every (scale,
     frame) the latents read one peak per scale, the maximum over time channel by channel: a brief event reaches them
-    however long the clip is.
+    however long the clip is. It is not told when on the clip a frame is: what happens matters here, wherever it does.
     """
 
     def __init__(self, config: EGMFConfig):
@@ -201,8 +201,8 @@ class LocalExpert(nn.Module):
         """-> (B, M, K, d)."""
         latents = []
         for name, sequence in sequences.items():
-            states, mask = [sequence.states[:, :1]], [sequence.mask[:, :1]]
-            frames, frame_mask = sequence.states[:, 1:], sequence.mask[:, 1:]
+            states, mask = [sequence.content[:, :1]], [sequence.mask[:, :1]]
+            frames, frame_mask = sequence.content[:, 1:], sequence.mask[:, 1:]
             if frames.shape[1]:
                 deviation = frames - masked_mean(frames, frame_mask).unsqueeze(1)
                 frames = self.contrast[name](torch.cat([frames, deviation], dim=-1))
@@ -221,7 +221,7 @@ class SemanticExpert(nn.Module):
     """Semantic correlation expert: how the modalities relate to each other.
 
     Each modality is first summed up in K latents, the words from every token, voice and face from stretches of the
-    clip: what they say as a whole, not in a moment. A latent is then described by itself, by what the other modalities
+    clip in no order: what they say as a whole, not in a moment nor in the course of time. A latent is then described by itself, by what the other modalities
     say about it, by their product (agreement) and by their absolute difference (disagreement).
     """
 
@@ -239,7 +239,8 @@ class SemanticExpert(nn.Module):
 
     def sum_up(self, name: str, sequence: ModalitySequence) -> torch.Tensor:
         """-> (B, K, d)."""
-        states, mask = sequence.states, sequence.mask
+        # Words mean what they mean in their order; voice and face as a whole are the same played backwards.
+        states, mask = sequence.states if name == "text" else sequence.content, sequence.mask
         if name != "text" and states.shape[1] > 1:
             stretch = (sequence.fractions * self.num_stretches).long().clamp(max=self.num_stretches - 1)
             inside = F.one_hot(stretch, self.num_stretches).bool() & mask[:, 1:, None]  # (B, T, stretches)
