@@ -221,8 +221,9 @@ class SemanticExpert(nn.Module):
     """Semantic correlation expert: how the modalities relate to each other.
 
     Each modality is first summed up in K latents, the words from every token, voice and face from stretches of the
-    clip in no order: what they say as a whole, not in a moment nor in the course of time. A latent is then described by itself, by what the other modalities
-    say about it, by their product (agreement) and by their absolute difference (disagreement).
+    clip in no order: what they say as a whole, not in a moment nor in the course of time. A latent is then described
+    by itself, by what the other modalities say about it, by their product (agreement) and by their absolute difference
+    (disagreement).
     """
 
     def __init__(self, config: EGMFConfig):
