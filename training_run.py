@@ -433,8 +433,8 @@ class RunTrainer(MixtureTrainer):
             return
         device = self.args.device
         # Of an FSDP2 model the gradient norm is in parts, on all processes, which all look at the same steps.
-        whole = [value.full_tensor() if isinstance(value, DTensor) else value for _, _, value in unchecked]
-        values = torch.stack([value.detach().to(device, torch.float32).reshape(()) for value in whole])
+        gathered = [value.full_tensor() if isinstance(value, DTensor) else value for _, _, value in unchecked]
+        values = torch.stack([value.detach().to(device, torch.float32).reshape(()) for value in gathered])
         for (step, ids, _), value in zip(unchecked, values.tolist(), strict=True):
             if math.isfinite(value):
                 continue
