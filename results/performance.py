@@ -31,9 +31,9 @@ def ratios(values: list[float], others: list[float]) -> list[float]:
     return [value / other for value, other in zip(values, others, strict=True)]
 
 
-def judged(value: float, goal: str) -> str:
+def judged(value: float, goal: str, digits: int = 2) -> str:
     """A ratio beside its goal."""
-    return f"{value:.2f}, {'met' if value <= GOALS[goal] else 'missed'}"
+    return f"{value:.{digits}f}, {'met' if value <= GOALS[goal] else 'missed'}"
 
 
 def by_layer(depths: list[dict], measure) -> tuple[dict[str, float], dict[str, float]]:
@@ -91,9 +91,9 @@ def judged_ratios(model: str, figures: dict) -> list[str]:
         "measured" if len(depths) == 1 else f"{ALL_LAYERS} layers, extrapolated",
         time_to("plain"),
         time_to("floor"),
-        judged(memory, "memory to plain") if "Qwen" in model else f"{memory:.2f}",  # a goal at 150,000 words
-        f"{whole['floor'] / whole['plain']:.2f}",
-        f"{own['egmf'] / own['plain']:.2f}",
+        judged(memory, "memory to plain", 3) if "Qwen" in model else f"{memory:.3f}",  # a goal at 150,000 words
+        f"{whole['floor'] / whole['plain']:.3f}",
+        f"{own['egmf'] / own['plain']:.3f}",
     ]
 
 
@@ -177,8 +177,8 @@ def render(data: dict) -> str:
             + ["memory to plain, without weights"],
             [judged_ratios(model, figures) for model, figures in models.items()],
         ),
-        "Where it goes with all layers, by the same extrapolation. The rest is embeddings, head, loss and optimizer, "
-        "and the fusion in *egmf*:",
+        "Where it goes with all layers, by the same extrapolation. A layer's memory is mostly its activations, which "
+        "all three ways keep for the backward pass. The rest is embeddings, head, loss, and the fusion in *egmf*:",
         where_it_goes(models),
         "As measured; Qwen3 with random weights, at full width and vocabulary but with few layers, so that the head "
         "weighs more in *plain*, and the fusion more in *egmf*, than with all of them. Memory is beyond the weights: "
