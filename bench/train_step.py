@@ -13,9 +13,10 @@ Three ways take turns in one process, on the same rows, with real `Trainer`s tha
 Rows in the order of their lengths are cut into batches; grouping by length does that more closely on a whole corpus. A
 repetition is an epoch of the rows; its time is that of the steps alone (forward, backward, optimizer), not that of
 tokenizer and collator, in seconds of CPU on one core, which other programs disturb less than they disturb the clock.
-Memory is the most that torch holds during an epoch beyond the weights. The models are SmolLM2-135M as it is, and
-Qwen3-0.6B and 1.7B with random weights, at full width and vocabulary but with few layers, twice: time and memory grow
-by the layer, so that two depths say what all layers would take.
+Memory is the most that torch holds beyond the weights during a step on one batch as large as the recipe's, of the same
+rows for all three. The models are SmolLM2-135M as it is, and Qwen3-0.6B with random weights, at full width and
+vocabulary but with few layers, twice: time and memory grow by the layer, so that two depths say what all layers would
+take.
 """
 
 import argparse
@@ -28,6 +29,7 @@ import time
 from pathlib import Path
 
 import torch
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from peft.helpers import disable_input_dtype_casting
 from torch import nn
@@ -46,11 +48,10 @@ from recipes import load_recipe  # noqa: E402
 from train import with_lengths  # noqa: E402
 
 
-BATCHES = 3  # of an epoch
+BATCHES = 2  # of an epoch
 MODELS = {  # recipe, rows in a batch, layers
     SMOLLM2: ("mosi_smollm2", 4, (None,)),
     "Qwen/Qwen3-0.6B": ("meld_qwen3_features", 4, (2, 4)),
-    "Qwen/Qwen3-1.7B": ("meld_qwen3_features", 2, (1, 2)),
 }
 
 
@@ -104,47 +105,54 @@ def plain_collator(collator: AffectCollator):
     return collate
 
 
-def trainers_of(model_name: str, layers: int | None, folder: str) -> dict[str, Trainer]:
-    """The three ways, each a Trainer."""
-    name, batch_size, _ = MODELS[model_name]
-    quiet = {"logging": "no", "eval": "no", "save": "no"}
-    recipe = load_recipe(
-        [str(ROOT / f"recipes/{name}.yaml"), "--output_dir", folder, "--tasks", "meld", "--use_cpu", "true"]
-        + [part for kind, value in quiet.items() for part in (f"--{kind}_strategy", value)]
-        + ["--load_best_model_at_end", "false", "--disable_tqdm", "true", "--remove_unused_columns", "false"]
-        + ["--num_train_epochs", "1", "--per_device_train_batch_size", str(batch_size)]
-    )
-    attention = {"attn_implementation": recipe.model.attn_implementation}
-    tokenizer_folder = resolve_language_model(SMOLLM2)
-    processor = build_processor(recipe, tokenizer_folder, {})
-    tasks = [processor.tasks[name] for name in recipe.data.tasks]
-    collator = AffectCollator(processor, tasks, recipe.data.modalities, with_answers=True)
-    rows = with_lengths(ask(build_rows(BATCHES * batch_size), tasks), collator)
-    with tempfile.TemporaryDirectory(dir=folder) as place:
-        llm = build_llm(model_name, layers)
-        llm.save_pretrained(place)
-        model = build_model(recipe, place, processor, {}, rows)
-    own = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=recipe.model.lora_r,
-        lora_alpha=recipe.model.lora_alpha,
-        target_modules=r"model\.layers\..*\.(q|k|v|o|gate|up|down)_proj",
-    )
-    floor = get_peft_model(build_llm(model_name, layers, **attention), own)
-    plain = get_peft_model(build_llm(model_name, layers, **attention), own)
-    rows, recipe.training.train_sampling_strategy = rows.sort("length"), "sequential"
-    random_order = copy.copy(recipe.training)
-    random_order.train_sampling_strategy = "random"
-    text_alone = AffectCollator(processor, tasks, ["text"], with_answers=True)
-    ways = {
-        "plain": (plain, random_order, plain_collator(text_alone)),
-        "floor": (Floor(floor), recipe.training, text_alone),
-        "egmf": (add_lora(recipe, model, []), recipe.training, collator),
-    }
-    return {
-        name: Trainer(module, settings, data_collator=collate, train_dataset=rows)
-        for name, (module, settings, collate) in ways.items()
-    }
+class Bench:
+    """The three ways with one LLM, and what they train on."""
+
+    def __init__(self, model_name: str, layers: int | None, folder: str):
+        name = MODELS[model_name][0]
+        quiet = {"logging": "no", "eval": "no", "save": "no"}
+        self.recipe = recipe = load_recipe(
+            [str(ROOT / f"recipes/{name}.yaml"), "--output_dir", folder, "--tasks", "meld", "--use_cpu", "true"]
+            + [part for kind, value in quiet.items() for part in (f"--{kind}_strategy", value)]
+            + ["--load_best_model_at_end", "false", "--disable_tqdm", "true", "--remove_unused_columns", "false"]
+            + ["--num_train_epochs", "1"]
+        )
+        attention = {"attn_implementation": recipe.model.attn_implementation}
+        processor = build_processor(recipe, resolve_language_model(SMOLLM2), {})
+        self.tasks = [processor.tasks[name] for name in recipe.data.tasks]
+        self.collator = AffectCollator(processor, self.tasks, recipe.data.modalities, with_answers=True)
+        self.text_alone = AffectCollator(processor, self.tasks, ["text"], with_answers=True)
+        with tempfile.TemporaryDirectory(dir=folder) as place:
+            llm = build_llm(model_name, layers)
+            llm.save_pretrained(place)
+            model = build_model(recipe, place, processor, {}, self.rows(2))
+        own = LoraConfig(
+            task_type="CAUSAL_LM",
+            r=recipe.model.lora_r,
+            lora_alpha=recipe.model.lora_alpha,
+            target_modules=r"model\.layers\..*\.(q|k|v|o|gate|up|down)_proj",
+        )
+        self.modules = {
+            "plain": get_peft_model(build_llm(model_name, layers, **attention), own),
+            "floor": Floor(get_peft_model(build_llm(model_name, layers, **attention), own)),
+            "egmf": add_lora(recipe, model, []),
+        }
+
+    def rows(self, count: int) -> Dataset:
+        """Rows in the order of their lengths."""
+        return with_lengths(ask(build_rows(count), self.tasks), self.collator).sort("length")
+
+    def trainers(self, batches: int, batch_size: int) -> dict[str, Trainer]:
+        """The ways, each a Trainer on the same rows."""
+        rows = self.rows(batches * batch_size)
+        collators = {"plain": plain_collator(self.text_alone), "floor": self.text_alone, "egmf": self.collator}
+        found = {}
+        for name, module in self.modules.items():
+            settings = copy.copy(self.recipe.training)
+            settings.per_device_train_batch_size = batch_size
+            settings.train_sampling_strategy = "random" if name == "plain" else "sequential"
+            found[name] = Trainer(module, settings, data_collator=collators[name], train_dataset=rows)
+        return found
 
 
 def epoch(trainer: Trainer, lean: bool) -> float:
@@ -157,18 +165,35 @@ def epoch(trainer: Trainer, lean: bool) -> float:
     return clock.seconds
 
 
+def step_memory(trainer: Trainer, lean: bool) -> int:
+    """The most bytes beyond the weights during a step after the first, which finds the optimizer's state there.
+
+    Measured in a first step, where the most is before that state is made, and the state's bytes added.
+    """
+    peak = peak_memory(lambda: epoch(trainer, lean))
+    states = trainer.optimizer.state.values()
+    return peak + sum(value.nbytes for state in states for value in state.values() if isinstance(value, torch.Tensor))
+
+
 def measure(model_name: str, layers: int | None, repetitions: int) -> dict:
-    """Time and memory of the three ways."""
+    """Memory of the three ways on one batch as large as the recipe's, and time on smaller ones."""
+    _, batch_size, _ = MODELS[model_name]
     with tempfile.TemporaryDirectory() as folder:
-        trainers = trainers_of(model_name, layers, folder)
+        bench = Bench(model_name, layers, folder)
+        recipes_size = bench.recipe.training.per_device_train_batch_size
         memory, weights = {}, {}
-        for name, trainer in trainers.items():
-            memory[name] = peak_memory(lambda trainer=trainer, name=name: epoch(trainer, name != "plain"))
+        for name, trainer in bench.trainers(1, recipes_size).items():
+            memory[name] = step_memory(trainer, name != "plain")
             weights[name] = sum(parameter.nbytes for parameter in trainer.model.parameters())
+        shown = {way: f"{held / 1e6:.0f} MB" for way, held in memory.items()}
+        print(model_name, layers, recipes_size, "rows:", shown, flush=True)
+        gc.collect()
+        trainers = bench.trainers(BATCHES, batch_size)
         ways = {name: lambda t=trainer, n=name: epoch(t, n != "plain") for name, trainer in trainers.items()}
         seconds = take_turns(ways, repetitions)
     gc.collect()
-    return {"layers": layers, "seconds": seconds, "memory": memory, "weights": weights}
+    found = {"layers": layers, "seconds": seconds, "memory": memory, "weights": weights}
+    return found | {"memory_batch_size": recipes_size}
 
 
 def main() -> None:

@@ -31,19 +31,24 @@ def ratios(values: list[float], others: list[float]) -> list[float]:
     return [value / other for value, other in zip(values, others, strict=True)]
 
 
-def judged(value: float, goal: str) -> str:
+def judged(value: float, goal: str, digits: int = 2) -> str:
     """A ratio beside its goal."""
-    return f"{value:.2f}, {'met' if value <= GOALS[goal] else 'missed'}"
+    return f"{value:.{digits}f}, {'met' if value <= GOALS[goal] else 'missed'}"
+
+
+def by_layer(depths: list[dict], measure) -> tuple[dict[str, float], dict[str, float]]:
+    """What a layer adds to `measure(depth, way)` between the two depths, and what is left without layers, by way."""
+    few, more = depths
+    layer = {way: (measure(more, way) - measure(few, way)) / (more["layers"] - few["layers"]) for way in WAYS}
+    return layer, {way: measure(few, way) - few["layers"] * layer[way] for way in WAYS}
 
 
 def with_all_layers(depths: list[dict], measure) -> dict[str, float]:
-    """What `measure(depth, way)` would be with all layers, by way: as much more a layer as between the two depths."""
-    few, more = depths
-    found = {}
-    for way in WAYS:
-        layer = (measure(more, way) - measure(few, way)) / (more["layers"] - few["layers"])
-        found[way] = measure(few, way) + layer * (ALL_LAYERS - few["layers"])
-    return found
+    """`measure(depth, way)` with all layers, by way: as it is, or as much more a layer as between the two depths."""
+    if len(depths) == 1:
+        return {way: measure(depths[0], way) for way in WAYS}
+    layer, rest = by_layer(depths, measure)
+    return {way: rest[way] + ALL_LAYERS * layer[way] for way in WAYS}
 
 
 def seconds_of(depth: dict, way: str) -> float:
@@ -52,6 +57,10 @@ def seconds_of(depth: dict, way: str) -> float:
 
 def bytes_of(depth: dict, way: str) -> float:
     return depth["memory"][way]
+
+
+def weights_of(depth: dict, way: str) -> float:
+    return depth["weights"][way]
 
 
 def bytes_with_weights(depth: dict, way: str) -> float:
@@ -65,23 +74,43 @@ def name_of(model: str) -> str:
 def judged_ratios(model: str, figures: dict) -> list[str]:
     """A row of the table of goals: with all layers, measured or extrapolated."""
     depths = figures["depths"]
-    if len(depths) == 1:
-        seconds, own, whole = (
-            {way: measure(depths[0], way) for way in WAYS} for measure in (seconds_of, bytes_of, bytes_with_weights)
-        )
-    else:
-        seconds, own, whole = (
-            with_all_layers(depths, measure) for measure in (seconds_of, bytes_of, bytes_with_weights)
-        )
+    own, whole = (with_all_layers(depths, measure) for measure in (bytes_of, bytes_with_weights))
+    turns = [
+        with_all_layers(depths, lambda depth, way, turn=turn: depth["seconds"][way][turn])
+        for turn in range(len(depths[0]["seconds"]["egmf"]))
+    ]
+
+    def time_to(other: str) -> str:
+        values = [turn["egmf"] / turn[other] for turn in turns]
+        value, verdict = judged(statistics.median(values), f"time to {other}").split(", ")
+        return f"{value} ({min(values):.2f} to {max(values):.2f}), {verdict}"
+
     memory = whole["egmf"] / whole["plain"]
     return [
         name_of(model),
         "measured" if len(depths) == 1 else f"{ALL_LAYERS} layers, extrapolated",
-        judged(seconds["egmf"] / seconds["plain"], "time to plain"),
-        judged(seconds["egmf"] / seconds["floor"], "time to floor"),
-        judged(memory, "memory to plain") if "Qwen" in model else f"{memory:.2f}",  # a goal at 150,000 words
-        f"{own['egmf'] / own['plain']:.2f}",
+        time_to("plain"),
+        time_to("floor"),
+        judged(memory, "memory to plain", 3) if "Qwen" in model else f"{memory:.3f}",  # a goal at 150,000 words
+        f"{whole['floor'] / whole['plain']:.3f}",
+        f"{own['egmf'] / own['plain']:.3f}",
     ]
+
+
+def where_it_goes(models: dict) -> str:
+    """Time and memory of the layers and of the rest, by way, of the models with two depths."""
+    rows = []
+    for model, figures in models.items():
+        if len(figures["depths"]) == 1:
+            continue
+        seconds, memory = (by_layer(figures["depths"], measure) for measure in (seconds_of, bytes_of))
+        weights = with_all_layers(figures["depths"], weights_of)
+        for way in WAYS:
+            cells = [f"{ALL_LAYERS * seconds[0][way]:.1f}", f"{seconds[1][way]:.1f}"]
+            cells += [f"{held / 1e9:.2f}" for held in (ALL_LAYERS * memory[0][way], memory[1][way], weights[way])]
+            rows.append([name_of(model), way, *cells])
+    head = ["model", "way", "layers, s", "rest, s", "layers, GB", "rest, GB", "weights, GB"]
+    return table(head, rows)
 
 
 def measured_steps(models: dict) -> str:
@@ -117,14 +146,13 @@ def setting(machine: dict) -> str:
 def render(data: dict) -> str:
     """The whole text of results/performance.md."""
     step, answer = data["train_step"], data["answer"]
-    models, repetitions = (
-        step["models"],
-        len(step["models"][next(iter(step["models"]))]["depths"][0]["seconds"]["egmf"]),
-    )
+    models = step["models"]
+    repetitions = len(next(iter(models.values()))["depths"][0]["seconds"]["egmf"])
     batches = "; ".join(
         f"{name_of(model)}: `{figures['recipe']}`, {figures['batches']} batches of {figures['batch_size']}"
         for model, figures in models.items()
     )
+    (memory_rows,) = {depth["memory_batch_size"] for figures in models.values() for depth in figures["depths"]}
     parts = [
         "# What training steps and answers cost",
         "Seconds are of CPU time on one core: other programs disturb them less than they disturb the clock. Medians "
@@ -136,20 +164,26 @@ def render(data: dict) -> str:
         "and Trainer do it by default. *Floor* is the LLM's own forward and backward pass on EGMF's sequences, pseudo "
         "tokens included, with logits for the answer's tokens alone. *Egmf* is what `train.py` does: the fusion "
         "learns, too, and reads voice and face. Floor and egmf leave out PEFT's cast of its inputs to float32, as "
-        "`train.py` does. Recipe and rows of an epoch, which has 97 tokens a row on average: "
-        f"{batches}.",
+        "`train.py` does.",
+        f"Time is that of the steps of an epoch. Recipe and rows: {batches}. Memory is the most that torch holds in a "
+        f"step on one batch of {memory_rows} rows, the recipes' own size: the same rows for all three, all lengths "
+        "among them, so that every way pads to the longest, as in the worst batch of a corpus.",
         f"Goals: time to plain at most {GOALS['time to plain']}, time to floor at most {GOALS['time to floor']:.2f}, "
         f"memory to plain at most {GOALS['memory to plain']:.1f}, at a vocabulary of 150,000 (Qwen3's has 151,936; "
-        "SmolLM2's 49,152). Memory in the first of its columns is with the weights, in the second without; batches "
-        "are smaller than the 16 rows of the recipes, so that weights, nearly the same in both, are more of it.",
+        "SmolLM2's 49,152). Memory is with the weights, but for the last column. What is extrapolated is so "
+        "repetition by repetition, so that the ranges hold the noise of few layers, extrapolated.",
         table(
-            ["model", "layers", "time to plain", "time to floor", "memory to plain", "the same without weights"],
+            ["model", "layers", "time to plain", "time to floor", "memory to plain", "memory, floor to plain"]
+            + ["memory to plain, without weights"],
             [judged_ratios(model, figures) for model, figures in models.items()],
         ),
-        "As measured, an epoch each; Qwen3 with random weights, at full width and vocabulary but with few layers, so "
-        "that the head weighs more in *plain*, and the fusion more in *egmf*, than with all of them. Memory is the "
-        "most that torch holds beyond the weights: plain / floor / egmf. EGMF's weights are more by the fusion, which "
-        "PEFT keeps twice.",
+        "Where it goes with all layers, by the same extrapolation. A layer's memory is mostly its activations, which "
+        "all three ways keep for the backward pass. The rest is embeddings, head, loss, and the fusion in *egmf*:",
+        where_it_goes(models),
+        "As measured; Qwen3 with random weights, at full width and vocabulary but with few layers, so that the head "
+        "weighs more in *plain*, and the fusion more in *egmf*, than with all of them. Memory is beyond the weights: "
+        "plain / floor / egmf. EGMF's weights are more by the fusion, which PEFT keeps twice. Qwen3-1.7B is not "
+        "measured, for want of time on this machine.",
         measured_steps(models),
         "## Answering",
         f"`python bench/answer.py --output results/performance.json`, {len(next(iter(answer['seconds'].values())))} "

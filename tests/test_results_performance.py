@@ -35,13 +35,16 @@ def test_all_layers_go_on_as_the_two_depths():
     ]
     found = performance.with_all_layers(depths, performance.seconds_of)
     assert found == {"plain": 31.0, "floor": 29.0, "egmf": 30.0}
+    assert performance.with_all_layers(depths[:1], performance.seconds_of) == {"plain": 5.0, "floor": 3.0, "egmf": 4.0}
+    layer, rest = performance.by_layer(depths, performance.seconds_of)
+    assert (layer["egmf"], rest) == (1.0, base)
 
 
 def test_a_missed_goal_says_so():
     data = copy.deepcopy(DATA)
     figures = data["train_step"]["models"][measuring.SMOLLM2]["depths"][0]
     figures["seconds"]["egmf"] = [10 * value for value in figures["seconds"]["plain"]]
-    assert "10.00, missed" in performance.render(data)
+    assert "10.00 (10.00 to 10.00), missed" in performance.render(data)
 
 
 def test_turns_rotate():
