@@ -109,6 +109,8 @@ def collect(runs_dir: Path, known: list[dict]) -> list[dict]:
             report = json.loads((folder / "missing" / "mmin.json").read_text(encoding="utf-8"))
             conditions = summarize(report, "classification")
             entry["missing"] = {name: round(conditions[name]["accuracy"][0], 6) for name in CONDITIONS}
+        else:
+            entry["command"] = [line for line in entry["command"] if "mmin" not in line]
         runs[entry["variant"], entry["seed"]] = entry
     order = list(VARIANTS)
     return sorted(runs.values(), key=lambda entry: (order.index(entry["variant"]), entry["seed"]))
