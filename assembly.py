@@ -219,6 +219,7 @@ def build_model(
         modality_dropout=arguments.modality_dropout,
         feature_noise=arguments.feature_noise,
         clip_statistics=arguments.clip_statistics,
+        frame_pooling=arguments.frame_pooling,
         audio_input_rate=processor.audio_input_rate if "audio" in towers else None,
         **{f"{modality}_tower": tower for modality, (tower, _) in towers.items()},
         **{f"{modality}_feature_size": len(mean) for modality, (mean, _) in statistics.items()},

@@ -59,6 +59,8 @@ class EGMFConfig(PreTrainedConfig):
             standard deviation; regularises weak or contaminated features.
         clip_statistics: Modalities, audio or vision, whose every position is also told the mean and the standard
             deviation of the clip's frames, of a tower layer by layer.
+        frame_pooling: Consecutive frames of a modality, audio or vision, that are averaged to one before the fusion
+            reads them, by modality name; clip statistics are those of the frames before that.
         initializer_range: Standard deviation of new embeddings, and of a new head's weights.
     """
 
@@ -87,6 +89,7 @@ class EGMFConfig(PreTrainedConfig):
     modality_dropout: dict[str, float | int] | None = None
     feature_noise: dict[str, float | int] | None = None
     clip_statistics: list[str] | tuple[str, ...] = ()
+    frame_pooling: dict[str, int] | None = None
     lm_head_bias: bool = False
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
@@ -102,6 +105,7 @@ class EGMFConfig(PreTrainedConfig):
         self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
         self.modality_dropout = dict(self.modality_dropout or {})
         self.feature_noise = dict(self.feature_noise or {})
+        self.frame_pooling = dict(self.frame_pooling or {})
         self.experts = list(self.experts)
         self.clip_statistics = list(self.clip_statistics)
         self.local_kernel_sizes = list(self.local_kernel_sizes)
@@ -147,6 +151,11 @@ class EGMFConfig(PreTrainedConfig):
             if name not in ("audio", "vision") or deviation < 0:
                 raise ValueError(
                     f"feature_noise: got {{{name!r}: {deviation}}}, wanted audio or vision with a deviation >= 0"
+                )
+        for name, size in self.frame_pooling.items():
+            if name not in ("audio", "vision") or size < 1:
+                raise ValueError(
+                    f"frame_pooling: got {{{name!r}: {size}}}, wanted audio or vision with a number of frames >= 1"
                 )
 
     def to_dict(self) -> dict:

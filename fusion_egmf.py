@@ -89,6 +89,22 @@ def masked_softmax(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return weights.masked_fill(~mask, 0.0)
 
 
+def average_frames(
+    features: torch.Tensor, mask: torch.Tensor, times: torch.Tensor | None, size: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Every `size` consecutive frames as one, the mean of those in use: (B, T, width), (B, T), (B, T) -> T / size."""
+    missing = -mask.shape[1] % size
+    split = (mask.shape[1] + missing) // size, size
+    mask = F.pad(mask, (0, missing)).unflatten(1, split)
+    weights = mask / mask.sum(-1, keepdim=True).clamp(min=1)
+    features = F.pad(features, (0, 0, 0, missing)).unflatten(1, split)
+    features = torch.einsum("bts,btsd->btd", weights.to(features), features)
+    if times is not None:
+        times = F.pad(times.float(), (0, missing)).unflatten(1, split).masked_fill(~mask, 0.0)
+        times = (times * weights).sum(-1)
+    return features, mask.any(-1), times
+
+
 class ClockEmbedding(nn.Module):
     """Position on the clip's clock -> d: sinusoids of the fraction of the clip and, where known, of the seconds."""
 
@@ -499,7 +515,7 @@ class EGMFFusion(nn.Module):
         )
         self.input_proj = nn.ModuleDict({name: nn.Linear(width, size) for name, width in widths.items()})
         self.dropout = nn.Dropout(config.fusion_dropout)
-        self.feature_noise = config.feature_noise
+        self.feature_noise, self.frame_pooling = config.feature_noise, config.frame_pooling
         self.present_embedding = nn.Parameter(torch.empty(len(widths), size))
         self.absent_embedding = nn.Parameter(torch.empty(len(widths), size))
         self.experts = nn.ModuleDict({name: EXPERT_CLASSES[name](config) for name in config.experts})
@@ -538,15 +554,18 @@ class EGMFFusion(nn.Module):
             mask = torch.ones(batch_size, 1, dtype=torch.bool, device=weight.device)
             return ModalitySequence(state, torch.zeros_like(state), state.new_zeros(batch_size, 0), mask, ~mask[:, 0])
         mask, layers = mask.bool(), features if name in self.layer_mix else (features,)
-        if name in self.layer_mix:
-            features = self.layer_mix[name](features)
-        # Padding may hold anything, NaN too: it must not reach a sum, where 0 * NaN is NaN.
-        features = self.input_norm[name](features.to(weight.dtype).masked_fill(~mask.unsqueeze(-1), 0.0))
-        if self.training and self.feature_noise.get(name):
-            features = features + self.feature_noise[name] * torch.randn_like(features)
         here, present = self.present_embedding[index].expand(batch_size, -1), mask.any(1)
         if name in self.clip_statistics:  # every position of the modality knows the clip as a whole
             here = here + self.clip_statistics[name](layers, mask)
+        if name in self.layer_mix:
+            features = self.layer_mix[name](features)
+        # Padding may hold anything, NaN too: it must not reach a sum, where 0 * NaN is NaN.
+        features = features.to(weight.dtype).masked_fill(~mask.unsqueeze(-1), 0.0)
+        if name in self.frame_pooling:
+            features, mask, times = average_frames(features, mask, times, self.frame_pooling[name])
+        features = self.input_norm[name](features)
+        if self.training and self.feature_noise.get(name):
+            features = features + self.feature_noise[name] * torch.randn_like(features)
         frames = self.dropout(self.input_proj[name](features) + here.unsqueeze(1))
         state = torch.where(present[:, None], here, self.absent_embedding[index])
         fractions = clip_fractions(mask, times, span)

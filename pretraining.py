@@ -75,12 +75,20 @@ class ExpertPretraining(nn.Module):
         model: The model; its fusion and towers are shared, not copied.
         processor: Its processor.
         tasks: The tasks that are asked; a batch's `task_index` are places in it.
+        label_smoothing: Probability that is taken from the right answer and spread evenly over all legal ones.
     """
 
     accepts_loss_kwargs = False
 
-    def __init__(self, model: EGMFForConditionalGeneration, processor: EGMFProcessor, tasks: list[AffectTask]):
+    def __init__(
+        self,
+        model: EGMFForConditionalGeneration,
+        processor: EGMFProcessor,
+        tasks: list[AffectTask],
+        label_smoothing: float = 0.0,
+    ):
         super().__init__()
+        self.label_smoothing = label_smoothing
         self.fusion = model.model.fusion
         self.towers = nn.ModuleList(
             tower for tower in (model.model.audio_tower, model.model.vision_tower) if tower is not None
@@ -108,8 +116,10 @@ class ExpertPretraining(nn.Module):
         tokens, _ = self._whole[0].get_pseudo_tokens(**inputs, each_expert=True)  # (B, 1 + E, K, H)
         prototypes = self.prototypes[task_index]
         cosines = torch.einsum("bekh,bch->bec", F.normalize(tokens.float(), dim=-1), prototypes) / tokens.shape[2]
-        logits = (self.scale.exp() * cosines).masked_fill(~self.legal[task_index].unsqueeze(1), -torch.inf)
-        together, alone = logits[:, 0], logits[:, 1:]
-        answers = answer_index.unsqueeze(1).expand(alone.shape[:2])
-        loss = F.cross_entropy(together, answer_index) + F.cross_entropy(alone.flatten(0, 1), answers.flatten())
-        return ModelOutput(loss=loss, logits=together)
+        legal = self.legal[task_index].unsqueeze(1)
+        logits = (self.scale.exp() * cosines).masked_fill(~legal, -torch.inf)
+        surprise = -logits.log_softmax(-1)  # (B, 1 + E, answers)
+        right = surprise.gather(-1, answer_index[:, None, None].expand(-1, surprise.shape[1], 1)).squeeze(-1)
+        evenly = surprise.masked_fill(~legal, 0.0).sum(-1) / legal.sum(-1)
+        losses = ((1 - self.label_smoothing) * right + self.label_smoothing * evenly).mean(0)
+        return ModelOutput(loss=losses[0] + losses[1:].mean(), logits=logits[:, 0])

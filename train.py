@@ -200,7 +200,7 @@ def main(arguments: list[str]) -> None:
     set_clip_statistics(model, corpus, inputs)
     if recipe.experts.expert_epochs:
         learn(model, with_experts)
-        experts = ExpertPretraining(model.to(training.device), processor, tasks)
+        experts = ExpertPretraining(model.to(training.device), processor, tasks, recipe.experts.expert_label_smoothing)
         collator = AffectCollator(processor, tasks, data.modalities, with_answers=False, cache=inputs)
         collator.speeds, collator.augmented = speeds, tuple(with_experts)
         epochs, rate = recipe.experts.expert_epochs, recipe.experts.expert_learning_rate

@@ -50,6 +50,7 @@ class ModelArguments:
     clip_statistics: list[str] = field(
         default_factory=list, metadata={"help": "modalities whose positions know mean and deviation of the clip"}
     )
+    frame_pooling: str = _json_field("{}")
     lora_r: int = 16
     lora_alpha: int = 32
     lora_target_modules: str = field(
@@ -60,6 +61,7 @@ class ModelArguments:
     def __post_init__(self):
         self.modality_dropout = json.loads(self.modality_dropout)
         self.feature_noise = json.loads(self.feature_noise)
+        self.frame_pooling = json.loads(self.frame_pooling)
         for name in ("audio_tower", "vision_tower"):
             value = getattr(self, name)
             setattr(self, name, json.loads(value) if value.startswith("{") else value)
@@ -154,6 +156,9 @@ class ExpertArguments:
     expert_epochs: int = field(default=0, metadata={"help": "epochs of the fusion without the LLM; 0 for none"})
     expert_learning_rate: float = 1e-3
     expert_batch_size: int = 32
+    expert_label_smoothing: float = field(
+        default=0.0, metadata={"help": "probability that the fusion's target spreads evenly over all legal answers"}
+    )
 
 
 # TrainingArguments that are about the machine, or about where a run is kept.

@@ -6,7 +6,7 @@ from torch import nn
 from transformers import CLIPVisionConfig, LlamaConfig, MobileNetV2Config
 
 from configuration_egmf import EGMFConfig
-from fusion_egmf import ClipStatistics, ClockEmbedding, EGMFFusion, clip_fractions, clip_span
+from fusion_egmf import ClipStatistics, ClockEmbedding, EGMFFusion, average_frames, clip_fractions, clip_span
 from modeling_egmf import EGMFModel
 
 
@@ -297,6 +297,42 @@ def test_no_clip_statistics_unless_wanted():
     assert not [name for name in build_fusion().state_dict() if "clip_statistics" in name]
 
 
+# Frame pooling
+
+
+@torch.no_grad()
+def test_pooled_frames_are_means_of_those_in_use():
+    torch.manual_seed(0)
+    audio, mask = torch.randn(2, 10, 8), torch.ones(2, 10, dtype=torch.bool)
+    mask[1, 6:] = False
+    audio[1, 6:] = 0.0  # what the fusion puts where nothing is
+    times = torch.arange(10).float().expand(2, -1).clone()
+    times[1, 6:] = torch.nan
+    frames, used, seconds = average_frames(audio, mask, times, 4)
+    assert used.tolist() == [[True, True, True], [True, True, False]]
+    torch.testing.assert_close(
+        frames[0], torch.stack([audio[0, :4].mean(0), audio[0, 4:8].mean(0), audio[0, 8:].mean(0)])
+    )
+    torch.testing.assert_close(frames[1, 1], audio[1, 4:6].mean(0))
+    assert seconds[0].tolist() == [1.5, 5.5, 8.5] and seconds[1, :2].tolist() == [1.5, 4.5]
+    assert average_frames(audio[:, :0], mask[:, :0], None, 4)[0].shape == (2, 0, 8)
+
+
+@torch.no_grad()
+def test_fusion_reads_pooled_frames_as_if_they_were_given_pooled():
+    torch.manual_seed(0)
+    fusion, plain = build_fusion(frame_pooling={"audio": 3}).eval(), build_fusion().eval()
+    plain.load_state_dict(fusion.state_dict())
+    audio, prompt = torch.randn(1, 9, 8), torch.randn(1, TEXT.hidden_size)
+    pooled = audio.unflatten(1, (3, 3)).mean(2)
+    tokens = fusion(inputs_of(audio=audio), prompt)[0]
+    torch.testing.assert_close(tokens, plain(inputs_of(audio=pooled), prompt)[0], rtol=0, atol=1e-5)
+    assert (tokens - plain(inputs_of(audio=audio), prompt)[0]).abs().max() > 1e-3
+    padded = inputs_of(audio=torch.cat([audio, torch.full((1, 4, 8), torch.nan)], 1))
+    padded["audio"][1][:, 9:] = 0
+    torch.testing.assert_close(fusion(padded, prompt)[0], tokens, rtol=0, atol=1e-5)
+
+
 # The config
 
 
@@ -319,6 +355,8 @@ def test_no_clip_statistics_unless_wanted():
         ({"modality_dropout": {"text": 1.0}}, "modality_dropout: got .* wanted .* a rate in"),
         ({"feature_noise": {"text": 0.1}}, "feature_noise: got {'text': 0.1}, wanted audio or vision"),
         ({"clip_statistics": ["audio"]}, r"clip_statistics: got \['audio'\], wanted some of the model's \[\]"),
+        ({"frame_pooling": {"text": 2}}, "frame_pooling: got {'text': 2}, wanted audio or vision"),
+        ({"frame_pooling": {"audio": 0}}, "frame_pooling: got .* wanted .* >= 1"),
         ({"feature_noise": {"audio": -0.1}}, "feature_noise: got .* wanted .* >= 0"),
     ],
 )

@@ -153,6 +153,24 @@ def test_pretraining_learns_fusion_and_towers_alone(command, clips):
         assert value.grad is None and torch.equal(value, frozen[name]), name
 
 
+def test_label_smoothing_spreads_over_the_legal_answers_only(command, clips):
+    recipe = load_recipe([str(REPO / "recipes/avatars_towers.yaml"), *command[3:], "--experts", "local"])
+    language_model, towers = resolve_language_model("tiny-random"), build_towers(recipe)
+    processor = build_processor(recipe, language_model, towers)
+    corpus = load_corpus("avatars", clips, **CLIPS)
+    model = build_model(recipe, language_model, processor, towers, corpus["train"])
+    tasks = [processor.tasks[name] for name in recipe.data.tasks]
+    rows = ask(corpus["train"], tasks).select([0, 7, 30, 47])
+    batch = AffectCollator(processor, tasks, recipe.data.modalities, with_answers=False)(list(rows))
+    output = ExpertPretraining(model, processor, tasks, label_smoothing=0.2).train(False)(**batch)
+    losses = []
+    for logits, answer in zip(output.logits, batch["answer_index"], strict=True):
+        legal = logits[torch.isfinite(logits)]
+        losses.append(torch.nn.functional.cross_entropy(legal, answer, label_smoothing=0.2))
+    # The mix of one expert is that expert: the loss counts it twice.
+    torch.testing.assert_close(output.loss, 2 * torch.stack(losses).mean(), rtol=0, atol=1e-5)
+
+
 def test_towers_that_learn_with_the_llm(command, tmp_path):
     """Weights and batch statistics of a trained tower change, are in the model, and survive a resume."""
     own = [*command, "--tower_epochs", "0", "--expert_epochs", "0"]
