@@ -162,9 +162,10 @@ def render(data: dict) -> str:
         "Eight emotions from speech alone. SmolLM2-135M-Instruct with LoRA and the encoder of Whisper tiny.en, "
         f"frozen; {size['samples']} clips of {size['actors']} actors, each of whom is tested once, in the fold that "
         "holds them out. All folds have the recipe's settings. What the fusion reads follows linear probes on the "
-        "actors of all folds, its dropout was chosen on the validation actors of folds 1 to 3, before the LLM; epochs "
-        "are fixed, and each fold is then trained on all twenty other actors. No model has seen the actors it is "
-        "tested on, but the choice of settings has seen them all.",
+        "actors of all folds, its dropout was chosen on the validation actors of folds 1 to 3, pooling of frames, "
+        "label smoothing and weight decay on actors of all folds, held out two folds at a time, all of it before the "
+        "LLM; epochs are fixed, and each fold is then trained on all twenty other actors. No model has seen the "
+        "actors it is tested on, but the choice of settings has seen them all.",
         "UA, unweighted accuracy, is the mean of the classes' recalls, in percent, over the answers of all folds "
         f"together and mean over seeds; by chance it is {percent(1 / size['classes'])}. The interval is the "
         f"percentile interval of a bootstrap over actors ({RESAMPLES:,} resamples). *Greedy* is the text of plain "
