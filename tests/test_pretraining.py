@@ -126,8 +126,9 @@ def test_a_run_killed_between_and_in_its_phases_ends_alike(command, trained, tmp
     assert all(torch.equal(wanted[name], got[name]) for name in wanted)
 
 
-def test_pretraining_learns_fusion_and_towers_alone(command, clips):
-    recipe = load_recipe([str(REPO / "recipes/avatars_towers.yaml"), *command[3:]])
+def first_phase(command: list[str], clips: Path, *fields: str, **options) -> tuple[ExpertPretraining, list, dict]:
+    """The recipe's fusion and towers before any step, the tasks, and a batch of four clips."""
+    recipe = load_recipe([str(REPO / "recipes/avatars_towers.yaml"), *command[3:], *fields])
     language_model, towers = resolve_language_model("tiny-random"), build_towers(recipe)
     processor = build_processor(recipe, language_model, towers)
     corpus = load_corpus("avatars", clips, **CLIPS)
@@ -135,8 +136,14 @@ def test_pretraining_learns_fusion_and_towers_alone(command, clips):
     tasks = [processor.tasks[name] for name in recipe.data.tasks]
     rows = ask(corpus["train"], tasks).select([0, 7, 30, 47])
     batch = AffectCollator(processor, tasks, recipe.data.modalities, with_answers=False)(list(rows))
-    phase = ExpertPretraining(model, processor, tasks).train()
-    frozen = {name: value.clone() for name, value in model.model.language_model.named_parameters()}
+    return ExpertPretraining(model, processor, tasks, **options), tasks, batch
+
+
+def test_pretraining_learns_fusion_and_towers_alone(command, clips):
+    phase, tasks, batch = first_phase(command, clips)
+    phase.train()
+    llm = phase._whole[0].language_model
+    frozen = {name: value.clone() for name, value in llm.named_parameters()}
     optimizer = torch.optim.Adam([p for p in phase.parameters() if p.requires_grad], lr=1e-2)
     losses = []
     for _ in range(12):
@@ -149,20 +156,13 @@ def test_pretraining_learns_fusion_and_towers_alone(command, clips):
     # Of the four answers of the first task, the other columns are no answers.
     legal = torch.isfinite(output.logits).sum(1).tolist()
     assert legal == [len(tasks[place].answers) for place in batch["task_index"]]
-    for name, value in model.model.language_model.named_parameters():
+    for name, value in llm.named_parameters():
         assert value.grad is None and torch.equal(value, frozen[name]), name
 
 
 def test_label_smoothing_spreads_over_the_legal_answers_only(command, clips):
-    recipe = load_recipe([str(REPO / "recipes/avatars_towers.yaml"), *command[3:], "--experts", "local"])
-    language_model, towers = resolve_language_model("tiny-random"), build_towers(recipe)
-    processor = build_processor(recipe, language_model, towers)
-    corpus = load_corpus("avatars", clips, **CLIPS)
-    model = build_model(recipe, language_model, processor, towers, corpus["train"])
-    tasks = [processor.tasks[name] for name in recipe.data.tasks]
-    rows = ask(corpus["train"], tasks).select([0, 7, 30, 47])
-    batch = AffectCollator(processor, tasks, recipe.data.modalities, with_answers=False)(list(rows))
-    output = ExpertPretraining(model, processor, tasks, label_smoothing=0.2).train(False)(**batch)
+    phase, _, batch = first_phase(command, clips, "--experts", "local", label_smoothing=0.2)
+    output = phase.train(False)(**batch)
     losses = []
     for logits, answer in zip(output.logits, batch["answer_index"], strict=True):
         legal = logits[torch.isfinite(logits)]
