@@ -9,6 +9,7 @@ import torch
 import transformers
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import nn
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -21,8 +22,10 @@ from transformers import (
     PreTrainedModel,
     Trainer,
 )
+from transformers import initialization as init
 from transformers.utils import is_bitsandbytes_available
 
+from media_inputs_egmf import TowerInput
 from modeling_egmf import EGMFForConditionalGeneration
 from processing_egmf import EGMFProcessor
 from recipes import Recipe
@@ -162,6 +165,32 @@ def set_clip_statistics(model: EGMFForConditionalGeneration, corpus, cache: Towe
             raise ValueError(f"clip_statistics: got {modality}, wanted one with clips, and features or a frozen tower")
         std, mean = torch.std_mean(torch.stack(clips), 0, correction=0)
         model.model.fusion.set_clip_statistics(modality, mean, std)
+
+
+def start_speech_tower(tower: PreTrainedModel, clips: list[TowerInput]) -> None:
+    """Draws the convolutions of a new speech tower so that they see quick changes of loudness; this is our choice.
+
+    transformers draws all weights with a deviation of 0.02. What follows a convolution over log mel bands is then all
+    but linear in them, and the mean over time of what is linear is the same for a rough voice and a smooth one. Here
+    the deviation is 1 / sqrt(fan in), and the first convolution starts on bands standardised by the clips.
+
+    Args:
+        tower: One that reads fixed windows, as Whisper's encoder; any other is left as it is.
+        clips: Some of what it will be trained on.
+    """
+    convolutions = [module for module in tower.modules() if isinstance(module, nn.Conv1d)]
+    if not convolutions or not clips or clips[0].values.shape != (convolutions[0].in_channels, len(clips[0].mask)):
+        return
+    bands = torch.from_numpy(np.concatenate([clip.values[:, clip.mask.astype(bool)] for clip in clips], 1))
+    std, mean = torch.std_mean(bands.double(), 1, correction=0)
+    std = torch.where(std > 1e-6, std, 1.0)
+    for convolution in convolutions:
+        init.lecun_normal_(convolution.weight)
+        init.zeros_(convolution.bias)
+    first = convolutions[0]
+    with torch.no_grad():
+        first.weight.div_(std.to(first.weight)[:, None])
+        first.bias.sub_((first.weight * mean.to(first.weight)[:, None]).sum((1, 2)))
 
 
 def trained_towers(recipe: Recipe, towers: dict[str, tuple]) -> list[str]:

@@ -37,6 +37,7 @@ from assembly import (
     finished,
     learn,
     set_clip_statistics,
+    start_speech_tower,
     trained_towers,
 )
 from checkpoints import writing
@@ -186,6 +187,11 @@ def main(arguments: list[str]) -> None:
     inputs = fill_cache(recipe, model, processor, towers, with_experts, corpus, None) if towers else None
     if inputs is not None and training.process_index == 0:
         check_media(output / "unreadable.json", inputs.errors)
+    if isinstance(recipe.model.audio_tower, dict) and "audio" in with_experts:
+        set_seed(training.seed)
+        some = corpus["train"]["audio"][:: max(1, len(corpus["train"]) // 500)]
+        heard = (inputs.load("audio", path)["audio"] for path in some)
+        start_speech_tower(model.model.audio_tower, [clip for clip in heard if clip is not None])
     speeds = tuple(data.audio_speeds)
     if recipe.experts.tower_epochs:
         for modality in towers:

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -24,7 +25,8 @@ from transformers import (
 )
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from assembly import cut_window
+from assembly import cut_window, start_speech_tower
+from media_inputs_egmf import TowerInput
 from modeling_egmf import EGMFForConditionalGeneration
 
 
@@ -312,3 +314,52 @@ def test_a_shorter_window_hears_the_same_beginning():
         cut_window(tower, two_seconds, 3)
     with pytest.raises(ValueError, match="audio_window: got 1 seconds for Wav2Vec2Model, wanted none"):
         cut_window(Wav2Vec2Model(Wav2Vec2Config(**WAVE)), Wav2Vec2FeatureExtractor(), 1)
+
+
+def spectrogram(flutter: float, seed: int) -> TowerInput:
+    """8 bands of 10 ms in a window of 100 positions, 80 in use; loudness changes from one to the next by `flutter`."""
+    noise = np.random.default_rng(seed)
+    loudness = noise.uniform(0.3, 0.4, (1, 100)) + flutter * (np.arange(100) % 2 - 0.5)
+    values = loudness + np.linspace(0.5, -0.2, 8)[:, None] + noise.normal(0, 0.05, (8, 100))
+    return TowerInput(values.astype(np.float32), (np.arange(100) < 80).astype(np.int64))
+
+
+def mean_response(tower: WhisperEncoder, clip: TowerInput) -> torch.Tensor:
+    """The mean over a clip of what the convolutions give, (size,)."""
+    with torch.no_grad():
+        states = torch.nn.functional.gelu(tower.conv1(torch.from_numpy(clip.values)))
+        return torch.nn.functional.gelu(tower.conv2(states[None])[0])[:, 2:38].mean(1)
+
+
+def test_a_new_speech_tower_tells_a_rough_voice_from_a_smooth_one():
+    """Both are as loud, band by band: only what is not linear can tell them apart."""
+    smooth, rough = ([spectrogram(flutter, seed) for seed in range(40)] for flutter in (0.0, 0.6))
+    seen = {}
+    for started in (False, True):
+        torch.manual_seed(0)
+        tower = whisper().get_encoder().eval()
+        if started:
+            start_speech_tower(tower, smooth + rough)
+        one, other = (torch.stack([mean_response(tower, clip) for clip in clips]).mean(0) for clips in (smooth, rough))
+        seen[started] = ((one - other).norm() / one.norm()).item()
+    assert seen[True] > 10 * seen[False], seen
+
+
+def test_a_new_speech_tower_does_not_care_what_level_its_bands_have():
+    clips = [spectrogram(0.3, seed) for seed in range(10)]
+    scale, shift = np.linspace(0.2, 3, 8)[:, None], np.linspace(-4, 4, 8)[:, None]
+    other = [TowerInput((clip.values * scale + shift).astype(np.float32), clip.mask) for clip in clips]
+    responses = []
+    for variant in (clips, other):
+        tower = whisper().get_encoder().eval()
+        torch.manual_seed(0)
+        start_speech_tower(tower, variant)
+        responses.append(mean_response(tower, variant[0]))
+    assert_close(*responses)
+
+
+def test_a_tower_that_reads_waveforms_starts_as_transformers_has_it():
+    tower = HubertModel(HubertConfig(**WAVE))
+    before = {name: value.clone() for name, value in tower.state_dict().items()}
+    start_speech_tower(tower, [TowerInput(np.zeros(1600, np.float32), np.ones(1600, np.int64))])
+    assert all(torch.equal(value, before[name]) for name, value in tower.state_dict().items())
