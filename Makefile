@@ -29,8 +29,7 @@ quickstart: $(QUICK)/emotion/metrics.json $(QUICK)/score/metrics.json
 	@echo "$(QUICK)/emotion and $(QUICK)/score have metrics, predictions and plots: confusion.png, scores.png, gates.png."
 
 $(TOWERS)/vision/preprocessor_config.json: | $(INSTALLED)
-	$(BIN)/python train.py recipes/avatars_towers.yaml $(CLIPS) --output_dir $(QUICK)/towers \
-		--tower_epochs 8 --expert_epochs 3
+	$(BIN)/python train.py recipes/avatars_towers.yaml $(CLIPS) --output_dir $(QUICK)/towers
 $(QUICK)/model/recipe.json: $(TOWERS)/vision/preprocessor_config.json
 	$(BIN)/python train.py recipes/avatars_smollm2.yaml $(CLIPS) --output_dir $(QUICK) \
 		--audio_tower $(TOWERS)/audio --vision_tower $(TOWERS)/vision --max_steps 60

@@ -168,9 +168,8 @@ class EGMFModel(EGMFPreTrainedModel):
         """The vision tower's hidden layers (B, F, size) each; see [`read_frames`]."""
         return read_frames(self.vision_tower, frames, mask)
 
-    @torch.no_grad()
     def encode_media(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Runs the towers on a processor's batch, once.
+        """Runs the towers on a processor's batch, once. A gradient reaches those that learn.
 
         Returns the batch with the towers' hidden layers (B, T, layers + 1, size) in place of their inputs, as
         `audio_features` and `vision_features` with mask and times: scoring and generating then need no tower any
@@ -495,6 +494,7 @@ class EGMFForConditionalGeneration(EGMFPreTrainedModel, ScoringMixin, Generation
                 f"(largest difference to its body and head {difference:.3g})"
             )
 
+    @torch.no_grad()
     def encode_media(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The processor's batch with the towers' hidden layers in place of their inputs; see [`EGMFModel`]."""
         return self.model.encode_media(inputs)

@@ -69,7 +69,9 @@ class ExpertPretraining(nn.Module):
     answer's tokens, less the mean over the task's answers, so that what all of them share does not count.
 
     The loss is that of the mix plus the mean over the experts of each one's by itself. Without the second part, the
-    gate soon gives nearly all its weight to whichever expert is first to be of use, and the others learn little.
+    gate soon gives nearly all its weight to whichever expert is first to be of use, and the others learn little. It
+    teaches the experts alone: a tower that had to help each expert by itself to every answer would tell in its frames
+    what an expert is built not to see, such as how the clip goes on.
 
     Args:
         model: The model; its fusion and towers are shared, not copied.
@@ -111,9 +113,21 @@ class ExpertPretraining(nn.Module):
         self.training = mode
         return self
 
+    def pseudo_tokens(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """(B, 1 + E, K, H), of the mix first, then of each expert by itself, which teaches no tower."""
+        model = self._whole[0]
+        read = model.encode_media(inputs)
+        taught = [name for name, value in read.items() if value is not None and value.requires_grad]
+        if not taught:
+            return model.get_pseudo_tokens(**read, each_expert=True)[0]
+        mix, _ = model.get_pseudo_tokens(**read)
+        read |= {name: read[name].detach() for name in taught}
+        alone, _ = model.get_pseudo_tokens(**read, each_expert=True)
+        return torch.cat([mix.unsqueeze(1), alone[:, 1:]], 1)
+
     def forward(self, task_index: torch.Tensor, answer_index: torch.Tensor, **inputs) -> ModelOutput:
         """A batch of prompts with the places (B,) of the task and of the gold answer -> loss, logits (B, answers)."""
-        tokens, _ = self._whole[0].get_pseudo_tokens(**inputs, each_expert=True)  # (B, 1 + E, K, H)
+        tokens = self.pseudo_tokens(inputs)
         prototypes = self.prototypes[task_index]
         cosines = torch.einsum("bekh,bch->bec", F.normalize(tokens.float(), dim=-1), prototypes) / tokens.shape[2]
         legal = self.legal[task_index].unsqueeze(1)

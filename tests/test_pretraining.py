@@ -160,6 +160,25 @@ def test_pretraining_learns_fusion_and_towers_alone(command, clips):
         assert value.grad is None and torch.equal(value, frozen[name]), name
 
 
+def test_what_each_expert_learns_by_itself_teaches_no_tower(command, clips):
+    """A tower's gradient is that of the mix's loss alone; the fusion's is not."""
+    phase, _, batch = first_phase(command, clips)
+    phase.train(False).towers.requires_grad_()
+    gradients = []
+    for mix_alone in (False, True):
+        phase.zero_grad()
+        output = phase(**batch)
+        loss = torch.nn.functional.cross_entropy(output.logits, batch["answer_index"]) if mix_alone else output.loss
+        loss.backward()
+        gradients.append({name: value.grad for name, value in phase.named_parameters() if value.grad is not None})
+    both, mix = gradients
+    towers = [name for name in mix if name.startswith("towers") and mix[name].any()]
+    assert {name.split(".")[1] for name in towers} == {"0", "1"}
+    for name in towers:
+        torch.testing.assert_close(both[name], mix[name], rtol=1e-4, atol=1e-8)
+    assert any(not torch.allclose(both[name], mix[name], rtol=1e-2) for name in mix if name.startswith("fusion"))
+
+
 def test_label_smoothing_spreads_over_the_legal_answers_only(command, clips):
     phase, _, batch = first_phase(command, clips, "--experts", "local", label_smoothing=0.2)
     output = phase.train(False)(**batch)
