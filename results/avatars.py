@@ -105,6 +105,7 @@ def collect(runs_dir: Path, known: list[dict]) -> list[dict]:
                 figures = {group: round(answers[answer][measure], 6) for group, answers in groups.items()}
                 entry[f"{measure}_{answer}"] = figures
             entry[f"unparsable_{task}"] = report["answers"]["greedy"]["unparsable"]
+        entry["experts"] = expert_weights(folder / "avatars" / "predictions.jsonl")
         if (folder / "missing" / "mmin.json").exists():
             report = json.loads((folder / "missing" / "mmin.json").read_text(encoding="utf-8"))
             conditions = summarize(report, "classification")
@@ -114,6 +115,19 @@ def collect(runs_dir: Path, known: list[dict]) -> list[dict]:
         runs[entry["variant"], entry["seed"]] = entry
     order = list(VARIANTS)
     return sorted(runs.values(), key=lambda entry: (order.index(entry["variant"]), entry["seed"]))
+
+
+def expert_weights(predictions: Path) -> dict[str, dict[str, float]]:
+    """Of each kind of clip, the experts' mean weights in the gate: {"brief": {"local": 0.6, ...}, ...}."""
+    by_kind: dict[str, list[dict[str, float]]] = {}
+    for line in predictions.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        kind = row["id"].split("_")[2]  # avatars_test_brief_0000
+        by_kind.setdefault(kind, []).append(row["gate_weights"]["expert"])
+    return {
+        kind: {expert: round(float(np.mean([gate[expert] for gate in gates])), 6) for expert in gates[0]}
+        for kind, gates in by_kind.items()
+    }
 
 
 def spread(values: list[float], digits: int) -> str:
@@ -168,12 +182,33 @@ def render(runs: list[dict]) -> str:
         "## Sentiment score: mean absolute error",
         "Scores run from -1 to 1. The median of the distribution.",
         table(runs, "mae_median", 1, 3),
+        *gate_section(runs),
         *missing_section(runs),
         "## Commands",
         "```bash\n" + "\n".join(commands_text(runs)) + "\n```",
         "Made from `results/avatars.json` by `python results/avatars.py render`.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def gate_section(runs: list[dict]) -> list[str]:
+    """What the whole model's gate gives each expert, by kind of clip; nothing if no such run is there."""
+    full = [entry["experts"] for entry in runs if entry["variant"] == "full"]
+    if not full:
+        return []
+    kinds = list(full[0])
+    rows = [["expert", *kinds], ["---"] * (1 + len(kinds))]
+    for expert in full[0][kinds[0]]:
+        rows.append([expert, *(spread([100 * weights[kind][expert] for weights in full], 0) for kind in kinds)])
+    text = (
+        f"The whole model, {len(full)} seeds. These weights say what the gate mixed, not why the model answered: the "
+        "rows above of models that never had an expert say what it is good for."
+    )
+    return [
+        "## Weights of the experts in the gate, in percent",
+        text,
+        "\n".join("| " + " | ".join(row) + " |" for row in rows),
+    ]
 
 
 def missing_section(runs: list[dict]) -> list[str]:
