@@ -20,6 +20,12 @@ def write_run(folder, accuracy: float, mae: float) -> None:
         (folder / task).mkdir(parents=True)
         report = {"samples": 960, "answers": reports.pop("all"), "groups": reports}
         (folder / task / "metrics.json").write_text(json.dumps(report))
+        rows = [
+            {"id": f"avatars_test_{kind}_{number:04d}", "gate_weights": {"expert": {"local": w, "global": 1 - w}}}
+            for kind in KINDS
+            for number, w in enumerate((accuracy, accuracy - 0.2))
+        ]
+        (folder / task / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "command.txt").write_text(f"python train.py {folder.name}\n")
 
 
@@ -44,6 +50,7 @@ def test_collect_and_render(runs, capsys):
     assert "| text, audio and vision | 2 | 85.0 ± 7.1 | 85.0 ± 7.1 | 86.0 ± 7.1 |" in text
     assert "| without the local expert | 1 | 50.0 | 50.0 | 51.0 | 52.0 | 53.0 | 54.0 | 55.0 |" in text
     assert "| without the local expert | 1 | 0.400 | 0.400 | 0.410 |" in text
+    assert "| local | 75 ± 7 | 75 ± 7 |" in text and "| global | 25 ± 7 |" in text  # of the gate, whole models alone
     assert "6 answers of all runs and both tasks together were not a legal answer" in text
     assert "| text | 37.5 |" in text and "| all three | 100.0 |" in text  # what the corpus's rules allow
     assert "# full, seed 2222\npython train.py full_2222" in text
