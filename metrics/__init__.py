@@ -1,10 +1,10 @@
-"""The field's measures, as modules of `evaluate` that load by path, also without a network:
+"""The measures of the benchmarks, as `evaluate` modules that load by path, also without a network:
 
     import evaluate
     evaluate.load("metrics/emotion").compute(predictions=["joy", None], references=["joy", "anger"])
+    evaluate.load("metrics/sentiment", "mosei").compute(predictions=[0.4, None], references=[0.6, -1.0])
 
-Each folder stands alone: `measures.py` has the formulas, in NumPy, and is what `eval.py` calls; the other file is the
-module. An unparsable answer is None, in an array of scores NaN. It is a wrong answer of no class wherever answers are
-counted right or wrong, is left out where a distance is measured, and `unparsable` says how many there were. A figure
-that is not defined (the correlation of a constant, the agreement on no samples) is None.
+Each folder stands alone: `measures.py` holds the formulas and is what `eval.py` calls; the other file is the module.
+An unparsable answer is None, or NaN in an array of scores. It counts as a wrong answer of no class, is left out of
+distances, and is counted in `unparsable`. An undefined measure (the correlation of a constant) is None.
 """

@@ -15,8 +15,7 @@ import pytest
 from sklearn.metrics import accuracy_score, f1_score, r2_score
 
 from metrics.emotion.measures import emotion_metrics
-from metrics.sentiment_mosei.measures import mosei_metrics
-from metrics.sentiment_sims.measures import sims_metrics
+from metrics.sentiment.measures import mosei_metrics, sims_metrics
 
 
 REPO = Path(__file__).resolve().parents[1]
@@ -281,7 +280,11 @@ socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
 import evaluate
 
 calls = json.load(sys.stdin)
-print(json.dumps({name: evaluate.load(f"{sys.argv[1]}/{name}").compute(**call) for name, call in calls.items()}))
+found = {}
+for name, call in calls.items():
+    module, *config = name.split()
+    found[name] = evaluate.load(f"{sys.argv[1]}/{module}", *config).compute(**call)
+print(json.dumps(found))
 """
 
 
@@ -289,8 +292,8 @@ def test_modules_load_by_path_without_a_network(tmp_path):
     labels = ["joy", "anger", "fear"]
     calls = {
         "emotion": {"predictions": [None, "joy", "anger"], "references": ["joy", "joy", "anger"], "labels": labels},
-        "sentiment_mosei": {"predictions": [None, 0.4, -1.0], "references": [2.2, 0.5, -1.0], "decimals": 4},
-        "sentiment_sims": {"predictions": [0.05, -0.9, 0.2], "references": [TENTH, STRONG, WEAK]},
+        "sentiment mosei": {"predictions": [None, 0.4, -1.0], "references": [2.2, 0.5, -1.0], "decimals": 4},
+        "sentiment sims": {"predictions": [0.05, -0.9, 0.2], "references": [TENTH, STRONG, WEAK]},
     }
     environment = {key: value for key, value in os.environ.items() if key != "HF_MODULES_CACHE"}
     environment |= {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
@@ -300,7 +303,7 @@ def test_modules_load_by_path_without_a_network(tmp_path):
     )
     assert process.returncode == 0, process.stderr
     found = json.loads(process.stdout.strip().splitlines()[-1])
-    measures = {"emotion": emotion_metrics, "sentiment_mosei": mosei_metrics, "sentiment_sims": sims_metrics}
+    measures = {"emotion": emotion_metrics, "sentiment mosei": mosei_metrics, "sentiment sims": sims_metrics}
     assert found == {name: measures[name](**call) for name, call in calls.items()}
-    assert found["emotion"]["unparsable"] == found["sentiment_mosei"]["unparsable"] == 1
-    assert found["sentiment_sims"]["acc3"] == 1.0
+    assert found["emotion"]["unparsable"] == found["sentiment mosei"]["unparsable"] == 1
+    assert found["sentiment sims"]["acc3"] == 1.0
