@@ -1,16 +1,20 @@
 # Each target sets up what it needs: a virtual environment in .venv with exactly what requirements.txt names.
-#
-#   make test        lint, then every test, fast ones first
-#   make quickstart  make talking faces, train, evaluate, predict: minutes on two CPU cores, seconds once it is there
-#   make results     results/*.md and the tables in README.md, from results/*.json
 
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/requirements.txt
 
-.PHONY: test quickstart results
+.PHONY: help test fast quickstart results
 
-test: $(INSTALLED)
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
+
+fast: $(INSTALLED) ## linter and the quick tests, in under a minute
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pytest -q -m "not slow" $(FAST)
+
+test: $(INSTALLED) ## linter and all tests, fast ones first
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pytest -q -m "not slow"
@@ -22,7 +26,7 @@ CLIPS := --corpus_dir $(QUICK)/clips --corpus_options '{"train": 2880, "validati
 TOWERS := $(QUICK)/towers/towers
 EVAL := $(BIN)/python eval.py $(QUICK)/model --corpus avatars --corpus_dir $(QUICK)/clips --split test
 
-quickstart: $(QUICK)/emotion/metrics.json $(QUICK)/score/metrics.json
+quickstart: $(QUICK)/emotion/metrics.json $(QUICK)/score/metrics.json ## generate clips, train, evaluate, predict: minutes on two CPU cores
 	$(BIN)/python predict.py $(QUICK)/model $(QUICK)/clips/test/avatars_test_disagreement_0000.mp4 \
 		--text "when I think of the library, I am extremely glad"
 	@echo "$(QUICK)/model is the trained model, the one that the snippet in README.md loads, $(QUICK)/clips its clips;"
@@ -38,11 +42,11 @@ $(QUICK)/emotion/metrics.json: $(QUICK)/model/recipe.json
 $(QUICK)/score/metrics.json: $(QUICK)/model/recipe.json
 	$(EVAL) --task avatars_score --output $(@D)
 
-results: $(INSTALLED)
-	$(BIN)/python results/make_tables.py render
-	$(BIN)/python results/ravdess.py render
-	$(BIN)/python results/avatars.py render
-	$(BIN)/python results/performance.py
+results: $(INSTALLED) ## results/*.md and the tables in README.md, from results/*.json
+	$(BIN)/python -m experiments.make_tables render
+	$(BIN)/python -m experiments.ravdess render
+	$(BIN)/python -m experiments.avatars render
+	$(BIN)/python -m experiments.performance
 
 # The copy of requirements.txt is written last: an interrupted installation is begun anew from an empty .venv, and a
 # changed requirements.txt updates the .venv that is there. Without pyvenv.cfg, pip would write to the system's Python.

@@ -30,13 +30,16 @@ from accelerate import PartialState
 from transformers import AutoModel, AutoProcessor
 from transformers.utils import cached_file
 
-import robustness
-from comparison import cluster_of, intervals, mcnemar, paired_differences, resample
 from corpora import CORPORA, group_of, load_corpus
-from evaluation import LABEL_COLUMNS, Predictor, check_labels, measure_of, metrics_of, weights_digest
-from label_maps import LABEL_MAPS
-from plots import plot_conditions, plot_confusion, plot_gates, plot_scores
-from processes import in_turns, only_the_main_process_speaks
+from egmf.data.collator import LABEL_COLUMNS, check_labels
+from egmf.evaluation import robustness
+from egmf.evaluation.label_maps import LABEL_MAPS
+from egmf.evaluation.measures import measure_of, metrics_of
+from egmf.evaluation.plots import plot_conditions, plot_confusion, plot_gates, plot_scores
+from egmf.evaluation.predictor import Predictor
+from egmf.evaluation.significance import cluster_of, intervals, mcnemar, paired_differences, resample
+from egmf.files import weights_digest
+from egmf.processes import in_turns, silence_other_ranks
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -124,7 +127,7 @@ def _cell(value: float | int | None, interval: list[float] | None = None) -> str
 
 def evaluate(args: argparse.Namespace, predict: Predictor, rows, modalities: list[str], report: dict) -> None:
     """The ordinary evaluation: predictions, figures, tests and plots, into the output folder."""
-    task = predict.judged
+    task = predict.label_task
     others = read_predictions(args.compare, rows, task) if args.compare else None
     predictions = predict(rows, modalities)[0]
     if not PartialState().is_main_process:
@@ -167,7 +170,7 @@ def evaluate_robustness(args: argparse.Namespace, predict: Predictor, rows, moda
     report |= robustness.run(args.robustness, predict, rows, modalities)
     if not PartialState().is_main_process:
         return
-    kind = predict.judged.kind
+    kind = predict.label_task.kind
     answer, measures = robustness.SHOWN[kind]
     title = f"{args.robustness}: {args.corpus} / {args.split}, {len(rows)} samples, {answer}"
     table = robustness.render(report, kind)
@@ -186,7 +189,7 @@ def write_report(path: Path, report: dict) -> None:
 def main(arguments: list[str]) -> None:
     args = parse_arguments(arguments)
     device = PartialState(cpu=not torch.accelerator.is_available()).device
-    only_the_main_process_speaks()
+    silence_other_ranks()
     with in_turns():  # the model's code is copied to where it is imported from
         processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=True)
         model = AutoModel.from_pretrained(args.model, trust_remote_code=True).to(device).eval()
@@ -204,7 +207,7 @@ def main(arguments: list[str]) -> None:
     with in_turns():  # a corpus may be made on the spot
         rows = load_corpus(args.corpus, args.corpus_dir, **options)[args.split]
     predict = Predictor(model, processor, task, label_map, args.batch_size, device)
-    check_labels(f"{args.corpus} / {args.split}", rows, predict.judged)
+    check_labels(f"{args.corpus} / {args.split}", rows, predict.label_task)
     allowed = args.modalities or trained.get("modalities", model.config.modalities)
     modalities = [modality for modality in model.config.modalities if modality in allowed]
 

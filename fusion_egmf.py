@@ -16,13 +16,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 
-
-try:
-    from .configuration_egmf import EGMFConfig
-    from .towers_egmf import tower_num_states, tower_size
-except ImportError:
-    from configuration_egmf import EGMFConfig
-    from towers_egmf import tower_num_states, tower_size
+from .configuration_egmf import EGMFConfig
+from .towers_egmf import tower_num_states, tower_size
 
 
 @dataclass
@@ -254,7 +249,7 @@ class SemanticExpert(nn.Module):
         self.others = nn.Linear(size, size)
         self.relation = FeedForward(config, in_size=4 * size)
 
-    def sum_up(self, name: str, sequence: ModalitySequence) -> torch.Tensor:
+    def summarize(self, name: str, sequence: ModalitySequence) -> torch.Tensor:
         """-> (B, K, d)."""
         # Words mean what they mean in their order; voice and face as a whole are the same played backwards.
         states, mask = sequence.states if name == "text" else sequence.content, sequence.mask
@@ -270,7 +265,7 @@ class SemanticExpert(nn.Module):
 
     def forward(self, sequences: dict[str, ModalitySequence]) -> torch.Tensor:
         """-> (B, M, K, d)."""
-        sums = {name: self.sum_up(name, sequence) for name, sequence in sequences.items()}
+        sums = {name: self.summarize(name, sequence) for name, sequence in sequences.items()}
         latents = []
         for name, latent in sums.items():
             heard = [self.nothing.expand(len(latent), 1, -1)]

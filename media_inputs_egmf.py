@@ -14,11 +14,7 @@ import numpy as np
 import torch
 from transformers.feature_extraction_utils import BatchFeature
 
-
-try:
-    from .media_egmf import AudioClip, MediaError, VideoClip, load_audio, load_video
-except ImportError:
-    from media_egmf import AudioClip, MediaError, VideoClip, load_audio, load_video
+from .media_egmf import AudioClip, MediaError, VideoClip, load_audio, load_video
 
 
 class MediaWarning(UserWarning):

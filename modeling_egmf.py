@@ -21,41 +21,21 @@ from transformers.cache_utils import Cache, StaticCache
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import can_return_tuple, torch_compilable_check
 
-
-try:
-    from .backends_egmf import accepts_position_ids, check_static_cache, uncompiled_on_cpu
-    from .configuration_egmf import EGMFConfig
-    from .fusion_egmf import EGMFFusion, init_fusion_weights, masked_mean
-    from .scoring_egmf import ScoringMixin
-    from .towers_egmf import (
-        build_tower,
-        check_positions,
-        encoder_of,
-        is_trained,
-        is_window,
-        load_tower,
-        read_audio,
-        read_frames,
-        tower_num_states,
-        tower_size,
-    )
-except ImportError:
-    from backends_egmf import accepts_position_ids, check_static_cache, uncompiled_on_cpu
-    from configuration_egmf import EGMFConfig
-    from fusion_egmf import EGMFFusion, init_fusion_weights, masked_mean
-    from scoring_egmf import ScoringMixin
-    from towers_egmf import (
-        build_tower,
-        check_positions,
-        encoder_of,
-        is_trained,
-        is_window,
-        load_tower,
-        read_audio,
-        read_frames,
-        tower_num_states,
-        tower_size,
-    )
+from .configuration_egmf import EGMFConfig
+from .fusion_egmf import EGMFFusion, init_fusion_weights, masked_mean
+from .scoring_egmf import ScoringMixin, accepts_position_ids, check_static_cache, uncompiled_on_cpu
+from .towers_egmf import (
+    build_tower,
+    check_positions,
+    encoder_of,
+    is_trained,
+    is_window,
+    load_tower,
+    read_audio,
+    read_frames,
+    tower_num_states,
+    tower_size,
+)
 
 
 if TYPE_CHECKING:  # never at run time: what is imported here is saved with every checkpoint

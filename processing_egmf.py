@@ -19,13 +19,8 @@ from transformers import LogitsProcessorList
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
-
-try:
-    from .media_inputs_egmf import MediaInputsMixin, as_array
-    from .tasks_egmf import BUILTIN_TASKS, AffectTask, AnswerConstraint, AnswerDistribution, AnswerText
-except ImportError:
-    from media_inputs_egmf import MediaInputsMixin, as_array
-    from tasks_egmf import BUILTIN_TASKS, AffectTask, AnswerConstraint, AnswerDistribution, AnswerText
+from .media_inputs_egmf import MediaInputsMixin, as_array
+from .tasks_egmf import BUILTIN_TASKS, AffectTask, AnswerConstraint, AnswerDistribution, AnswerText
 
 
 # How each language writes a line: what follows a name, what follows a colon, and the head of the later lines.

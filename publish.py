@@ -25,7 +25,7 @@ import httpx2
 from huggingface_hub import HfApi, ModelCard, get_token
 from huggingface_hub.errors import OfflineModeIsEnabled
 
-from publishing import build_folder, check_repo_id, read_run, upload
+from egmf.publishing.repository import build_folder, check_repo_id, read_run, upload
 
 
 UNREACHABLE = (httpx2.TransportError, OfflineModeIsEnabled)

@@ -1,20 +1,47 @@
 """Scoring of answers: the distribution over every legal answer, from one prefill and one tree-masked forward.
 
+The first functions say what an LLM takes (positions, tree masks, static caches), or raise where answers would change.
+
 Shape letters: B samples, C candidate answers, H the LLM's hidden size.
 """
 
+import inspect
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_outputs import ModelOutput
 
 
-try:
-    from .backends_egmf import needs_true_places
-except ImportError:
-    from backends_egmf import needs_true_places
+def accepts_position_ids(language_model: PreTrainedModel) -> bool:
+    """Whether an LLM takes positions at all (ALiBi and state-space models do not)."""
+    return "position_ids" in inspect.signature(language_model.forward).parameters
+
+
+def uses_cache_index(language_model: PreTrainedModel) -> bool:
+    """Whether an LLM goes by the places of cached tokens rather than by their positions: ALiBi, GPT-Neo's windows."""
+    config = language_model.config
+    by_index = "local" in getattr(config, "attention_layers", ())
+    return by_index or getattr(config, "alibi", False) or not accepts_position_ids(language_model)
+
+
+def check_static_cache(language_model: PreTrainedModel) -> None:
+    """Raises a ValueError if the LLM would answer otherwise, or not at all, with a static cache."""
+    implementation = language_model.config._attn_implementation
+    if implementation == "flex_attention" or uses_cache_index(language_model):
+        got = f"a static one for {type(language_model).__name__} with {implementation} attention"
+        raise ValueError(f"past_key_values: got {got}, whose masks do not fit it; wanted a dynamic cache")
+
+
+def uncompiled_on_cpu(language_model: PreTrainedModel) -> AbstractContextManager:
+    """Runs flex attention uncompiled on a CPU, where what torch 2.13 compiles fails at a second length."""
+    is_flex = language_model.config._attn_implementation == "flex_attention"
+    if is_flex and language_model.device.type == "cpu" and not torch.compiler.is_compiling():
+        return torch.compiler.set_stance("force_eager")
+    return nullcontext()
 
 
 @dataclass
@@ -150,7 +177,7 @@ class ScoringMixin:
 
     def _takes_tree_mask(self) -> bool:
         text_config = self.model.language_model.config
-        return text_config._attn_implementation in ("eager", "sdpa") and not needs_true_places(
+        return text_config._attn_implementation in ("eager", "sdpa") and not uses_cache_index(
             self.model.language_model
         )
 

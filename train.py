@@ -3,7 +3,7 @@
     python train.py recipes/mosi_smollm2.yaml --corpus_dir DIR [--any_field value ...]
     accelerate launch --config_file recipes/accelerate/ddp.yaml train.py recipes/mosi_smollm2.yaml --corpus_dir DIR
 
-A recipe with `tower_epochs` first trains each tower alone, one with `expert_epochs` the fusion without the LLM, and
+A recipe with `tower_epochs` first trains each tower alone, one with `fusion_epochs` the fusion without the LLM, and
 these towers with it, then the fusion and the LLM with LoRA. Writes to `output_dir`: a folder of checkpoints per phase
 (the same command goes on from the last one), `log.jsonl` and `training.png`, the trained towers in `towers/`, for the
 `audio_tower` and `vision_tower` of other recipes, and `model/`: merged and self-contained, for
@@ -29,29 +29,30 @@ from datasets import Dataset, concatenate_datasets
 from peft.helpers import disable_input_dtype_casting
 from transformers import set_seed
 
-from assembly import (
+from egmf.data.collator import AffectCollator, expand_by_task, prompt_lengths
+from egmf.data.mixture import check_corpora, expand_parts, load_corpora, mixture_of
+from egmf.data.tower_cache import COLUMNS, TowerCache
+from egmf.files import writing
+from egmf.modeling_egmf import EGMFForConditionalGeneration
+from egmf.processes import are_sharded, in_turns, silence_other_ranks
+from egmf.processing_egmf import EGMFProcessor
+from egmf.recipe import Recipe, load_recipe
+from egmf.training.assembly import (
     add_lora,
     build_model,
     build_processor,
     build_towers,
-    finished,
-    learn,
+    gather_trained_model,
     set_clip_statistics,
+    set_trainable_towers,
     start_speech_tower,
     trained_towers,
 )
-from checkpoints import writing
-from evaluation import AffectCollator, ask, prompt_lengths
-from language_models import resolve_language_model
-from mixture import ask_parts, check_parts, load_parts, mixture_of
-from modeling_egmf import EGMFForConditionalGeneration
-from pretraining import ExpertPretraining, TowerPretraining
-from processes import are_sharded, in_turns, only_the_main_process_speaks
-from processing_egmf import EGMFProcessor
-from recipes import Recipe, load_recipe
-from shrinking import shrink
-from tower_cache import COLUMNS, TowerCache
-from training_run import AffectTrainer, RunTrainer, check_media, check_reporters, metrics_of, run_command
+from egmf.training.language_models import resolve_language_model
+from egmf.training.preemption import run_command
+from egmf.training.pretraining import FusionPretraining, TowerPretraining
+from egmf.training.shrinking import shrink
+from egmf.training.trainer import AffectTrainer, RunTrainer, check_media, check_reporters, metrics_of
 
 
 # What a trained model may depend on; their versions are kept with it.
@@ -78,7 +79,7 @@ def pretrain(
         max_steps=-1,
         learning_rate=rate,
         lr_scheduler_type="cosine",
-        per_device_train_batch_size=recipe.experts.expert_batch_size,
+        per_device_train_batch_size=recipe.phases.fusion_batch_size,
         eval_strategy="no",
         save_strategy="epoch",
         save_total_limit=1,
@@ -97,7 +98,7 @@ def pretrain(
         run_folder=output.parent,
         phase=output.name,
     )
-    trainer.go_on()
+    trainer.train_or_resume()
     if own.world_size > 1:  # the averages of batch normalisation are each process's own after the last step
         broadcast([*module.buffers()])
 
@@ -126,7 +127,7 @@ def with_lengths(rows: Dataset, collator: AffectCollator) -> Dataset:
 
 def check_sharding(recipe: Recipe) -> None:
     """Raises a ValueError if a recipe has what models that are divided among processes cannot do."""
-    epochs = {name: getattr(recipe.experts, name) for name in ("tower_epochs", "expert_epochs")}
+    epochs = {name: getattr(recipe.phases, name) for name in ("tower_epochs", "fusion_epochs")}
     for name, count in epochs.items() if are_sharded() else ():
         if count:
             wanted = "0, or recipes/accelerate/ddp.yaml"
@@ -145,7 +146,7 @@ def save_tower(model: EGMFForConditionalGeneration, modality: str, preprocessor,
 
 def save_model(recipe: Recipe, model: EGMFForConditionalGeneration, processor: EGMFProcessor, folder: Path) -> None:
     """The merged model, self-contained, with the recipe's fields in `recipe.json`."""
-    fields = vars(recipe.data) | vars(recipe.model) | vars(recipe.experts)
+    fields = vars(recipe.data) | vars(recipe.model) | vars(recipe.phases)
     del fields["corpus_dir"]  # a path of this machine is nobody else's business
     for name in ("language_model", "audio_tower", "vision_tower"):
         if isinstance(fields[name], str) and os.path.isdir(fields[name]):
@@ -161,7 +162,7 @@ def save_model(recipe: Recipe, model: EGMFForConditionalGeneration, processor: E
 def main(arguments: list[str]) -> None:
     recipe = load_recipe(arguments)
     training, data = recipe.training, recipe.data
-    only_the_main_process_speaks()
+    silence_other_ranks()
     check_reporters(training.report_to)
     check_sharding(recipe)
     output = Path(training.output_dir)
@@ -169,7 +170,7 @@ def main(arguments: list[str]) -> None:
     set_seed(training.seed)
 
     with in_turns():  # what is not there yet is made
-        corpora = load_parts(data.parts)
+        corpora = load_corpora(data.parts)
         if recipe.model.shrink != 1:
             shrink(recipe.model, output / "shrunk")
         language_model = resolve_language_model(recipe.model.language_model)
@@ -177,13 +178,13 @@ def main(arguments: list[str]) -> None:
     towers = build_towers(recipe)
     processor = build_processor(recipe, language_model, towers)
     tasks = [processor.tasks[name] for name in data.tasks]
-    check_parts(data.parts, corpora, processor, data.modalities)
-    asked, mixture = ask_parts(data.parts, corpora, processor, "train"), mixture_of(data.parts, corpora)
+    check_corpora(data.parts, corpora, processor, data.modalities)
+    asked, mixture = expand_parts(data.parts, corpora, processor, "train"), mixture_of(data.parts, corpora)
     model = build_model(recipe, language_model, processor, towers, corpus["train"])
 
     training.remove_unused_columns = False  # the collator reads the corpus's columns
     learns_on = trained_towers(recipe, towers)
-    with_experts = list(towers) if recipe.experts.tower_epochs else learns_on
+    with_experts = list(towers) if recipe.phases.tower_epochs else learns_on
     inputs = fill_cache(recipe, model, processor, towers, with_experts, corpus, None) if towers else None
     if inputs is not None and training.process_index == 0:
         check_media(output / "unreadable.json", inputs.errors)
@@ -193,29 +194,29 @@ def main(arguments: list[str]) -> None:
         heard = (inputs.load("audio", path)["audio"] for path in some)
         start_speech_tower(model.model.audio_tower, [clip for clip in heard if clip is not None])
     speeds = tuple(data.audio_speeds)
-    if recipe.experts.tower_epochs:
+    if recipe.phases.tower_epochs:
         for modality in towers:
             set_seed(training.seed)  # for the readout: whatever was computed or read before, it begins alike
             alone = TowerPretraining(model, modality, tasks[0]).requires_grad_()
             collator = AffectCollator(processor, tasks[:1], [modality], with_answers=False, cache=inputs)
             collator.speeds = speeds
-            rows, phase = ask(corpus["train"], tasks[:1]), output / f"{modality}_tower"
-            epochs, rate = recipe.experts.tower_epochs, recipe.experts.tower_learning_rate
+            rows, phase = expand_by_task(corpus["train"], tasks[:1]), output / f"{modality}_tower"
+            epochs, rate = recipe.phases.tower_epochs, recipe.phases.tower_learning_rate
             pretrain(recipe, alone, collator, rows, phase, epochs, rate)
             alone.requires_grad_(False)
     set_clip_statistics(model, corpus, inputs)
-    if recipe.experts.expert_epochs:
-        learn(model, with_experts)
-        experts = ExpertPretraining(model.to(training.device), processor, tasks, recipe.experts.expert_label_smoothing)
+    if recipe.phases.fusion_epochs:
+        set_trainable_towers(model, with_experts)
+        experts = FusionPretraining(model.to(training.device), processor, tasks, recipe.phases.fusion_label_smoothing)
         collator = AffectCollator(processor, tasks, data.modalities, with_answers=False, cache=inputs)
         collator.speeds, collator.augmented = speeds, tuple(with_experts)
-        epochs, rate = recipe.experts.expert_epochs, recipe.experts.expert_learning_rate
+        epochs, rate = recipe.phases.fusion_epochs, recipe.phases.fusion_learning_rate
         pretrain(recipe, experts, collator, asked, output / "experts", epochs, rate, mixture)
     for modality in with_experts if PartialState().is_main_process else ():
         save_tower(model, modality, towers[modality][1], output / "towers" / modality)
     if not training.num_train_epochs:
         return
-    learn(model, learns_on)
+    set_trainable_towers(model, learns_on)
     cache = fill_cache(recipe, model, processor, towers, learns_on, corpus, inputs) if towers else None
     learning, scoring = (
         AffectCollator(processor, tasks, data.modalities, with_answers=flag, cache=cache) for flag in (True, False)
@@ -225,7 +226,7 @@ def main(arguments: list[str]) -> None:
     for part, rows in zip(data.parts, corpora, strict=True):
         for name in part.tasks if len(rows["validation"]) else ():
             key = f"{part.name}_{name}" if data.corpora else name
-            validation[key] = with_lengths(ask(rows["validation"], [processor.tasks[name]]), learning)
+            validation[key] = with_lengths(expand_by_task(rows["validation"], [processor.tasks[name]]), learning)
     set_seed(training.seed)  # whatever was read and not computed until here, the last phase begins alike
     model = add_lora(recipe, model, learns_on)
     if PartialState().is_main_process:
@@ -245,9 +246,9 @@ def main(arguments: list[str]) -> None:
     )
     # Under autocast LoRA's own cast of its input to float32 and back is a quarter of a step's time, for nothing.
     with disable_input_dtype_casting(model, active=training.mixed_precision == "bf16"):
-        trainer.go_on()
+        trainer.train_or_resume()
 
-    whole = finished(recipe, trainer, learns_on)
+    whole = gather_trained_model(recipe, trainer, learns_on)
     if whole is not None:
         with writing(output / "adapter"):
             whole.save_pretrained(output / "adapter")

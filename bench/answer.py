@@ -1,6 +1,6 @@
 """Samples answered per second, greedily and as a distribution, beside the bare LLM's reading of the prompt.
 
-    python bench/answer.py --output results/performance.json
+    python -m bench.answer --output results/performance.json
 
 Ways that take turns in one process, on one batch of 16 prompts of about 100 tokens with voice and face:
 
@@ -14,22 +14,20 @@ not grow with the layers, so that beside all of them it is less. Seconds are of 
 
 import argparse
 import statistics
-import sys
 import time
 from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer
 
+from bench.measuring import FRAMES, SMOLLM2, WIDTH, build_llm, build_rows, machine, record, take_turns
+from egmf.data.collator import AffectCollator, expand_by_task
+from egmf.modeling_egmf import EGMFForConditionalGeneration
+from egmf.processing_egmf import EGMFProcessor
+from egmf.training.language_models import resolve_language_model
+
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from evaluation import AffectCollator, ask  # noqa: E402
-from language_models import resolve_language_model  # noqa: E402
-from measuring import FRAMES, SMOLLM2, WIDTH, build_llm, build_rows, machine, record, take_turns  # noqa: E402
-from modeling_egmf import EGMFForConditionalGeneration  # noqa: E402
-from processing_egmf import EGMFProcessor  # noqa: E402
 
 
 MODEL, LAYERS = "Qwen/Qwen3-0.6B", 7
@@ -63,7 +61,9 @@ def ways_of(model: EGMFForConditionalGeneration, processor: EGMFProcessor) -> tu
     rows, ways = build_rows(BATCH, LINES), {}
     for name, shown in TASKS.items():
         task = processor.tasks[name]
-        batch = dict(AffectCollator(processor, [task], ["text", "audio", "vision"], None)(list(ask(rows, [task]))))
+        batch = dict(
+            AffectCollator(processor, [task], ["text", "audio", "vision"], None)(list(expand_by_task(rows, [task])))
+        )
         candidates, constraint = processor.candidates(name), processor.logits_processor(name, batch)
         options = {"logits_processor": constraint, "max_new_tokens": processor.max_answer_tokens(name)}
         ways[f"prefill, {shown}"] = lambda b=batch: prefill(model, b)

@@ -1,7 +1,7 @@
 """Reading and converting the benchmarks' published forms: rows per second, and memory.
 
-    python bench/loaders.py > results/loaders.md
-    python bench/loaders.py --meld DIR --scale 1 --only mosei_unaligned
+    python -m bench.loaders > results/loaders.md
+    python -m bench.loaders --meld DIR --scale 1 --only mosei_unaligned
 
 Every form is generated (`tests/formats.py`) with the published shapes and types, and `--scale` of the published number
 of clips; MELD's CSV files are read from `--meld` where it is given. Each measurement is a process of its own: `load`
@@ -18,14 +18,12 @@ import tempfile
 import time
 from pathlib import Path
 
+from corpora import cherma, load_corpus, meld, mosei, simsv2
+from corpora.convert import convert
+from tests import formats
+
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
-import formats  # noqa: E402
-
-from corpora import cherma, load_corpus, meld, mosei, simsv2  # noqa: E402
-from corpora.convert import convert  # noqa: E402
 
 
 MEMORY_LIMIT = 4e9  # beyond the arrays of one split, for MOSEI's pickle
@@ -205,7 +203,7 @@ def main() -> None:
         return
     print("# Reading and converting the benchmarks' files: speed and memory\n")
     print(
-        "Command: `python bench/loaders.py --meld DIR > results/loaders.md`. One run each, on generated files of the"
+        "Command: `python -m bench.loaders --meld DIR > results/loaders.md`. One run each, on generated files of the"
     )
     print(
         "published layouts (MELD's CSV files: the published ones). Rows per second of CPU time; the highest resident"

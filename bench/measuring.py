@@ -18,8 +18,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from corpora.schema import build_split
-from language_models import resolve_language_model
-from shrinking import published_config
+from egmf.training.language_models import resolve_language_model
+from egmf.training.shrinking import published_config
 
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"

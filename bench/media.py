@@ -1,6 +1,6 @@
 """Clips per second of `media_egmf` against PyAV used plainly in-process, and what the disposable process costs.
 
-    python bench/media.py > results/media.md
+    python -m bench.media > results/media.md
 
 One clip is 8 frames and the sound at 16 kHz of an h264 + aac mp4 of 640 x 360 pixels, made here. Three ways take
 turns: *plain* is PyAV without any check, *unguarded* the readers of `media_egmf` called in this process, *guarded* its
@@ -11,21 +11,16 @@ programs disturb it less than they disturb the clock. Needs Linux.
 
 import os
 import statistics
-import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from fractions import Fraction
-from pathlib import Path
 
 import av
 import numpy as np
 import soxr
 
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import media_egmf  # noqa: E402
+from egmf import media_egmf
 
 
 CLIPS = {1: 4, 3: 2, 10: 1}  # seconds: clips in one measurement
@@ -113,7 +108,7 @@ def measure(pool: ProcessPoolExecutor, processes: int, way: str, path: str, coun
 def main() -> None:
     media_egmf.import_readers()
     print("# Reading clips: speed, and the cost of the guard\n")
-    print(f"Command: `python bench/media.py > results/media.md`. {os.cpu_count()} cores, load average before the run")
+    print(f"Command: `python -m bench.media > results/media.md`. {os.cpu_count()} cores, load average before the run")
     print(f"{os.getloadavg()[0]:.1f} (what exceeds 0 is other programs). Medians (lowest to highest) of {REPETITIONS}")
     print("interleaved repetitions: first clips per second, then milliseconds of CPU for one clip. The last columns")
     print("are CPU time, guarded against unguarded and against plain.\n")

@@ -1,6 +1,6 @@
 """How much MOSI's audio and vision vectors say about the label, on videos a linear probe has not seen.
 
-    python bench/mosi_leak.py DIR > results/mosi_leak.md
+    python -m bench.mosi_leak DIR > results/mosi_leak.md
 
 A logistic regression on the target utterance's vector alone, fitted on the train split under Gaussian noise (in units
 of the feature's deviation), tested on the validation split under the same noise, and on the test split without any.
@@ -10,15 +10,11 @@ under it is near what guessing gives. The test column had no part in the choice.
 """
 
 import sys
-from pathlib import Path
 
 import numpy as np
 from sklearn.linear_model import LogisticRegression
 
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from corpora import load_corpus  # noqa: E402
+from corpora import load_corpus
 
 
 NOISE = (0.0, 1.0, 2.0, 4.0, 8.0)
@@ -36,7 +32,7 @@ def main(source: str) -> None:
     corpus = load_corpus("mosi", source, context=0)
     rng = np.random.default_rng(SEED)
     print("# What a linear probe reads from MOSI's audio and vision vectors\n")
-    print("Command: `python bench/mosi_leak.py DIR > results/mosi_leak.md`. Accuracy in percent.\n")
+    print("Command: `python -m bench.mosi_leak DIR > results/mosi_leak.md`. Accuracy in percent.\n")
     print("| modality | noise | validation, noised | test |\n| --- | --- | --- | --- |")
     for modality in ("audio", "vision"):
         train, labels = target_vectors(corpus["train"], modality)

@@ -1,6 +1,6 @@
 """What a training step costs, beside fine-tuning the bare LLM and beside the least that it could cost.
 
-    python bench/train_step.py --output results/performance.json
+    python -m bench.train_step --output results/performance.json
 
 Three ways take turns in one process, on the same rows, with real `Trainer`s that train LoRA under bfloat16:
 
@@ -23,7 +23,6 @@ import argparse
 import copy
 import gc
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -36,16 +35,15 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Trainer, TrainerCallback
 
+from bench.measuring import SMOLLM2, build_llm, build_rows, machine, peak_memory, record, take_turns
+from egmf.data.collator import AffectCollator, expand_by_task
+from egmf.recipe import load_recipe
+from egmf.training.assembly import add_lora, build_model, build_processor
+from egmf.training.language_models import resolve_language_model
+from train import with_lengths
+
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from assembly import add_lora, build_model, build_processor  # noqa: E402
-from evaluation import AffectCollator, ask  # noqa: E402
-from language_models import resolve_language_model  # noqa: E402
-from measuring import SMOLLM2, build_llm, build_rows, machine, peak_memory, record, take_turns  # noqa: E402
-from recipes import load_recipe  # noqa: E402
-from train import with_lengths  # noqa: E402
 
 
 BATCHES = 2  # of an epoch
@@ -140,7 +138,7 @@ class Bench:
 
     def rows(self, count: int) -> Dataset:
         """Rows in the order of their lengths."""
-        return with_lengths(ask(build_rows(count), self.tasks), self.collator).sort("length")
+        return with_lengths(expand_by_task(build_rows(count), self.tasks), self.collator).sort("length")
 
     def trainers(self, batches: int, batch_size: int) -> dict[str, Trainer]:
         """The ways, each a Trainer on the same rows."""

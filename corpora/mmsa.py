@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from corpora.pickles.unpickle import FileArray, load_pickle
 from corpora.reading import Ids, Notes, Rows, finite, repair_text, sequence
-from corpora.unpickle import FileArray, load_pickle
 
 
 SPLITS = {"train": "train", "valid": "validation", "test": "test"}

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from corpora.pickles.unpickle import load_pickle
 from corpora.reading import Notes, Rows, repair_text, sequence
-from corpora.unpickle import load_pickle
 
 
 SPLITS = {"train": "train", "valid": "validation", "test": "test"}

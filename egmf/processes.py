@@ -25,7 +25,7 @@ def are_sharded() -> bool:
     return any(os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true" for name in ("FSDP", "DEEPSPEED"))
 
 
-def only_the_main_process_speaks() -> None:
+def silence_other_ranks() -> None:
     """No log lines and progress bars of the other processes, errors excepted."""
     if not PartialState().is_main_process:
         logging.disable(logging.WARNING)

@@ -1,6 +1,6 @@
 """Recipes: one YAML per run, and the fields it may set. Nothing is configured anywhere else.
 
-A recipe's fields are those of [`ModelArguments`], [`DataArguments`], [`ExpertArguments`] and
+A recipe's fields are those of [`ModelArguments`], [`DataArguments`], [`PhaseArguments`] and
 `transformers.TrainingArguments`; the command line may override any of them:
 `python train.py recipes/mosi_smollm2.yaml --seed 2222 --experts local global`.
 """
@@ -146,17 +146,17 @@ class DataArguments:
 
 
 @dataclass
-class ExpertArguments:
+class PhaseArguments:
     """The phases before the LLM learns, see `pretraining.py`."""
 
     tower_epochs: int = field(
         default=0, metadata={"help": "epochs of the towers alone, which then learn on with the experts; 0 for none"}
     )
     tower_learning_rate: float = 3e-3
-    expert_epochs: int = field(default=0, metadata={"help": "epochs of the fusion without the LLM; 0 for none"})
-    expert_learning_rate: float = 1e-3
-    expert_batch_size: int = 32
-    expert_label_smoothing: float = field(
+    fusion_epochs: int = field(default=0, metadata={"help": "epochs of the fusion without the LLM; 0 for none"})
+    fusion_learning_rate: float = 1e-3
+    fusion_batch_size: int = 32
+    fusion_label_smoothing: float = field(
         default=0.0, metadata={"help": "probability that the fusion's target spreads evenly over all legal answers"}
     )
 
@@ -171,7 +171,7 @@ class Recipe:
 
     model: ModelArguments
     data: DataArguments
-    experts: ExpertArguments
+    phases: PhaseArguments
     training: TrainingArguments
     fields: set[str]
 
@@ -207,7 +207,7 @@ def load_recipe(arguments: list[str]) -> Recipe:
         raise ValueError(f"{arguments[0]}: got {type(fields).__name__}, wanted a mapping of fields")
     # Trainer falls back to the CPU by itself, but refuses bf16 there unless told so.
     defaults = {} if torch.accelerator.is_available() else {"use_cpu": True}
-    parser = HfArgumentParser([ModelArguments, DataArguments, ExpertArguments, TrainingArguments], allow_abbrev=False)
+    parser = HfArgumentParser([ModelArguments, DataArguments, PhaseArguments, TrainingArguments], allow_abbrev=False)
     # The last value of a repeated argument holds, so the command line overrides the recipe.
     *parsed, unknown = parser.parse_args_into_dataclasses(
         [*_as_arguments(defaults | fields), *arguments[1:]], return_remaining_strings=True, look_for_args_file=False
@@ -216,7 +216,7 @@ def load_recipe(arguments: list[str]) -> Recipe:
         raise ValueError(f"{arguments[0]}: unknown {unknown}, wanted fields of a recipe or of TrainingArguments")
     given = {argument[2:].partition("=")[0] for argument in arguments[1:] if argument.startswith("--")}
     recipe = Recipe(*parsed, fields=given | fields.keys())
-    if recipe.data.corpora and recipe.experts.tower_epochs:
+    if recipe.data.corpora and recipe.phases.tower_epochs:
         wanted = "0 in a mixture: towers from scratch learn one task alone"
-        raise ValueError(f"tower_epochs: got {recipe.experts.tower_epochs}, wanted {wanted}")
+        raise ValueError(f"tower_epochs: got {recipe.phases.tower_epochs}, wanted {wanted}")
     return recipe

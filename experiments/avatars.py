@@ -1,8 +1,8 @@
 """Avatars: trains and tests the model, single modalities and the model without each expert; makes the tables.
 
-    python results/avatars.py run --corpus_dir DIR --runs_dir RUNS_DIR --seeds 1111 2222 3333
-    python results/avatars.py collect RUNS_DIR
-    python results/avatars.py render
+    python -m experiments.avatars run --corpus_dir DIR --runs_dir RUNS_DIR --seeds 1111 2222 3333
+    python -m experiments.avatars collect RUNS_DIR
+    python -m experiments.avatars render
 
 `run` trains the towers of each seed by `recipes/avatars_towers.yaml` into `RUNS_DIR/towers_<seed>/`, then every
 variant of `recipes/avatars_smollm2.yaml` on them into `RUNS_DIR/<variant>_<seed>/`, and tests both tasks;
@@ -19,10 +19,10 @@ from pathlib import Path
 
 import numpy as np
 
+from egmf.evaluation.robustness import summarize
 
-RESULTS = Path(__file__).resolve().parent
-sys.path.insert(0, str(RESULTS.parent))
-from robustness import summarize  # noqa: E402
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 
 RECIPES = {"towers": "recipes/avatars_towers.yaml", "model": "recipes/avatars_smollm2.yaml"}
@@ -186,7 +186,7 @@ def render(runs: list[dict]) -> str:
         *missing_section(runs),
         "## Commands",
         "```bash\n" + "\n".join(commands_text(runs)) + "\n```",
-        "Made from `results/avatars.json` by `python results/avatars.py render`.",
+        "Made from `results/avatars.json` by `python -m experiments.avatars render`.",
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -261,7 +261,7 @@ def main(arguments: list[str]) -> None:
     else:
         runs = json.loads(file.read_text(encoding="utf-8"))
         (RESULTS / "avatars.md").write_text(render(runs), encoding="utf-8")
-        from results.make_tables import README, fill_readme
+        from experiments.make_tables import README, fill_readme
 
         readme = fill_readme(README.read_text(encoding="utf-8"), "avatars", main_table(runs))
         README.write_text(readme, encoding="utf-8")

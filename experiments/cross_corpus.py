@@ -1,6 +1,6 @@
 """Evaluations of several models on several corpora -> one Markdown table.
 
-    python results/cross_corpus.py runs/*/test/metrics.json runs/*/cherma/metrics.json
+    python -m experiments.cross_corpus runs/*/test/metrics.json runs/*/cherma/metrics.json
 
 Reads what `eval.py` writes. A row is a model and the task it was asked, with the label map if there was one; a column
 is a corpus and its split. A cell is the weighted F1 of the most probable label in percent, or MAE, in the corpus's own

@@ -1,7 +1,7 @@
 """Finished runs -> results/NAME.json -> the tables in results/NAME.md and README.md, for mosi and meld.
 
-    python results/make_tables.py collect mosi RUNS_DIR
-    python results/make_tables.py render
+    python -m experiments.make_tables collect mosi RUNS_DIR
+    python -m experiments.make_tables render
 
 `collect` reads every folder `RUNS_DIR/<variant>_<seed>/` that has been evaluated: `test/metrics.json` and
 `test/predictions.jsonl` as `eval.py` writes them, and `command.txt`, the two commands that made the run, one a line,
@@ -20,7 +20,9 @@ from pathlib import Path
 import numpy as np
 
 
-RESULTS = Path(__file__).resolve().parent
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+
+
 README = RESULTS.parent / "README.md"
 ANSWERS = ("distribution", "greedy")
 RESAMPLES, BOOTSTRAP_SEED = 10_000, 0
@@ -198,8 +200,7 @@ def _cluster(benchmark: Benchmark, row_id: str) -> str:
 
 def _paired_tests(variants: list[str], answer: str, predictions: dict, clusters: dict[str, str]) -> list[dict]:
     """McNemar's test per seed and over all seeds, and a bootstrap over clusters; nothing without a common seed."""
-    sys.path.insert(0, str(RESULTS.parent))
-    from comparison import mcnemar  # rendering needs no statistics
+    from egmf.evaluation.significance import mcnemar  # rendering needs no statistics
 
     first, second = variants
     seeds = sorted(seed for variant, seed in predictions if variant == first and (second, seed) in predictions)
@@ -266,7 +267,7 @@ def render(name: str, data: dict) -> str:
         blocks = [f"# {variant}, seed {seed}\n{command}" for (variant, seed), command in commands.items()]
         parts += ["## Commands", "```bash\n" + "\n\n".join(blocks) + "\n```"]
     source = f"results/{name}.json"
-    parts.append(f"Made from `{source}` by `python results/make_tables.py render`.")
+    parts.append(f"Made from `{source}` by `python -m experiments.make_tables render`.")
     return "\n\n".join(parts) + "\n"
 
 

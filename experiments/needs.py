@@ -1,6 +1,6 @@
 """What the Qwen3 recipes need of a GPU, computed -> results/needs.md, and the table in the main README.
 
-    python results/needs.py
+    python -m experiments.needs
 
 Nothing in the tables is measured on a GPU: the recipes have not been run. Computed is, for a step of training:
 
@@ -16,7 +16,6 @@ are assumptions, the corpora's means where they are published. Towers run once f
 is counted, the decoding of clips is not, and the disk that their hidden layers take is given.
 """
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,17 +25,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, AutoModelForCausalLM
 
+from egmf.modeling_egmf import EGMFForConditionalGeneration
+from egmf.processing_egmf import EGMFProcessor
+from egmf.recipe import Recipe, load_recipe
+from egmf.towers_egmf import encoder_of, tower_num_states, tower_size
+from egmf.training.assembly import add_lora
+from egmf.training.language_models import byte_tokenizer
+from egmf.training.shrinking import published_config
+
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from assembly import add_lora  # noqa: E402
-from language_models import byte_tokenizer  # noqa: E402
-from modeling_egmf import EGMFForConditionalGeneration  # noqa: E402
-from processing_egmf import EGMFProcessor  # noqa: E402
-from recipes import Recipe, load_recipe  # noqa: E402
-from shrinking import published_config  # noqa: E402
-from towers_egmf import encoder_of, tower_num_states, tower_size  # noqa: E402
 
 
 PEAK, SHARE = 312e12, 0.3  # operations a second of an A100, dense bfloat16; how much of it training reaches
@@ -228,7 +226,9 @@ def table_of(rows: list[dict]) -> str:
 def main() -> None:
     torch.manual_seed(0)
     table = table_of(needs())
-    head = "# What the Qwen3 recipes need\n\nNot yet run. Computed for one A100 by `python results/needs.py`, whose "
+    head = (
+        "# What the Qwen3 recipes need\n\nNot yet run. Computed for one A100 by `python -m experiments.needs`, whose "
+    )
     head += "first lines say how.\n\n"
     (ROOT / "results/needs.md").write_text(head + table, encoding="utf-8")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -1,8 +1,8 @@
 """What training steps and answers cost -> results/performance.md, from results/performance.json.
 
-python bench/train_step.py --output results/performance.json
-python bench/answer.py --output results/performance.json
-python results/performance.py
+python -m bench.train_step --output results/performance.json
+python -m bench.answer --output results/performance.json
+python -m experiments.performance
 """
 
 import json
@@ -10,7 +10,9 @@ import statistics
 from pathlib import Path
 
 
-RESULTS = Path(__file__).parent
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+
+
 WAYS = ("plain", "floor", "egmf")
 ALL_LAYERS = 28  # of Qwen3-0.6B and of Qwen3-1.7B
 GOALS = {"time to plain": 0.85, "time to floor": 1.10, "memory to plain": 0.60, "7 labels": 1.15, "61 scores": 1.35}
@@ -158,7 +160,7 @@ def render(data: dict) -> str:
         "Seconds are of CPU time on one core: other programs disturb them less than they disturb the clock. Medians "
         "(lowest to highest) of interleaved repetitions in one process; ratios are taken repetition by repetition.",
         "## A training step",
-        f"`python bench/train_step.py --output results/performance.json`, {repetitions} repetitions. "
+        f"`python -m bench.train_step --output results/performance.json`, {repetitions} repetitions. "
         + setting(step["machine"]),
         "*Plain* is LoRA on the bare LLM with the same text, logits at all positions, rows in random order, as PEFT "
         "and Trainer do it by default. *Floor* is the LLM's own forward and backward pass on EGMF's sequences, pseudo "
@@ -186,7 +188,7 @@ def render(data: dict) -> str:
         "measured, for want of time on this machine.",
         measured_steps(models),
         "## Answering",
-        f"`python bench/answer.py --output results/performance.json`, {len(next(iter(answer['seconds'].values())))} "
+        f"`python -m bench.answer --output results/performance.json`, {len(next(iter(answer['seconds'].values())))} "
         "repetitions. " + setting(answer["machine"]),
         f"{name_of(answer['model'])} with random weights and {answer['layers']} of its {ALL_LAYERS} layers (what EGMF "
         "adds does not grow with them, so that beside all of them it is less), bfloat16, one batch of "
@@ -194,7 +196,7 @@ def render(data: dict) -> str:
         "the bare LLM's reading of these sequences, with logits at their last positions. Goals for `score_labels`: at "
         f"most {GOALS['7 labels']} of prefill for 7 labels, at most {GOALS['61 scores']} for 61 scores.",
         answers_table(answer),
-        "Made from `results/performance.json` by `python results/performance.py`.",
+        "Made from `results/performance.json` by `python -m experiments.performance`.",
     ]
     return "\n\n".join(parts) + "\n"
 

@@ -1,8 +1,8 @@
 """The six folds of RAVDESS: trains and tests them, and makes results/ravdess.json and results/ravdess.md.
 
-    python results/ravdess.py run --corpus_dir DIR --audio_tower MODEL --runs_dir RUNS_DIR --seeds 1111
-    python results/ravdess.py collect RUNS_DIR
-    python results/ravdess.py render
+    python -m experiments.ravdess run --corpus_dir DIR --audio_tower MODEL --runs_dir RUNS_DIR --seeds 1111
+    python -m experiments.ravdess collect RUNS_DIR
+    python -m experiments.ravdess render
 
 `run` trains and evaluates `recipes/ravdess_smollm2.yaml` on one fold after the other, into `RUNS_DIR/fold<n>_<seed>/`;
 what is finished is skipped. `collect` reads those folders, and keeps every answer in results/ravdess_answers.csv too;
@@ -20,7 +20,9 @@ from pathlib import Path
 import numpy as np
 
 
-RESULTS = Path(__file__).resolve().parent
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+
+
 RECIPE = "recipes/ravdess_smollm2.yaml"
 FOLDS = range(1, 7)
 ANSWERS = ("distribution", "greedy")
@@ -187,7 +189,7 @@ def render(data: dict) -> str:
     commands = {(run["seed"], run["fold"]): run["command"].replace(" && ", "\n") for run in data["runs"]}
     blocks = [f"# fold {fold}, seed {seed}\n{command}" for (seed, fold), command in commands.items()]
     parts.append("```bash\n" + "\n\n".join(blocks) + "\n```")
-    parts.append("Made from `results/ravdess.json` by `python results/ravdess.py render`.")
+    parts.append("Made from `results/ravdess.json` by `python -m experiments.ravdess render`.")
     return "\n\n".join(parts) + "\n"
 
 
@@ -213,8 +215,7 @@ def main(arguments: list[str]) -> None:
             writer.writeheader()
             writer.writerows(answers)
     else:
-        sys.path.insert(0, str(RESULTS.parent))
-        from results.make_tables import README, fill_readme
+        from experiments.make_tables import README, fill_readme
 
         data = json.loads(file.read_text(encoding="utf-8"))
         (RESULTS / "ravdess.md").write_text(render(data), encoding="utf-8")

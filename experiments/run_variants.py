@@ -1,6 +1,6 @@
 """Trains and evaluates the variants of a recipe that the tables in this folder compare.
 
-    python results/run_variants.py recipes/mosi_smollm2.yaml --corpus_dir DIR --runs_dir runs/mosi \
+    python -m experiments.run_variants recipes/mosi_smollm2.yaml --corpus_dir DIR --runs_dir runs/mosi \
         --variants full text --seeds 1111 2222 3333
 
 One run after the other; a finished one is skipped, an interrupted one goes on from its last checkpoint. Each run's

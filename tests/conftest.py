@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from language_models import build_tiny_language_model
-from modeling_egmf import EGMFForConditionalGeneration
-from processing_egmf import AffectTask, EGMFProcessor
+from egmf.modeling_egmf import EGMFForConditionalGeneration
+from egmf.processing_egmf import AffectTask, EGMFProcessor
+from egmf.training.language_models import build_tiny_language_model
 
 
 torch.set_num_threads(1)

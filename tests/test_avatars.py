@@ -18,7 +18,7 @@ import pytest
 from corpora import avatars, load_corpus
 from corpora.avatars import script
 from corpora.schema import FEATURES
-from processing_egmf import BUILTIN_TASKS
+from egmf.processing_egmf import BUILTIN_TASKS
 
 
 ROOT = Path(__file__).resolve().parents[1]

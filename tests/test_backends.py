@@ -5,7 +5,7 @@ import torch
 from test_modeling import OTHER_LLMS, greedy, random_llm
 from transformers import AutoModelForCausalLM
 
-from modeling_egmf import EGMFForConditionalGeneration
+from egmf.modeling_egmf import EGMFForConditionalGeneration
 
 
 CACHES = {

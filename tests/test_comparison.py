@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_rel
 
-from comparison import RESAMPLES, cluster_of, intervals, mcnemar, paired_differences, resample
+from egmf.evaluation.significance import RESAMPLES, cluster_of, intervals, mcnemar, paired_differences, resample
 from metrics.emotion.measures import emotion_metrics
-from metrics.sentiment_mosei.measures import mosei_metrics
+from metrics.sentiment.measures import mosei_metrics
 
 
 @pytest.mark.parametrize(

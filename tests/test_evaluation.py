@@ -9,16 +9,17 @@ from datasets import DatasetDict
 from transformers import AutoProcessor
 
 import eval as eval_script
-import mixture
 import train as train_script
 from corpora import load_corpus
 from corpora.schema import build_split
-from evaluation import Predictor, check_labels, measure_of, metrics_of
-from label_maps import LABEL_MAPS, MELD_TO_CHERMA
-from metrics.sentiment_mosei.measures import mosei_metrics
-from metrics.sentiment_sims.measures import EDGES, sims_metrics
-from processing_egmf import BUILTIN_TASKS, AffectTask, EGMFProcessor
-from results.cross_corpus import table_of
+from egmf.data import mixture
+from egmf.data.collator import check_labels
+from egmf.evaluation.label_maps import LABEL_MAPS, MELD_TO_CHERMA
+from egmf.evaluation.measures import measure_of, metrics_of
+from egmf.evaluation.predictor import Predictor
+from egmf.processing_egmf import BUILTIN_TASKS, AffectTask, EGMFProcessor
+from experiments.cross_corpus import table_of
+from metrics.sentiment.measures import EDGES, mosei_metrics, sims_metrics
 
 
 # What `processor_config.json` of checkpoints from before the prompts in two languages says of the benchmarks.

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 from transformers import CLIPVisionConfig, LlamaConfig, MobileNetV2Config
 
-from configuration_egmf import EGMFConfig
-from fusion_egmf import ClipStatistics, ClockEmbedding, EGMFFusion, average_frames, clip_fractions, clip_span
-from modeling_egmf import EGMFModel
+from egmf.configuration_egmf import EGMFConfig
+from egmf.fusion_egmf import ClipStatistics, ClockEmbedding, EGMFFusion, average_frames, clip_fractions, clip_span
+from egmf.modeling_egmf import EGMFModel
 
 
 TEXT = LlamaConfig(vocab_size=8, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)

@@ -15,8 +15,13 @@ from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import language_models
-from language_models import REGISTRY_MODEL, TINY_RANDOM, build_tiny_language_model, resolve_language_model
+from egmf.training import language_models
+from egmf.training.language_models import (
+    REGISTRY_MODEL,
+    TINY_RANDOM,
+    build_tiny_language_model,
+    resolve_language_model,
+)
 
 
 TEXTS = ("I didn't like it, 3 of 10.  +0.6", "我今天很高兴，谢谢！", "naïve 🙂\n\ttab", "")

@@ -24,8 +24,8 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers.dynamic_module_utils import get_imports
 
-import media_egmf
-from media_egmf import MediaError, load_audio, load_video
+from egmf import media_egmf
+from egmf.media_egmf import MediaError, load_audio, load_video
 
 
 ROOT = Path(__file__).resolve().parents[1]

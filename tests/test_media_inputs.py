@@ -21,11 +21,11 @@ from transformers import (
     WhisperFeatureExtractor,
 )
 
-from evaluation import AffectCollator
-from media_egmf import MediaError, load_audio, load_video
-from media_inputs_egmf import MediaWarning
-from processing_egmf import EGMFProcessor
-from tower_cache import TowerCache
+from egmf.data.collator import AffectCollator
+from egmf.data.tower_cache import TowerCache
+from egmf.media_egmf import MediaError, load_audio, load_video
+from egmf.media_inputs_egmf import MediaWarning
+from egmf.processing_egmf import EGMFProcessor
 
 
 TOLERANCE = 1e-4

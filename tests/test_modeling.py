@@ -21,7 +21,7 @@ from transformers import (
     PhiConfig,
 )
 
-from processing_egmf import EGMFProcessor
+from egmf.processing_egmf import EGMFProcessor
 
 
 TOLERANCE = 1e-4

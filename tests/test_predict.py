@@ -13,7 +13,7 @@ from test_media_inputs import build_processor, tone, write_clip
 from test_towers import IMAGE, whisper
 from transformers import CLIPVisionConfig, CLIPVisionModel, pipeline
 
-from evaluation import AffectCollator
+from egmf.data.collator import AffectCollator
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -132,7 +132,7 @@ def test_warnings_that_are_not_of_media_reach_the_user(recognize, place):
 
         @property
         def frames(self):
-            if not self.told:
+            if not self.seeded_collator:
                 type(self).told = True
                 warnings.warn("old frames", DeprecationWarning, stacklevel=1)
             return vars(self)["frames"]

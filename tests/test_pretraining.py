@@ -13,14 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from augmentation import augment
 from corpora import load_corpus
 from corpora.avatars import KINDS
-from evaluation import AffectCollator, ask
-from media_inputs_egmf import TowerInput
-from pretraining import ExpertPretraining
-from processing_egmf import BUILTIN_TASKS
-from recipes import load_recipe
+from egmf.data.augmentation import augment
+from egmf.data.collator import AffectCollator, expand_by_task
+from egmf.media_inputs_egmf import TowerInput
+from egmf.processing_egmf import BUILTIN_TASKS
+from egmf.recipe import load_recipe
+from egmf.training.pretraining import FusionPretraining
 from train import build_model, build_processor, build_towers, resolve_language_model
 
 
@@ -39,7 +39,7 @@ def clips(tmp_path_factory) -> Path:
 def command(clips) -> list[str]:
     """The avatars' towers and then a small random LLM, a few steps of each, less the folder that it writes to."""
     options = {"language_model": "tiny-random", "corpus_dir": clips, "corpus_options": json.dumps(CLIPS)}
-    options |= {"tower_epochs": 2, "expert_epochs": 2, "num_frames": 8, "bf16": False}
+    options |= {"tower_epochs": 2, "fusion_epochs": 2, "num_frames": 8, "bf16": False}
     options |= {
         "num_train_epochs": 1,
         "max_steps": 4,
@@ -83,7 +83,7 @@ def test_trained_towers_are_models_of_their_own(command, trained, tmp_path):
         assert weights and all(
             torch.equal(model[f"model.{name}_tower.{key}"], value) for key, value in weights.items()
         )
-    own = [*command, "--output_dir", str(tmp_path / "run"), "--tower_epochs", "0", "--expert_epochs", "1"]
+    own = [*command, "--output_dir", str(tmp_path / "run"), "--tower_epochs", "0", "--fusion_epochs", "1"]
     own += [part for name in ("audio", "vision") for part in (f"--{name}_tower", str(trained / "towers" / name))]
     subprocess.run([*own, "--num_train_epochs", "0"], cwd=REPO, env=environment(tmp_path), check=True)
     assert not (tmp_path / "run" / "model").exists() and not (tmp_path / "run" / "towers").exists()
@@ -126,7 +126,7 @@ def test_a_run_killed_between_and_in_its_phases_ends_alike(command, trained, tmp
     assert all(torch.equal(wanted[name], got[name]) for name in wanted)
 
 
-def first_phase(command: list[str], clips: Path, *fields: str, **options) -> tuple[ExpertPretraining, list, dict]:
+def first_phase(command: list[str], clips: Path, *fields: str, **options) -> tuple[FusionPretraining, list, dict]:
     """The recipe's fusion and towers before any step, the tasks, and a batch of four clips."""
     recipe = load_recipe([str(REPO / "recipes/avatars_towers.yaml"), *command[3:], *fields])
     language_model, towers = resolve_language_model("tiny-random"), build_towers(recipe)
@@ -134,9 +134,9 @@ def first_phase(command: list[str], clips: Path, *fields: str, **options) -> tup
     corpus = load_corpus("avatars", clips, **CLIPS)
     model = build_model(recipe, language_model, processor, towers, corpus["train"])
     tasks = [processor.tasks[name] for name in recipe.data.tasks]
-    rows = ask(corpus["train"], tasks).select([0, 7, 30, 47])
+    rows = expand_by_task(corpus["train"], tasks).select([0, 7, 30, 47])
     batch = AffectCollator(processor, tasks, recipe.data.modalities, with_answers=False)(list(rows))
-    return ExpertPretraining(model, processor, tasks, **options), tasks, batch
+    return FusionPretraining(model, processor, tasks, **options), tasks, batch
 
 
 def test_pretraining_learns_fusion_and_towers_alone(command, clips):
@@ -192,7 +192,7 @@ def test_label_smoothing_spreads_over_the_legal_answers_only(command, clips):
 
 def test_towers_that_learn_with_the_llm(command, tmp_path):
     """Weights and batch statistics of a trained tower change, are in the model, and survive a resume."""
-    own = [*command, "--tower_epochs", "0", "--expert_epochs", "0"]
+    own = [*command, "--tower_epochs", "0", "--fusion_epochs", "0"]
     own += ["--train_audio_tower", "True", "--train_vision_tower", "True"]
     for name, steps in (("whole", ["4"]), ("parts", ["2", "4"])):
         for count in steps:

@@ -11,7 +11,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from processing_egmf import BUILTIN_TASKS, AffectTask, EGMFProcessor
+from egmf.processing_egmf import BUILTIN_TASKS, AffectTask, EGMFProcessor
 
 
 CALM = AffectTask("calm", "classification", labels=("calm", "calm down", "angry"))

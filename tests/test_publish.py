@@ -27,9 +27,9 @@ from transformers import AutoModelForCausalLM, HubertConfig, HubertModel
 import eval as eval_script
 import publish as publish_script
 import train as train_script
-from language_models import build_tiny_language_model
-from publishing import build_folder, check_adapter, read_run, upload
-from recipes import load_recipe
+from egmf.publishing.repository import build_folder, check_adapter, read_run, upload
+from egmf.recipe import load_recipe
+from egmf.training.language_models import build_tiny_language_model
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -469,7 +469,7 @@ def test_a_tower_travels_with_the_adapter_unless_the_hub_has_it(tmp_path, llm_fo
     recipe = load_recipe(
         [str(ROOT / "recipes/tiny.yaml"), "--language_model", BASE, "--audio_tower", "someone/hubert"]
     )
-    recipe.experts.tower_epochs = 0 if on_the_hub else 1  # it would have been trained, then frozen
+    recipe.phases.tower_epochs = 0 if on_the_hub else 1  # it would have been trained, then frozen
     train_script.save_model(recipe, adapted.merge_and_unload(), processor, run / "model")
 
     state = read_run(run)

@@ -17,12 +17,13 @@ from transformers import AutoModel, AutoModelForCausalLM, TrainingArguments
 
 import eval as eval_script
 import train as train_script
-from assembly import feature_statistics
 from corpora import cherma, load_corpus, meld
 from corpora.schema import build_split
-from mixture import MixtureSampler, MixtureTrainer
-from recipes import load_recipe
-from shrinking import published_config, shrunk
+from egmf.data.mixture import MixtureSampler
+from egmf.recipe import load_recipe
+from egmf.training.assembly import feature_statistics
+from egmf.training.shrinking import published_config, shrunk
+from egmf.training.trainer import MixtureTrainer
 
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -62,7 +62,7 @@ def test_requirements_are_what_is_imported(files):
     [
         ("test", ["ruff check .", "ruff format --check .", 'pytest -q -m "not slow"', "pytest -q -m slow"]),
         ("quickstart", ["recipes/avatars_towers.yaml", "recipes/avatars_smollm2.yaml", "eval.py", "predict.py"]),
-        ("results", ["results/make_tables.py render"]),
+        ("results", ["-m experiments.make_tables render", "-m experiments.performance"]),
     ],
 )
 def test_make_targets(target, parts):

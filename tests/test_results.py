@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from comparison import mcnemar
-from results import make_tables
-from results.make_tables import BENCHMARKS, cluster_bootstrap, collect, fill_readme, main, main_table, render
+from egmf.evaluation.significance import mcnemar
+from experiments import make_tables
+from experiments.make_tables import BENCHMARKS, cluster_bootstrap, collect, fill_readme, main, main_table, render
 
 
-RESULTS = Path(make_tables.__file__).parent
+RESULTS = make_tables.RESULTS
 IDS = [f"video{number // 3}$_${number}" for number in range(9)]  # three videos of three clips
 
 

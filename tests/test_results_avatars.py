@@ -5,8 +5,8 @@ import json
 import pytest
 
 from corpora.avatars import KINDS
-from results import avatars
-from results.make_tables import README, fill_readme
+from experiments import avatars
+from experiments.make_tables import README, fill_readme
 
 
 def write_run(folder, accuracy: float, mae: float) -> None:

@@ -2,22 +2,13 @@
 
 import copy
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from results import performance
-
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "bench"))
-
-import train_step  # noqa: E402
-
-import measuring  # noqa: E402
+from bench import measuring, train_step
+from experiments import performance
 
 
 DATA = json.loads((performance.RESULTS / "performance.json").read_text(encoding="utf-8"))

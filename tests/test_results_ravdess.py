@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from results import ravdess
-from results.make_tables import README, fill_readme
+from experiments import ravdess
+from experiments.make_tables import README, fill_readme
 
 
 EMOTIONS = ("neutral", "calm", "happy", "sad", "angry", "fearful", "disgust", "surprised")

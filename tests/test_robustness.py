@@ -11,13 +11,24 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, WhisperFeatureExtractor
 
 import eval as eval_script
-import robustness
 from corpora import load_corpus
 from corpora.schema import build_split
-from evaluation import AffectCollator, Predictor, ask
-from media_egmf import AudioClip, VideoClip
-from processing_egmf import BUILTIN_TASKS, EGMFProcessor
-from robustness import blank_token, lnln, lose_frames, mmin, noise, run, spoil_clip, spoil_features, summarize
+from egmf.data.collator import AffectCollator, expand_by_task
+from egmf.evaluation import robustness
+from egmf.evaluation.predictor import Predictor
+from egmf.evaluation.robustness import (
+    blank_token,
+    lnln,
+    lose_frames,
+    mmin,
+    noise,
+    run,
+    spoil_clip,
+    spoil_features,
+    summarize,
+)
+from egmf.media_egmf import AudioClip, VideoClip
+from egmf.processing_egmf import BUILTIN_TASKS, EGMFProcessor
 
 
 MODALITIES = ["text", "audio", "vision"]
@@ -40,7 +51,7 @@ def rows():
 def batch(predict, rows):
     """Inputs of all rows, and their ids."""
     collator = AffectCollator(predict.processor, [predict.task], MODALITIES, with_answers=None)
-    asked = ask(rows, [predict.task])
+    asked = expand_by_task(rows, [predict.task])
     return dict(collator([asked[i] for i in range(len(asked))])), rows["id"][:]
 
 
@@ -209,7 +220,7 @@ def test_a_file_s_sound_is_spoiled_before_the_tower_hears_it(llm_folder, tmp_pat
     processor = EGMFProcessor(
         AutoTokenizer.from_pretrained(llm_folder()), WhisperFeatureExtractor(feature_size=8, chunk_length=2)
     )
-    rows = ask(build_split([row]), [BUILTIN_TASKS["meld"]])
+    rows = expand_by_task(build_split([row]), [BUILTIN_TASKS["meld"]])
 
     def heard(distort):
         collator = AffectCollator(processor, [BUILTIN_TASKS["meld"]], ["text", "audio"], None, distort=distort)

@@ -21,11 +21,11 @@ from transformers import AutoModelForCausalLM
 import eval as eval_script
 import train as train_script
 from corpora import load_corpus
-from evaluation import Predictor
-from language_models import build_tiny_language_model
-from modeling_egmf import EGMFForConditionalGeneration
-from processing_egmf import EGMFProcessor
-from recipes import load_recipe
+from egmf.evaluation.predictor import Predictor
+from egmf.modeling_egmf import EGMFForConditionalGeneration
+from egmf.processing_egmf import EGMFProcessor
+from egmf.recipe import load_recipe
+from egmf.training.language_models import build_tiny_language_model
 
 
 REPO = Path(__file__).resolve().parents[1]
@@ -70,7 +70,11 @@ def assert_alike(first: Path, second: Path, tolerance: float = 1e-3) -> None:
     """The same curve, and the same weights but for how sums are rounded."""
     assert len(curve(first)) == len(curve(second)) > 2
     for one, two in zip(curve(first), curve(second), strict=True):
-        assert two == pytest.approx(one, rel=tolerance, abs=tolerance)
+        assert one.keys() == two.keys()
+        # In bfloat16 rounding may turn one of the 16 validation answers; the loss has no such steps.
+        counted = {"eval_accuracy", "eval_weighted_f1"} if tolerance > 1e-3 else set()
+        for name, value in one.items():
+            assert two[name] == pytest.approx(value, rel=tolerance, abs=2 / 16 if name in counted else tolerance), name
     one, two = (load_file(run / "model" / "model.safetensors") for run in (first, second))
     assert one.keys() == two.keys()
     for name, value in one.items():
@@ -196,7 +200,7 @@ def test_two_processes_go_through_all_phases(tmp_path):
     """Towers alone, the fusion, the LLM, on clips that are made on the spot; and again, from what is there."""
     options = {"language_model": "tiny-random", "corpus_dir": tmp_path / "clips", "num_frames": 4, "bf16": False}
     options |= {"corpus_options": '{"train": 24, "validation": 24, "test": 24}', "per_device_train_batch_size": 6}
-    options |= {"tower_epochs": 1, "expert_epochs": 1, "expert_batch_size": 6, "num_train_epochs": 1}
+    options |= {"tower_epochs": 1, "fusion_epochs": 1, "fusion_batch_size": 6, "num_train_epochs": 1}
     options |= {"output_dir": tmp_path / "run", "save_strategy": "epoch", "gradient_checkpointing": True}
     fields = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
     for _ in range(2):
@@ -243,8 +247,8 @@ def test_fsdp_learns_what_one_process_learns(tmp_path):
 
 def test_phases_are_not_for_divided_models(monkeypatch, tmp_path):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ValueError, match="expert_epochs: got 1 .* wanted 0, or recipes/accelerate/ddp.yaml"):
-        train(tmp_path, "--expert_epochs", 1)
+    with pytest.raises(ValueError, match="fusion_epochs: got 1 .* wanted 0, or recipes/accelerate/ddp.yaml"):
+        train(tmp_path, "--fusion_epochs", 1)
     with pytest.raises(ValueError, match="load_in_4bit: got true .* wanted false"):
         train(tmp_path, "--load_in_4bit", "true")
 

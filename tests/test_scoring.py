@@ -6,8 +6,8 @@ from scipy.stats import chisquare
 from test_modeling import OTHER_LLMS, random_llm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from processing_egmf import EGMFProcessor
-from scoring_egmf import AnswerTrie
+from egmf.processing_egmf import EGMFProcessor
+from egmf.scoring_egmf import AnswerTrie
 
 
 TASKS = {"mosi": 2, "meld": 7, "mosei": 61, "calm": 3}

@@ -30,14 +30,17 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import TrainingArguments
 
-from checkpoints import MANIFEST, RunStopped, damage_of, last_whole_checkpoint, seal
 from corpora import load_corpus
-from evaluation import AffectCollator, ask
-from plots import plot_training
-from processing_egmf import BUILTIN_TASKS
-from tower_cache import TowerCache
+from egmf.data.collator import AffectCollator, expand_by_task
+from egmf.data.tower_cache import TowerCache
+from egmf.evaluation.plots import plot_training
+from egmf.files import RunStopped
+from egmf.processing_egmf import BUILTIN_TASKS
+from egmf.training.checkpoints import MANIFEST, damage_of, last_whole_checkpoint, seal
+from egmf.training.preemption import run_command
+from egmf.training.progress import JsonLinesLog
+from egmf.training.trainer import AffectTrainer, RunTrainer, SeededCollator, check_reporters
 from train import main
-from training_run import AffectTrainer, JsonLinesLog, RunTrainer, _Told, check_reporters, run_command
 
 
 REPO = Path(__file__).resolve().parents[1]
@@ -50,7 +53,7 @@ PHASES = ["recipes/avatars_towers.yaml", "--language_model", "tiny-random", "--c
 PHASES += [
     "--tower_epochs",
     "2",
-    "--expert_epochs",
+    "--fusion_epochs",
     "2",
     "--num_frames",
     "4",
@@ -59,7 +62,7 @@ PHASES += [
     "--logging_steps",
     "1",
 ]
-PHASES += ["--num_train_epochs", "1", "--save_strategy", "steps", "--save_steps", "2", "--expert_batch_size", "16"]
+PHASES += ["--num_train_epochs", "1", "--save_strategy", "steps", "--save_steps", "2", "--fusion_batch_size", "16"]
 PHASES += ["--per_device_train_batch_size", "16", "--max_steps", "3", "--save_total_limit", "1"]
 BESIDE_TIME = re.compile(r"runtime|per_second")
 
@@ -377,7 +380,7 @@ def test_a_loss_that_is_no_number_names_its_rows(tmp_path):
         step, first = (3, 8) if finite else (1, 0)
         names = ", ".join(f"clip_{n}" for n in range(first, first + 4))
         with pytest.raises(RunStopped, match=rf"^step {step}: {value}. The rows of its batch: {names}\. ") as stopped:
-            trainer.go_on()
+            trainer.train_or_resume()
         saved = [folder / f"checkpoint-{n}" for n in (1, 2)] if finite else []
         assert sorted(folder.glob("checkpoint-*")) == saved and not any(map(damage_of, saved))
         assert (f"the last checkpoint is {saved[-1]}." if saved else "there is no checkpoint yet") in str(
@@ -515,7 +518,7 @@ class Environment:
 def test_trackio_has_a_run_for_each_phase_that_goes_on(tmp_path, monkeypatch):
     from trackio import sqlite_storage  # here: where it writes is settled when it is imported, in the run as well
 
-    arguments = ["--report_to", "trackio", "--logging_steps", "1", "--expert_epochs", "1", "--expert_batch_size", "8"]
+    arguments = ["--report_to", "trackio", "--logging_steps", "1", "--fusion_epochs", "1", "--fusion_batch_size", "8"]
     run = Run(tmp_path, [*TINY, *arguments, "--project", "tiny"])
     for epochs in ("1", "2"):
         run.arguments += ["--num_train_epochs", epochs]
@@ -543,10 +546,12 @@ def test_a_package_that_report_to_needs_is_named(monkeypatch):
 
 
 def test_tokens_are_counted_without_their_padding(processor):
-    rows = list(ask(load_corpus("generated", None, size=36)["train"].select(range(6)), [BUILTIN_TASKS["mosi"]]))
+    rows = list(
+        expand_by_task(load_corpus("generated", None, size=36)["train"].select(range(6)), [BUILTIN_TASKS["mosi"]])
+    )
     collator = AffectCollator(processor, [BUILTIN_TASKS["mosi"]], ["text"], with_answers=True)
     alone = [collator([row])["input_ids"].shape[1] for row in rows]
-    batch = _Told(collator, "tokens", seed=0)(rows)
+    batch = SeededCollator(collator, "tokens", seed=0)(rows)
     assert len(set(alone)) > 1 and batch["amount"] == sum(alone) < batch["input_ids"].numel()
 
 

@@ -25,9 +25,9 @@ from transformers import (
 )
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from assembly import cut_window, start_speech_tower
-from media_inputs_egmf import TowerInput
-from modeling_egmf import EGMFForConditionalGeneration
+from egmf.media_inputs_egmf import TowerInput
+from egmf.modeling_egmf import EGMFForConditionalGeneration
+from egmf.training.assembly import cut_window, start_speech_tower
 
 
 TOLERANCE = 1e-4

@@ -14,9 +14,10 @@ import torch
 from safetensors.torch import load_file
 
 from corpora import load_corpus
-from evaluation import AffectCollator, ask, classification_metrics, gold_answer, regression_metrics
-from processing_egmf import BUILTIN_TASKS
-from recipes import load_recipe
+from egmf.data.collator import AffectCollator, expand_by_task, gold_answer
+from egmf.evaluation.measures import classification_metrics, regression_metrics
+from egmf.processing_egmf import BUILTIN_TASKS
+from egmf.recipe import load_recipe
 from train import build_model, build_processor, build_towers, resolve_language_model, set_clip_statistics
 
 
@@ -113,7 +114,6 @@ def test_training_log_and_model_folder(trained):
         "config.json",
         "processor_config.json",
         "modeling_egmf.py",
-        "backends_egmf.py",
         "scoring_egmf.py",
     } <= files
     fields = json.loads((trained / "model" / "recipe.json").read_text())
@@ -213,7 +213,7 @@ def test_a_finished_run_stays_what_it_is(trained):
 
 def test_modalities_that_a_run_may_not_see_do_not_reach_the_model(processor):
     corpus, task = load_corpus("generated", None, size=36)["train"], BUILTIN_TASKS["mosi"]
-    rows = [row for row in ask(corpus, [task]) if row["audio_features"] and row["vision_features"]][:4]
+    rows = [row for row in expand_by_task(corpus, [task]) if row["audio_features"] and row["vision_features"]][:4]
     batches = {
         names: AffectCollator(processor, [task], names.split(), with_answers=True)(rows)
         for names in ("text audio vision", "audio", "text")

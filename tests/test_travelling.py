@@ -12,8 +12,8 @@ from test_towers import WAVE
 from transformers import AutoModelForCausalLM, AutoTokenizer, HubertConfig, HubertModel
 from transformers.dynamic_module_utils import get_imports
 
-from modeling_egmf import EGMFForConditionalGeneration
-from processing_egmf import EGMFProcessor
+from egmf.modeling_egmf import EGMFForConditionalGeneration
+from egmf.processing_egmf import EGMFProcessor
 
 
 # Reads every folder below its working directory, and leaves what it finds there in found.pt.

@@ -16,13 +16,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from corpora.unpickle import FileArray, UnpickleError, load_pickle
+from corpora.pickles.unpickle import FileArray, UnpickleError, load_pickle
 
 
 ROOT = Path(__file__).resolve().parents[1]
 HOSTILE_READER = """
 import encodings.raw_unicode_escape, json, resource, sys, tempfile
-from corpora.unpickle import UnpickleError, load_pickle
+from corpora.pickles.unpickle import UnpickleError, load_pickle
 
 watching, events, harmless = False, [], {"builtins.id", "mmap.__new__", "object.__getattr__", "object.__setattr__"}
 
@@ -212,7 +212,7 @@ numpy.vectorize numpy.lib.npyio.NpzFile numpy.f2py.compile numpy.testing._privat
 numpy.core.multiarray.fromstring numpy._core.multiarray._vec_string numpy.core.records.fromfile
 numpy.dtypes.Float64DType numpy.matrix numpy.ma.core._mareconstruct numpy.random.__RandomState
 pandas.read_pickle pandas.core.frame.DataFrame torch.load torch._utils._rebuild_tensor_v2 joblib.load
-corpora.unpickle.load_pickle __main__.anything
+corpora.pickles.unpickle.load_pickle __main__.anything
 """.split()
 
 
@@ -406,7 +406,7 @@ def test_bomb_of_temporary_files(tmp_path, monkeypatch):
 
 
 def test_too_many_containers(tmp_path, monkeypatch):
-    monkeypatch.setattr("corpora.pickle_machine.MAX_CONTAINERS", 1000)
+    monkeypatch.setattr("corpora.pickles.pickle_machine.MAX_CONTAINERS", 1000)
     with pytest.raises(UnpickleError, match="more than 1000 containers"):
         load_pickle(write(tmp_path / "many.pkl", b"(" + b"]" * 1001 + b"l."))
 

@@ -19,10 +19,10 @@ from transformers import TrainingArguments, WhisperFeatureExtractor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train  # noqa: E402
-from language_models import byte_tokenizer  # noqa: E402
-from mixture import MixtureTrainer  # noqa: E402
-from processing_egmf import EGMFProcessor  # noqa: E402
-from tower_cache import TowerCache  # noqa: E402
+from egmf.data.tower_cache import TowerCache  # noqa: E402
+from egmf.processing_egmf import EGMFProcessor  # noqa: E402
+from egmf.training.language_models import byte_tokenizer  # noqa: E402
+from egmf.training.trainer import MixtureTrainer  # noqa: E402
 
 
 def write(folder: str, found) -> None:

@@ -1,4 +1,4 @@
-"""The machine behind `corpora.unpickle`: reads a pickle's instructions into containers, plain values and array nodes.
+"""The machine behind `unpickle.py`: reads a pickle's instructions into containers, plain values and array nodes.
 
 The few functions by which NumPy and Python write arrays, scalars, sets and bytes are known by their names and carried
 out here; any other name is an error, as is an instruction that makes objects of classes. Nothing is allocated by what

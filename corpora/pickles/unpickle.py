@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from corpora.pickle_machine import (
+from corpora.pickles.pickle_machine import (
     PLAIN,
     ArrayNode,
     FileArray,

@@ -8,7 +8,7 @@ and in another light. Random numbers are torch's, so that a resumed run repeats 
 import numpy as np
 import torch
 
-from media_inputs_egmf import TowerInput
+from egmf.media_inputs_egmf import TowerInput
 
 
 BAND_SHIFT, BAND_MASK = 2, 6  # bands at most

@@ -1,29 +1,17 @@
 """From rows to figures: batches for the model, its answers, and what they are worth by a corpus's own measures."""
 
-import hashlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import gather_object
 from datasets import Dataset, concatenate_datasets
-from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
-from augmentation import augment
-from label_maps import LabelMap
-from media_egmf import AudioClip, VideoClip
-from metrics.emotion.measures import emotion_metrics
-from metrics.sentiment_mosei.measures import mosei_metrics
-from metrics.sentiment_sims.measures import sims_metrics
-from pipeline_egmf import gate_names
-from processing_egmf import AffectTask, EGMFProcessor
-from tower_cache import COLUMNS, PREPROCESSORS, TowerCache
+from egmf.data.augmentation import augment
+from egmf.data.tower_cache import COLUMNS, PREPROCESSORS, TowerCache
+from egmf.media_egmf import AudioClip, VideoClip
+from egmf.processing_egmf import AffectTask, EGMFProcessor
 
 
 FEATURE_COLUMNS = ("audio_features", "vision_features", "audio_times", "vision_times")
@@ -57,14 +45,14 @@ def gold_answer(row: dict, task: AffectTask) -> str | float:
     return row[column]
 
 
-def ask(rows: Dataset, tasks: list[AffectTask]) -> Dataset:
+def expand_by_task(rows: Dataset, tasks: list[AffectTask]) -> Dataset:
     """Every row once for each task, whose name is in the new column `task`."""
     return concatenate_datasets([rows.add_column("task", [task.name] * len(rows)) for task in tasks])
 
 
 @dataclass
 class AffectCollator:
-    """Rows of the corpus schema, with what is asked of each (see [`ask`]) -> the processor's batch.
+    """Rows of the corpus schema, with what is asked of each (see [`expand_by_task`]) -> the processor's batch.
 
     Args:
         processor: The processor.
@@ -146,137 +134,3 @@ def prompt_lengths(dataset: Dataset, collator: AffectCollator) -> list[int]:
     light = AffectCollator(collator.processor, collator.tasks, ["text"], with_answers=None)
     rows = dataset.select_columns([name for name in dataset.column_names if name not in FEATURE_COLUMNS])
     return [int(light([row])["input_ids"].shape[1]) for row in rows]
-
-
-def weights_digest(folder: Path) -> str:
-    """SHA-256 of a model folder's weights, by which a report of figures says what it measured."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()
-
-
-Change = Callable[[dict[str, torch.Tensor], list[str]], dict[str, torch.Tensor]]
-
-
-@dataclass
-class Predictor:
-    """Asks a model one task about rows.
-
-    Args:
-        model, processor: The model in eval mode, and its processor.
-        task: What is asked.
-        label_map: Where the rows have labels of another task, from the answers to those.
-        batch_size: Rows at a time; it changes no answer.
-        device: Where the model is.
-    """
-
-    model: torch.nn.Module
-    processor: EGMFProcessor
-    task: AffectTask
-    label_map: LabelMap | None
-    batch_size: int
-    device: torch.device
-
-    @property
-    def judged(self) -> AffectTask:
-        """The task that the rows' labels and the predictions' `answers` belong to."""
-        return self.task if self.label_map is None else self.label_map.target
-
-    @torch.no_grad()
-    def __call__(
-        self,
-        rows: Dataset,
-        modalities: list[str],
-        distort: Callable[[str, str, Any], Any] | None = None,
-        changes: Sequence[Change | None] = (None,),
-    ) -> list[list[dict]]:
-        """One prediction per row, in the rows' order, for every one of `changes`.
-
-        Of several processes (`accelerate launch`) each takes its share of the batches, and all return all predictions.
-        The batches are those of one process, and so are the numbers.
-
-        Args:
-            rows: Of the corpus schema, with labels of `judged`.
-            modalities: What the model may see.
-            distort: See [`AffectCollator`].
-            changes: Each makes other inputs from those of a batch, whose towers have run, and the rows' ids; it leaves
-                those that it is given as they are. None: no change.
-        """
-        collator = AffectCollator(self.processor, [self.task], modalities, with_answers=None, distort=distort)
-        asked = ask(rows, [self.task])
-        # Alike lengths together: less padding, the same numbers.
-        order = sorted(range(len(asked)), key=prompt_lengths(asked, collator).__getitem__)
-        batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
-        state = PartialState()
-        share = batches[state.process_index :: state.num_processes]
-        loader = DataLoader(asked, batch_sampler=share, collate_fn=collator)
-        ids, gold = rows["id"][:], rows[LABEL_COLUMNS[self.judged.kind]][:]
-        results: list[dict[int, dict]] = [{} for _ in changes]
-        quiet = None if state.is_main_process else True
-        for places, batch in zip(share, tqdm(loader, desc="evaluating", unit="batch", disable=quiet), strict=True):
-            # Once for all answers.
-            inputs = self.model.encode_media({name: value.to(self.device) for name, value in batch.items()})
-            for predictions, change in zip(results, changes, strict=True):
-                changed = inputs if change is None else change(inputs, [ids[place] for place in places])
-                for place, answered in zip(places, self._answers(changed), strict=True):
-                    predictions[place] = {"id": ids[place], "gold": gold[place]} | answered
-                    if error := collator.errors.get(ids[place]):
-                        predictions[place]["media_error"] = error
-        shares = gather_object([results])
-        everything = [
-            {place: row for part in parts for place, row in part.items()} for parts in zip(*shares, strict=True)
-        ]
-        return [[predictions[place] for place in range(len(order))] for predictions in everything]
-
-    def _answers(self, inputs: dict[str, torch.Tensor]) -> list[dict]:
-        """What the model says of each row of a batch."""
-        model, processor, task = self.model, self.processor, self.task
-        scores = model.score_labels(candidates=processor.candidates(task), **inputs)
-        read = {"past_key_values": scores.past_key_values} if scores.past_key_values is not None else {}
-        generated = model.generate(**inputs, **read, max_new_tokens=processor.max_answer_tokens(task), do_sample=False)
-        texts = processor.decode_answers(generated[:, inputs["input_ids"].shape[1] :], task)
-        distributions = processor.summarize(scores.log_probs, task)
-        gates = gate_names(scores.gate_weights, model.config.experts, model.config.modalities)
-        said = []
-        for greedy, distribution, gate in zip(texts, distributions, gates, strict=True):
-            answers = {"greedy": greedy.value, "distribution": task.parse(distribution.top)}
-            if task.kind == "regression":
-                answers |= {"expected": distribution.expected, "median": distribution.median}
-            if self.label_map is not None:
-                answers = {name: self.label_map(answer) for name, answer in answers.items()}
-            row = {"greedy_text": greedy.text, "answers": answers, "distribution": distribution.probabilities}
-            said.append(row | {"gate_weights": gate})
-        return said
-
-
-def measure_of(task: AffectTask) -> Callable[[Sequence, Sequence], dict[str, Any]]:
-    """What a task's answers are judged by, called with gold labels and answers.
-
-    Classes: [`emotion_metrics`]. Scores from -3 to 3: the protocol of MOSI and MOSEI, [`mosei_metrics`]; from -1 to 1:
-    that of SIMS, [`sims_metrics`]; on any other scale, [`regression_metrics`].
-    """
-    if task.kind == "classification":
-        return partial(emotion_metrics, labels=task.answers)
-    return {(-3.0, 3.0): mosei_metrics, (-1.0, 1.0): sims_metrics}.get((task.low, task.high), regression_metrics)
-
-
-def metrics_of(predictions: list[dict], task: AffectTask) -> dict[str, dict]:
-    """Figures by kind of answer, for predictions whose labels are those of `task`."""
-    gold, measure = [row["gold"] for row in predictions], measure_of(task)
-    return {
-        answer: measure(gold, [row["answers"][answer] for row in predictions]) for answer in predictions[0]["answers"]
-    }
-
-
-def classification_metrics(gold: Sequence[str], predicted: Sequence[str | None]) -> dict[str, float]:
-    """What training watches of classes: `accuracy`, `weighted_f1` and `unparsable` of [`emotion_metrics`]."""
-    metrics = emotion_metrics(gold, predicted)
-    return {name: metrics[name] for name in ("accuracy", "weighted_f1", "unparsable")}
-
-
-def regression_metrics(gold: Sequence[float], predicted: Sequence[float | None]) -> dict[str, float | None]:
-    """What means the same on every scale: `mae`, `corr` and `unparsable` of [`mosei_metrics`], which clips neither."""
-    metrics = mosei_metrics(gold, predicted)
-    return {name: metrics[name] for name in ("mae", "corr", "unparsable")}

@@ -4,25 +4,23 @@ import logging
 from collections.abc import Iterator
 
 import torch
-from accelerate.utils import set_seed
 from datasets import Dataset, DatasetDict, concatenate_datasets
 from torch.utils.data import Sampler
-from transformers import Trainer, TrainerCallback
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from corpora import load_corpus
-from evaluation import ask, check_labels
-from processing_egmf import EGMFProcessor
-from recipes import CorpusPart
-from tower_cache import COLUMNS, PREPROCESSORS
+from egmf.data.collator import check_labels, expand_by_task
+from egmf.data.tower_cache import COLUMNS, PREPROCESSORS
+from egmf.processing_egmf import EGMFProcessor
+from egmf.recipe import CorpusPart
 
 
-def load_parts(parts: list[CorpusPart]) -> list[DatasetDict]:
+def load_corpora(parts: list[CorpusPart]) -> list[DatasetDict]:
     """The corpora of a recipe, in its order."""
     return [load_corpus(part.name, part.source, **part.options) for part in parts]
 
 
-def check_parts(
+def check_corpora(
     parts: list[CorpusPart], corpora: list[DatasetDict], processor: EGMFProcessor, modalities: list[str]
 ) -> None:
     """Raises a ValueError if a corpus has labels that are not answers of its own tasks; tells of what is not read."""
@@ -46,11 +44,11 @@ def _has_any(rows: Dataset, column: str) -> bool:
     return any(table.column(column).null_count < len(table) for table in tables)
 
 
-def ask_parts(parts: list[CorpusPart], corpora: list[DatasetDict], processor: EGMFProcessor, split: str) -> Dataset:
-    """All rows of a split, corpus by corpus, each once for each of its corpus's tasks (see [`ask`])."""
+def expand_parts(parts: list[CorpusPart], corpora: list[DatasetDict], processor: EGMFProcessor, split: str) -> Dataset:
+    """All rows of a split, corpus by corpus, each once for each of its corpus's tasks (see [`expand_by_task`])."""
     return concatenate_datasets(
         [
-            ask(corpus[split], [processor.tasks[name] for name in part.tasks])
+            expand_by_task(corpus[split], [processor.tasks[name] for name in part.tasks])
             for part, corpus in zip(parts, corpora, strict=True)
         ]
     )
@@ -119,40 +117,8 @@ class MixtureSampler(Sampler[int]):
         return torch.Generator().manual_seed(seed)
 
 
-class OwnDraws(TrainerCallback):
-    """Gives each of several processes random numbers of its own: dropout and changes to inputs must not be alike.
-
-    Done when the model is there and its rows are in order, both of which have to be the same on all.
-    """
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        if args.world_size > 1:
-            set_seed(args.seed, device_specific=True)
-
-
-class MixtureTrainer(Trainer):
-    """Trainer that draws its rows by `mixture`, (sizes, weights) of the corpora in them; None: as Trainer does."""
-
-    def __init__(self, *args, mixture: tuple[list[int], list[float]] | None = None, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.mixture = mixture
-        self.add_callback(OwnDraws())
-
-    def _get_train_sampler(self, train_dataset=None):
-        rows = self.train_dataset if train_dataset is None else train_dataset
-        by_length, mixture = self.args.train_sampling_strategy == "group_by_length", self.mixture
-        if mixture is None and by_length and self.args.world_size > 1:
-            # Trainer's own groups by the process's random state: each process would go by an order of its own.
-            mixture = [len(rows)], [1.0]
-        if mixture is None:
-            return super()._get_train_sampler(train_dataset)
-        lengths = rows[self.args.length_column_name][:] if by_length else None
-        group = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return MixtureSampler(*mixture, self.args.seed, lengths, group)
-
-
 def mixture_of(parts: list[CorpusPart], corpora: list[DatasetDict]) -> tuple[list[int], list[float]] | None:
-    """What [`MixtureTrainer`] draws by from [`ask_parts`]'s training rows; None where there is one corpus."""
+    """What [`MixtureTrainer`] draws by from [`expand_parts`]'s training rows; None where there is one corpus."""
     if len(parts) == 1:
         return None
     sizes = [len(part.tasks) * len(corpus["train"]) for part, corpus in zip(parts, corpora, strict=True)]

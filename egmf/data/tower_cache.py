@@ -25,10 +25,10 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from checkpoints import writing
-from media_egmf import AudioClip
-from media_inputs_egmf import Media, TowerInput
-from processing_egmf import EGMFProcessor
+from egmf.files import writing
+from egmf.media_egmf import AudioClip
+from egmf.media_inputs_egmf import Media, TowerInput
+from egmf.processing_egmf import EGMFProcessor
 
 
 PREPROCESSORS = {"audio": "feature_extractor", "vision": "image_processor"}

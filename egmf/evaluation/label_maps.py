@@ -9,7 +9,7 @@ Sentiment scores keep their place in the range: -3 to 3 onto -1 to 1 is a divisi
 
 from dataclasses import dataclass
 
-from tasks_egmf import BUILTIN_TASKS, AffectTask
+from egmf.tasks_egmf import BUILTIN_TASKS, AffectTask
 
 
 MELD_TO_CHERMA = {

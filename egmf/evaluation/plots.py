@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 from matplotlib import font_manager  # noqa: E402
 
-from processing_egmf import AffectTask  # noqa: E402
+from egmf.processing_egmf import AffectTask  # noqa: E402
 
 
 UNPARSABLE = "unparsable"

@@ -30,8 +30,9 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 
-from evaluation import Predictor, metrics_of
-from tower_cache import PREPROCESSORS
+from egmf.data.tower_cache import PREPROCESSORS
+from egmf.evaluation.measures import metrics_of
+from egmf.evaluation.predictor import Predictor
 
 
 SEEDS = (1111, 1112, 1113)
@@ -104,7 +105,9 @@ def run(protocol: str, predict: Predictor, rows: Dataset, modalities: list[str])
     """
     conditions = []
     for condition, seed, predictions in PROTOCOLS[protocol](predict, rows, modalities):
-        conditions.append({"condition": condition, "seed": seed, "answers": metrics_of(predictions, predict.judged)})
+        conditions.append(
+            {"condition": condition, "seed": seed, "answers": metrics_of(predictions, predict.label_task)}
+        )
     return {"protocol": protocol, "conditions": conditions}
 
 

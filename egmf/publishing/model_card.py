@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from processing_egmf import AffectTask
-from recipes import DataArguments, ExpertArguments, ModelArguments
+from egmf.processing_egmf import AffectTask
+from egmf.recipe import DataArguments, ModelArguments, PhaseArguments
 
 
-README = Path(__file__).parent / "README.md"
+README = Path(__file__).resolve().parents[2] / "README.md"
 PAPER = "https://arxiv.org/abs/2601.07565"
 DEFAULT_LICENSE = "base-model-and-corpora"
 
@@ -71,7 +71,7 @@ KINDS = {"classification": "emotion-recognition", "regression": "sentiment-analy
 
 def _defaults() -> dict[str, Any]:
     """What a recipe need not say, by field; a mapping is JSON there. Where its corpus lies, a run does not keep."""
-    parts = [part for arguments in (ModelArguments, DataArguments, ExpertArguments) for part in fields(arguments)]
+    parts = [part for arguments in (ModelArguments, DataArguments, PhaseArguments) for part in fields(arguments)]
     values = {part.name: part.default if part.default_factory is MISSING else part.default_factory() for part in parts}
     return {name: {} if value == "{}" else value for name, value in values.items() if name != "corpus_dir"}
 

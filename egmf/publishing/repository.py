@@ -26,14 +26,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from configuration_egmf import EGMFConfig
-from evaluation import weights_digest
-from model_card import DEFAULTS, Run, recipe_yaml, write_card
-from modeling_egmf import EGMFForConditionalGeneration
-from processing_egmf import AffectTask
+from egmf.configuration_egmf import EGMFConfig
+from egmf.files import weights_digest
+from egmf.modeling_egmf import EGMFForConditionalGeneration
+from egmf.processing_egmf import AffectTask
+from egmf.publishing.model_card import DEFAULTS, Run, recipe_yaml, write_card
 
 
-CODE_LICENSE = Path(__file__).parent / "LICENSE"
+CODE_LICENSE = Path(__file__).resolve().parents[2] / "LICENSE"
 # Of `model/`, what is published as it is: configurations, the processor's files, the code.
 COPIED = ("*.json", "*_egmf.py", "*.jinja", "*.txt", "*.model")
 # What an earlier publication may have left, and what must not stay beside a new one: a loader would prefer it.

@@ -25,12 +25,12 @@ from transformers import (
 from transformers import initialization as init
 from transformers.utils import is_bitsandbytes_available
 
-from media_inputs_egmf import TowerInput
-from modeling_egmf import EGMFForConditionalGeneration
-from processing_egmf import EGMFProcessor
-from recipes import Recipe
-from tower_cache import COLUMNS, PREPROCESSORS, TowerCache
-from towers_egmf import encoder_of, load_tower
+from egmf.data.tower_cache import COLUMNS, PREPROCESSORS, TowerCache
+from egmf.media_inputs_egmf import TowerInput
+from egmf.modeling_egmf import EGMFForConditionalGeneration
+from egmf.processing_egmf import EGMFProcessor
+from egmf.recipe import Recipe
+from egmf.towers_egmf import encoder_of, load_tower
 
 
 def cut_window(tower: PreTrainedModel, extractor: Any, seconds: int) -> tuple[PreTrainedModel, Any]:
@@ -256,13 +256,13 @@ def build_model(
     model.is_loaded_in_4bit = arguments.load_in_4bit  # PEFT and Trainer look for it
     for modality, (mean, std) in statistics.items():
         model.model.fusion.set_feature_statistics(modality, mean, std)
-    for modality in trained_towers(recipe, towers) + list(towers) * bool(recipe.experts.tower_epochs):
+    for modality in trained_towers(recipe, towers) + list(towers) * bool(recipe.phases.tower_epochs):
         # Small steps would be lost in half precision.
         getattr(model.model, f"{modality}_tower").float()
     return model
 
 
-def learn(model: EGMFForConditionalGeneration, towers: list[str]) -> None:
+def set_trainable_towers(model: EGMFForConditionalGeneration, towers: list[str]) -> None:
     """Which towers learn from now on, by modality; the others are frozen."""
     model.model.freeze_towers()
     for modality in towers:
@@ -282,7 +282,7 @@ def add_lora(recipe: Recipe, model: EGMFForConditionalGeneration, trained: list[
     return get_peft_model(model, lora)
 
 
-def finished(recipe: Recipe, trainer: Trainer, trained: list[str]) -> PeftModel | None:
+def gather_trained_model(recipe: Recipe, trainer: Trainer, trained: list[str]) -> PeftModel | None:
     """The trained model with LoRA still on it, in one piece and with plain weights; None but on the main process.
 
     Where processes hold parts of it (FSDP, DeepSpeed), these are put together; weights of 4 bits become what they

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.utils import ModelOutput
 
-from fusion_egmf import masked_mean
-from modeling_egmf import EGMFForConditionalGeneration
-from processing_egmf import AffectTask, EGMFProcessor
-from towers_egmf import tower_size
+from egmf.fusion_egmf import masked_mean
+from egmf.modeling_egmf import EGMFForConditionalGeneration
+from egmf.processing_egmf import AffectTask, EGMFProcessor
+from egmf.towers_egmf import tower_size
 
 
 class TowerPretraining(nn.Module):
@@ -61,7 +61,7 @@ class TowerPretraining(nn.Module):
         return ModelOutput(loss=losses.sum() / here.sum().clamp(min=1), logits=logits)
 
 
-class ExpertPretraining(nn.Module):
+class FusionPretraining(nn.Module):
     """A model without its LLM's layers and head, for `Trainer`: its fusion, and the towers that are to learn with it.
 
     An answer's probability is a softmax over the task's answers of the scaled cosine between a pseudo token and the

@@ -28,12 +28,12 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from language_models import build_once, byte_tokenizer, why_unreachable
-from recipes import ModelArguments
+from egmf.recipe import ModelArguments
+from egmf.training.language_models import build_once, byte_tokenizer, why_unreachable
 
 
 DIVISORS = (1, 2, 4, 8, 16)
-PUBLISHED = Path(__file__).parent / "recipes" / "published_configs.json"
+PUBLISHED = Path(__file__).resolve().parents[2] / "recipes" / "published_configs.json"
 
 _DIVIDED = {"hidden_size", "intermediate_size", "projection_dim", "conv_dim", "num_hidden_layers"}
 _DIVIDED |= {"num_attention_heads", "num_key_value_heads"}

@@ -11,90 +11,68 @@ import logging
 import math
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, set_seed
 from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
-from tqdm.auto import tqdm
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainerState
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerState
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_pt_utils import nested_gather
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from checkpoints import (
-    MANIFEST,
-    RunStopped,
-    last_whole_checkpoint,
-    seal,
-    size_of,
-    steps_of,
-    write_whole,
-    writing,
-)
-from evaluation import AffectCollator, classification_metrics, regression_metrics
-from mixture import MixtureTrainer
-from plots import plot_training
+from egmf.data.collator import AffectCollator
+from egmf.data.mixture import MixtureSampler
+from egmf.evaluation.measures import classification_metrics, regression_metrics
+from egmf.evaluation.plots import plot_training
+from egmf.files import RunStopped, write_whole, writing
+from egmf.training.checkpoints import MANIFEST, last_whole_checkpoint, seal, size_of, steps_of
+from egmf.training.preemption import termination
+from egmf.training.progress import JsonLinesLog, Progress
 
 
 STATE = "trainer_state.json"
 RUNNING_LOSS = "running_loss.json"
-TERMINATED = 128 + signal.SIGTERM  # what a shell says of a process that SIGTERM ended
 UNCHECKED = 64  # losses that stay on an accelerator before they are looked at, at most
 
 
-class Termination:
-    """SIGTERM, which schedulers send some time before they kill.
+class PerRankSeed(TrainerCallback):
+    """Gives each of several processes random numbers of its own: dropout and changes to inputs must not be alike.
 
-    Where a checkpoint can be written, during training, it is noted, and [`RunTrainer`] stops at the end of the step.
-    Anywhere else it stops the command at once.
-
-    Attributes:
-        asked: Whether it has come.
-        can_wait: Whether it is noted only.
+    Done when the model is there and its rows are in order, both of which have to be the same on all.
     """
 
-    def __init__(self):
-        self.asked = self.can_wait = False
-
-    def __call__(self, number: int, frame: Any) -> None:
-        if self.asked:
-            return
-        self.asked = True
-        if not self.can_wait:
-            raise self.stop("nothing of this part of the run had to be saved")
-        logging.warning("SIGTERM: the run stops as soon as this step and its checkpoint are finished")
-
-    def stop(self, saved: str) -> RunStopped:
-        return RunStopped(f"Stopped by SIGTERM: {saved}. The same command goes on from there.", TERMINATED)
+    def on_train_begin(self, args, state, control, **kwargs):
+        if args.world_size > 1:
+            set_seed(args.seed, device_specific=True)
 
 
-termination = Termination()
+class MixtureTrainer(Trainer):
+    """Trainer that draws its rows by `mixture`, (sizes, weights) of the corpora in them; None: as Trainer does."""
 
+    def __init__(self, *args, mixture: tuple[list[int], list[float]] | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.mixture = mixture
+        self.add_callback(PerRankSeed())
 
-def run_command(main: Callable[[list[str]], None], arguments: list[str]) -> None:
-    """Runs a command that trains: ends by SIGTERM with status 143, and with a message alone where one says it all."""
-    signal.signal(signal.SIGTERM, termination)
-    try:
-        main(arguments)
-    except RunStopped as stop:
-        print(stop, file=sys.stderr)
-        sys.exit(stop.status)
-    except Exception:
-        # Schedulers signal every process: those that read for this one may be gone before it knows of it itself.
-        if not termination.asked:
-            raise
-        print(termination.stop("nothing was saved since the last checkpoint"), file=sys.stderr)
-        sys.exit(TERMINATED)
+    def _get_train_sampler(self, train_dataset=None):
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        by_length, mixture = self.args.train_sampling_strategy == "group_by_length", self.mixture
+        if mixture is None and by_length and self.args.world_size > 1:
+            # Trainer's own groups by the process's random state: each process would go by an order of its own.
+            mixture = [len(rows)], [1.0]
+        if mixture is None:
+            return super()._get_train_sampler(train_dataset)
+        lengths = rows[self.args.length_column_name][:] if by_length else None
+        group = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return MixtureSampler(*mixture, self.args.seed, lengths, group)
 
 
 def check_reporters(names: list[str]) -> None:
@@ -127,96 +105,8 @@ def check_media(record: Path, errors: dict[tuple[str, str], str]) -> None:
         )
 
 
-class JsonLinesLog(TrainerCallback):
-    """Appends every log entry of the Trainer to a file, one JSON object a line, with `fields` in each."""
-
-    def __init__(self, path: Path, **fields: str):
-        self.path, self.fields = path, fields
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if state.is_world_process_zero:
-            line = json.dumps({**self.fields, "step": state.global_step, **logs}) + "\n"
-            with writing(self.path), self.path.open("a", encoding="utf-8") as file:
-                file.write(line)
-
-    def cut(self, step: int) -> None:
-        """Takes out what this phase logged after a step: it is to come again. And a line that a full disk cut off."""
-        if not self.path.exists():
-            return
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if self._stays(line, step)]
-        if kept != lines:
-            write_whole(self.path, "".join(kept))
-
-    def _stays(self, line: str, step: int) -> bool:
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            logging.warning("%s: a line that was not written to its end is removed: %s", self.path, line.strip())
-            return False
-        return entry.get("phase") != self.fields.get("phase") or 0 < entry["step"] <= step
-
-
-class Progress(ProgressCallback):
-    """How a phase gets on: its loss, learning rate, speed and the time that is left.
-
-    A bar on a terminal; a line for each log entry where there is none, or where `disable_tqdm` is set.
-    """
-
-    def __init__(self, phase: str):
-        super().__init__()
-        self.phase = phase
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.first, self.begun, self.current_step = state.global_step, time.monotonic(), state.global_step
-        if state.is_world_process_zero and sys.stderr.isatty() and not args.disable_tqdm:
-            # Of the whole time, or what validation takes would not be in what is left.
-            self.training_bar = tqdm(
-                desc=self.phase, total=state.max_steps, initial=self.first, smoothing=0, dynamic_ncols=True
-            )
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if self.training_bar is not None:
-            super().on_step_end(args, state, control, **kwargs)
-
-    def on_prediction_step(self, args, state, control, **kwargs):
-        if self.training_bar is not None:
-            super().on_prediction_step(args, state, control, **kwargs)
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if not state.is_world_process_zero:
-            return
-        if "loss" in logs:
-            shown = {"loss": f"{logs['loss']:.4g}", "lr": f"{logs['learning_rate']:.2g}"}
-            rates = {name: f"{logs[f'{name}_per_second']:,.0f}" for name in RATES if f"{name}_per_second" in logs}
-            shown |= {f"{name}/s": rate for name, rate in rates.items()}
-        else:
-            numbers = {name: value for name, value in logs.items() if isinstance(value, int | float)}
-            shown = {name: f"{value:.4g}" for name, value in numbers.items() if name not in ("epoch", "total_flos")}
-        if self.training_bar is not None and "loss" in logs:
-            self.training_bar.set_postfix(shown)
-            return
-        text = f"{self.phase}: step {state.global_step}/{state.max_steps}"
-        text += "".join(f", {name} {value}" for name, value in shown.items())
-        done = state.global_step - self.first
-        if "loss" in logs and done:
-            left = (time.monotonic() - self.begun) / done * (state.max_steps - state.global_step)
-            text += f", {tqdm.format_interval(left)} left"
-        if self.training_bar is not None:
-            self.training_bar.write(text)
-        else:
-            print(text, file=sys.stderr, flush=True)
-
-    def on_train_end(self, args, state, control, **kwargs):
-        if self.training_bar is not None:
-            super().on_train_end(args, state, control, **kwargs)
-
-
-RATES = ("tokens", "rows")
-
-
 @dataclass
-class _Told:
+class SeededCollator:
     """A collator's batches, and beside them what is told of them: the rows' ids, and how much they are.
 
     What is random in a batch is a function of seed, epoch and rows: batches are made ahead of their steps, and a run
@@ -254,7 +144,7 @@ def _begin_worker(worker: int, begin: Callable[[int], None]) -> None:
     begin(worker)
 
 
-class _Keeper(TrainerCallback):
+class CheckpointCallback(TrainerCallback):
     """Asks for checkpoints when a run has to stop, and has those of an epoch's end written last."""
 
     def __init__(self, trainer: "RunTrainer"):
@@ -269,7 +159,7 @@ class _Keeper(TrainerCallback):
         termination.can_wait = False
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        self.trainer.told.epoch = int(state.epoch)
+        self.trainer.seeded_collator.epoch = int(state.epoch)
 
     def on_step_end(self, args, state, control, **kwargs):
         self.at_end = state.epoch == int(state.epoch) or state.global_step >= state.max_steps
@@ -321,7 +211,7 @@ class RunTrainer(MixtureTrainer):
         self.log_file = JsonLinesLog(run_folder / "log.jsonl", **({"phase": phase} if phase else {}))
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
-        for callback in (_Keeper(self), self.log_file, Progress(phase or "training")):
+        for callback in (CheckpointCallback(self), self.log_file, Progress(phase or "training")):
             self.add_callback(callback)
         self._unchecked: list[tuple[int, list[str] | None, torch.Tensor]] = []  # step, rows and loss; or gradient norm
         self._restored, self._amount, self._clock = None, 0, time.perf_counter()
@@ -332,17 +222,17 @@ class RunTrainer(MixtureTrainer):
         """Where a checkpoint of this step is, or will be."""
         return Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
 
-    def go_on(self) -> None:
+    def train_or_resume(self) -> None:
         """Trains from the last whole checkpoint, or from the beginning; of what is finished, reads what it learned.
 
         Then draws what the log says of all phases until this one, in `training.png` beside it.
         """
-        self._go_on()
+        self._resume_or_train()
         if self.is_world_process_zero():
             with writing(self.log_file.path.with_name("training.png")):
                 plot_training(self.log_file.path, self.log_file.path.with_name("training.png"))
 
-    def _go_on(self) -> None:
+    def _resume_or_train(self) -> None:
         found = [None]
         if self.is_world_process_zero():
             found = [last_whole_checkpoint(Path(self.args.output_dir), self.args.load_best_model_at_end)]
@@ -393,7 +283,9 @@ class RunTrainer(MixtureTrainer):
 
     def get_train_dataloader(self):
         collator = self.data_collator
-        self.data_collator = self.told = _Told(collator, self.unit, self.args.data_seed or self.args.seed)
+        self.data_collator = self.seeded_collator = SeededCollator(
+            collator, self.unit, self.args.data_seed or self.args.seed
+        )
         try:
             loader = super().get_train_dataloader()
         finally:

@@ -1,0 +1,111 @@
+"""A model's answers to the rows of a corpus."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from datasets import Dataset
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from egmf.data.collator import LABEL_COLUMNS, AffectCollator, expand_by_task, prompt_lengths
+from egmf.evaluation.label_maps import LabelMap
+from egmf.pipeline_egmf import gate_names
+from egmf.processing_egmf import AffectTask, EGMFProcessor
+
+
+Change = Callable[[dict[str, torch.Tensor], list[str]], dict[str, torch.Tensor]]
+
+
+@dataclass
+class Predictor:
+    """Asks a model one task about rows.
+
+    Args:
+        model, processor: The model in eval mode, and its processor.
+        task: What is asked.
+        label_map: Where the rows have labels of another task, from the answers to those.
+        batch_size: Rows at a time; it changes no answer.
+        device: Where the model is.
+    """
+
+    model: torch.nn.Module
+    processor: EGMFProcessor
+    task: AffectTask
+    label_map: LabelMap | None
+    batch_size: int
+    device: torch.device
+
+    @property
+    def label_task(self) -> AffectTask:
+        """The task that the rows' labels and the predictions' `answers` belong to."""
+        return self.task if self.label_map is None else self.label_map.target
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        rows: Dataset,
+        modalities: list[str],
+        distort: Callable[[str, str, Any], Any] | None = None,
+        changes: Sequence[Change | None] = (None,),
+    ) -> list[list[dict]]:
+        """One prediction per row, in the rows' order, for every one of `changes`.
+
+        Of several processes (`accelerate launch`) each takes its share of the batches, and all return all predictions.
+        The batches are those of one process, and so are the numbers.
+
+        Args:
+            rows: Of the corpus schema, with labels of `label_task`.
+            modalities: What the model may see.
+            distort: See [`AffectCollator`].
+            changes: Each makes other inputs from those of a batch, whose towers have run, and the rows' ids; it leaves
+                those that it is given as they are. None: no change.
+        """
+        collator = AffectCollator(self.processor, [self.task], modalities, with_answers=None, distort=distort)
+        asked = expand_by_task(rows, [self.task])
+        # Alike lengths together: less padding, the same numbers.
+        order = sorted(range(len(asked)), key=prompt_lengths(asked, collator).__getitem__)
+        batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
+        state = PartialState()
+        share = batches[state.process_index :: state.num_processes]
+        loader = DataLoader(asked, batch_sampler=share, collate_fn=collator)
+        ids, gold = rows["id"][:], rows[LABEL_COLUMNS[self.label_task.kind]][:]
+        results: list[dict[int, dict]] = [{} for _ in changes]
+        quiet = None if state.is_main_process else True
+        for places, batch in zip(share, tqdm(loader, desc="evaluating", unit="batch", disable=quiet), strict=True):
+            # Once for all answers.
+            inputs = self.model.encode_media({name: value.to(self.device) for name, value in batch.items()})
+            for predictions, change in zip(results, changes, strict=True):
+                changed = inputs if change is None else change(inputs, [ids[place] for place in places])
+                for place, answered in zip(places, self._answers(changed), strict=True):
+                    predictions[place] = {"id": ids[place], "gold": gold[place]} | answered
+                    if error := collator.errors.get(ids[place]):
+                        predictions[place]["media_error"] = error
+        shares = gather_object([results])
+        everything = [
+            {place: row for part in parts for place, row in part.items()} for parts in zip(*shares, strict=True)
+        ]
+        return [[predictions[place] for place in range(len(order))] for predictions in everything]
+
+    def _answers(self, inputs: dict[str, torch.Tensor]) -> list[dict]:
+        """What the model says of each row of a batch."""
+        model, processor, task = self.model, self.processor, self.task
+        scores = model.score_labels(candidates=processor.candidates(task), **inputs)
+        read = {"past_key_values": scores.past_key_values} if scores.past_key_values is not None else {}
+        generated = model.generate(**inputs, **read, max_new_tokens=processor.max_answer_tokens(task), do_sample=False)
+        texts = processor.decode_answers(generated[:, inputs["input_ids"].shape[1] :], task)
+        distributions = processor.summarize(scores.log_probs, task)
+        gates = gate_names(scores.gate_weights, model.config.experts, model.config.modalities)
+        said = []
+        for greedy, distribution, gate in zip(texts, distributions, gates, strict=True):
+            answers = {"greedy": greedy.value, "distribution": task.parse(distribution.top)}
+            if task.kind == "regression":
+                answers |= {"expected": distribution.expected, "median": distribution.median}
+            if self.label_map is not None:
+                answers = {name: self.label_map(answer) for name, answer in answers.items()}
+            row = {"greedy_text": greedy.text, "answers": answers, "distribution": distribution.probabilities}
+            said.append(row | {"gate_weights": gate})
+        return said
