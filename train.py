@@ -27,7 +27,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast
 from datasets import Dataset, concatenate_datasets
 from peft.helpers import disable_input_dtype_casting
-from transformers import set_seed
+from transformers import TrainingArguments, set_seed
 
 from egmf.data.collator import AffectCollator, expand_by_task, prompt_lengths
 from egmf.data.mixture import check_corpora, expand_parts, load_corpora, mixture_of
@@ -103,16 +103,21 @@ def pretrain(
         broadcast([*module.buffers()])
 
 
+def autocast_of(training: TrainingArguments) -> torch.dtype | None:
+    """The dtype of the autocast that Trainer's steps run under; None without one, as float16 has none on a CPU."""
+    if training.mixed_precision == "fp16" and training.device.type == "cpu":
+        return None
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(training.mixed_precision)
+
+
 def fill_cache(
     recipe: Recipe, model, processor, towers: dict[str, tuple], trained: list[str], corpus, inputs: TowerCache | None
 ) -> TowerCache:
     """What training needs of every clip that it sees; one that gives nothing is named, and missing."""
     training = recipe.training
-    # As the training steps run: a hidden layer does not depend on where it is computed.
-    precision = torch.autocast(training.device.type, torch.bfloat16, enabled=training.mixed_precision == "bf16")
     frozen = towers.keys() - trained
     inputs = inputs or TowerCache(model, processor, frozen=(), trained=towers)
-    cache = TowerCache(model.to(training.device), processor, frozen, trained, precision, inputs=inputs)
+    cache = TowerCache(model.to(training.device), processor, frozen, trained, autocast_of(training), inputs=inputs)
     for split, speeds in (("train", recipe.data.audio_speeds), ("validation", (1.0,))):
         cache.fill(corpus[split].select_columns([*COLUMNS.values()]), training.device, speeds)
     for error in cache.errors.values():

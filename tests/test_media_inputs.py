@@ -1,5 +1,8 @@
 """Media in the processor and in training: files, arrays and clips become tower inputs; frozen towers are cached."""
 
+import copy
+import importlib.util
+import inspect
 import os
 import warnings
 from pathlib import Path
@@ -9,6 +12,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from datasets import Dataset
 from test_towers import IMAGE, WAVE, whisper
 from transformers import (
     AutoTokenizer,
@@ -21,13 +25,17 @@ from transformers import (
     WhisperFeatureExtractor,
 )
 
+import train
+from egmf.data import tower_cache
 from egmf.data.collator import AffectCollator
 from egmf.data.tower_cache import TowerCache
 from egmf.media_egmf import MediaError, load_audio, load_video
 from egmf.media_inputs_egmf import MediaWarning
 from egmf.processing_egmf import EGMFProcessor
+from egmf.recipe import load_recipe
 
 
+ROOT = Path(__file__).resolve().parents[1]
 TOLERANCE = 1e-4
 
 
@@ -339,6 +347,76 @@ def test_another_tower_has_its_own_entries(media, tmp_path):
     finally:
         bias.data.copy_(before)
     assert TowerCache(model, processor, ["vision"], folder=tmp_path).folders["vision"] == first
+
+
+def folder_of(model, processor, root, modality: str = "audio", **options) -> str:
+    return TowerCache(model, processor, [modality], folder=root, **options).folders[modality].name
+
+
+def test_entries_of_another_precision_are_others(media, tmp_path):
+    processor, model = media
+    precisions = {
+        str(dtype): folder_of(model, processor, tmp_path, autocast=dtype)
+        for dtype in (None, torch.bfloat16, torch.float16)
+    }
+    half = copy.deepcopy(model)
+    half.model.audio_tower.half()
+    precisions["weights"] = folder_of(half, processor, tmp_path)
+    half.model.audio_tower.load_state_dict({k: v * 0 for k, v in half.model.audio_tower.state_dict().items()})
+    precisions["zeros"] = folder_of(half, processor, tmp_path)
+    half.model.audio_tower.bfloat16()  # the same bytes
+    precisions["zeros in bfloat16"] = folder_of(half, processor, tmp_path)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        precisions["products"] = folder_of(model, processor, tmp_path)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert len(set(precisions.values())) == len(precisions), precisions
+
+
+def test_entries_by_other_settings_or_code_are_others(media, tmp_path, monkeypatch):
+    processor, model = media
+    first = [folder_of(model, processor, tmp_path, name) for name in ("audio", "vision")]
+    inputs = TowerCache(model, processor, (), ["audio"], folder=tmp_path).folders["audio"].name
+    other = copy.deepcopy(model)
+    other.config.audio_input_rate = 50
+    assert folder_of(other, processor, tmp_path) != first[0]
+    other = copy.deepcopy(model)
+    other.model.vision_tower.set_attn_implementation("eager")
+    assert folder_of(other, processor, tmp_path) == first[0]
+    assert folder_of(other, processor, tmp_path, "vision") != first[1]
+
+    monkeypatch.setattr(tower_cache, "PACKAGES", ("numpy",))
+    assert folder_of(model, processor, tmp_path) != first[0]
+    monkeypatch.undo()
+    edited = tmp_path / "media_inputs_egmf.py"
+    edited.write_text(inspect.getsource(tower_cache.media_inputs_egmf).replace("samples, **options", "2 * samples"))
+    spec = importlib.util.spec_from_file_location("media_inputs_egmf", edited)
+    monkeypatch.setattr(tower_cache, "media_inputs_egmf", importlib.util.module_from_spec(spec))
+    assert folder_of(model, processor, tmp_path) != first[0]
+    assert TowerCache(model, processor, (), ["audio"], folder=tmp_path).folders["audio"].name != inputs
+
+
+def test_training_with_and_without_autocast_share_no_entries(media, files, tmp_path, monkeypatch):
+    """And each has what its steps would compute; a tower that was left in training mode drops nothing out."""
+    processor, model = media
+    monkeypatch.setattr("tower_cache.constants.HF_HOME", str(tmp_path))
+    model = copy.deepcopy(model)
+    row = {"audio": files["wav"], "video": files["short"]}
+    corpus = {split: Dataset.from_list([row]) for split in ("train", "validation")}
+    kept = {}
+    for precision in ("bf16", "fp16", "no"):
+        fields = ["--bf16", str(precision == "bf16"), "--fp16", str(precision == "fp16")]
+        recipe = load_recipe([str(ROOT / "recipes/tiny.yaml"), *fields])
+        for tower in (model.model.audio_tower, model.model.vision_tower):
+            tower.train()
+        cache = train.fill_cache(recipe, model, processor, {"audio": (), "vision": ()}, [], corpus, None)
+        batch = processor(text="so", audio=row["audio"], task="meld")
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):  # Accelerate has no fp16 on a CPU
+            wanted = model.eval().encode_media(dict(batch))["audio_features"][0]
+        kept[precision] = cache.load("audio", row["audio"])["audio_features"]
+        assert torch.equal(kept[precision], wanted[: len(kept[precision])])
+    assert not torch.equal(kept["bf16"], kept["no"]) and torch.equal(kept["fp16"], kept["no"])
 
 
 def test_an_unreadable_file_is_an_error_in_use(llm_folder, tmp_path):

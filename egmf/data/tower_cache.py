@@ -4,18 +4,18 @@ Of a frozen tower that is its hidden layers, of a trained one what it reads.
 """
 
 import hashlib
+import inspect
 import json
 import os
 import tempfile
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
 import soxr
 import torch
-import transformers
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from huggingface_hub import constants
@@ -25,29 +25,36 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from egmf import media_egmf, media_inputs_egmf, towers_egmf
 from egmf.files import writing
 from egmf.media_egmf import AudioClip
 from egmf.media_inputs_egmf import Media, TowerInput
+from egmf.modeling_egmf import EGMFModel
 from egmf.processing_egmf import EGMFProcessor
 
 
 PREPROCESSORS = {"audio": "feature_extractor", "vision": "image_processor"}
 COLUMNS = {"audio": "audio", "vision": "video"}  # of the corpus schema
+# The packages that decode and compute; the version of one that is not installed counts as None.
+PACKAGES = ("av", "decord2", "numpy", "pillow", "soundfile", "soxr", "torch", "torchaudio", "torchvision")
+PACKAGES += ("transformers",)
 
 
 class TowerCache:
     """Hidden layers of frozen towers, and what trained towers read: one file per clip on disk, computed once.
 
-    An entry is found by the preprocessing, of a frozen tower the tower too (weights and config), and the file's
-    content, so that neither another tower nor another file of the same name can be taken for it. Interrupted filling
-    leaves whole entries.
+    An entry's name contains a digest of the file and of everything else that its values depend on: the code and the
+    packages that decode and preprocess; for a frozen tower also its class, config, weights and attention
+    implementation, the autocast dtype, the kind of device, and the precision of float32 products there. A run thus
+    never reads values that it would not compute itself. Interrupted filling leaves whole entries. Nothing deletes
+    entries that no run uses any more; between runs the folder may be deleted.
 
     Args:
         model: The model with the towers.
         processor: Its processor.
         frozen: Modalities whose towers are frozen.
         trained: Modalities whose towers learn.
-        precision: Autocast that training runs under; hidden layers are computed in it.
+        autocast: Dtype of the autocast that training runs under, None without; hidden layers are computed under it.
         folder: Where entries are kept; by default beside the Hub's cache.
         inputs: A cache of what the towers read, filled or not: what it has need not be decoded again.
 
@@ -62,12 +69,12 @@ class TowerCache:
         processor: EGMFProcessor,
         frozen: Iterable[str],
         trained: Iterable[str] = (),
-        precision: AbstractContextManager | None = None,
+        autocast: torch.dtype | None = None,
         folder: str | os.PathLike | None = None,
         inputs: "TowerCache | None" = None,
     ):
         self.inputs = inputs
-        self.model, self.processor, self.precision = model, processor, precision or nullcontext()
+        self.model, self.processor, self.autocast = model, processor, autocast
         self.frozen, self.trained = frozenset(frozen), frozenset(trained)
         root = Path(folder or Path(constants.HF_HOME) / "egmf" / "towers")
         names = self.frozen | self.trained
@@ -75,20 +82,30 @@ class TowerCache:
         self.errors: dict[tuple[str, str], str] = {}
         self._hashes: dict[str, str] = {}
 
+    def _tower(self, modality: str) -> PreTrainedModel:
+        return getattr(self.model.base_model, f"{modality}_tower")
+
     def _fingerprint(self, modality: str) -> str:
         settings = {"preprocessor": getattr(self.processor, PREPROCESSORS[modality]).to_dict()}
-        settings["versions"] = [torch.__version__, transformers.__version__]
+        settings["packages"] = {name: _version(name) for name in PACKAGES}
         if modality == "vision":
             settings["num_frames"] = self.processor.num_frames
-        weights = []
+        code, weights = [media_egmf, media_inputs_egmf, _Files], []
         if modality in self.frozen:
-            tower = getattr(self.model.base_model, f"{modality}_tower")
-            settings["config"] = tower.config.to_dict()
-            settings["autocast"] = str(getattr(self.precision, "fast_dtype", None))
+            tower = self._tower(modality)
+            settings |= {"class": type(tower).__name__, "config": tower.config.to_dict()}
+            settings["attention"] = tower.config._attn_implementation  # the config's fields do not have it
+            settings["input_rate"] = self.model.config.audio_input_rate
+            settings["autocast"] = str(self.autocast)
+            settings["device"] = (tower.device.type, _float32_precision(tower.device.type))
+            code += [towers_egmf, EGMFModel.encode_media, EGMFModel._modality]
+            code += [EGMFModel.get_audio_features, EGMFModel.get_vision_features]
             weights = sorted(tower.state_dict().items())
+        code.append(TowerCache._tensors)
+        settings["code"] = [hashlib.sha256(inspect.getsource(part).encode()).hexdigest() for part in code]
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
         for name, value in weights:
-            digest.update(name.encode())
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
             digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()[:16]
 
@@ -137,6 +154,8 @@ class TowerCache:
             return
         beside = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes of this run on this machine
         workers = min(len(todo), max(1, (os.cpu_count() or 1) // beside))
+        for modality in self.frozen:
+            self._tower(modality).eval()  # a tower in training mode drops out at random
         files = _Files(self.processor, todo, self.inputs)
         reader = DataLoader(files, batch_size=None, num_workers=workers, collate_fn=_as_it_is)
         quiet = None if PartialState().is_main_process else True
@@ -165,7 +184,7 @@ class TowerCache:
             return tensors
         media = Media(**{COLUMNS[modality]: TowerInput(**made)})
         batch = self.processor.media_inputs([media], return_tensors="pt")
-        with self.precision:
+        with torch.autocast(device.type, self.autocast, enabled=self.autocast is not None):
             encoded = self.model.encode_media({name: value.to(device) for name, value in batch.items()})
         mask = encoded[f"{modality}_mask"][0].bool()
         return {name: encoded[f"{modality}_{name}"][0][mask].cpu().contiguous() for name in ("features", "times")}
@@ -231,3 +250,16 @@ class _Files(torch.utils.data.Dataset):
 
 def _as_it_is(item):
     return item
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _float32_precision(device_type: str) -> list[str]:
+    """How a device multiplies and convolves float32: "ieee", "tf32", "bf16", or "none" for torch's default."""
+    backends = (torch.backends.mkldnn,) if device_type == "cpu" else (torch.backends.cuda, torch.backends.cudnn)
+    return [backends[0].matmul.fp32_precision, backends[-1].conv.fp32_precision]
