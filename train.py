@@ -6,7 +6,7 @@
 A recipe with `tower_epochs` first trains each tower alone, one with `fusion_epochs` the fusion without the LLM, and
 these towers with it, then the fusion and the LLM with LoRA. Writes to `output_dir`: a folder of checkpoints per phase
 (the same command goes on from the last one), `log.jsonl` and `training.png`, the trained towers in `towers/`, for the
-`audio_tower` and `vision_tower` of other recipes, and `model/`: merged and self-contained, for
+`audio_tower` and `vision_tower` of other recipes, and `model/`: merged and self-contained, in float32, for
 `AutoModel.from_pretrained(..., trust_remote_code=True)`, with the recipe's fields and the packages' versions in
 `recipe.json`; `adapter/` is what of it was trained last, for `publish.py --adapter_only`. With `num_train_epochs: 0`
 the towers are all that is made.
@@ -43,6 +43,7 @@ from egmf.training.assembly import (
     build_processor,
     build_towers,
     gather_trained_model,
+    merge_lora,
     set_clip_statistics,
     set_trainable_towers,
     start_speech_tower,
@@ -257,7 +258,7 @@ def main(arguments: list[str]) -> None:
     if whole is not None:
         with writing(output / "adapter"):
             whole.save_pretrained(output / "adapter")
-        save_model(recipe, whole.merge_and_unload(), processor, output / "model")
+        save_model(recipe, merge_lora(whole), processor, output / "model")
         print(f"model: {output / 'model'}")
 
 

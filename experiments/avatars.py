@@ -171,6 +171,7 @@ def render(runs: list[dict]) -> str:
         "answers both tasks: SmolLM2-135M-Instruct with LoRA. The towers of a seed are trained once, with all experts "
         "and modalities, and every variant of that seed reads the same frozen ones. "
         f"Seeds {', '.join(map(str, seeds))}; mean ± standard deviation where there are several.",
+        "Made with models whose merged weights were rounded to bfloat16; `train.py` now saves them in float32.",
         "## Emotion: accuracy in percent",
         "The most probable legal answer of `score_labels()`.",
         main_table(runs),

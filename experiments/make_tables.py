@@ -258,6 +258,9 @@ def render(name: str, data: dict) -> str:
             "mean ± standard deviation over seeds. *Greedy* is the text of plain `generate()`, and an unparsable text "
             "is a wrong answer; *distribution* is the most probable legal answer of `score_labels()`."
         )
+        parts.append(
+            "Made with models whose merged weights were rounded to bfloat16; `train.py` now saves them in float32."
+        )
     parts.append(main_table(name, data))
     parts += ["## Published", _table(["model", "input", benchmark.measure, "source"], benchmark.published)]
     if tests:

@@ -172,6 +172,7 @@ def render(data: dict) -> str:
         f"together and mean over seeds; by chance it is {percent(1 / size['classes'])}. The interval is the "
         f"percentile interval of a bootstrap over actors ({RESAMPLES:,} resamples). *Greedy* is the text of plain "
         "`generate()`, *distribution* the most probable legal answer of `score_labels()`.",
+        "Made with models whose merged weights were rounded to bfloat16; `train.py` now saves them in float32.",
         main_table(data),
         "## By fold",
     ]

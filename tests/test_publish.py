@@ -105,9 +105,10 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """A run that was given its language model as a folder, evaluated on two splits."""
+    """A run that was given its language model as a folder, in bfloat16 as most are, evaluated on two splits."""
     root = tmp_path_factory.mktemp("publish")
     build_tiny_language_model(root / "llm")
+    AutoModelForCausalLM.from_pretrained(root / "llm", dtype=torch.bfloat16).save_pretrained(root / "llm")
     options = ["--num_train_epochs", "1", "--corpus_options", '{"size": 96}', "--learning_rate", "2e-3"]
     recipe = [str(ROOT / "recipes/tiny.yaml"), "--language_model", str(root / "llm")]
     train_script.main([*recipe, "--output_dir", str(root / "run"), *options])
@@ -451,6 +452,33 @@ def test_an_adapter_on_other_weights_is_not_published(trained, run, tmp_path):
     state.base_model = str(tmp_path / "other")
     with pytest.raises(ValueError, match="base_model: got .*, on which the adapter makes another .* than model/ has"):
         check_adapter(state, published_folder)
+
+
+def test_the_saved_model_has_all_that_lora_learned(trained):
+    """In float32, and so it is loaded: in the LLM's bfloat16 half of the changes would be rounded away."""
+    base = load_file(trained.parent / "llm" / "model.safetensors")
+    files = ("adapter/adapter_model.safetensors", "model/model.safetensors")
+    (adapter, saved), layers = (load_file(trained / file) for file in files), 0
+    lora_config = LoraConfig.from_pretrained(trained / "adapter")
+    scale = lora_config.lora_alpha / lora_config.r
+    for name, before in base.items():
+        own = name.replace("model.", "model.language_model.", 1) if name.startswith("model.") else name
+        lora = [adapter.get(f"base_model.model.{own.removesuffix('weight')}lora_{part}.weight") for part in "BA"]
+        wanted = before.float()
+        if lora[0] is not None:
+            change, layers = scale * lora[0] @ lora[1], layers + 1
+            wanted += change
+            rounded = wanted.bfloat16().float() - before.float()
+            assert (rounded - change).norm() > 0.1 * change.norm()  # it matters
+        assert saved[own].dtype == torch.float32
+        torch.testing.assert_close(saved[own][: len(wanted)], wanted, rtol=0, atol=1e-6)
+    assert layers == 14
+    model = train_script.EGMFForConditionalGeneration.from_pretrained(trained / "model")
+    assert {value.dtype for value in model.parameters()} == {torch.float32}
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, saved[name] if name in saved else saved[model._tied_weights_keys[name]]), name
+    config = json.loads((trained / "model" / "config.json").read_text())
+    assert config["dtype"] == config["text_config"]["dtype"] == "float32"
 
 
 @pytest.mark.parametrize("on_the_hub", [False, True])

@@ -344,7 +344,7 @@ config = AutoConfig.from_pretrained(repo, trust_remote_code=True)
 processor = AutoProcessor.from_pretrained(repo, trust_remote_code=True)
 language_model = AutoModelForCausalLM.from_pretrained("{run.base_model}"{revision})
 egmf = get_class_from_dynamic_module("modeling_egmf.EGMFForConditionalGeneration", repo)
-base = egmf.from_base(config, language_model{towers})
+base = egmf.from_base(config, language_model{towers}).float()  # LoRA's changes are lost in 16 bits
 model = PeftModel.from_pretrained(base, repo).merge_and_unload().eval()
 """
 

@@ -316,3 +316,21 @@ def gather_trained_model(recipe: Recipe, trainer: Trainer, trained: list[str]) -
         model = add_lora(recipe, base, trained)
         set_peft_model_state_dict(model, adapter)
     return model
+
+
+def merge_lora(model: PeftModel) -> EGMFForConditionalGeneration:
+    """A trained model with LoRA added to the LLM's weights, all in float32, on the CPU.
+
+    What LoRA adds to a weight is often less than half of its last bit in bfloat16: rounded to that, it would be lost.
+    The weights are those of `model` itself, which is not to be used any more.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        # Buffers that are not saved have no values in a model that was put together from parts (`gather_trained_model`).
+        if tensor.is_floating_point() and not tensor.is_meta:
+            # On the CPU: an optimizer still has its part of a GPU's memory, where products may be rounded to TF32.
+            tensor.data = tensor.data.to("cpu", torch.float32)
+    whole = model.merge_and_unload()
+    for name in whole.config.sub_configs:
+        if getattr(whole.config, name) is not None:
+            getattr(whole.config, name).dtype = torch.float32
+    return whole
