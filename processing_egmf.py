@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from transformers import LogitsProcessorList
+from transformers import LogitsProcessorList, PreTrainedConfig
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
@@ -110,6 +110,14 @@ class EGMFProcessor(MediaInputsMixin, ProcessorMixin):
     def get_attributes(cls) -> list[str]:
         # The other two may be None, which ProcessorMixin does not foresee; processor_config.json holds them as well.
         return ["tokenizer"]
+
+    @classmethod
+    def _load_tokenizer_from_pretrained(cls, sub_processor_type, pretrained_model_name_or_path, **kwargs):
+        # tokenizer_config.json names the tokenizer's class. Without a config here, AutoTokenizer would load the
+        # checkpoint's, and ask whether to run its code: the code that the caller has imported already.
+        return super()._load_tokenizer_from_pretrained(
+            sub_processor_type, pretrained_model_name_or_path, config=PreTrainedConfig(), **kwargs
+        )
 
     @staticmethod
     def find_pseudo_token(tokenizer) -> str | None:

@@ -1,5 +1,6 @@
 """A checkpoint travels: it loads in a fresh process, from anywhere, by `AutoModel` and `AutoProcessor` alone."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from test_towers import WAVE
 from transformers import AutoModelForCausalLM, AutoTokenizer, HubertConfig, HubertModel
 from transformers.dynamic_module_utils import get_imports
 
+from egmf.configuration_egmf import EGMFConfig
 from egmf.modeling_egmf import EGMFForConditionalGeneration
 from egmf.processing_egmf import EGMFProcessor
 
@@ -189,6 +191,22 @@ def test_bf16_checkpoint_keeps_its_fusion_in_float32(tmp_path, llm_folder, assem
     weights = loaded.model.fusion.state_dict()
     for name, value in model.model.fusion.state_dict().items():
         assert weights[name].dtype == torch.float32 and torch.equal(weights[name], value)
+
+
+def test_a_clone_loads_a_checkpoint_without_asking_to_run_code(travelled, monkeypatch, caplog):
+    """Its own classes are called, so that no code of the checkpoint runs; and none is loaded."""
+    root, _, there = travelled
+    monkeypatch.setattr("builtins.input", lambda prompt: pytest.fail(prompt))
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    loaded = {name for name in sys.modules if name.startswith("transformers_modules.")}
+    for name, found in there.items():
+        folder = root / "checkpoints" / name
+        processor, call = EGMFProcessor.from_pretrained(folder), torch.load(folder / "given.pt")["call"]
+        assert torch.equal(processor(**call)["input_ids"], found["batch"]["input_ids"])
+        EGMFForConditionalGeneration.from_pretrained(folder)
+        assert EGMFConfig.from_pretrained(folder).pseudo_token_id == processor.pseudo_token_id
+    assert {name for name in sys.modules if name.startswith("transformers_modules.")} == loaded
+    assert "instantiate a model of type" not in caplog.text
 
 
 def test_a_checkpoint_demands_no_decoder(travelled):

@@ -325,7 +325,7 @@ def merge_lora(model: PeftModel) -> EGMFForConditionalGeneration:
     The weights are those of `model` itself, which is not to be used any more.
     """
     for tensor in (*model.parameters(), *model.buffers()):
-        # Buffers that are not saved have no values in a model that was put together from parts (`gather_trained_model`).
+        # A model that `gather_trained_model` put together has no values in the buffers that are not saved.
         if tensor.is_floating_point() and not tensor.is_meta:
             # On the CPU: an optimizer still has its part of a GPU's memory, where products may be rounded to TF32.
             tensor.data = tensor.data.to("cpu", torch.float32)
