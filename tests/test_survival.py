@@ -3,6 +3,7 @@
 Every run is a process of its own, forked off one that has the libraries loaded, and is killed for real.
 """
 
+import functools
 import json
 import logging
 import multiprocessing
@@ -28,7 +29,7 @@ from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from corpora import load_corpus
 from egmf.data.collator import AffectCollator, expand_by_task
@@ -216,6 +217,97 @@ def test_a_run_killed_at_a_bad_moment_ends_like_one_that_was_not(whole, tmp_path
     said = run.finish()
     assert all(f"{name} was not written to its end" in said for name in unfinished)
     assert_alike(run, whole)
+
+
+def test_a_run_that_groups_by_length_goes_on_as_one_that_was_not_killed(tmp_path):
+    """In the middle of its second epoch; the recipes group by length."""
+    arguments = [*TINY, "--train_sampling_strategy", "group_by_length", "--eval_strategy", "no"]
+    one, other = Run(tmp_path / "one", arguments), Run(tmp_path / "other", arguments)
+    one.finish()
+    assert other(At(RunTrainer, "training_step", 10, kill))[0] == -signal.SIGKILL
+    other.finish()
+    assert_alike(other, one)
+
+
+class RowRecorder(torch.nn.Module):
+    """Learns from the rows and from random numbers, and remembers the rows."""
+
+    accepts_loss_kwargs = False
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(8))
+        self.seen = []
+
+    def forward(self, row: torch.Tensor):
+        self.seen.append(row.tolist())
+        target = torch.nn.functional.dropout(row.float().sum() * torch.rand(8), 0.5)
+        return {"loss": (self.weight - target).abs().mean()}
+
+
+class _Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("mixture", [None, ([25, 12], [1.0, 3.0])], ids=["one_corpus", "mixture"])
+@pytest.mark.parametrize("strategy", ["random", "group_by_length", "sequential"])
+def test_every_sampling_strategy_resumes_in_the_middle_of_an_epoch(tmp_path, strategy, mixture):
+    if mixture and strategy == "sequential":
+        with pytest.raises(ValueError, match="train_sampling_strategy: got 'sequential' for a mixture of corpora"):
+            sampled_run(tmp_path, strategy, mixture)
+        return
+    whole = sampled_run(tmp_path / "whole", strategy, mixture)
+    with pytest.raises(_Killed):
+        sampled_run(tmp_path / "killed", strategy, mixture, data_seed=0, killed_at=13)
+    resumed = sampled_run(tmp_path / "killed", strategy, mixture, data_seed=0)
+    seeded = sampled_run(tmp_path / "seeded", strategy, mixture, data_seed=0)
+    assert resumed.seen == seeded.seen[12:]  # 8 steps an epoch; the last checkpoint is that of step 12
+    assert torch.equal(resumed.weight, seeded.weight)
+    assert (seeded.seen == whole.seen) == (strategy == "sequential")
+
+
+def sampled_run(folder: Path, strategy: str, mixture, data_seed: int | None = None, killed_at: int = 0) -> RowRecorder:
+    """Three epochs over 37 rows, or until a step at which the run is interrupted."""
+    lengths = random.Random(0)
+    rows = Dataset.from_list([{"id": str(row), "row": row, "length": lengths.randint(1, 9)} for row in range(37)])
+    arguments = TrainingArguments(
+        output_dir=str(folder / "run"),
+        use_cpu=True,
+        num_train_epochs=3,
+        per_device_train_batch_size=5,
+        learning_rate=0.1,
+        train_sampling_strategy=strategy,
+        data_seed=data_seed,
+        seed=1,
+        save_strategy="steps",
+        save_steps=4,
+        report_to=[],
+        remove_unused_columns=False,
+        disable_tqdm=True,
+    )
+    torch.manual_seed(1)
+    model = RowRecorder()
+    collate = functools.partial(_stack, "row")
+    trainer = RunTrainer(
+        model, arguments, data_collator=collate, train_dataset=rows, mixture=mixture, run_folder=folder
+    )
+    if killed_at:
+        trainer.add_callback(_KillAt(killed_at))
+    trainer.train_or_resume()
+    return model
+
+
+def _stack(name: str, rows: list[dict]) -> dict[str, torch.Tensor]:
+    return {name: torch.tensor([row[name] for row in rows])}
+
+
+class _KillAt(TrainerCallback):
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise _Killed
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ import torch
 from accelerate.utils import broadcast_object_list, set_seed
 from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerState
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_pt_utils import nested_gather
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
@@ -54,6 +54,11 @@ class PerRankSeed(TrainerCallback):
             set_seed(args.seed, device_specific=True)
 
 
+def data_seed_of(args: TrainingArguments) -> int:
+    """The seed of everything random about the data: `data_seed`, or `seed` where that is not set."""
+    return args.seed if args.data_seed is None else args.data_seed
+
+
 class MixtureTrainer(Trainer):
     """Trainer that draws its rows by `mixture`, (sizes, weights) of the corpora in them; None: as Trainer does."""
 
@@ -64,15 +69,19 @@ class MixtureTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset=None):
         rows = self.train_dataset if train_dataset is None else train_dataset
-        by_length, mixture = self.args.train_sampling_strategy == "group_by_length", self.mixture
-        if mixture is None and by_length and self.args.world_size > 1:
-            # Trainer's own groups by the process's random state: each process would go by an order of its own.
+        strategy, mixture = self.args.train_sampling_strategy, self.mixture
+        if mixture is not None and strategy == "sequential":
+            wanted = "random or group_by_length"
+            raise ValueError(f"train_sampling_strategy: got {strategy!r} for a mixture of corpora, wanted {wanted}")
+        if mixture is None and strategy == "group_by_length":
+            # Trainer's own sampler groups by the global random state, which differs between processes, and between a
+            # run and its resumption.
             mixture = [len(rows)], [1.0]
         if mixture is None:
             return super()._get_train_sampler(train_dataset)
-        lengths = rows[self.args.length_column_name][:] if by_length else None
+        lengths = rows[self.args.length_column_name][:] if strategy == "group_by_length" else None
         group = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return MixtureSampler(*mixture, self.args.seed, lengths, group)
+        return MixtureSampler(*mixture, data_seed_of(self.args), lengths, group)
 
 
 def check_reporters(names: list[str]) -> None:
@@ -283,9 +292,7 @@ class RunTrainer(MixtureTrainer):
 
     def get_train_dataloader(self):
         collator = self.data_collator
-        self.data_collator = self.seeded_collator = SeededCollator(
-            collator, self.unit, self.args.data_seed or self.args.seed
-        )
+        self.data_collator = self.seeded_collator = SeededCollator(collator, self.unit, data_seed_of(self.args))
         try:
             loader = super().get_train_dataloader()
         finally:
