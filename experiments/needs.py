@@ -1,4 +1,4 @@
-"""What the Qwen3 recipes need of a GPU, computed -> results/needs.md, and the table in the main README.
+"""What the Qwen3 recipes need of a GPU, computed -> results/needs.md.
 
     python -m experiments.needs
 
@@ -10,10 +10,15 @@ Nothing in the tables is measured on a GPU: the recipes have not been run. Compu
   and with two, built by the recipe; the difference is a layer's. The logits, of the answers' tokens only, are added.
 - Time: the larger of floating point operations, counted likewise, at `SHARE` of the GPU's peak, and of kernels, one
   for each operation that torch dispatches, at `KERNEL` seconds; small models are bound by the latter.
+- Reading: every epoch reads the features of all rows of train and validation and puts them into batches, at `READING`
+  numbers per second and process; of clips these are hidden layers. Without `dataloader_num_workers`, the process that
+  trains reads between its steps, and both times add up. With n workers, reading takes an nth of its time beside the
+  steps, and the longer of the two counts.
 
 What surrounds the LLM's layers is counted with the smallest LLM. `ROWS`, `TOKENS`, `SECONDS` and the other constants
 are assumptions, the corpora's means where they are published. Towers run once for each clip and not again: their time
-is counted, the decoding of clips is not, and the disk that their hidden layers take is given.
+is counted, the decoding of clips is not, and the disk that their hidden layers take is given. The disk has to deliver
+two bytes for each number that is read.
 """
 
 from dataclasses import dataclass
@@ -50,6 +55,10 @@ WIDTHS = {"meld": (64, 64), "cherma": (1024, 2048), "mosei": (74, 35), "simsv2":
 FRAMES = {"meld": (157, 32), "cherma": (543, 16), "mosei": (500, 375), "simsv2": (925, 232)}
 AUDIO_RATE = 50  # frames a second of HuBERT and its like
 VOCABULARY, ANSWER = 151936, 5  # tokens
+# Numbers (single values of features) that one process reads and collates per second. `bench/reading.py` measured, with
+# files in memory, on one core of a Xeon with AVX512, 183 to 233 million for clips and 6.6 to 9.7 million for features.
+# For clips half of the slowest is taken: files come from a disk, and a batch of 600 MB has to get to the GPU.
+READING = {"clips": 90e6, "features": 6.6e6}
 
 
 @dataclass
@@ -115,6 +124,11 @@ def features_of(recipe: Recipe) -> dict[str, tuple[int, int]]:
     }
 
 
+def states_of(recipe: Recipe) -> dict[str, int]:
+    """How many hidden layers of each tower are read, by modality."""
+    return {name: tower_num_states(tower.config) for name, tower in towers_of(recipe).items()}
+
+
 def cost_of(recipe: Recipe, layers: int, tokens: int) -> Cost:
     """A training step with one row of about so many tokens, under autocast as in training."""
     model, processor = build(recipe, layers)
@@ -123,7 +137,7 @@ def cost_of(recipe: Recipe, layers: int, tokens: int) -> Cost:
     for name, (frames, width) in features_of(recipe).items():
         shape = (frames, width)
         if recipe.model.audio_tower:
-            states = tower_num_states(towers_of(recipe)[name].config)
+            states = states_of(recipe)[name]
             shape = (frames, states, width // states)
         features[f"{name}_features"] = [torch.randn(shape)]
     empty = processor(text=[""], task=task, answer=[task.answers[0]])["input_ids"].shape[1]
@@ -169,8 +183,20 @@ def disk_of(recipe: Recipe) -> float:
     return 2.0 * sum(ROWS[recipe.data.corpus]) * sum(frames * width for frames, width in features_of(recipe).values())
 
 
+def reading_of(recipe: Recipe) -> float:
+    """Seconds of one process that a run needs for reading and collating all its batches."""
+    numbers = sum(frames * width for frames, width in features_of(recipe).values())
+    rows = recipe.training.num_train_epochs * sum(ROWS[recipe.data.corpus])
+    return rows * numbers / READING["clips" if recipe.model.audio_tower else "features"]
+
+
+def with_reading(steps: float, reading: float, workers: int) -> float:
+    """Seconds of steps and reading together, with so many processes that read for the one that trains."""
+    return max(steps, reading / workers) if workers else steps + reading
+
+
 def needs() -> list[dict]:
-    """A row for every recipe and LLM: gigabytes of GPU memory, hours of a run, gigabytes of disk."""
+    """A row for every recipe and LLM: gigabytes of GPU memory, hours of a run and of reading, gigabytes of disk."""
     layer, trained = {}, {}
     for size in SIZES:
         recipe = load("meld_qwen3_features", size)
@@ -179,10 +205,8 @@ def needs() -> list[dict]:
         one, two = (cost_of(recipe, layers, TOKENS["features"]) for layers in (1, 2))
         layer[size] = two.plus(one, -1)
     rows = []
-    for name in sorted(path.stem for path in (ROOT / "recipes").glob("*_qwen3_*.yaml")):
+    for name in recipes_of():
         smallest = load(name, SIZES[0])
-        if smallest.data.corpora:
-            continue
         kind = name.rpartition("_")[2]
         around = cost_of(smallest, 1, TOKENS["features"]).plus(layer[SIZES[0]], -1)
         fusion = count(build(smallest, 1)[0], trained=True) - trained[SIZES[0]]
@@ -203,38 +227,62 @@ def needs() -> list[dict]:
             # Validation runs forward only: a third of the operations at most, counted as half for its answers.
             steps = recipe.training.num_train_epochs * (train + validation / 2) / batch
             seconds = steps * max(batch * per_row / (PEAK * SHARE), kernels * KERNEL)
+            reading = reading_of(recipe)
+            seconds = with_reading(seconds, reading, recipe.training.dataloader_num_workers)
             seconds += (train + validation) * tower_operations(recipe) / (PEAK * SHARE)
             rows.append({"recipe": name, "size": size, "memory": memory / 1e9, "hours": seconds / 3600})
-            rows[-1]["disk"] = disk_of(recipe) / 1e9
+            rows[-1] |= {"reading": reading / 3600, "disk": disk_of(recipe) / 1e9}
     return rows
+
+
+def recipes_of() -> list[str]:
+    """The Qwen3 recipes on one corpus, by name."""
+    names = sorted(path.stem for path in (ROOT / "recipes").glob("*_qwen3_*.yaml"))
+    return [name for name in names if not load(name, SIZES[0]).data.corpora]
 
 
 def load(name: str, size: str) -> Recipe:
     return load_recipe([str(ROOT / f"recipes/{name}.yaml"), "--language_model", f"Qwen/Qwen3-{size}"])
 
 
+READ = "hours of reading in these"
+
+
 def table_of(rows: list[dict]) -> str:
-    lines = [["recipe, one run of one seed", *(f"{size}: GB, hours" for size in SIZES), "GB of disk"]]
+    lines = [["recipe, one run of one seed", *(f"{size}: GB, hours" for size in SIZES), READ, "GB of disk"]]
     lines.append(["---"] * len(lines[0]))
     for name in dict.fromkeys(row["recipe"] for row in rows):
         own = [row for row in rows if row["recipe"] == name]
         cells = [f"{row['memory']:.0f}, {row['hours']:.1f}" for row in own]
+        cells.append(f"{own[0]['reading']:.1f}")
         lines.append([f"`{name}`", *cells, f"{own[0]['disk']:.0f}" if own[0]["disk"] else "-"])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def page_head() -> str:
+    """What stands above the table in results/needs.md."""
+    rates = " or ".join(f"{rate / 1e6:g} million numbers of {kind}" for kind, rate in READING.items())
+    counts = sorted({load(name, SIZES[0]).training.dataloader_num_workers for name in recipes_of()})
+    workers = ", ".join(map(str, counts))
+    return f"""\
+# What the Qwen3 recipes need
+
+Not yet run. Computed for one A100 by `python -m experiments.needs`, whose first lines say how.
+
+Every process reads {rates} per second.
+`python -m bench.reading` measured 183 to 233 million of clips and 6.6 to 9.7 million of features, with files in
+memory, on one core of a Xeon; half of the slowest is taken for clips, whose files come from a disk and whose batches of 600 MB
+have to get to the GPU. The recipes' `dataloader_num_workers` is {workers}. With 0, the process that trains reads
+between its steps, and both times add up; with `--dataloader_num_workers 4`, others read beside it, in a quarter of the
+time.
+
+"""
 
 
 def main() -> None:
     torch.manual_seed(0)
     table = table_of(needs())
-    head = (
-        "# What the Qwen3 recipes need\n\nNot yet run. Computed for one A100 by `python -m experiments.needs`, whose "
-    )
-    head += "first lines say how.\n\n"
-    (ROOT / "results/needs.md").write_text(head + table, encoding="utf-8")
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    start, end = "<!-- results/needs.md -->\n", "<!-- end of results/needs.md -->"
-    before, after = readme.split(start)[0], readme.split(end)[1]
-    (ROOT / "README.md").write_text(before + start + table + end + after, encoding="utf-8")
+    (ROOT / "results/needs.md").write_text(page_head() + table, encoding="utf-8")
     print(table, end="")
 
 
