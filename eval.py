@@ -31,6 +31,7 @@ from transformers import AutoModel, AutoProcessor
 from transformers.utils import cached_file
 
 from corpora import CORPORA, group_of, load_corpus
+from egmf.arguments import positive
 from egmf.data.collator import LABEL_COLUMNS, check_labels
 from egmf.evaluation import robustness
 from egmf.evaluation.label_maps import LABEL_MAPS
@@ -51,7 +52,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--task", help="task to ask; by default the first that the model was trained on")
     parser.add_argument("--split", default="test", choices=["train", "validation", "test"])
     parser.add_argument("--modalities", nargs="+", help="what the model may see; by default what it was trained on")
-    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--batch_size", type=positive, default=32)
     parser.add_argument("--output", required=True, type=Path, help="folder for metrics.json and predictions.jsonl")
     parser.add_argument("--label_map", choices=LABEL_MAPS, help="from the task's answers to the corpus's labels")
     parser.add_argument("--compare", type=Path, help="predictions.jsonl of another run on the same samples")

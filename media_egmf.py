@@ -46,11 +46,13 @@ from typing import Any
 import numpy as np
 
 
+FULL_SCALE = 8.0  # samples beyond are damage; lossy codecs exceed 1.0 a little, and limiters of players expect that
 TOLERANCE = 0.1  # seconds that may be missing without a warning: codec delays, the last packet's padding
 STARTING = 300.0  # seconds that a worker may take to start, on a very busy machine; no call's time limit counts them
 LARGEST_RESULT = 1 << 30  # bytes of samples or frames that one call gives
 LARGEST_WORKER = 4 << 30  # bytes that a worker may have mapped
 UNKNOWN_SIZE = 0x7FFFF000  # a wav that was written to a pipe states this many bytes or more
+LARGEST_JUNK = 1 << 16  # bytes in front of a FLAC header
 GUESSED_LENGTHS = {"aac", "ac3", "amr", "dts", "eac3", "h264", "hevc", "loas", "m4v", "mp3", "mpegvideo"}
 THIS_FILE = os.path.abspath(__file__)
 
@@ -113,15 +115,20 @@ def load_audio(path: str | os.PathLike, sampling_rate: int, time_limit: float = 
             if raised.kind in ("time limit", "too large"):
                 break
         # What soundfile finds damaged, PyAV may recover better.
-        if found and not _shortfall("audio", **found[0][0]):
+        if found and not _audio_warnings(found[0][0]):
             break
     if not found:
         raise error
     # The reader that got more; soundfile if it is about the same. Neither's complaint is forgotten.
     best, samples = max(found, key=lambda one: one[0]["seconds"] + TOLERANCE * (one is found[0]))
-    claimed = max(one["claimed"] for one, _ in found)
-    faults = best["faults"] or found[0][0]["faults"]
-    return AudioClip(samples, int(sampling_rate), _shortfall("audio", best["seconds"], claimed, faults))
+    best["claimed"] = max(one["claimed"] for one, _ in found)
+    best["faults"] = best["faults"] or found[0][0]["faults"]
+    return AudioClip(samples, int(sampling_rate), _audio_warnings(best))
+
+
+def _audio_warnings(answer: dict[str, Any]) -> list[str]:
+    """What is missing from the sound that a reader found, and which of a file's tracks it is."""
+    return answer["notes"] + _shortfall("audio", answer["seconds"], answer["claimed"], answer["faults"])
 
 
 def load_video(path: str | os.PathLike, num_frames: int, time_limit: float = 60.0) -> VideoClip:
@@ -366,48 +373,77 @@ def _serve() -> None:
 
 
 class _Contents:
-    """A file without its name: FFmpeg judges by suffix what it cannot judge by content."""
+    """A file from `start` on, without its name: FFmpeg judges by suffix what it cannot judge by content."""
 
-    def __init__(self, file):
-        self.read, self.seek, self.tell = file.read, file.seek, file.tell
+    def __init__(self, file, start: int):
+        self.file, self.start, self.read = file, start, file.read
+        self.seek(0)
+
+    def seek(self, position: int, whence: int = 0) -> int:
+        return self.file.seek(position + (self.start if whence == 0 else 0), whence) - self.start
+
+    def tell(self) -> int:
+        return self.file.tell() - self.start
 
 
 @contextmanager
 def _container(file: str) -> Iterator[Any]:
-    """The file as PyAV's container, which may open nothing else."""
+    """The file as PyAV's container, which may open nothing else. Bytes in front of a FLAC header are skipped."""
     with open(file, "rb") as handle:
-        try:
-            container = av.open(_Contents(handle), options={"protocol_whitelist": "none"}, metadata_errors="replace")
-        except av.FFmpegError:
-            raise MediaError("", "not media", "it is no audio or video file, or its index is lost") from None
+        for start in (0, handle.read(LARGEST_JUNK).find(b"fLaC")):
+            try:
+                contents = _Contents(handle, max(start, 0))
+                container = av.open(contents, options={"protocol_whitelist": "none"}, metadata_errors="replace")
+                break
+            except av.FFmpegError:
+                pass
+        else:
+            raise MediaError("", "not media", "it is no audio or video file, or its index is lost")
         with container:
             yield container
 
 
 class _Track:
-    """A container's first stream of a kind, demuxed: all packets, none decoded.
+    """A container's stream of a kind, demuxed: all packets, none decoded.
+
+    Of several streams it is the one that a player would take: pictures that move rather than a still cover, then the
+    one that is marked as the default, then the longest. `order` names another: 1 for the next best.
 
     `start` is what the container calls second 0, `claimed` the second at which the stream ends as the file states it,
-    or 0.0, and `faults` what went wrong so far.
+    or 0.0, `faults` what went wrong so far, and `notes` which stream it is, where there are several.
     """
 
-    def __init__(self, container: Any, kind: str):
-        cover = av.stream.Disposition.attached_pic
+    def __init__(self, container: Any, kind: str, order: int = 0):
+        cover, default = av.stream.Disposition.attached_pic, av.stream.Disposition.default
         streams = [s for s in getattr(container.streams, kind) if not s.disposition & cover]
         if not streams:
             raise MediaError("", f"no {kind}", f"it has no {'sound' if kind == 'audio' else 'video'}")
         self.stream, self.start = streams[0], (container.start_time or 0) / 1e6
-        self.packets, self.faults, seen = [], [], 0.0
+        packets: dict[int, list] = {stream.index: [] for stream in streams}
+        self.faults, seen = [], 0.0
         for _ in range(100):  # damage ends the demuxer's loop: it is stepped over
             try:
                 for packet in container.demux():
                     if packet.pts is not None:
                         seen = max(seen, self.seconds(packet.pts + (packet.duration or 0), packet))
-                    if packet.stream_index == self.stream.index:
-                        self.packets.append(packet)
+                    if packet.stream_index in packets:
+                        packets[packet.stream_index].append(packet)
                 break
             except av.FFmpegError as error:
                 self.faults.append(error.strerror)
+
+        def rank(stream: Any) -> tuple:
+            own = packets[stream.index]
+            stamps = [packet.pts * float(stream.time_base) for packet in own if packet.pts is not None]
+            moves = kind == "video" and sum(packet.size > 0 for packet in own) > 1
+            length = max(stamps) - min(stamps) if stamps else 0.0
+            return moves, bool(stream.disposition & default), round(length, 1)
+
+        ranked = sorted(streams, key=rank, reverse=True)
+        self.stream, self.count = ranked[order], len(streams)
+        self.packets = packets[self.stream.index]
+        place = streams.index(self.stream) + 1
+        self.notes = [f"{kind}: track {place} of {self.count} is read"] if self.count > 1 else []
         self.claimed = self._claimed(container, seen)
 
     def _claimed(self, container: Any, seen: float) -> float:
@@ -498,6 +534,7 @@ def _read_video(file: str, count: int) -> tuple[dict[str, Any], np.ndarray]:
     if lost and not stated:
         warnings.append(f"video: no pictures for {lost:.1f} seconds in between")
     end = times[-1] + length
+    warnings = track.notes + warnings
     warnings += _shortfall("video", end - max(times[0] - first, 0.0), track.claimed, track.faults)
     return {"times": [times[i] for i in _spread(len(times), count)], "duration": end, "warnings": warnings}, pictures
 
@@ -533,8 +570,8 @@ def _read_video_by_decord(file: str, count: int) -> tuple[dict[str, Any], np.nda
     return {"times": spans[chosen, 0].tolist(), "duration": float(spans[-1, 1]), "warnings": warnings}, frames
 
 
-def _mono(samples: np.ndarray) -> np.ndarray:
-    """`(N,)` float32 in -1..1 of `(N, channels)` in any format."""
+def mono(samples: np.ndarray) -> np.ndarray:
+    """`(N,)` float32 in -1..1 of `(N, channels)` in floats or integers of the widths that files have."""
     if samples.dtype.kind in "iu":
         limits = np.iinfo(samples.dtype)
         middle = (int(limits.max) + int(limits.min) + 1) // 2
@@ -543,7 +580,13 @@ def _mono(samples: np.ndarray) -> np.ndarray:
 
 
 def _audio(
-    pieces: list[np.ndarray], silent: int, native_rate: int, rate: int, claimed: float, faults: list[str]
+    pieces: list[np.ndarray],
+    silent: int,
+    native_rate: int,
+    rate: int,
+    claimed: float,
+    faults: list[str],
+    notes: list[str],
 ) -> tuple[dict[str, Any], np.ndarray]:
     """What the audio readers answer: the pieces as one, resampled, and how much of it was decoded (not `silent`)."""
     count = sum(map(len, pieces))
@@ -555,11 +598,15 @@ def _audio(
     if not np.isfinite(samples).all():
         samples = np.nan_to_num(samples, copy=False, nan=0.0, posinf=0.0, neginf=0.0)
         faults.append("samples that are no numbers")
+    if (beyond := np.abs(samples) > FULL_SCALE).any():
+        samples[beyond] = np.sign(samples[beyond])
+        faults.append("samples far beyond full scale")
     if native_rate != rate:
         samples = soxr.resample(samples, native_rate, rate)
     if not len(samples):
         raise MediaError("", "damaged", "its sound is too short for one sample")
-    return {"seconds": (count - silent) / native_rate, "claimed": claimed, "faults": faults}, samples
+    answer = {"seconds": (count - silent) / native_rate, "claimed": claimed, "faults": faults, "notes": notes}
+    return answer, samples
 
 
 def _read_audio_by_soundfile(file: str, rate: int) -> tuple[dict[str, Any], np.ndarray]:
@@ -574,13 +621,13 @@ def _read_audio_by_soundfile(file: str, rate: int) -> tuple[dict[str, Any], np.n
         claimed = _stated_frames(file, sound) / sound.samplerate
         try:
             while len(block := sound.read(1 << 16, dtype="float32", always_2d=True)):
-                pieces.append(_mono(block))
+                pieces.append(mono(block))
         except soundfile.LibsndfileError as error:
             faults.append(error.error_string.strip(" .") or "unreadable sound")
         if sound.format == "OGG" and not _ogg_end(file)[1]:
             faults.append("the mark of the end is missing")
         native_rate = sound.samplerate
-    return _audio(pieces, 0, native_rate, rate, claimed, faults)
+    return _audio(pieces, 0, native_rate, rate, claimed, faults, [])
 
 
 def _stated_frames(file: str, sound: Any) -> float:
@@ -607,9 +654,27 @@ def _ogg_end(file: str) -> tuple[int, bool]:
 
 
 def _read_audio_by_pyav(file: str, rate: int) -> tuple[dict[str, Any], np.ndarray]:
-    """Sound by PyAV, laid out by its time stamps: what is missing at the start or in between is silence."""
+    """Sound by PyAV; of several tracks, where the first choice is silent throughout, the next."""
+    answer, samples, count = _read_track(file, rate, 0)
+    for order in range(1, count):
+        if samples.any():
+            break
+        try:
+            other, heard, _ = _read_track(file, rate, order)
+        except MediaError:
+            continue
+        if heard.any():
+            return other, heard
+    return answer, samples
+
+
+def _read_track(file: str, rate: int, order: int) -> tuple[dict[str, Any], np.ndarray, int]:
+    """A track by PyAV, laid out by its time stamps: what is missing at the start or in between is silence.
+
+    Also returns how many tracks there are.
+    """
     with _container(file) as container:
-        track = _Track(container, "audio")
+        track = _Track(container, "audio", order)
         pieces, position, silent, native_rate = [], 0, 0, 0
         for frame in track.frames():
             native_rate = native_rate or frame.sample_rate
@@ -629,9 +694,9 @@ def _read_audio_by_pyav(file: str, rate: int) -> tuple[dict[str, Any], np.ndarra
                 position += gap
             channels = frame.to_ndarray()  # (channels, n), or (1, n * channels) if they alternate
             samples = channels.T if frame.format.is_planar else channels.reshape(-1, frame.layout.nb_channels)
-            pieces.append(_mono(samples))
+            pieces.append(mono(samples))
             position += len(samples)
-    return _audio(pieces, silent, native_rate, rate, track.claimed, track.faults)
+    return *_audio(pieces, silent, native_rate, rate, track.claimed, track.faults, track.notes), track.count
 
 
 READERS = {

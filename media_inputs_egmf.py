@@ -4,17 +4,22 @@ Files are decoded by `media_egmf.py`; clips go through the audio tower's feature
 processor, one by one, and are put together to batches.
 """
 
+import math
 import os
 import warnings
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Real
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from transformers.feature_extraction_utils import BatchFeature
 
-from .media_egmf import AudioClip, MediaError, VideoClip, load_audio, load_video
+from .media_egmf import FULL_SCALE, AudioClip, MediaError, VideoClip, load_audio, load_video, mono
+
+
+MOST_CHANNELS = 8  # of an array of samples: 7.1 surround
 
 
 class MediaWarning(UserWarning):
@@ -98,13 +103,15 @@ class MediaInputsMixin:
         if is_path(value):
             name, value = os.fspath(value), _reported(value, load_audio(value, rate))
         if isinstance(value, dict) and {"array", "sampling_rate"} <= value.keys():
-            samples = as_array(f"{name}['array']", value["array"], 1, "an array (samples)")
-            value = AudioClip(samples, value["sampling_rate"], [])
+            value = AudioClip(as_samples(f"{name}['array']", value["array"]), value["sampling_rate"], [])
         if not hasattr(value, "samples"):  # by its form, as the class may be another copy's
             wanted = "a file, an AudioClip or a dict of `array` and `sampling_rate`"
             raise ValueError(f"`{name}` must be {wanted}, got {type(value).__name__}.")
         if not value.samples.size or not np.isfinite(value.samples).all():
             raise ValueError(f"`{name}` must have samples, all finite, got {value.samples.size} with NaN or infinity.")
+        native = value.sampling_rate
+        if isinstance(native, bool) or not isinstance(native, Real) or not 0 < native < math.inf:
+            raise ValueError(f"`{name}` got the sampling rate {native!r}, wanted a positive number of Hz.")
         if value.sampling_rate != rate:
             try:  # transformers makes users install what is imported outside of one
                 import soxr
@@ -202,6 +209,46 @@ def _reported(path: str | os.PathLike, clip):
     for warning in clip.warnings:
         warnings.warn(MediaWarning(f"{os.fspath(path)}: {warning}"), stacklevel=5)
     return clip
+
+
+def as_samples(name: str, value: Any) -> np.ndarray:
+    """Mono sound (N,) float32 of an array in one of the forms that audio libraries give.
+
+    Args:
+        name: For messages.
+        value: (samples,), or with up to `MOST_CHANNELS` channels, which are averaged, on either axis: (samples,
+            channels) or (channels, samples). Floats from -1 to 1; integers are scaled by their type, as in a file.
+
+    Raises:
+        ValueError: If it is not, or if it cannot be said which axis is which.
+    """
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu()
+        value = value.float() if value.is_floating_point() else value  # NumPy has no bfloat16
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`{name}` must be an array of samples, got {type(value).__name__} ({error}).") from error
+    if array.dtype.kind not in "fiu" or array.dtype.itemsize == 8 and array.dtype.kind != "f":
+        wanted = "floats from -1 to 1, or integers of 8, 16 or 32 bits"
+        raise ValueError(f"`{name}` has samples of the type {array.dtype}, wanted {wanted}.")
+    if array.ndim == 2:
+        few = [size <= MOST_CHANNELS for size in array.shape]
+        if 1 in array.shape:
+            array = array.reshape(-1, 1)
+        elif few == [True, False]:
+            array = array.T
+        elif few != [False, True]:
+            wanted = f"(samples,), or one axis of at most {MOST_CHANNELS} channels"
+            raise ValueError(f"`{name}` has the shape {array.shape}, wanted {wanted}.")
+    elif array.ndim == 1:
+        array = array[:, None]
+    else:
+        raise ValueError(f"`{name}` has the shape {array.shape}, wanted (samples,) or (samples, channels).")
+    samples = mono(array)
+    if samples.size and np.abs(samples).max() > FULL_SCALE:
+        raise ValueError(f"`{name}` has samples up to {np.abs(samples).max():.3g}, wanted them from -1 to 1.")
+    return samples
 
 
 def as_array(name: str, value: Any, ndim: int, wanted: str) -> np.ndarray:

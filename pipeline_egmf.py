@@ -4,6 +4,7 @@ recognize = pipeline("affect-recognition", model="DIR or Hub id", trust_remote_c
 recognize("clip.mp4", text="That is just great.")
 """
 
+import math
 import os
 import warnings
 from collections.abc import Iterator, Mapping
@@ -18,7 +19,7 @@ FIELDS = {"file", "audio", "video", "text", "speaker", "context"}
 
 
 @contextmanager
-def _collected(category: type[Warning], messages: list[str]) -> Iterator[None]:
+def _collected(category: type[Warning], messages: list[Warning]) -> Iterator[None]:
     """Adds the warnings of a category to `messages`; all others are given as they would have been."""
     caught: list[warnings.WarningMessage] = []
     try:
@@ -28,7 +29,7 @@ def _collected(category: type[Warning], messages: list[str]) -> Iterator[None]:
     finally:
         for one in caught:
             if one.category is category:
-                messages.append(str(one.message))
+                messages.append(one.message)
             else:
                 warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
 
@@ -60,8 +61,8 @@ class AffectRecognitionPipeline(Pipeline):
     - `probabilities` of all legal answers; `median` and `interval` (5 to 95 %) of a score, else None;
     - `gate_weights`: what the gate mixed, by expert and modality, and by expert;
     - `seconds`: of sound or pictures, whichever is longer, that were decoded (None without media);
-    - `warnings`: what of the files is missing from what the model was given;
-    - `error`: with `on_error="report"`, why a file could not be read; all else is then None or empty.
+    - `warnings`: what is missing from what the model was given: parts of a file, of a long text, or everything;
+    - `error`: with `on_error="report"`, why a sample could not be answered; all else is then None or empty.
     """
 
     _load_processor = True
@@ -69,6 +70,10 @@ class AffectRecognitionPipeline(Pipeline):
     _load_feature_extractor = False
     _load_image_processor = False
     _load_video_processor = False
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.processor.limit_length(self.model.config.text_config)
 
     def __call__(self, inputs: Any, batch_size: int | None = None, **kwargs) -> dict | list[dict]:
         """The answer to one sample, or to each of a list.
@@ -78,8 +83,8 @@ class AffectRecognitionPipeline(Pipeline):
             batch_size: How many samples go through the model at a time; 8 by default.
             text, speaker, context: For all samples that do not bring their own.
             task: Name of a task of the processor; by default the one the model was trained on.
-            on_error: `"raise"` (default) a MediaError for a file that cannot be read, or `"report"` it as the
-                sample's `error` and go on.
+            on_error: `"raise"` (default) a MediaError for a file that cannot be read and a ValueError for an argument
+                that is not as described; or `"report"` what is wrong with a sample as its `error` and go on.
         """
         steps = self._sanitize_parameters(**kwargs)
         before, forward, after = (
@@ -89,11 +94,35 @@ class AffectRecognitionPipeline(Pipeline):
             )
         )
         samples = inputs if isinstance(inputs, list) else [inputs]
-        size = batch_size or self._batch_size or 8
+        size = self._batch_size if batch_size is None else batch_size
+        size = 8 if size is None else size
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"batch_size: got {size!r}, wanted a positive number of samples")
+        task = before.get("task") or self.processor.default_task
+        if task not in self.processor.tasks:
+            raise ValueError(f"task: got {task!r}, wanted one of {', '.join(self.processor.tasks)}")
         answers = []
         for start in range(0, len(samples), size):
-            answers += self.run_single(samples[start : start + size], before, forward, after)
+            chunk = samples[start : start + size]
+            try:
+                answers += self.run_single(chunk, before, forward, after)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                if before.get("on_error") != "report":
+                    raise
+                if len(chunk) == 1:
+                    answers.append(self._failed(str(error) or type(error).__name__, self.processor.tasks[task]))
+                else:  # one of them is at fault: each is answered by itself
+                    answers += self(chunk, batch_size=1, **kwargs)
         return answers if isinstance(inputs, list) else answers[0]
+
+    @staticmethod
+    def _failed(error: str, task: Any) -> dict[str, Any]:
+        """The answer to a sample that could not be answered."""
+        value = "label" if task.kind == "classification" else "score"
+        nothing = dict.fromkeys((value, "probabilities", "median", "interval", "gate_weights", "seconds"))
+        return {**nothing, "warnings": [], "error": error}
 
     def _sanitize_parameters(self, task=None, on_error=None, **shared):
         if unknown := shared.keys() - {"text", "speaker", "context"}:
@@ -106,10 +135,8 @@ class AffectRecognitionPipeline(Pipeline):
         return {name: value for name, value in before.items() if value}, {}, {}
 
     def preprocess(self, samples: list, shared: Mapping = {}, task=None, on_error="raise") -> dict[str, Any]:
-        task = self.processor.tasks.get(task or self.processor.default_task)
-        if task is None:
-            raise ValueError(f"task: wanted one of {', '.join(self.processor.tasks)}")
-        reports, columns = [], []
+        task = self.processor.tasks[task or self.processor.default_task]
+        reports, answered, columns = [], [], []
         for sample in samples:
             sample = {"file": sample} if isinstance(sample, str | os.PathLike) else dict(sample)
             if unknown := sample.keys() - FIELDS:
@@ -119,7 +146,8 @@ class AffectRecognitionPipeline(Pipeline):
             sample = {**shared, **sample}
             report = {"seconds": None, "warnings": [], "error": None}
             reports.append(report)
-            with _collected(self.processor.media_warning, report["warnings"]):
+            missing: list[Warning] = []
+            with _collected(self.processor.media_warning, missing):
                 try:
                     if (file := sample.pop("file", None)) is not None:
                         media = self.processor.load_file(file)
@@ -130,15 +158,22 @@ class AffectRecognitionPipeline(Pipeline):
                         raise
                     report["error"] = str(error)
                     continue
-            report["seconds"] = max((clip.duration for clip in media if clip is not None), default=None)
+            durations = [clip.duration for clip in media if clip is not None and math.isfinite(clip.duration)]
+            report |= {"seconds": max(durations, default=None), "warnings": list(map(str, missing))}
+            if not str(sample.get("text") or "").strip() and not any(media):
+                report["warnings"].append("there is no text, no sound and no picture: the answer is a guess")
             columns.append(sample | media._asdict())
+            answered.append(report)
         if not columns:
             return {"reports": reports, "task": task, "inputs": None}
         names = ("text", "speaker", "context", "audio", "video")
         batch = {name: [column.get(name) for column in columns] for name in names}
-        with warnings.catch_warnings():
+        cut: list[Warning] = []
+        with warnings.catch_warnings(), _collected(self.processor.text_warning, cut):
             warnings.simplefilter("ignore", self.processor.media_warning)  # they have been taken down
             inputs = self.processor(task=task, **batch)
+        for warning in cut:
+            answered[warning.index]["warnings"].append(str(warning))
         return {"reports": reports, "task": task, "inputs": dict(inputs)}
 
     def _forward(self, model_inputs: dict[str, Any]) -> dict[str, Any]:

@@ -7,11 +7,11 @@ On a terminal it prints a table; into a file or a pipe, one JSON line per file: 
 and interval of a score, gate weights, seconds decoded and warnings. A file that cannot be read has the reason as its
 `error`; the others are answered all the same, and the exit status is 1.
 
-A transcripts file has the columns `file` (name or path) and `text`, and may have `speaker`.
+A transcripts file has the columns `file` (name or path) and `text`, and may have `speaker`; see
+`egmf/data/transcripts.py` for its forms.
 """
 
 import argparse
-import csv
 import json
 import os
 import sys
@@ -19,6 +19,9 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 from transformers import pipeline
+
+from egmf.arguments import positive
+from egmf.data.transcripts import match_transcripts
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -29,47 +32,23 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     words.add_argument("--text", help="what is said in the file")
     words.add_argument("--transcripts", type=Path, metavar="FILE.csv", help="what is said, by file")
     parser.add_argument("--task", help="task to ask; by default the one the model was trained on")
-    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--batch_size", type=positive, default=8, help="files that go through the model at a time")
     parsed = parser.parse_args(arguments)
     if parsed.text is not None and len(parsed.files) > 1:
         parser.error(f"--text: got {len(parsed.files)} files, wanted one; see --transcripts")
     return parsed
 
 
-def read_transcripts(path: Path) -> dict[str, dict]:
-    """`text` (and `speaker`) by file, as it is named in the CSV file.
-
-    Raises:
-        ValueError: If a column is missing, or a file is there twice.
-    """
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = csv.DictReader(file)
-        if missing := {"file", "text"} - set(rows.fieldnames or ()):
-            raise ValueError(f"{path}: no column {', '.join(sorted(missing))}; got {rows.fieldnames}")
-        transcripts = {}
-        for row in rows:
-            if row["file"] in transcripts:
-                raise ValueError(f"{path}: {row['file']} is there twice, wanted one line per file")
-            transcripts[row["file"]] = {name: row[name] for name in ("text", "speaker") if row.get(name)}
-    return transcripts
-
-
 def samples_of(args: argparse.Namespace) -> list[dict]:
     """One sample per file, with its words.
 
     Raises:
-        ValueError: If the transcripts lack a file.
+        ValueError: If the transcripts cannot be read, or lack a file.
     """
     if args.transcripts is None:
         return [{"file": file, "text": args.text} for file in args.files]
-    transcripts = read_transcripts(args.transcripts)
-    samples = []
-    for file in args.files:
-        words = transcripts.get(file, transcripts.get(Path(file).name))
-        if words is None:
-            raise ValueError(f"{args.transcripts}: got no line for {file}, wanted its path or its name in column file")
-        samples.append({"file": file, **words})
-    return samples
+    words = match_transcripts(args.transcripts, args.files)
+    return [{"file": file, **said} for file, said in zip(args.files, words, strict=True)]
 
 
 def table_row(answer: dict) -> str:
@@ -88,7 +67,11 @@ def table_row(answer: dict) -> str:
 
 def main(arguments: list[str]) -> int:
     args = parse_arguments(arguments)
-    samples = samples_of(args)
+    try:
+        samples = samples_of(args)
+    except (OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 2
     recognize = pipeline("affect-recognition", model=args.model, trust_remote_code=True)
     for_people, failed = sys.stdout.isatty(), False
     progress = tqdm(total=len(samples), unit="file", disable=None if len(samples) > 1 else True)

@@ -8,6 +8,7 @@ The paper (arXiv 2601.07565) asks an LLM with a prompt and pseudo tokens; the la
 implementation's own choice.
 """
 
+import warnings
 from collections.abc import Sequence
 from itertools import takewhile
 from typing import Any
@@ -33,6 +34,19 @@ SPARE_TOKENS = ("pseudo", "reserved", "unused", "placeholder", "extra", "empty_o
 NEW_PSEUDO_TOKEN = "<|pseudo|>"
 
 
+class TextWarning(UserWarning):
+    """A text does not fit into the LLM's context, and a part of it is left out.
+
+    Args:
+        index: Place of the sample in its batch.
+        message: What is left out.
+    """
+
+    def __init__(self, index: int, message: str):
+        super().__init__(message)
+        self.index = index
+
+
 class EGMFProcessor(MediaInputsMixin, ProcessorMixin):
     """Turns utterances into the inputs of EGMF, and its answers into labels and scores.
 
@@ -43,6 +57,9 @@ class EGMFProcessor(MediaInputsMixin, ProcessorMixin):
     What stands in front of the pseudo tokens conditions the gate. The utterance comes after them, so that the LLM
     reads it with the fused modalities in view. The pieces are tokenised one by one, and special tokens inside a user's
     text stay plain text, so nobody can write a placeholder. White space in a text, line ends included, is folded.
+
+    A sequence and its answer have at most `tokenizer.model_max_length` tokens. What does not fit is left out with a
+    [`TextWarning`]: the farthest lines of the context first, then the beginning of the utterance.
 
     Args:
         tokenizer: The LLM's tokenizer.
@@ -60,6 +77,7 @@ class EGMFProcessor(MediaInputsMixin, ProcessorMixin):
     """
 
     text_kwargs = {"padding_side": "left"}
+    text_warning = TextWarning
 
     def __init__(
         self,
@@ -127,6 +145,12 @@ class EGMFProcessor(MediaInputsMixin, ProcessorMixin):
         spare = (token for pattern in SPARE_TOKENS for token in special if pattern in token and token not in used)
         return next(spare, None)
 
+    def limit_length(self, text_config: PreTrainedConfig) -> None:
+        """Lowers `tokenizer.model_max_length` to the positions that the LLM of a config has, if it has a number."""
+        positions = getattr(text_config, "max_position_embeddings", None)
+        if positions:
+            self.tokenizer.model_max_length = min(self.tokenizer.model_max_length, positions)
+
     @property
     def pseudo_token_id(self) -> int:
         """Token id of the placeholders, the model's `config.pseudo_token_id`."""
@@ -168,7 +192,8 @@ class EGMFProcessor(MediaInputsMixin, ProcessorMixin):
             context: Per sample the preceding utterances, oldest first: strings or `{"speaker", "text"}` dicts.
             following: Per sample the utterances after it, nearest first, in the same form.
             speaker: Who says the utterance.
-            audio: Per sample a file with sound, an [`AudioClip`], or `{"array", "sampling_rate"}`, mono (samples,).
+            audio: Per sample a file with sound, an [`AudioClip`], or `{"array", "sampling_rate"}`: (samples,),
+                (samples, channels) or (channels, samples), floats from -1 to 1 or integers; channels are averaged.
             video: Per sample a file with pictures, a [`VideoClip`], or an array of RGB frames (F, height, width, 3),
                 uint8. The sound track of a video file is the sample's audio unless one is given.
             audio_features, vision_features: Per sample an array `(T, D)` of finite numbers, `T` >= 1; for a model with
@@ -331,16 +356,31 @@ class EGMFProcessor(MediaInputsMixin, ProcessorMixin):
         ids = self._encode([*context, *following, name, utterance])
         name, utterance = ids[-2:]
         marker = self._piece(FOLLOWING[task.language])
-        lines = self._fit(ids[: len(context)], ids[len(context) : -2], marker)
         prompt = self._start_ids + self._piece(task.prompt) + self._piece("\n")
         pseudo = [self.pseudo_token_id] * self.num_pseudo_tokens + self._piece("\n")
-        return prompt + lines + pseudo + name, utterance, self._piece("\n") + self._piece(task.cue)
+        end = self._piece("\n") + self._piece(task.cue)
+        context, following = ids[: len(context)], ids[len(context) : -2]
+        lines = self._fit(context, following, marker, self.max_context_tokens)
+        limit = self.tokenizer.model_max_length
+        fixed = sum(map(len, (prompt, pseudo, name, end)))
+        # An answer is shorter than half of any context.
+        room = limit - fixed - (self.max_answer_tokens(task) if 2 * (fixed + len(lines + utterance)) > limit else 0)
+        if (excess := len(lines) + len(utterance) - room) > 0:
+            shorter = self._fit(context, following, marker, max(0, len(lines) - excess))
+            cut = max(0, len(shorter) + len(utterance) - max(0, room))
+            lost = [f"{len(lines) - len(shorter)} tokens of the context"] if len(shorter) < len(lines) else []
+            lost += [f"the first {cut} of {len(utterance)} tokens of the text"] if cut else []
+            message = f"the language model reads {limit} tokens: {' and '.join(lost)} are left out"
+            warnings.warn(TextWarning(i, message), stacklevel=3)
+            lines, utterance = shorter, utterance[cut:]
+        return prompt + lines + pseudo + name, utterance, end
 
-    def _fit(self, context: list[list[int]], following: list[list[int]], marker: list[int]) -> list[int]:
+    @staticmethod
+    def _fit(context: list[list[int]], following: list[list[int]], marker: list[int], budget: int) -> list[int]:
         """The context lines, then marker and following lines, less the farthest ones that exceed the budget."""
         while True:
             lines = sum(context + [marker] * bool(following) + following, [])
-            if not lines or len(lines) <= self.max_context_tokens:
+            if not lines or len(lines) <= budget:
                 return lines
             if len(following) >= len(context):
                 following = following[:-1]
@@ -395,6 +435,12 @@ def _fold(name: str, text: str | None) -> str:
     """One line of text, "" for None."""
     if text is not None and not isinstance(text, str):
         raise ValueError(f"`{name}` must be a string or None, got {type(text).__name__} {text!r}.")
+    if text and not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            wanted = "valid Unicode"
+            raise ValueError(f"`{name}` got a lone surrogate at character {error.start}, wanted {wanted}.") from None
     return " ".join((text or "").split())
 
 

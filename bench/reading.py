@@ -3,8 +3,8 @@
     python -m bench.reading
 
 For each recipe, the script makes up a batch of rows with features of the widths and mean lengths that
-`experiments/needs.py` assumes, the shortest row half and the longest one and a half times as long. Clips become entries
-of the cache of frozen towers, published features become rows of a corpus. It measures reading the rows and
+`experiments/needs.py` assumes, the shortest row half and the longest one and a half times as long. Clips become
+entries of the cache of frozen towers, published features become rows of a corpus. It measures reading the rows and
 `AffectCollator`, on one core, with all files in the page cache, and prints the median of `REPEATS` CPU times and the
 numbers (single values of features, without padding) per second. `READING` in `experiments/needs.py` is the rate of the
 slowest recipe of each kind, rounded down.

@@ -271,10 +271,10 @@ Not yet run. Computed for one A100 by `python -m experiments.needs`, whose first
 
 Every process reads {rates} per second.
 `python -m bench.reading` measured 183 to 233 million of clips and 6.6 to 9.7 million of features, with files in
-memory, on one core of a Xeon; half of the slowest is taken for clips, whose files come from a disk and whose batches of 600 MB
-have to get to the GPU. The recipes' `dataloader_num_workers` is {workers}. With 0, the process that trains reads
-between its steps, and both times add up; with `--dataloader_num_workers 4`, others read beside it, in a quarter of the
-time.
+memory, on one core of a Xeon. Of the slowest rate for clips, half is assumed: their files come from a disk, and their
+batches of 600 MB have to get to the GPU. The recipes' `dataloader_num_workers` is {workers}. With 0, the process that
+trains reads between its steps, and both times add up. With `--dataloader_num_workers 4`, others read beside it, in a
+quarter of the time, and hold up to 5 GB of batches in shared memory.
 
 """
 

@@ -205,6 +205,77 @@ def test_sound_that_starts_late_is_preceded_by_silence(tmp_path, suffix):
     assert np.abs(clip.samples[:7000]).max() < 0.01 and np.abs(clip.samples[9000:9500]).max() > 0.2
 
 
+def write_tracks(path: Path, videos: list[dict], sounds: list[dict]) -> Path:
+    """A Matroska file with several tracks: `frames`, `size`, `default` of videos; `level`, `seconds`, `default`."""
+    default = av.stream.Disposition.default
+    with av.open(str(path), "w") as container:
+        tracks = []
+        for video in videos:
+            stream = container.add_stream("libx264", rate=FPS)
+            stream.width, stream.height = video["size"]
+            stream.pix_fmt = "yuv420p"
+            tracks.append((stream, video))
+        for audio in sounds:
+            tracks.append((container.add_stream("flac", rate=RATE, layout="mono"), audio))
+        for stream, made in tracks:
+            stream.disposition = default if made.get("default") else av.stream.Disposition(0)
+        for stream, made in tracks:
+            if "size" in made:
+                for i, picture in enumerate(pictures(made["frames"], *made["size"])):
+                    frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+                    frame.pts, frame.time_base = i, Fraction(1, FPS)
+                    container.mux(stream.encode(frame))
+            else:
+                wave = made["level"] * 2 * sine(made["seconds"])[:, :1].T
+                frame = av.AudioFrame.from_ndarray((32767 * wave).astype(np.int16), "s16", "mono")
+                frame.sample_rate, frame.pts = RATE, 0
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode(None))
+    return path
+
+
+def test_of_several_videos_the_one_a_player_shows_is_read(tmp_path):
+    cover, film, longer = (
+        {"size": (64, 64), "frames": 1},
+        {"size": SIZE, "frames": 20},
+        {"size": (96, 64), "frames": 40},
+    )
+    clip = load_video(write_tracks(tmp_path / "cover.mkv", [{**cover, "default": True}, film], []), 3)
+    assert clip.frames.shape[1:3] == SIZE[::-1] and clip.warnings == ["video: track 2 of 2 is read"]
+    clip = load_video(write_tracks(tmp_path / "default.mkv", [longer, {**film, "default": True}], []), 3)
+    assert clip.frames.shape[1:3] == SIZE[::-1]
+    clip = load_video(write_tracks(tmp_path / "longest.mkv", [film, longer], []), 3)
+    assert clip.frames.shape[1:3] == (64, 96)
+    assert load_video(write_tracks(tmp_path / "one.mkv", [film], []), 3).warnings == []
+
+
+def test_of_several_sound_tracks_a_silent_one_is_passed_over(tmp_path):
+    silent, quiet, loud = ({"level": level, "seconds": SECONDS} for level in (0.0, 0.1, 0.4))
+    clip = load_audio(write_tracks(tmp_path / "silent.mkv", [], [silent, loud]), RATE)
+    assert np.abs(clip.samples).max() == pytest.approx(0.4, abs=0.01)
+    assert clip.warnings == ["audio: track 2 of 2 is read"]
+    clip = load_audio(write_tracks(tmp_path / "default.mkv", [], [quiet, {**loud, "default": True}]), RATE)
+    assert np.abs(clip.samples).max() == pytest.approx(0.4, abs=0.01)
+
+
+def test_samples_far_beyond_full_scale_are_damage(tmp_path):
+    """As an AAC track with damaged frames decodes: finite, and so loud that features overflow."""
+    wave = sine(channels=1)
+    wave[1000:1200] *= 1e20
+    soundfile.write(tmp_path / "loud.wav", wave, RATE, subtype="FLOAT")
+    clip = load_audio(tmp_path / "loud.wav", RATE)
+    assert np.abs(clip.samples).max() == 1.0
+    np.testing.assert_array_equal(clip.samples[2000:], wave[2000:, 0])
+    assert clip.warnings == ["audio: 1 damaged places, the first: samples far beyond full scale"]
+
+
+def test_a_flac_file_with_bytes_before_its_header_is_read(tmp_path):
+    soundfile.write(tmp_path / "whole.flac", sine(channels=1), RATE)
+    (tmp_path / "junk.flac").write_bytes(bytes(range(256)) * 2 + (tmp_path / "whole.flac").read_bytes())
+    whole, junk = (load_audio(tmp_path / f"{name}.flac", RATE) for name in ("whole", "junk"))
+    np.testing.assert_array_equal(junk.samples, whole.samples)
+
+
 def test_a_phones_rotation_is_applied(clips, tmp_path):
     data = bytearray(clips["silent.mp4"].read_bytes())
     matrix = data.index(b"tkhd") + 4 + 40

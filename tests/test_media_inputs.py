@@ -62,6 +62,10 @@ def write_clip(path, seconds: float = 1.0, sound: bool = True, seed: int = 0) ->
     return str(path)
 
 
+def sound(array, rate=16000) -> dict:
+    return {"array": array, "sampling_rate": rate}
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("media")
@@ -194,11 +198,25 @@ def test_what_a_file_lacks_is_said(llm_folder, files, tmp_path):
     [
         ({"audio": 3}, r"`audio\[0\]` must be a file, an AudioClip or a dict .*, got int"),
         (
-            {"audio": {"array": [[0.1]], "sampling_rate": 16000}},
-            r"`audio\[0\]\['array'\]` must be an array \(samples\)",
+            {"audio": {"array": [[[0.1]]], "sampling_rate": 16000}},
+            r"`audio\[0\]\['array'\]` has the shape \(1, 1, 1\), wanted \(samples,\) or",
         ),
         ({"audio": {"array": [], "sampling_rate": 16000}}, r"`audio\[0\]` must have samples"),
         ({"audio": {"array": [np.nan], "sampling_rate": 16000}}, r"`audio\[0\]` must have samples, all finite"),
+        (
+            {"audio": sound(np.zeros((3, 2)))},
+            r"shape \(3, 2\), wanted \(samples,\), or one axis of at most 8 channels",
+        ),
+        ({"audio": sound(np.zeros(9, bool))}, "samples of the type bool, wanted floats from -1 to 1, or integers"),
+        ({"audio": sound(np.zeros(9, complex))}, "samples of the type complex128, wanted floats"),
+        ({"audio": sound(np.zeros(9, np.int64))}, "samples of the type int64, wanted floats"),
+        ({"audio": sound(np.full(9, 1e20))}, r"samples up to 1e\+20, wanted them from -1 to 1"),
+        ({"audio": sound([0.1], "16000")}, r"`audio\[0\]` got the sampling rate '16000', wanted a positive number"),
+        ({"audio": sound([0.1], None)}, r"`audio\[0\]` got the sampling rate None"),
+        ({"audio": sound([0.1], 0)}, r"`audio\[0\]` got the sampling rate 0"),
+        ({"audio": sound([0.1], -8000)}, r"`audio\[0\]` got the sampling rate -8000"),
+        ({"audio": sound([0.1], np.nan)}, r"`audio\[0\]` got the sampling rate nan"),
+        ({"speaker": "J\ud800"}, r"`speaker\[0\]` got a lone surrogate at character 1, wanted valid Unicode"),
         ({"video": np.zeros((2, 8, 8, 3))}, r"`video\[0\]` must be .* uint8 frames .*, got float64 of the shape"),
         ({"video": np.zeros((2, 8, 8), np.uint8)}, r"`video\[0\]` must be"),
     ],
@@ -206,6 +224,34 @@ def test_what_a_file_lacks_is_said(llm_folder, files, tmp_path):
 def test_media_of_a_wrong_form(llm_folder, call, message):
     with pytest.raises(ValueError, match=message):
         build_processor(llm_folder())(text="so", task="meld", **call)
+
+
+def test_arrays_are_heard_as_files_are(llm_folder, tmp_path):
+    """Integers by their type, channels averaged on either axis, torch tensors."""
+    processor, wave = build_processor(llm_folder()), tone(0.3)
+    samples = (32767 * wave).astype(np.int16)
+    soundfile.write(tmp_path / "mono.wav", samples, 16000)
+
+    def heard(audio):
+        return processor(text="so", audio=audio, task="meld")["input_features"]
+
+    wanted = heard(tmp_path / "mono.wav")
+    stereo = np.stack([samples, samples], 1)
+    forms = {
+        "int16": samples,
+        "int32": samples.astype(np.int32) << 16,
+        "float": samples / 32768,
+        "(1, N)": samples[None],
+        "(N, 1)": samples[:, None],
+        "(N, 2)": stereo,
+        "(2, N)": stereo.T,
+        "tensor": torch.from_numpy(samples),
+        "float tensor": torch.from_numpy(samples / 32768),
+    }
+    for form, array in forms.items():
+        torch.testing.assert_close(heard(sound(array)), wanted, rtol=0, atol=1e-6, msg=form)
+    eight_bits = heard(sound((128 + 127 * wave).astype(np.uint8)))
+    assert (eight_bits - wanted).abs().max() < 0.5 < (wanted - heard(sound(np.zeros(4800)))).abs().max()
 
 
 def test_media_without_a_tower(processor, files):
@@ -400,7 +446,7 @@ def test_entries_by_other_settings_or_code_are_others(media, tmp_path, monkeypat
 def test_training_with_and_without_autocast_share_no_entries(media, files, tmp_path, monkeypatch):
     """And each has what its steps would compute; a tower that was left in training mode drops nothing out."""
     processor, model = media
-    monkeypatch.setattr("tower_cache.constants.HF_HOME", str(tmp_path))
+    monkeypatch.setattr("egmf.data.tower_cache.constants.HF_HOME", str(tmp_path))
     model = copy.deepcopy(model)
     row = {"audio": files["wav"], "video": files["short"]}
     corpus = {split: Dataset.from_list([row]) for split in ("train", "validation")}

@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from test_media_inputs import build_processor, tone, write_clip
@@ -14,6 +16,9 @@ from test_towers import IMAGE, whisper
 from transformers import CLIPVisionConfig, CLIPVisionModel, pipeline
 
 from egmf.data.collator import AffectCollator
+from egmf.data.transcripts import match_transcripts
+from egmf.media_egmf import AudioClip
+from predict import main
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -115,7 +120,7 @@ def test_files_that_cannot_be_read(place, recognize):
 def test_wrong_arguments(recognize):
     with pytest.raises(ValueError, match="wanted text, speaker, context, task, on_error"):
         recognize("clip.mp4", words="so")
-    with pytest.raises(ValueError, match="task: wanted one of"):
+    with pytest.raises(ValueError, match="task: got 'mood', wanted one of"):
         recognize({"text": "so"}, task="mood")
     with pytest.raises(ValueError, match=r"a sample got \['words'\]"):
         recognize({"words": "so"})
@@ -132,7 +137,7 @@ def test_warnings_that_are_not_of_media_reach_the_user(recognize, place):
 
         @property
         def frames(self):
-            if not self.seeded_collator:
+            if not self.told:
                 type(self).told = True
                 warnings.warn("old frames", DeprecationWarning, stacklevel=1)
             return vars(self)["frames"]
@@ -185,17 +190,114 @@ def test_predict_one_file(place):
     assert -3 <= answer["score"] <= 3 and answer["interval"][0] <= answer["interval"][1]
 
 
+TEXTS = {"one.mp4": "so, so", "two.mp4": "no"}
+ROWS = 'file,text\none.mp4,"so, so"\ntwo.mp4,no\n'
+
+
 @pytest.mark.parametrize(
-    ("lines", "message"),
+    "content",
     [
-        ("name,text\none.mp4,so", "words.csv: no column file"),
-        ("file,text\ntwo.mp4,so", "words.csv: got no line for one.mp4"),
-        ("file,text\none.mp4,so\none.mp4,no", "words.csv: one.mp4 is there twice"),
+        ROWS.encode(),
+        ROWS.encode("utf-8-sig"),
+        ROWS.encode("utf-16"),
+        ROWS.replace("file,text", " File ,TEXT").encode(),
+        ROWS.replace(",no", ";no").replace("mp4,", "mp4;").replace("file,", "file;").encode(),
+        ROWS.replace('"so, so"', "so, so").replace("mp4,", "mp4\t").replace("file,", "file\t").encode(),
+        ROWS.replace("\n", "\r\n").encode(),
+        b"\n".join([ROWS.encode(), b"", b""]),
+    ],
+    ids=["plain", "mark", "utf-16", "capitals", "semicolons", "tabs", "windows", "blank"],
+)
+def test_transcripts_as_spreadsheets_save_them(tmp_path, content):
+    (tmp_path / "words.csv").write_bytes(content)
+    found = match_transcripts(tmp_path / "words.csv", ["clips/one.mp4", "two.mp4"])
+    assert [one["text"] for one in found] == list(TEXTS.values())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"name,text\none.mp4,so", "line 1: got 'name,text', wanted a header with the columns file and text"),
+        (b"file,text\ntwo.mp4,so", "got no line for one.mp4"),
+        (b"file,text\none.mp4,so\none.mp4,no", "line 3: one.mp4 is there twice"),
+        (b"file,text\none.mp4,so, so\ntwo.mp4,no", "line 2: got 3 cells, wanted 2, as in the header"),
+        (b'file,text\none.mp4,"so\ntwo.mp4,no\n', "line 2: got a faulty quote"),
+        (b'file,text\ntwo.mp4,no\none.mp4,"so\nthree.wav,"no"\n', "line 3: got a faulty quote"),
+        ("file,text\none.mp4,caf\u00e9".encode("cp1252"), "line 2: got a byte 0xe9 that is not UTF-8"),
+        (b"file,text\n,so", "line 2: got no file"),
+        (b"", "line 1: got '', wanted a header"),
     ],
 )
-def test_faulty_transcripts(tmp_path, lines, message):
-    from predict import main
+def test_faulty_transcripts(tmp_path, capsys, content, message):
+    (tmp_path / "words.csv").write_bytes(content)
+    assert main(["model", "one.mp4", "--transcripts", str(tmp_path / "words.csv")]) == 2
+    said = capsys.readouterr().err
+    assert "words.csv: " + message in said and len(said.splitlines()) == 1
 
-    (tmp_path / "words.csv").write_text(lines)
-    with pytest.raises(ValueError, match=message):
-        main(["model", "one.mp4", "--transcripts", str(tmp_path / "words.csv")])
+
+def test_one_line_serves_no_two_files(tmp_path):
+    (tmp_path / "words.csv").write_text("file,text\none.mp4,so")
+    with pytest.raises(ValueError, match=r"words.csv: got one line one.mp4 for a/one.mp4 and b/one.mp4, wanted"):
+        match_transcripts(tmp_path / "words.csv", ["a/one.mp4", "b/one.mp4"])
+
+
+@pytest.mark.parametrize("size", ["0", "-1", "two"])
+def test_a_batch_size_that_answers_nothing_is_refused(capsys, recognize, size):
+    with pytest.raises(SystemExit) as stop:
+        main(["model", "one.mp4", "--batch_size", size])
+    assert stop.value.code == 2 and f"got {size!r}, wanted a whole number from 1" in capsys.readouterr().err
+    if size != "two":
+        with pytest.raises(ValueError, match=f"batch_size: got {size}, wanted a positive number"):
+            recognize([{"text": "so"}], batch_size=int(size))
+
+
+def test_a_fault_of_one_sample_is_its_own_error(recognize):
+    """Also of one that is only found in the model: features that overflow."""
+    good = {"text": "so"}
+    loud = {"text": "so", "audio": {"array": np.full(4800, 1e20), "sampling_rate": 16000}}
+    clip = AudioClip(np.full(4800, 1e20, np.float32), 16000, [])
+    samples = [good, loud, {"text": "so", "audio": clip}, {"text": 3}, {"words": "so"}, good]
+    answers = recognize(samples, on_error="report", batch_size=3)
+    assert [answer["error"] is None for answer in answers] == [True, False, False, False, False, True]
+    assert "samples up to 1e+20" in answers[1]["error"] and "NaN or infinite" in answers[2]["error"]
+    assert "must be a string" in answers[3]["error"] and "a sample got ['words']" in answers[4]["error"]
+    assert all(answer["label"] is None and answer["warnings"] == [] for answer in answers[1:5])
+    assert answers[0]["probabilities"] == pytest.approx(recognize(good)["probabilities"], abs=1e-5)
+    with pytest.raises(ValueError, match=r"samples up to 1e\+20"):
+        recognize(samples)
+
+
+def test_seconds_of_frames_without_times_are_null(recognize):
+    frames = np.zeros((2, 8, 8, 3), np.uint8)
+    answer = recognize({"text": "so", "video": frames})
+    assert answer["seconds"] is None and json.loads(json.dumps(answer, allow_nan=False))
+
+
+def test_what_is_left_out_of_a_long_text_is_said(recognize):
+    limit = recognize.model.config.text_config.max_position_embeddings
+    assert recognize.processor.tokenizer.model_max_length == limit
+    long = "so " * limit
+    context = ["It broke. " * 9]
+    cut, short = recognize([{"text": long, "context": context}, {"text": "so", "context": context}])
+    assert short["warnings"] == []
+    [warning] = cut["warnings"]
+    found = re.fullmatch(
+        rf"the language model reads {limit} tokens: (\d+) tokens of the context and "
+        r"the first (\d+) of (\d+) tokens of the text are left out",
+        warning,
+    )
+    assert found and 0 < int(found[2]) < int(found[3])
+    with pytest.warns(UserWarning, match="are left out"):
+        inputs = recognize.processor(text=long, context=context, task="meld")
+    answer_room = recognize.processor.max_answer_tokens("meld")
+    assert inputs["input_ids"].shape[1] == limit - answer_room
+    assert "so" in recognize.processor.tokenizer.decode(
+        inputs["input_ids"][0][inputs["utterance_mask"][0].bool()][-9:]
+    )
+
+
+def test_an_answer_to_nothing_says_so(recognize):
+    answer = recognize({"text": " "})
+    assert answer["label"] and answer["warnings"] == [
+        "there is no text, no sound and no picture: the answer is a guess"
+    ]
