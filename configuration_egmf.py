@@ -52,8 +52,6 @@ class EGMFConfig(PreTrainedConfig):
         global_num_layers: Transformer layers of the global expert.
         gating: `"hierarchical"` (over modalities inside an expert, then over experts per pseudo token), `"flat"`
             (one softmax over all expert-modality pairs per pseudo token) or `"mean"` (no gate).
-        modality_dropout: Probability, by modality name, that a present modality is dropped from a training sample;
-            one modality is always left. Dropped text is hidden from the LLM as well.
         lm_head_bias: Whether the LLM's head has a bias (`from_language_model` finds out).
         feature_noise: Gaussian noise added in training to precomputed features, by modality name, in units of their
             standard deviation; regularises weak or contaminated features.
@@ -86,7 +84,6 @@ class EGMFConfig(PreTrainedConfig):
     global_num_components: int = 6
     global_num_layers: int = 2
     gating: Literal["hierarchical", "flat", "mean"] = "hierarchical"
-    modality_dropout: dict[str, float | int] | None = None
     feature_noise: dict[str, float | int] | None = None
     clip_statistics: list[str] | tuple[str, ...] = ()
     frame_pooling: dict[str, int] | None = None
@@ -103,7 +100,6 @@ class EGMFConfig(PreTrainedConfig):
             self.text_config = CONFIG_MAPPING["llama"]()
         # Tying is honoured only if the top-level config says so; the LLM's config is what knows.
         self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
-        self.modality_dropout = dict(self.modality_dropout or {})
         self.feature_noise = dict(self.feature_noise or {})
         self.frame_pooling = dict(self.frame_pooling or {})
         self.experts = list(self.experts)
@@ -142,11 +138,6 @@ class EGMFConfig(PreTrainedConfig):
         if not set(self.clip_statistics) <= set(self.modalities[1:]):
             wanted = f"some of the model's {self.modalities[1:]}"
             raise ValueError(f"clip_statistics: got {self.clip_statistics}, wanted {wanted}")
-        for name, rate in self.modality_dropout.items():
-            if name not in ("text", "audio", "vision") or not 0 <= rate < 1:
-                raise ValueError(
-                    f"modality_dropout: got {{{name!r}: {rate}}}, wanted text, audio or vision with a rate in [0, 1)"
-                )
         for name, deviation in self.feature_noise.items():
             if name not in ("audio", "vision") or deviation < 0:
                 raise ValueError(

@@ -544,6 +544,12 @@ class EGMFFusion(nn.Module):
         """
         index, batch_size = list(self.widths).index(name), len(span)
         weight = self.input_proj[name].weight
+        if features is None and self.training and torch.is_grad_enabled():
+            # All parameters are used in every step: processes that hold parts of them have to agree on which.
+            layers = self.layer_mix[name].weights.numel() if name in self.layer_mix else 0
+            mask = torch.zeros(batch_size, 1, dtype=torch.bool, device=weight.device)
+            blank = weight.new_zeros(batch_size, 1, self.widths[name])
+            features = (blank,) * layers if layers else blank
         if features is None:
             state = self.absent_embedding[index].expand(batch_size, 1, -1)
             mask = torch.ones(batch_size, 1, dtype=torch.bool, device=weight.device)

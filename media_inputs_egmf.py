@@ -80,6 +80,17 @@ class MediaInputsMixin:
         inputs.update(self._vision_inputs([clip.video for clip in media]))
         return BatchFeature(inputs, tensor_type=return_tensors)
 
+    def blank_media(self, modality: str) -> BatchFeature:
+        """What the tower of a modality ("audio", "vision") reads of one clip, all masked: for shapes alone."""
+        if modality == "audio":
+            rate = self.feature_extractor.sampling_rate
+            inputs = self.media_inputs([Media(audio=AudioClip(np.zeros(rate, np.float32), rate, []))])
+        else:
+            frame = np.zeros((1, 32, 32, 3), np.uint8)
+            inputs = self.media_inputs([Media(video=VideoClip(frame, np.full(1, np.nan), np.nan, []))])
+        inputs[f"{modality}_mask"] = np.zeros_like(inputs[f"{modality}_mask"])
+        return inputs.convert_to_tensors("pt")
+
     def load_media(self, audio: Any = None, video: Any = None, sound_track: bool = True, index: str = "") -> Media:
         """One sample's `audio` and `video`, as `__call__` takes them, decoded; it takes the clips in their place."""
         heard = sound_track and is_path(video) and self.feature_extractor is not None

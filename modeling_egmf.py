@@ -217,28 +217,6 @@ class EGMFModel(EGMFPreTrainedModel):
         embeds = inputs_embeds.gather(1, order.unsqueeze(-1).expand(-1, -1, inputs_embeds.shape[-1]))
         return embeds, utterance_mask.gather(1, order), None
 
-    def _drop_modalities(self, inputs: dict) -> tuple[dict, torch.Tensor | None]:
-        """Modality dropout: hides whole modalities of random samples, never a sample's last one.
-
-        Returns the inputs and (B,) which samples lost their text.
-        """
-        rates = {name: rate for name, rate in self.config.modality_dropout.items() if inputs[name][1] is not None}
-        if not self.training or not rates:
-            return inputs, None
-        present = {name: mask.bool().any(1) for name, (_, mask, _) in inputs.items() if mask is not None}
-        keep = {
-            name: here & (torch.rand(here.shape, device=here.device) >= rates.get(name, 0.0))
-            for name, here in present.items()
-        }
-        none_left = ~torch.stack(list(keep.values())).any(0)
-        dropped = {}
-        for name, (features, mask, times) in inputs.items():
-            if mask is not None:
-                mask = mask.bool() & (keep[name] | none_left).unsqueeze(1)
-            dropped[name] = (features, mask, times)
-        lost_text = present["text"] & ~keep["text"] & ~none_left if "text" in present else None
-        return dropped, lost_text
-
     def get_placeholder_mask(self, input_ids: torch.Tensor) -> torch.Tensor:
         """(B, L) -> (B, L) bool, checked to hold K placeholders in every row."""
         mask = input_ids == self.config.pseudo_token_id
@@ -260,21 +238,20 @@ class EGMFModel(EGMFPreTrainedModel):
         utterance_mask: torch.Tensor,
         inputs: dict,
         each_expert: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, dict[str, torch.Tensor]]:
-        """Prompt with pseudo tokens in place (B, L, H), pseudo tokens, samples that lost their text, gate weights.
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        """Prompt with pseudo tokens in place (B, L, H), pseudo tokens (B, K, H), gate weights.
 
         With `each_expert` the pseudo tokens are those of [`EGMFFusion.forward`], and none is in the prompt.
         """
         placeholders = self.get_placeholder_mask(input_ids)
         embeds = self.get_input_embeddings()(input_ids)
         inputs = {"text": self._text(embeds, utterance_mask & padding_mask), **inputs}
-        inputs, lost_text = self._drop_modalities(inputs)
         # What stands before the pseudo tokens is the prompt the gate sees; the answer, after them, cannot leak.
         before = padding_mask.bool() & (placeholders.cumsum(1) == 0) & ~utterance_mask.bool()
         pseudo_tokens, gate_weights = self.fusion(inputs, masked_mean(embeds, before), each_expert)
         if not each_expert:
             embeds = embeds.masked_scatter(placeholders.unsqueeze(-1), pseudo_tokens.to(embeds.dtype))
-        return embeds, pseudo_tokens, lost_text, gate_weights
+        return embeds, pseudo_tokens, gate_weights
 
     def get_pseudo_tokens(
         self,
@@ -289,7 +266,7 @@ class EGMFModel(EGMFPreTrainedModel):
         They are (B, K, H), or with `each_expert` those of [`EGMFFusion.forward`].
         """
         inputs = self._modalities(**media)
-        _, tokens, _, gate_weights = self.fuse(input_ids, attention_mask, utterance_mask, inputs, each_expert)
+        _, tokens, gate_weights = self.fuse(input_ids, attention_mask, utterance_mask, inputs, each_expert)
         return tokens, gate_weights
 
     @can_return_tuple
@@ -308,7 +285,7 @@ class EGMFModel(EGMFPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids, inputs_embeds: wanted exactly one of them")
         media = {name: kwargs.pop(name, None) for name in MEDIA_INPUTS}
-        gate_weights = lost_text = None
+        gate_weights = None
         if utterance_mask is not None:
             if inputs_embeds is not None:
                 raise ValueError("inputs_embeds: got values beside utterance_mask, wanted input_ids with placeholders")
@@ -320,17 +297,15 @@ class EGMFModel(EGMFPreTrainedModel):
                     f"{tuple(utterance_mask.shape)}, wanted input_ids' {tuple(input_ids.shape)}"
                 )
             inputs = self._modalities(**media)
-            inputs_embeds, _, lost_text, gate_weights = self.fuse(input_ids, padding_mask, utterance_mask, inputs)
+            inputs_embeds, _, gate_weights = self.fuse(input_ids, padding_mask, utterance_mask, inputs)
         else:
             if any(value is not None for value in media.values()):
                 raise ValueError("utterance_mask: got None beside audio or vision, wanted the processor's mask")
             if inputs_embeds is None:
                 inputs_embeds = self.get_input_embeddings()(input_ids)
 
-        if lost_text is not None:
-            attention_mask = padding_mask & ~(utterance_mask.bool() & lost_text.unsqueeze(1))
         if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
-            # Left padding and dropped words must not move the positions of what remains.
+            # Left padding must not move the positions of what remains.
             position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, -inputs_embeds.shape[1] :]
         if accepts_position_ids(self.language_model):
             kwargs["position_ids"] = position_ids

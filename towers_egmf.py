@@ -9,6 +9,7 @@ Shape letters: B samples, T frames of a tower's output, F video frames.
 import sys
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import MODEL_MAPPING, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
@@ -141,9 +142,12 @@ def read_frames(tower: PreTrainedModel, frames: torch.Tensor, mask: torch.Tensor
     """
     mask = mask.bool()
     if not mask.any():
-        return tuple(
-            frames.new_zeros(*mask.shape, tower_size(tower.config)) for _ in range(tower_num_states(tower.config))
-        )
+        if not (is_trained(tower) and torch.is_grad_enabled()):
+            return tuple(
+                frames.new_zeros(*mask.shape, tower_size(tower.config)) for _ in range(tower_num_states(tower.config))
+            )
+        # A process that trains uses all parameters in every step; what it reads here stays masked.
+        mask = F.one_hot(torch.zeros(1, dtype=torch.long, device=mask.device), mask.numel()).bool().view_as(mask)
     pictures = frames[mask].to(next(tower.parameters()).dtype)
     if is_pyramid(tower.config):
         pictures = pictures.to(memory_format=torch.channels_last)  # twice as fast on CPUs

@@ -204,8 +204,9 @@ def main(arguments: list[str]) -> None:
         for modality in towers:
             set_seed(training.seed)  # for the readout: whatever was computed or read before, it begins alike
             alone = TowerPretraining(model, modality, tasks[0]).requires_grad_()
-            collator = AffectCollator(processor, tasks[:1], [modality], with_answers=False, cache=inputs)
-            collator.speeds = speeds
+            collator = AffectCollator(
+                processor, tasks[:1], [modality], with_answers=False, cache=inputs, speeds=speeds
+            )
             rows, phase = expand_by_task(corpus["train"], tasks[:1]), output / f"{modality}_tower"
             epochs, rate = recipe.phases.tower_epochs, recipe.phases.tower_learning_rate
             pretrain(recipe, alone, collator, rows, phase, epochs, rate)
@@ -214,8 +215,17 @@ def main(arguments: list[str]) -> None:
     if recipe.phases.fusion_epochs:
         set_trainable_towers(model, with_experts)
         experts = FusionPretraining(model.to(training.device), processor, tasks, recipe.phases.fusion_label_smoothing)
-        collator = AffectCollator(processor, tasks, data.modalities, with_answers=False, cache=inputs)
-        collator.speeds, collator.augmented = speeds, tuple(with_experts)
+        collator = AffectCollator(
+            processor,
+            tasks,
+            data.modalities,
+            with_answers=False,
+            cache=inputs,
+            augmented=tuple(with_experts),
+            speeds=speeds,
+            modality_dropout=data.modality_dropout,
+            blanks=training.world_size > 1,
+        )
         epochs, rate = recipe.phases.fusion_epochs, recipe.phases.fusion_learning_rate
         pretrain(recipe, experts, collator, asked, output / "experts", epochs, rate, mixture)
     for modality in with_experts if PartialState().is_main_process else ():
@@ -224,10 +234,17 @@ def main(arguments: list[str]) -> None:
         return
     set_trainable_towers(model, learns_on)
     cache = fill_cache(recipe, model, processor, towers, learns_on, corpus, inputs) if towers else None
-    learning, scoring = (
-        AffectCollator(processor, tasks, data.modalities, with_answers=flag, cache=cache) for flag in (True, False)
+    learning = AffectCollator(
+        processor,
+        tasks,
+        data.modalities,
+        with_answers=True,
+        cache=cache,
+        speeds=speeds,
+        modality_dropout=data.modality_dropout,
+        blanks=training.world_size > 1,
     )
-    learning.speeds = speeds
+    scoring = AffectCollator(processor, tasks, data.modalities, with_answers=False, cache=cache)
     train_rows, validation = with_lengths(asked, learning), {}
     for part, rows in zip(data.parts, corpora, strict=True):
         for name in part.tasks if len(rows["validation"]) else ():

@@ -45,7 +45,6 @@ class ModelArguments:
     experts: list[str] = field(default_factory=lambda: ["local", "semantic", "global"])
     local_kernel_sizes: list[int] = field(default_factory=lambda: [3, 7, 15])
     gating: str = "hierarchical"
-    modality_dropout: str = _json_field("{}")
     feature_noise: str = _json_field("{}")
     clip_statistics: list[str] = field(
         default_factory=list, metadata={"help": "modalities whose positions know mean and deviation of the clip"}
@@ -59,7 +58,6 @@ class ModelArguments:
     )
 
     def __post_init__(self):
-        self.modality_dropout = json.loads(self.modality_dropout)
         self.feature_noise = json.loads(self.feature_noise)
         self.frame_pooling = json.loads(self.frame_pooling)
         for name in ("audio_tower", "vision_tower"):
@@ -100,6 +98,10 @@ class DataArguments:
         default_factory=lambda: [1.0],
         metadata={"help": "training hears a clip at one of them at random; 1.1 is a tenth faster and higher"},
     )
+    modality_dropout: str = field(
+        default="{}",
+        metadata={"help": "probability, by modality, that training hides it from a row that has another, as JSON"},
+    )
     max_context_tokens: int = 256
     modalities: list[str] = field(
         default_factory=lambda: ["text", "audio", "vision"], metadata={"help": "modalities the model may see"}
@@ -108,6 +110,11 @@ class DataArguments:
     def __post_init__(self):
         self.corpus_options = json.loads(self.corpus_options)
         self.corpora = json.loads(self.corpora)
+        self.modality_dropout = json.loads(self.modality_dropout)
+        for name, rate in self.modality_dropout.items():
+            if name not in ("text", "audio", "vision") or not 0 <= rate < 1:
+                wanted = "text, audio or vision with a rate in [0, 1)"
+                raise ValueError(f"modality_dropout: got {{{name!r}: {rate}}}, wanted {wanted}")
         self._check_corpora()
         for part in self.parts:
             self.tasks += [task for task in part.tasks if task not in self.tasks]

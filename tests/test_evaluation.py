@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from datasets import DatasetDict
 from transformers import AutoProcessor
 
@@ -13,7 +14,7 @@ import train as train_script
 from corpora import load_corpus
 from corpora.schema import build_split
 from egmf.data import mixture
-from egmf.data.collator import check_labels
+from egmf.data.collator import AffectCollator, check_labels
 from egmf.evaluation.label_maps import LABEL_MAPS, MELD_TO_CHERMA
 from egmf.evaluation.measures import measure_of, metrics_of
 from egmf.evaluation.predictor import Predictor
@@ -273,3 +274,48 @@ def test_a_checkpoint_asks_in_its_own_words(model_folder):
     """The table travels: a processor loaded by `AutoProcessor` has every task."""
     tasks = AutoProcessor.from_pretrained(model_folder, trust_remote_code=True).tasks
     assert all(tasks[name].to_dict() == task.to_dict() for name, task in BUILTIN_TASKS.items())
+
+
+ROW = {"task": "meld", "emotion": "joy", "sentiment": None, "audio": None, "video": None}
+ROW |= {
+    "context": [{"speaker": "Joey", "text": "Surprise!"}],
+    "following": [],
+    "speaker": "Ross",
+    "text": "well, well",
+}
+ROW |= {"audio_features": np.ones((4, 5), np.float32), "audio_times": None}
+ROW |= {"vision_features": np.ones((3, 7), np.float32), "vision_times": None}
+
+
+def dropping(processor, **rates) -> AffectCollator:
+    modalities = ["text", "audio", "vision"]
+    return AffectCollator(processor, [processor.tasks["meld"]], modalities, True, modality_dropout=rates)
+
+
+def test_modality_dropout_hides_each_modality_and_never_the_last(processor):
+    rows = [{**ROW, "id": str(row)} for row in range(240)]
+    rows[0] |= {"text": " ", "audio_features": None}
+    rows[1] |= {"text": "", "vision_features": None}
+    torch.manual_seed(0)
+    batch = dropping(processor, text=0.5, audio=0.5, vision=0.5)(rows)
+    kept = torch.stack([batch[f"{name}_mask"].bool().any(1) for name in ("utterance", "audio", "vision")], 1)
+    assert kept.any(1).all()
+    assert kept[0].tolist() == [False, False, True] and kept[1].tolist() == [False, True, False]
+    # Each goes half the time, but for the eighth of the cases in which all would.
+    share = kept[2:].float().mean(0)
+    assert ((share > 0.5) & (share < 0.75)).all()
+
+
+def test_a_row_that_lost_its_text_is_one_that_never_had_it(processor, egmf):
+    """The same tokens, without context and speaker; as `robustness.py` and a corpus without text have it."""
+    row = {**ROW, "id": "row"}
+    torch.manual_seed(0)
+    lost = dropping(processor, text=0.99999)([row])
+    without = AffectCollator(processor, [processor.tasks["meld"]], ["audio", "vision"], True)([row])
+    assert lost.keys() == without.keys()
+    for name, value in without.items():
+        torch.testing.assert_close(lost[name], value, rtol=0, atol=0, equal_nan=True)
+    whole = dropping(processor)([row])
+    assert whole["input_ids"].shape[1] > lost["input_ids"].shape[1] + 3
+    with torch.no_grad():
+        assert torch.equal(egmf(**lost).logits, egmf(**without).logits)

@@ -251,7 +251,7 @@ def test_arrays_are_heard_as_files_are(llm_folder, tmp_path):
     for form, array in forms.items():
         torch.testing.assert_close(heard(sound(array)), wanted, rtol=0, atol=1e-6, msg=form)
     eight_bits = heard(sound((128 + 127 * wave).astype(np.uint8)))
-    assert (eight_bits - wanted).abs().max() < 0.5 < (wanted - heard(sound(np.zeros(4800)))).abs().max()
+    assert (eight_bits - wanted).abs().mean() < 0.25 * (wanted - heard(sound(np.zeros(4800)))).abs().mean()
 
 
 def test_media_without_a_tower(processor, files):

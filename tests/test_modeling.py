@@ -423,7 +423,6 @@ def test_logits_to_keep(egmf, samples, make_batch):
 
 
 def test_gradients_reach_all_that_trains_and_nothing_else(fresh_egmf, samples, make_batch):
-    fresh_egmf.config.modality_dropout = {}
     lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=LORA_TARGETS, modules_to_save=["fusion"])
     model = get_peft_model(fresh_egmf, lora).train()
     with torch.no_grad():
@@ -463,51 +462,3 @@ def test_bf16_llm_keeps_the_fusion_in_float32(llm_folder, assemble, samples, mak
     batch = make_batch(samples, answer=["joy", "anger", "neutral", "surprise"])
     model(**batch).loss.backward()
     assert torch.isfinite(model.model.fusion.projector.token_embedding.grad).all()
-
-
-# Modality dropout
-
-
-@pytest.fixture(scope="module")
-def forgetful(assemble):
-    return assemble(modality_dropout={"text": 0.5, "audio": 0.5, "vision": 0.5}, fusion_dropout=0.0)
-
-
-def test_modality_dropout_leaves_one(forgetful, samples, make_batch):
-    batch = make_batch(samples * 60)
-    torch.manual_seed(0)
-    forgetful.train()
-    with torch.no_grad():
-        kept = (forgetful(**batch).gate_weights["modality"][:, 0] > 0).view(60, 4, 3)
-    forgetful.eval()
-    assert kept.any(-1).all()
-    # Two of these samples have one modality: it stays.
-    assert kept[:, 2].tolist() == [[True, False, False]] * 60
-    assert kept[:, 3].tolist() == [[False, False, True]] * 60
-    # Of three, each goes half the time, but for the eighth of the cases in which all would.
-    share = kept[:, 0].float().mean(0)
-    assert ((share > 0.45) & (share < 0.8)).all()
-    assert not kept[:, 1, 2].any()
-
-
-def test_modality_dropout_is_off_in_eval(forgetful, samples, make_batch):
-    batch = make_batch(samples[:1] * 30)
-    with torch.no_grad():
-        outputs = forgetful(**batch)
-    assert (outputs.gate_weights["modality"] > 0).all()
-    assert (outputs.logits[0] - outputs.logits[1:]).abs().max() < TOLERANCE
-
-
-def test_dropped_text_is_an_empty_utterance(assemble, samples, make_batch):
-    """To the fusion and to the LLM: the words are masked, and the positions of what follows close up."""
-    model = assemble(modality_dropout={"text": 0.999999}, fusion_dropout=0.0)
-    spoken, empty = make_batch(samples[:1]), make_batch([{**samples[0], "text": ""}])
-    with torch.no_grad():
-        wanted = model(**empty)
-        model.train()
-        dropped = model(**spoken)
-    assert (dropped.gate_weights["modality"][..., 0] == 0).all()
-    others = ~spoken["utterance_mask"][0].bool()
-    assert (dropped.logits[0, others] - wanted.logits[0]).abs().max() < TOLERANCE
-    with torch.no_grad():
-        assert (model.eval()(**spoken).logits[0, others] - wanted.logits[0]).abs().max() > 1e-2

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -223,6 +224,39 @@ def test_two_processes_go_through_all_phases(tmp_path):
         assert torch.equal(value, towers[name]), name
 
 
+def start_fsdp(*fields) -> None:
+    """train.py in two processes that divide the model between them."""
+    config = next(path for path in CONFIGS if path.stem == "fsdp2")
+    arguments = launch_command_parser().parse_args(["--config_file", str(config), "train.py"])
+    environment = prepare_multi_gpu_env(_validate_launch_command(arguments)[0])
+    told = {name: value for name, value in environment.items() if name.startswith(("FSDP", "ACCELERATE"))}
+    command = ["torch.distributed.run", "--standalone", "--nproc_per_node", 2, "tests/workers.py", "fsdp", *fields]
+    start(*command, **told)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["ddp", "fsdp2"])
+def test_processes_whose_batches_lack_different_modalities_go_on(tmp_path, way):
+    """With one row a process, most steps have a modality in one process that the other lacks."""
+    fields = ["--corpus_options", '{"size": 36}', "--eval_strategy", "no", "--load_best_model_at_end", "false"]
+    fields += [
+        "--modality_dropout",
+        '{"text": 0.6, "audio": 0.6, "vision": 0.6}',
+        "--max_steps",
+        6,
+        "--logging_steps",
+        1,
+    ]
+    fields += ["--per_device_train_batch_size", 1, "--output_dir", tmp_path, "--ddp_find_unused_parameters", "false"]
+    if way == "fsdp2":
+        start_fsdp("recipes/tiny.yaml", *fields)
+    else:
+        start(*ON_TWO, "train.py", "recipes/tiny.yaml", *fields)
+    losses = [line["loss"] for line in read_lines(tmp_path / "log.jsonl") if "loss" in line]
+    assert len(losses) == 6 and all(map(math.isfinite, losses))
+    assert (tmp_path / "model" / "model.safetensors").exists()
+
+
 @pytest.mark.slow
 def test_fsdp_learns_what_one_process_learns(tmp_path):
     """FSDP2 of a bfloat16 LLM beside a float32 fusion, which has to stay one, and of tied embeddings."""
@@ -231,12 +265,7 @@ def test_fsdp_learns_what_one_process_learns(tmp_path):
     own = ["--language_model", tmp_path / "llm", "--gradient_checkpointing", "true"]
     one = train(tmp_path / "one", *own, "--per_device_train_batch_size", 16)
     fields = ["recipes/tiny.yaml", *FIELDS, *own, "--per_device_train_batch_size", 8, "--output_dir", tmp_path / "two"]
-    config = next(path for path in CONFIGS if path.stem == "fsdp2")
-    arguments = launch_command_parser().parse_args(["--config_file", str(config), "train.py"])
-    environment = prepare_multi_gpu_env(_validate_launch_command(arguments)[0])
-    told = {name: value for name, value in environment.items() if name.startswith(("FSDP", "ACCELERATE"))}
-    command = ["torch.distributed.run", "--standalone", "--nproc_per_node", 2, "tests/workers.py", "fsdp", *fields]
-    start(*command, **told)
+    start_fsdp(*fields)
     assert (tmp_path / "two" / "checkpoint-8" / "pytorch_model_fsdp.bin").exists()
     assert_alike(one, tmp_path / "two", tolerance=2e-2)
     weights = load_file(tmp_path / "two" / "model" / "model.safetensors")

@@ -15,6 +15,11 @@ from egmf.processing_egmf import AffectTask, EGMFProcessor
 
 
 FEATURE_COLUMNS = ("audio_features", "vision_features", "audio_times", "vision_times")
+FIELDS = {  # what a row loses with a modality
+    "text": ("text", "context", "following", "speaker"),
+    "audio": ("audio", "audio_features", "audio_times"),
+    "vision": ("video", "vision_features", "vision_times"),
+}
 LABEL_COLUMNS = {"classification": "emotion", "regression": "sentiment"}
 
 
@@ -65,6 +70,10 @@ class AffectCollator:
         augmented: Modalities whose tower inputs are changed at random, for training; they have to be in the cache.
         distort: Called with modality, row id and decoded clip of each file; what it returns takes the clip's place.
         speeds: Speeds at which the cache has the rows' sound, for training: a random one each time that a row comes.
+        modality_dropout: Probability, by modality, that a row comes without it, for training; it keeps one modality
+            that it has. Without its text a row comes without context and speaker too, as one that never had a text.
+        blanks: Whether a batch without sound or pictures has masked ones for towers that are trained: each of several
+            processes then uses the same parameters.
 
     Attributes:
         errors: Why a row's file gave nothing, by row id; it counts as a missing modality. (In this process only.)
@@ -78,9 +87,46 @@ class AffectCollator:
     augmented: tuple[str, ...] = ()
     distort: Callable[[str, str, Any], Any] | None = None
     speeds: tuple[float, ...] = (1.0,)
+    modality_dropout: dict[str, float] = field(default_factory=dict)
+    blanks: bool = False
     errors: dict[str, str] = field(default_factory=dict)
 
     def __call__(self, rows: list[dict]):
+        if self.modality_dropout:
+            rows = [self._drop(row) for row in rows]
+        batch = self._batch(rows)
+        return batch | self._blanks(batch) if self.blanks else batch
+
+    def _drop(self, row: dict) -> dict:
+        """The row without the modalities that are hidden this time."""
+        present = [name for name in self.modalities if self._has(row, name)]
+        drawn = torch.rand(len(self.modalities)).tolist()
+        draws = dict(zip(self.modalities, drawn, strict=True))
+        hidden = [name for name in present if draws[name] < self.modality_dropout.get(name, 0.0)]
+        if len(hidden) == len(present):
+            return row
+        return row | {field: None for name in hidden for field in FIELDS[name] if field in row}
+
+    def _has(self, row: dict, modality: str) -> bool:
+        if modality == "text":
+            return bool(row["text"] and row["text"].strip())
+        if getattr(self.processor, PREPROCESSORS[modality]) is None:
+            return row[f"{modality}_features"] is not None
+        path = row[COLUMNS[modality]]
+        return path is not None and (self.cache is None or (modality, path) not in self.cache.errors)
+
+    def _blanks(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Masked inputs of the trained towers that have none in the batch."""
+        blanks = {}
+        for modality in sorted(self.cache.trained) if self.cache else ():
+            if f"{modality}_mask" not in batch:
+                blank = self.processor.blank_media(modality)
+                blanks |= {
+                    name: value.expand(len(batch["input_ids"]), *value.shape[1:]) for name, value in blank.items()
+                }
+        return blanks
+
+    def _batch(self, rows: list[dict]):
         columns = {}
         # In order: what is drawn at random for the modalities must not change places from run to run.
         for modality in (name for name in self.modalities if name != "text"):

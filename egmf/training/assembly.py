@@ -245,7 +245,6 @@ def build_model(
         experts=arguments.experts,
         local_kernel_sizes=arguments.local_kernel_sizes,
         gating=arguments.gating,
-        modality_dropout=arguments.modality_dropout,
         feature_noise=arguments.feature_noise,
         clip_statistics=arguments.clip_statistics,
         frame_pooling=arguments.frame_pooling,
