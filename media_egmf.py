@@ -299,7 +299,8 @@ def _decode(
             raise MediaError(path, "time limit", "decoding took longer than the time limit, and was stopped")
         if not served:
             raise MediaError(path, "crash", "it crashes the decoder")
-    if fresh or len(_idle) >= (os.cpu_count() or 1):
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if fresh or len(_idle) >= cores:
         worker.close()
     else:
         _idle.append(worker)

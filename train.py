@@ -152,7 +152,7 @@ def save_tower(model: EGMFForConditionalGeneration, modality: str, preprocessor,
 
 def save_model(recipe: Recipe, model: EGMFForConditionalGeneration, processor: EGMFProcessor, folder: Path) -> None:
     """The merged model, self-contained, with the recipe's fields in `recipe.json`."""
-    fields = vars(recipe.data) | vars(recipe.model) | vars(recipe.phases)
+    fields = recipe.record()
     del fields["corpus_dir"]  # a path of this machine is nobody else's business
     for name in ("language_model", "audio_tower", "vision_tower"):
         if isinstance(fields[name], str) and os.path.isdir(fields[name]):

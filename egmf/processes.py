@@ -20,6 +20,11 @@ def in_turns() -> Iterator[None]:
         yield
 
 
+def available_cores() -> int:
+    """Cores that this process may run on: a scheduler or a container may give it fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def are_sharded() -> bool:
     """Whether processes are to hold parts of the model's weights, or of what its optimizer keeps (FSDP, DeepSpeed)."""
     return any(os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true" for name in ("FSDP", "DEEPSPEED"))

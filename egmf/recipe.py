@@ -1,68 +1,65 @@
-"""Recipes: one YAML per run, and the fields it may set. Nothing is configured anywhere else.
+"""Recipes: one YAML file per run, and the fields it may set. Nothing is configured anywhere else.
 
 A recipe's fields are those of [`ModelArguments`], [`DataArguments`], [`PhaseArguments`] and
-`transformers.TrainingArguments`; the command line may override any of them:
-`python train.py recipes/mosi_smollm2.yaml --seed 2222 --experts local global`.
+`transformers.TrainingArguments`. Those of `EGMFConfig` that describe the fusion stand in one mapping, `fusion`. The
+command line overrides any field; a mapping is JSON there:
+
+    python train.py recipes/mosi_smollm2.yaml --seed 2222 --experts local global --corpus_options '{"context": 3}'
 """
 
+import argparse
 import json
 import math
-from dataclasses import dataclass, field
+import re
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
+from egmf.configuration_egmf import EGMFConfig
 
-def _json_field(default: str) -> str:
-    return field(default=default, metadata={"help": "a mapping, as JSON on the command line"})
+
+MODALITIES = ("text", "audio", "vision")
+# Fields of `EGMFConfig` that follow from the LLM, the towers, the processor and the corpus: no recipe sets them.
+_FOUND_OUT = {"text_config", "audio_config", "vision_config", "audio_feature_size", "vision_feature_size"}
+_FOUND_OUT |= {"audio_input_rate", "pseudo_token_id", "lm_head_bias", "tie_word_embeddings", "initializer_range"}
+FUSION_FIELDS = tuple(
+    name for name in EGMFConfig.__annotations__ if name not in _FOUND_OUT and name in vars(EGMFConfig)
+)
 
 
 @dataclass
 class ModelArguments:
-    """What is assembled; fields named as in `EGMFConfig` are passed on to it."""
+    """What the model is assembled from, beside the fusion."""
 
     language_model: str = field(metadata={"help": "local folder or Hub id of a causal LLM, or `tiny-random`"})
     shrink: int = field(
-        default=1, metadata={"help": "2, 4, 8 or 16: a dry run on random models so many times smaller, `shrinking.py`"}
+        default=1, metadata={"help": "2, 4, 8 or 16: a dry run on random models so many times smaller"}
     )
-    audio_tower: str = field(default="", metadata={"help": "folder or Hub id of a speech encoder, or see `train.py`"})
+    audio_tower: str | dict = field(
+        default="", metadata={"help": "folder or Hub id of a speech encoder, or a mapping that describes a new one"}
+    )
     audio_window: int = field(
-        default=0, metadata={"help": "seconds that an encoder of fixed windows hears; 0 for its checkpoint's"}
+        default=0, metadata={"help": "seconds that an encoder of fixed windows hears; 0 for its own", "minimum": 0}
     )
-    vision_tower: str = field(default="", metadata={"help": "folder or Hub id of an image encoder, or see `train.py`"})
+    vision_tower: str | dict = field(
+        default="", metadata={"help": "folder or Hub id of an image encoder, or a mapping that describes a new one"}
+    )
     train_audio_tower: bool = field(default=False, metadata={"help": "train it whole; otherwise it is frozen"})
     train_vision_tower: bool = field(default=False, metadata={"help": "train it whole; otherwise it is frozen"})
-    num_frames: int = field(default=16, metadata={"help": "frames of a video, spread evenly over it"})
+    num_frames: int = field(default=16, metadata={"help": "frames of a video, spread evenly over it", "minimum": 1})
     attn_implementation: str = field(default="sdpa", metadata={"help": "attention of the LLM, e.g. sdpa or eager"})
     load_in_4bit: bool = field(default=False, metadata={"help": "the LLM in 4 bits while it trains, by bitsandbytes"})
-    num_pseudo_tokens: int = 8
-    fusion_hidden_size: int = 256
-    fusion_intermediate_size: int = 512
-    fusion_dropout: float = 0.1
-    experts: list[str] = field(default_factory=lambda: ["local", "semantic", "global"])
-    local_kernel_sizes: list[int] = field(default_factory=lambda: [3, 7, 15])
-    gating: str = "hierarchical"
-    feature_noise: str = _json_field("{}")
-    clip_statistics: list[str] = field(
-        default_factory=list, metadata={"help": "modalities whose positions know mean and deviation of the clip"}
-    )
-    frame_pooling: str = _json_field("{}")
-    lora_r: int = 16
-    lora_alpha: int = 32
+    lora_r: int = field(default=16, metadata={"help": "rank of LoRA", "minimum": 1})
+    lora_alpha: int = field(default=32, metadata={"help": "scale of LoRA", "minimum": 1})
     lora_target_modules: str = field(
         default=r"model\.language_model\..*\.(q|k|v|o|gate|up|down)_proj",
         metadata={"help": "regex over full module names; anchored to the LLM so that the fusion is not hit"},
     )
-
-    def __post_init__(self):
-        self.feature_noise = json.loads(self.feature_noise)
-        self.frame_pooling = json.loads(self.frame_pooling)
-        for name in ("audio_tower", "vision_tower"):
-            value = getattr(self, name)
-            setattr(self, name, json.loads(value) if value.startswith("{") else value)
 
 
 @dataclass(frozen=True)
@@ -89,38 +86,35 @@ class DataArguments:
     tasks: list[str] = field(
         default_factory=list, metadata={"help": "what is asked of every row, see `tasks_egmf.BUILTIN_TASKS`"}
     )
-    corpora: str = _json_field("{}")
+    corpora: dict = field(default_factory=dict, metadata={"help": "a mixture, see `DataArguments`"})
     corpus_dir: str | None = field(
         default=None, metadata={"help": "folder with the corpus's files; of a mixture, with a folder per corpus"}
     )
-    corpus_options: str = _json_field("{}")
+    corpus_options: dict = field(default_factory=dict, metadata={"help": "options of its `load`"})
     audio_speeds: list[float] = field(
         default_factory=lambda: [1.0],
         metadata={"help": "training hears a clip at one of them at random; 1.1 is a tenth faster and higher"},
     )
-    modality_dropout: str = field(
-        default="{}",
-        metadata={"help": "probability, by modality, that training hides it from a row that has another, as JSON"},
+    modality_dropout: dict = field(
+        default_factory=dict,
+        metadata={"help": "probability, by modality, that training hides it from a row that has another"},
     )
-    max_context_tokens: int = 256
+    max_context_tokens: int = field(default=256, metadata={"help": "tokens of the dialogue around it", "minimum": 0})
     modalities: list[str] = field(
-        default_factory=lambda: ["text", "audio", "vision"], metadata={"help": "modalities the model may see"}
+        default_factory=lambda: list(MODALITIES), metadata={"help": "modalities the model may see"}
     )
 
     def __post_init__(self):
-        self.corpus_options = json.loads(self.corpus_options)
-        self.corpora = json.loads(self.corpora)
-        self.modality_dropout = json.loads(self.modality_dropout)
+        self.tasks = list(self.tasks)
         for name, rate in self.modality_dropout.items():
-            if name not in ("text", "audio", "vision") or not 0 <= rate < 1:
+            if name not in MODALITIES or not isinstance(rate, int | float) or not 0 <= rate < 1:
                 wanted = "text, audio or vision with a rate in [0, 1)"
                 raise ValueError(f"modality_dropout: got {{{name!r}: {rate}}}, wanted {wanted}")
         self._check_corpora()
         for part in self.parts:
             self.tasks += [task for task in part.tasks if task not in self.tasks]
-        unknown = set(self.modalities) - {"text", "audio", "vision"}
-        if unknown or not self.modalities:
-            raise ValueError(f"modalities: got {self.modalities}, wanted some of text, audio, vision")
+        if not self.modalities or set(self.modalities) - set(MODALITIES):
+            raise ValueError(f"modalities: got {self.modalities}, wanted some of {', '.join(MODALITIES)}")
         if 1.0 not in self.audio_speeds or min(self.audio_speeds) <= 0:
             raise ValueError(f"audio_speeds: got {self.audio_speeds}, wanted positive ones with 1.0 among them")
 
@@ -154,15 +148,17 @@ class DataArguments:
 
 @dataclass
 class PhaseArguments:
-    """The phases before the LLM learns, see `pretraining.py`."""
+    """The phases before the LLM learns, see `egmf/training/pretraining.py`."""
 
     tower_epochs: int = field(
-        default=0, metadata={"help": "epochs of the towers alone, which then learn on with the experts; 0 for none"}
+        default=0, metadata={"help": "epochs of the towers alone, which then learn on with the fusion", "minimum": 0}
     )
-    tower_learning_rate: float = 3e-3
-    fusion_epochs: int = field(default=0, metadata={"help": "epochs of the fusion without the LLM; 0 for none"})
-    fusion_learning_rate: float = 1e-3
-    fusion_batch_size: int = 32
+    tower_learning_rate: float = field(default=3e-3, metadata={"help": "the highest of the towers alone"})
+    fusion_epochs: int = field(
+        default=0, metadata={"help": "epochs of the fusion without the LLM; 0 for none", "minimum": 0}
+    )
+    fusion_learning_rate: float = field(default=1e-3, metadata={"help": "the highest of the fusion without the LLM"})
+    fusion_batch_size: int = field(default=32, metadata={"help": "rows in a step of these phases", "minimum": 1})
     fusion_label_smoothing: float = field(
         default=0.0, metadata={"help": "probability that the fusion's target spreads evenly over all legal answers"}
     )
@@ -170,17 +166,23 @@ class PhaseArguments:
 
 # TrainingArguments that are about the machine, or about where a run is kept.
 _NOT_RECORDED = {"output_dir", "resume_from_checkpoint", "use_cpu", "hub_token", "hub_model_id"}
+_OWN = (ModelArguments, DataArguments, PhaseArguments)
 
 
 @dataclass
 class Recipe:
-    """A parsed recipe; `fields` are the names of what was set, in the file or on the command line."""
+    """A parsed recipe; `fusion` has every field of `FUSION_FIELDS`, `fields` are the names of what was set."""
 
     model: ModelArguments
+    fusion: dict[str, Any]
     data: DataArguments
     phases: PhaseArguments
     training: TrainingArguments
     fields: set[str]
+
+    def record(self) -> dict[str, Any]:
+        """All fields but TrainingArguments', for the record: with `fusion` as a mapping of its own."""
+        return vars(self.model) | {"fusion": self.fusion} | vars(self.data) | vars(self.phases)
 
     def training_record(self) -> dict[str, Any]:
         """The TrainingArguments that were set, for the record; of an absolute path its last part."""
@@ -190,40 +192,185 @@ class Recipe:
         return kept | {name: Path(kept[name]).name for name in files}
 
 
-def _as_arguments(fields: dict) -> list[str]:
-    arguments = []
-    for name, value in fields.items():
-        if isinstance(value, dict):
-            value = json.dumps(value)
-        values = value if isinstance(value, list) else [value]
-        arguments += [f"--{name}", *map(str, values)]
-    return arguments
+def default_record() -> dict[str, Any]:
+    """What a recipe need not say, by field of [`Recipe.record`]."""
+    own = [
+        part for arguments in _OWN for part in fields(arguments) if part.name not in ("language_model", "corpus_dir")
+    ]
+    values = {part.name: part.default_factory() if part.default is MISSING else part.default for part in own}
+    return {"fusion": _fusion_defaults(), **values}
+
+
+def complete_record(record: dict[str, Any]) -> dict[str, Any]:
+    """The `recipe.json` of a run with every field, also of one that is older than a field or its name."""
+    record = {
+        re.sub(r"^expert_(?=epochs|learning_rate|batch_size|label_smoothing)", "fusion_", name): value
+        for name, value in record.items()
+    }
+    flat = {name: record.pop(name) for name in FUSION_FIELDS if name in record}
+    defaults = default_record()
+    return defaults | record | {"fusion": defaults["fusion"] | flat | record.get("fusion", {})}
 
 
 def load_recipe(arguments: list[str]) -> Recipe:
     """Parses `[recipe.yaml, --field, value, ...]`.
 
     Raises:
-        ValueError: If the file holds no mapping or a field is unknown.
+        ValueError: If the file holds no mapping, a field is unknown, or its value is not one that it may have.
         FileNotFoundError: If there is no such file.
+        SystemExit: With a usage message for what argparse cannot read, or after `--help`.
     """
+    parser = _parser()
+    if {"-h", "--help"} & set(arguments):
+        parser.parse_args(["--help"])
     if not arguments or arguments[0].startswith("-"):
         raise ValueError("recipe: got no YAML file, wanted `recipes/NAME.yaml [--field value ...]`")
-    fields = yaml.safe_load(Path(arguments[0]).read_text(encoding="utf-8"))
-    if not isinstance(fields, dict):
-        raise ValueError(f"{arguments[0]}: got {type(fields).__name__}, wanted a mapping of fields")
+    path = Path(arguments[0])
+    said = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(said, dict):
+        raise ValueError(f"{path}: got {type(said).__name__}, wanted a mapping of fields")
+    namespace, unknown = parser.parse_known_args(arguments)
+    given = {name: value for name, value in vars(namespace).items() if name != "recipe"}
+    fusion = said.pop("fusion", {})
+    if not isinstance(fusion, dict):
+        raise ValueError(f"{path}: fusion: got {fusion!r}, wanted a mapping of {', '.join(FUSION_FIELDS)}")
+    misplaced = [name for name in said if name in FUSION_FIELDS]
+    hints = _hints()
+    unknown += [name for name in said if name not in hints and name not in FUSION_FIELDS]
+    unknown += [f"fusion.{name}" for name in fusion if name not in FUSION_FIELDS]
+    if unknown or misplaced:
+        got = f"unknown {unknown}" if unknown else f"{', '.join(misplaced)} outside of `fusion`"
+        raise ValueError(f"{path}: {got}, wanted fields of a recipe or of TrainingArguments; see `train.py --help`")
     # Trainer falls back to the CPU by itself, but refuses bf16 there unless told so.
-    defaults = {} if torch.accelerator.is_available() else {"use_cpu": True}
-    parser = HfArgumentParser([ModelArguments, DataArguments, PhaseArguments, TrainingArguments], allow_abbrev=False)
-    # The last value of a repeated argument holds, so the command line overrides the recipe.
-    *parsed, unknown = parser.parse_args_into_dataclasses(
-        [*_as_arguments(defaults | fields), *arguments[1:]], return_remaining_strings=True, look_for_args_file=False
+    machine = {} if torch.accelerator.is_available() else {"use_cpu": True}
+    merged = machine | said | {name: value for name, value in given.items() if name not in FUSION_FIELDS}
+    merged = {name: _checked(name, value, *hints[name]) for name, value in merged.items()}
+    fusion = _fusion_defaults() | fusion | {name: value for name, value in given.items() if name in FUSION_FIELDS}
+    _check_fusion(fusion)
+    if "language_model" not in merged:
+        raise ValueError(f"{path}: language_model: got nothing, wanted a local folder or the Hub id of a causal LLM")
+    model, data, phases, training = (
+        arguments(**{part.name: merged[part.name] for part in fields(arguments) if part.name in merged})
+        for arguments in (*_OWN, TrainingArguments)
     )
-    if unknown:
-        raise ValueError(f"{arguments[0]}: unknown {unknown}, wanted fields of a recipe or of TrainingArguments")
-    given = {argument[2:].partition("=")[0] for argument in arguments[1:] if argument.startswith("--")}
-    recipe = Recipe(*parsed, fields=given | fields.keys())
-    if recipe.data.corpora and recipe.phases.tower_epochs:
+    recipe = Recipe(model, fusion, data, phases, training, fields=said.keys() | given.keys())
+    if data.corpora and phases.tower_epochs:
         wanted = "0 in a mixture: towers from scratch learn one task alone"
-        raise ValueError(f"tower_epochs: got {recipe.phases.tower_epochs}, wanted {wanted}")
+        raise ValueError(f"tower_epochs: got {phases.tower_epochs}, wanted {wanted}")
     return recipe
+
+
+def _fusion_defaults() -> dict[str, Any]:
+    config = EGMFConfig()
+    return {name: getattr(config, name) for name in FUSION_FIELDS}
+
+
+def _check_fusion(fusion: dict[str, Any]) -> None:
+    """The config's own checks, before anything is loaded."""
+    try:
+        EGMFConfig(audio_feature_size=1, vision_feature_size=1, **fusion)
+    except Exception as error:  # huggingface_hub's typed fields raise errors of its own
+        name = next((name for name in FUSION_FIELDS if name in str(error)), "fusion")
+        if isinstance(error, ValueError) and str(error).startswith(name):
+            raise
+        hint = EGMFConfig.__annotations__.get(name)
+        choices = get_args(hint) if get_origin(hint) is Literal else [str(hint).replace("typing.", "")]
+        raise ValueError(f"{name}: got {fusion.get(name)!r}, wanted {' or '.join(map(str, choices))}") from error
+
+
+def _hints() -> dict[str, tuple[Any, int | None]]:
+    """By field: its type, and the least that it may be."""
+    found = {}
+    for arguments in (*_OWN, TrainingArguments):
+        hints = get_type_hints(arguments)
+        for part in fields(arguments):
+            if part.init:
+                found[part.name] = hints[part.name], part.metadata.get("minimum")
+    return found
+
+
+def _checked(name: str, value: Any, hint: Any, minimum: int | None) -> Any:
+    """A field's value, if it has the field's type; a number that YAML reads as text (1e-4) becomes one."""
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    kinds = tuple(get_origin(kind) or kind for kind in kinds)
+    if isinstance(value, str) and str not in kinds and {int, float} & set(kinds):
+        try:
+            value = float(value) if float in kinds else int(value)
+        except ValueError:
+            pass
+    if bool in kinds and isinstance(value, str) and str not in kinds and value.lower() in ("true", "false"):
+        value = value.lower() == "true"
+    known = {NoneType, bool, int, float, str, list, dict}
+    if set(kinds) <= known:
+        # Whole numbers are floats as well; a flag is no number.
+        fits = type(value) in kinds or (type(value) is int and float in kinds)
+        if not fits:
+            wanted = " or ".join("nothing" if kind is NoneType else kind.__name__ for kind in kinds)
+            raise ValueError(f"{name}: got {value!r}, wanted {wanted}")
+    if minimum is not None and value < minimum:
+        raise ValueError(f"{name}: got {value}, wanted at least {minimum}")
+    return value
+
+
+def _parser() -> argparse.ArgumentParser:
+    """All fields as arguments, none with a default: only what is said on the command line is in the outcome."""
+    parser = HfArgumentParser(
+        [TrainingArguments], allow_abbrev=False, add_help=True, formatter_class=argparse.RawTextHelpFormatter
+    )
+    for action in parser._actions:
+        action.default, action.required = argparse.SUPPRESS, False
+    parser.description = "Trains EGMF by a recipe. Every field of the recipe can be overridden."
+    parser.add_argument("recipe", help="a YAML file, see recipes/")
+    for arguments in _OWN:
+        group = parser.add_argument_group(arguments.__doc__.split("\n")[0])
+        hints = get_type_hints(arguments)
+        for part in fields(arguments):
+            default = (
+                part.default_factory()
+                if part.default is MISSING and part.default_factory is not MISSING
+                else part.default
+            )
+            shown = "" if default is MISSING else f" (default: {default!r})"
+            _add(group, part.name, hints[part.name], part.metadata["help"] + shown)
+    group = parser.add_argument_group("The fusion, `fusion` in a recipe: fields of EGMFConfig")
+    texts = dict(re.findall(r"^ {8}(\w+): (.*?)(?=^ {8}\w|\Z)", EGMFConfig.__doc__, re.DOTALL | re.MULTILINE))
+    for name, default in _fusion_defaults().items():
+        text = " ".join(texts.get(name, "").split()).replace("%", "%%")
+        _add(group, name, EGMFConfig.__annotations__[name], f"{text} (default: {default!r})", type(default))
+    return parser
+
+
+def _add(group: Any, name: str, hint: Any, text: str, kind: type | None = None) -> None:
+    """An argument of a type: lists take any number of values, mappings are JSON."""
+    names = [f"--{name}"] + ([f"--{name.replace('_', '-')}"] if "_" in name else [])
+    options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text}
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    kinds = tuple(get_origin(one) or one for one in kinds) if kind is None else (kind,)
+    if list in kinds:
+        items = {inner for one in (hint, *get_args(hint)) if get_origin(one) is list for inner in get_args(one)}
+        group.add_argument(*names, nargs="*", type=(items or {str}).pop(), **options)
+    elif dict in kinds and str in kinds:
+        group.add_argument(*names, type=lambda text: json.loads(text) if text.startswith("{") else text, **options)
+    elif dict in kinds:
+        group.add_argument(*names, type=_mapping, metavar="JSON", **options)
+    elif bool in kinds:
+        group.add_argument(*names, nargs="?", const=True, type=_flag, metavar="{true,false}", **options)
+    else:
+        plain = next((one for one in (int, float) if one in kinds), str)
+        group.add_argument(*names, type=plain, **options)
+
+
+def _mapping(text: str) -> dict:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted a mapping as JSON")
+    return found
+
+
+def _flag(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted true or false")
+    return text.lower() == "true"

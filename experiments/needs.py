@@ -90,7 +90,7 @@ def build(recipe: Recipe, layers: int) -> tuple[torch.nn.Module, EGMFProcessor]:
     config.num_hidden_layers, config.vocab_size, config.layer_types = layers, 512, config.layer_types[:layers]
     config.bos_token_id = config.eos_token_id = None
     llm = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    processor = EGMFProcessor(byte_tokenizer(), num_pseudo_tokens=recipe.model.num_pseudo_tokens)
+    processor = EGMFProcessor(byte_tokenizer(), num_pseudo_tokens=recipe.fusion["num_pseudo_tokens"])
     if recipe.model.audio_tower:
         options = {f"{name}_tower": tower for name, tower in towers_of(recipe).items()} | {"audio_input_rate": 16000}
     else:

@@ -8,7 +8,7 @@ from huggingface_hub import ModelCard
 from egmf.processing_egmf import BUILTIN_TASKS
 from egmf.publishing import model_card
 from egmf.publishing.model_card import Run, card_data, eval_results, section, write_card
-from egmf.recipe import DataArguments, ModelArguments, PhaseArguments
+from egmf.recipe import complete_record
 
 
 LLM = "Qwen/Qwen3-0.6B"
@@ -28,8 +28,7 @@ def report(corpus: str, answers: dict, **fields) -> dict:
 
 
 def run_of(corpus: str, task: str, *reports: dict, config: dict | None = None, **recipe) -> Run:
-    parts = (ModelArguments(LLM), DataArguments(corpus, tasks=[task]), PhaseArguments())
-    fields = {name: value for part in parts for name, value in vars(part).items()}
+    fields = complete_record({"language_model": LLM, "corpus": corpus, "tasks": [task]})
     features = {"audio_feature_size": 74, "vision_feature_size": 35}
     return Run(
         folder=Path(),

@@ -218,7 +218,7 @@ def test_the_published_recipe_is_the_runs_own(trained, run, tmp_path):
     options = ["--num_train_epochs", "1", "--corpus_options", '{"size": 96}', "--learning_rate", "2e-3"]
     ran = load_recipe([str(ROOT / "recipes/tiny.yaml"), "--language_model", BASE, *options])
     again = load_recipe([str(run / "hub" / "recipe.yaml")])
-    assert (again.model, again.data, again.experts) == (ran.model, ran.data, ran.experts)
+    assert again.record() == ran.record()
     assert again.training_record() == ran.training_record()
     assert again.training_record()["learning_rate"] == 2e-3 and "output_dir" not in again.fields
 
@@ -407,8 +407,8 @@ def test_what_is_wrong_is_named(run, arguments, gone, message, monkeypatch):
         publish_script.main([str(run), *arguments])
 
 
-def test_commands_of_the_readme_parse():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_commands_of_the_docs_parse():
+    text = (ROOT / "docs/publishing.md").read_text(encoding="utf-8")
     commands = [line.split()[2:] for line in text.splitlines() if line.startswith("python publish.py")]
     assert len(commands) == 3
     for command in commands:
@@ -419,10 +419,13 @@ def test_commands_of_the_readme_parse():
 def test_a_run_older_than_a_field_of_recipes_is_published(run):
     """As train.py left it before there were mixtures and dry runs, without versions and the Trainer's settings."""
     recipe = json.loads((run / "model" / "recipe.json").read_text())
-    younger = ("corpora", "shrink", "audio_window", "training", "packages")
-    (run / "model" / "recipe.json").write_text(json.dumps({key: recipe[key] for key in recipe if key not in younger}))
+    younger = ("corpora", "shrink", "audio_window", "training", "packages", "fusion", "fusion_epochs")
+    older = recipe["fusion"] | {"expert_epochs": recipe["fusion_epochs"]}  # when `fusion` was no mapping of its own
+    fields = {key: recipe[key] for key in recipe if key not in younger} | older
+    (run / "model" / "recipe.json").write_text(json.dumps(fields))
     card = ModelCard.load(build_folder(read_run(run), REPO, None, False, "5GB") / "README.md")
     assert "did not record the Trainer's settings" in card.text and "versions of its packages" in card.text
+    assert "fusion:\n  num_pseudo_tokens: 4\n" in card.text
 
 
 def test_half_a_line_of_the_log_is_left_out_and_named(run):
@@ -469,7 +472,7 @@ def test_the_saved_model_has_all_that_lora_learned(trained):
             change, layers = scale * lora[0] @ lora[1], layers + 1
             wanted += change
             rounded = wanted.bfloat16().float() - before.float()
-            assert (rounded - change).norm() > 0.1 * change.norm()  # it matters
+            assert (rounded - change).norm() > 0.05 * change.norm()  # it matters
         assert saved[own].dtype == torch.float32
         torch.testing.assert_close(saved[own][: len(wanted)], wanted, rtol=0, atol=1e-6)
     assert layers == 14

@@ -10,6 +10,7 @@ import formats
 import numpy as np
 import pytest
 import torch
+import yaml
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import OfflineModeIsEnabled
 from test_media import write_clip
@@ -22,6 +23,7 @@ from corpora.schema import build_split
 from egmf.data.mixture import MixtureSampler
 from egmf.recipe import load_recipe
 from egmf.training.assembly import feature_statistics
+from egmf.training.language_models import build_tiny_language_model
 from egmf.training.shrinking import published_config, shrunk
 from egmf.training.trainer import MixtureTrainer
 
@@ -152,6 +154,79 @@ def test_what_cannot_be_shrunk_or_had_is_an_error(fields, error, message, offlin
     arguments = [str(ROOT / "recipes/tiny.yaml"), "--language_model", "Qwen/Qwen3-0.6B", "--output_dir", str(tmp_path)]
     with pytest.raises(error, match=message):
         train_script.main([*arguments, *fields])
+
+
+# --- what a field may be ---------------------------------------------------------------------------------------------
+
+
+def written(folder: Path, **fields) -> str:
+    """A recipe on the generated corpus with other values of some fields; of `fusion`, beside the tiny recipe's."""
+    recipe = yaml.safe_load((ROOT / "recipes/tiny.yaml").read_text())
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe | fields))
+    return str(folder / "recipe.yaml")
+
+
+def test_nothing_and_empty_lists_stay_what_they_are(tmp_path):
+    recipe = load_recipe([written(tmp_path, corpus_dir=None, fusion={"clip_statistics": []}, modality_dropout={})])
+    assert recipe.data.corpus_dir is None and recipe.fusion["clip_statistics"] == []
+    assert recipe.data.modality_dropout == {} and recipe.data.parts[0].source is None
+    assert load_recipe([written(tmp_path, learning_rate="1e-4")]).training.learning_rate == 1e-4
+    assert load_recipe([written(tmp_path), "--clip_statistics"]).fusion["clip_statistics"] == []
+
+
+def test_every_field_of_the_fusion_can_be_set(tmp_path):
+    fusion = {"fusion_num_attention_heads": 2, "semantic_num_stretches": 2, "global_num_components": 3}
+    fusion |= {"global_num_layers": 1, "gating": "mean", "fusion_hidden_size": 8, "num_pseudo_tokens": 2}
+    recipe = load_recipe([written(tmp_path, fusion=fusion), "--global_num_layers", "3", "--experts", "local"])
+    assert recipe.fusion.items() >= (fusion | {"global_num_layers": 3, "experts": ["local"]}).items()
+    towers = train_script.build_towers(recipe)
+    build_tiny_language_model(tmp_path / "llm")
+    processor = train_script.build_processor(recipe, str(tmp_path / "llm"), towers)
+    model = train_script.build_model(
+        recipe, str(tmp_path / "llm"), processor, towers, load_corpus("generated")["train"]
+    )
+    assert all(getattr(model.config, name) == value for name, value in recipe.fusion.items())
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"gating": "flat"}, "gating outside of `fusion`"),
+        ({"fusion": {"gating": "hierarchic"}}, "gating: got 'hierarchic', wanted hierarchical or flat or mean"),
+        ({"fusion": {"gates": "flat"}}, r"unknown \['fusion.gates'\]"),
+        ({"fusion": ["flat"]}, r"fusion: got \['flat'\], wanted a mapping"),
+        ({"fusion": {"num_pseudo_tokens": "many"}}, "num_pseudo_tokens: got 'many', wanted"),
+        ({"fusion": {"experts": ["loud"]}}, r"experts: got \['loud'\], wanted a non-empty subset"),
+        ({"corpora": None}, "corpora: got None, wanted dict"),
+        ({"num_frames": 0}, "num_frames: got 0, wanted at least 1"),
+        ({"lora_r": "high"}, "lora_r: got 'high', wanted int"),
+        ({"fusion_batch_size": -1}, "fusion_batch_size: got -1, wanted at least 1"),
+        ({"train_audio_tower": "perhaps"}, "train_audio_tower: got 'perhaps', wanted bool"),
+        ({"modalities": []}, r"modalities: got \[\], wanted some of text, audio, vision"),
+        ({"modality_dropout": {"smell": 0.5}}, "modality_dropout: got {'smell': 0.5}, wanted text, audio or vision"),
+        ({"modality_dropout": {"text": 1.0}}, "modality_dropout: got .* a rate in"),
+        ({"learning_rate": "fast"}, "learning_rate: got 'fast', wanted"),
+        ({"num_epochs": 3}, r"unknown \['num_epochs'\]"),
+    ],
+)
+def test_a_value_that_a_field_may_not_have_is_named(tmp_path, fields, message):
+    with pytest.raises(ValueError, match=message):
+        load_recipe([written(tmp_path, **fields)])
+
+
+def test_help_names_the_fields_and_their_defaults(capsys):
+    with pytest.raises(SystemExit) as stop:
+        load_recipe(["--help"])
+    said = capsys.readouterr().out
+    assert stop.value.code == 0
+    for words in (
+        "--fusion_epochs",
+        "(default: 'hierarchical')",
+        "rank of LoRA",
+        "--learning_rate",
+        "--global_num_layers",
+    ):
+        assert words in said
 
 
 # --- mixtures --------------------------------------------------------------------------------------------------------

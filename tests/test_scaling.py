@@ -24,6 +24,7 @@ import train as train_script
 from corpora import load_corpus
 from egmf.evaluation.predictor import Predictor
 from egmf.modeling_egmf import EGMFForConditionalGeneration
+from egmf.processes import available_cores
 from egmf.processing_egmf import EGMFProcessor
 from egmf.recipe import load_recipe
 from egmf.training.language_models import build_tiny_language_model
@@ -311,3 +312,13 @@ def test_four_bits_learn_and_become_a_model_that_needs_no_bitsandbytes(whole, tm
 def test_precision_of_the_config_is_that_of_the_recipe(monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # as `accelerate launch` with bf16.yaml sets it
     assert load_recipe([str(REPO / "recipes/tiny.yaml")]).training.mixed_precision == "bf16"
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity on this system")
+def test_a_process_that_may_use_one_core_counts_one():
+    cores = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(cores)})
+        assert available_cores() == 1
+    finally:
+        os.sched_setaffinity(0, cores)

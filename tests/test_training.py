@@ -64,7 +64,7 @@ def test_command_line_overrides_the_recipe():
     recipe = load_recipe(
         [str(REPO / "recipes/tiny.yaml"), "--seed", "7", "--experts", "local", "--learning_rate", "1e-2"]
     )
-    assert (recipe.training.seed, recipe.model.experts, recipe.training.learning_rate) == (7, ["local"], 0.01)
+    assert (recipe.training.seed, recipe.fusion["experts"], recipe.training.learning_rate) == (7, ["local"], 0.01)
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ from egmf.files import writing
 from egmf.media_egmf import AudioClip
 from egmf.media_inputs_egmf import Media, TowerInput
 from egmf.modeling_egmf import EGMFModel
+from egmf.processes import available_cores
 from egmf.processing_egmf import EGMFProcessor
 
 
@@ -153,7 +154,7 @@ class TowerCache:
         if not todo:
             return
         beside = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes of this run on this machine
-        workers = min(len(todo), max(1, (os.cpu_count() or 1) // beside))
+        workers = min(len(todo), max(1, available_cores() // beside))
         for modality in self.frozen:
             self._tower(modality).eval()  # a tower in training mode drops out at random
         files = _Files(self.processor, todo, self.inputs)

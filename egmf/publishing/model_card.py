@@ -5,7 +5,7 @@ from the run's `recipe.json`, losses from its `log.jsonl`, and the words on use 
 """
 
 import re
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from egmf.processing_egmf import AffectTask
-from egmf.recipe import DataArguments, ModelArguments, PhaseArguments
+from egmf.recipe import default_record
 
 
 README = Path(__file__).resolve().parents[2] / "README.md"
@@ -69,16 +69,6 @@ FIGURES = {
 KINDS = {"classification": "emotion-recognition", "regression": "sentiment-analysis"}
 
 
-def _defaults() -> dict[str, Any]:
-    """What a recipe need not say, by field; a mapping is JSON there. Where its corpus lies, a run does not keep."""
-    parts = [part for arguments in (ModelArguments, DataArguments, PhaseArguments) for part in fields(arguments)]
-    values = {part.name: part.default if part.default_factory is MISSING else part.default_factory() for part in parts}
-    return {name: {} if value == "{}" else value for name, value in values.items() if name != "corpus_dir"}
-
-
-DEFAULTS = _defaults()
-
-
 @dataclass
 class Run:
     """What is known of a run; see `publishing.read_run`.
@@ -119,7 +109,14 @@ class Run:
     @property
     def recipe_fields(self) -> dict[str, Any]:
         """The recipe as a YAML file in `recipes/` has it: what differs from the defaults, and the Trainer's fields."""
-        set_fields = {name: self.recipe[name] for name, value in DEFAULTS.items() if self.recipe[name] != value}
+        defaults = default_record()
+        own = {"language_model": self.recipe["language_model"]}
+        set_fields = own | {name: self.recipe[name] for name, value in defaults.items() if self.recipe[name] != value}
+        if "fusion" in set_fields:
+            default = defaults["fusion"]
+            set_fields["fusion"] = {
+                name: value for name, value in self.recipe["fusion"].items() if value != default[name]
+            }
         if self.recipe["corpora"]:
             del set_fields["tasks"]  # they are in there
         return set_fields | self.recipe.get("training", {})

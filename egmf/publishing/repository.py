@@ -30,7 +30,8 @@ from egmf.configuration_egmf import EGMFConfig
 from egmf.files import weights_digest
 from egmf.modeling_egmf import EGMFForConditionalGeneration
 from egmf.processing_egmf import AffectTask
-from egmf.publishing.model_card import DEFAULTS, Run, recipe_yaml, write_card
+from egmf.publishing.model_card import Run, recipe_yaml, write_card
+from egmf.recipe import complete_record
 
 
 CODE_LICENSE = Path(__file__).resolve().parents[2] / "LICENSE"
@@ -73,7 +74,7 @@ def read_run(folder: Path, base_model: str | None = None) -> Run:
     recipe, config, processor = map(
         _read, (model / f"{name}.json" for name in ("recipe", "config", "processor_config"))
     )
-    recipe = DEFAULTS | recipe  # a field may be younger than the run
+    recipe = complete_record(recipe)
     name = recipe["language_model"]
     # A local folder's path is not kept, neither in the recipe nor in the config.
     known = name if "/" in name or name == config["text_config"].get("_name_or_path") else None
