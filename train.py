@@ -227,7 +227,7 @@ def main(arguments: list[str]) -> None:
             blanks=training.world_size > 1,
         )
         epochs, rate = recipe.phases.fusion_epochs, recipe.phases.fusion_learning_rate
-        pretrain(recipe, experts, collator, asked, output / "experts", epochs, rate, mixture)
+        pretrain(recipe, experts, collator, asked, output / "fusion", epochs, rate, mixture)
     for modality in with_experts if PartialState().is_main_process else ():
         save_tower(model, modality, towers[modality][1], output / "towers" / modality)
     if not training.num_train_epochs:

@@ -1,6 +1,8 @@
 """The phases before the LLM, several tasks in one run, and what a run on raw media leaves, on a few small clips."""
 
+import copy
 import json
+import math
 import os
 import signal
 import subprocess
@@ -20,7 +22,7 @@ from egmf.data.collator import AffectCollator, expand_by_task
 from egmf.media_inputs_egmf import TowerInput
 from egmf.processing_egmf import BUILTIN_TASKS
 from egmf.recipe import load_recipe
-from egmf.training.pretraining import FusionPretraining
+from egmf.training.pretraining import FusionPretraining, score_targets
 from train import build_model, build_processor, build_towers, resolve_language_model
 
 
@@ -70,8 +72,8 @@ def read_lines(file: Path) -> list[dict]:
 
 def test_all_phases_are_logged_and_nothing_of_the_llm_is_in_the_first_ones_checkpoints(trained):
     phases = [row.get("phase") for row in read_lines(trained / "log.jsonl")]
-    assert list(dict.fromkeys(phases)) == ["audio_tower", "vision_tower", "experts", None]
-    weights = load_file(next((trained / "experts").glob("checkpoint-*")) / "model.safetensors")
+    assert list(dict.fromkeys(phases)) == ["audio_tower", "vision_tower", "fusion", None]
+    weights = load_file(next((trained / "fusion").glob("checkpoint-*")) / "model.safetensors")
     assert {name.split(".")[0] for name in weights} == {"fusion", "towers", "scale"}
 
 
@@ -113,7 +115,7 @@ def test_one_model_answers_both_tasks_from_files(trained, clips, tmp_path):
 
 def test_a_run_killed_between_and_in_its_phases_ends_alike(command, trained, tmp_path):
     own = [*command, "--output_dir", str(tmp_path / "run")]
-    for phase in ("audio_tower/checkpoint-*", "experts/checkpoint-*", "checkpoint-2", "checkpoint-4"):
+    for phase in ("audio_tower/checkpoint-*", "fusion/checkpoint-*", "checkpoint-2", "checkpoint-4"):
         killed_at = f"{phase}/trainer_state.json"
         process = subprocess.Popen(own, cwd=REPO, env=environment(tmp_path), start_new_session=True)
         while process.poll() is None and not list((tmp_path / "run").glob(killed_at)):
@@ -168,7 +170,9 @@ def test_what_each_expert_learns_by_itself_teaches_no_tower(command, clips):
     for mix_alone in (False, True):
         phase.zero_grad()
         output = phase(**batch)
-        loss = torch.nn.functional.cross_entropy(output.logits, batch["answer_index"]) if mix_alone else output.loss
+        targets = phase.targets[batch["task_index"], batch["answer_index"]]
+        logits = output.logits.clamp(min=-1e4)  # what is no answer of the task
+        loss = torch.nn.functional.cross_entropy(logits, targets) if mix_alone else output.loss
         loss.backward()
         gradients.append({name: value.grad for name, value in phase.named_parameters() if value.grad is not None})
     both, mix = gradients
@@ -183,9 +187,10 @@ def test_label_smoothing_spreads_over_the_legal_answers_only(command, clips):
     phase, _, batch = first_phase(command, clips, "--experts", "local", label_smoothing=0.2)
     output = phase.train(False)(**batch)
     losses = []
-    for logits, answer in zip(output.logits, batch["answer_index"], strict=True):
-        legal = logits[torch.isfinite(logits)]
-        losses.append(torch.nn.functional.cross_entropy(legal, answer, label_smoothing=0.2))
+    for logits, task, answer in zip(output.logits, batch["task_index"], batch["answer_index"], strict=True):
+        legal = torch.isfinite(logits)
+        target = phase.targets[task, answer][legal]
+        losses.append(torch.nn.functional.cross_entropy(logits[legal], target, label_smoothing=0.2))
     # The mix of one expert is that expert: the loss counts it twice.
     torch.testing.assert_close(output.loss, 2 * torch.stack(losses).mean(), rtol=0, atol=1e-5)
 
@@ -225,3 +230,44 @@ def test_variants_of_a_clip_keep_what_is_shown():
     assert np.median(shifts) < 2.2 and (shifts > 2.2).any() and shifts.std(0).min() > 0
     wave = TowerInput(np.ones(16, dtype=np.float32))
     assert augment("audio", wave) is wave and augment("vision", None) is None
+
+
+def test_every_answer_has_a_prototype_of_its_own(egmf, processor):
+    """Also answers of the same tokens in another order, such as "+1.0" and "+0.1"."""
+    tasks = list(BUILTIN_TASKS.values())
+    experts = FusionPretraining(copy.deepcopy(egmf), processor, tasks)
+    for task, prototypes in zip(tasks, experts.prototypes, strict=True):
+        cosines = prototypes[: len(task.answers)] @ prototypes[: len(task.answers)].T
+        assert (cosines - 2 * torch.eye(len(cosines))).max() < 0.999, task.name
+    words = [task for task in tasks if task.name == "meld"]
+    [targets] = FusionPretraining(copy.deepcopy(egmf), processor, words).targets
+    assert torch.equal(targets, torch.eye(len(targets)))
+
+
+def test_scores_have_targets_that_know_their_order():
+    task = BUILTIN_TASKS["mosei"]
+    targets = score_targets(task)
+    gold = task.answers.index("+1.0")
+    torch.testing.assert_close(targets.sum(-1), torch.ones(61))
+    falling = targets[gold][gold:]
+    assert targets[gold].argmax() == gold and (falling[1:] < falling[:-1]).all()
+    assert falling[3] / falling[0] == pytest.approx(math.exp(-1), rel=1e-4)  # 0.3 of 6
+
+
+def test_the_fusion_learns_scores_of_the_same_tokens_apart(fresh_egmf, processor, make_batch):
+    torch.manual_seed(0)
+    task = processor.tasks["mosei"]
+    places = torch.tensor([task.answers.index(answer) for answer in ("+1.0", "+0.1")] * 8)
+    frames = [torch.full((3, 5), value) for value in (1.0, -1.0)] * 8
+    batch = make_batch([{"text": "so", "audio_features": frame} for frame in frames], task="mosei")
+    experts = FusionPretraining(fresh_egmf, processor, [task]).train()
+    learning = [value for value in experts.parameters() if value.requires_grad]
+    optimizer = torch.optim.Adam(learning, lr=1e-2)
+    for _ in range(40):
+        optimizer.zero_grad()
+        experts(torch.zeros_like(places), places, **batch).loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        logits = experts.eval()(torch.zeros_like(places), places, **batch).logits
+    scores = torch.tensor([task.parse(answer) for answer in task.answers])
+    assert (logits.softmax(-1) @ scores - scores[places]).abs().max() < 0.25

@@ -524,7 +524,7 @@ def phases(clips, tmp_path_factory) -> Run:
         (TowerCache, "_write", 5, None),  # while clips are read
         (RunTrainer, "training_step", 1, "audio_tower/checkpoint-1"),
         (RunTrainer, "training_step", 4, "audio_tower/checkpoint-4"),
-        (RunTrainer, "training_step", 9, "experts/checkpoint-1"),
+        (RunTrainer, "training_step", 9, "fusion/checkpoint-1"),
     ],
     ids=lambda value: str(getattr(value, "__name__", value)),
 )
@@ -539,7 +539,7 @@ def test_sigterm_in_any_phase(phases, clips, tmp_path, owner, method, count, sav
 
 def test_every_phase_is_in_the_log_and_in_the_picture(phases, tmp_path):
     names = [entry.get("phase") for entry in phases.entries() if "loss" in entry]
-    assert list(dict.fromkeys(names)) == ["audio_tower", "vision_tower", "experts", None]
+    assert list(dict.fromkeys(names)) == ["audio_tower", "vision_tower", "fusion", None]
     assert (phases.folder / "training.png").read_bytes()[:4] == b"\x89PNG"
     said = phases.said.read_text()
     assert re.search(r"^experts: step 2/6, loss [\d.]+, lr [\d.e-]+, rows/s [\d,]+, [\d:]+ left$", said, re.MULTILINE)
@@ -623,8 +623,8 @@ def test_trackio_has_a_run_for_each_phase_that_goes_on(tmp_path, monkeypatch):
         lines = [line for line in logs("tiny", name) if "train/loss" in line]
         curves[name] = [(line["train/global_step"], line["train/loss"]) for line in lines]
     experts, last = sorted(curves, key=lambda name: len(curves[name]))
-    assert re.fullmatch(r"run-[\d]{8}-[\d]{6}-experts", experts) and re.fullmatch(r"run-[\d]{8}-[\d]{6}", last)
-    assert curves == {experts: losses(run, "experts"), last: losses(run)}
+    assert re.fullmatch(r"run-[\d]{8}-[\d]{6}-fusion", experts) and re.fullmatch(r"run-[\d]{8}-[\d]{6}", last)
+    assert curves == {experts: losses(run, "fusion"), last: losses(run)}
     assert [len(curve) for curve in curves.values()] == [6, 12]
     assert [line["train/global_step"] for line in logs("tiny", last) if "eval/weighted_f1" in line] == [6, 12]
 

@@ -22,6 +22,27 @@ from egmf.processing_egmf import AffectTask, EGMFProcessor
 from egmf.towers_egmf import tower_size
 
 
+SCORE_WIDTH = 1 / 20  # of a task's range: the distance at which a score's target has fallen to 1 / e
+
+
+def position_weighted_mean(tokens: torch.Tensor) -> torch.Tensor:
+    """(tokens, H) -> (H,), the j-th token weighing 1 / j."""
+    weights = 1 / torch.arange(1, len(tokens) + 1, device=tokens.device, dtype=tokens.dtype)
+    return weights @ tokens / weights.sum()
+
+
+def score_targets(task: AffectTask) -> torch.Tensor:
+    """(answers, answers): for each gold answer of a task, the probabilities that its answers are to have.
+
+    Of labels all is on the gold one; of scores it falls off exponentially with the distance.
+    """
+    if task.kind == "classification":
+        return torch.eye(len(task.answers))
+    scores = torch.tensor([task.parse(answer) for answer in task.answers])
+    distance = (scores[:, None] - scores).abs() / (SCORE_WIDTH * (task.high - task.low))
+    return (-distance).softmax(-1)
+
+
 class TowerPretraining(nn.Module):
     """A tower with a small readout of its own, for `Trainer`: it learns what its modality alone says of a task.
 
@@ -66,7 +87,11 @@ class FusionPretraining(nn.Module):
 
     An answer's probability is a softmax over the task's answers of the scaled cosine between a pseudo token and the
     answer's prototype, averaged over the K pseudo tokens. A prototype is the mean of the LLM's embeddings of the
-    answer's tokens, less the mean over the task's answers, so that what all of them share does not count.
+    answer's tokens, less the mean over the task's answers, so that what all of them share does not count. The j-th
+    token weighs 1 / j: "+1.0" and "+0.1" have the same tokens, and the first ones say more.
+
+    The target of a label is that label. Scores know their order: the target of a score falls off with the distance of
+    the other scores, to 1 / e at a twentieth of the range (`score_targets`). All of this is our choice.
 
     The loss is that of the mix plus the mean over the experts of each one's by itself. Without the second part, the
     gate soon gives nearly all its weight to whichever expert is first to be of use, and the others learn little. It
@@ -101,11 +126,14 @@ class FusionPretraining(nn.Module):
         embeddings = model.get_input_embeddings()
         sizes = [len(task.answers) for task in tasks]
         prototypes = torch.zeros(len(tasks), max(sizes), embeddings.embedding_dim)
+        targets = torch.zeros(len(tasks), max(sizes), max(sizes))
         for place, task in enumerate(tasks):
             rows = [embeddings(torch.tensor(ids, device=model.device)) for ids in processor.candidates(task)]
-            means = torch.stack([row.detach().float().mean(0) for row in rows])
+            means = torch.stack([position_weighted_mean(row.detach().float()) for row in rows])
             prototypes[place, : len(means)] = F.normalize(means - means.mean(0), dim=-1)
+            targets[place, : len(means), : len(means)] = score_targets(task)
         self.register_buffer("prototypes", prototypes, persistent=False)
+        self.register_buffer("targets", targets, persistent=False)
         self.register_buffer("legal", torch.arange(max(sizes)) < torch.tensor(sizes).unsqueeze(1), persistent=False)
 
     def train(self, mode: bool = True):
@@ -132,8 +160,9 @@ class FusionPretraining(nn.Module):
         cosines = torch.einsum("bekh,bch->bec", F.normalize(tokens.float(), dim=-1), prototypes) / tokens.shape[2]
         legal = self.legal[task_index].unsqueeze(1)
         logits = (self.scale.exp() * cosines).masked_fill(~legal, -torch.inf)
-        surprise = -logits.log_softmax(-1)  # (B, 1 + E, answers)
-        right = surprise.gather(-1, answer_index[:, None, None].expand(-1, surprise.shape[1], 1)).squeeze(-1)
-        evenly = surprise.masked_fill(~legal, 0.0).sum(-1) / legal.sum(-1)
-        losses = ((1 - self.label_smoothing) * right + self.label_smoothing * evenly).mean(0)
+        surprise = -logits.log_softmax(-1).masked_fill(~legal, 0.0)  # (B, 1 + E, answers)
+        evenly = legal / legal.sum(-1, keepdim=True)
+        target = self.targets[task_index, answer_index].unsqueeze(1)
+        target = (1 - self.label_smoothing) * target + self.label_smoothing * evenly
+        losses = (target * surprise).sum(-1).mean(0)
         return ModelOutput(loss=losses[0] + losses[1:].mean(), logits=logits[:, 0])
