@@ -30,7 +30,7 @@ from accelerate import PartialState
 from transformers import AutoModel, AutoProcessor
 from transformers.utils import cached_file
 
-from corpora import CORPORA, group_of, load_corpus
+from corpora import CORPORA, clusters_of, group_of, load_corpus
 from egmf.arguments import positive
 from egmf.data.collator import LABEL_COLUMNS, check_labels
 from egmf.evaluation import robustness
@@ -38,7 +38,7 @@ from egmf.evaluation.label_maps import LABEL_MAPS
 from egmf.evaluation.measures import measure_of, metrics_of
 from egmf.evaluation.plots import plot_conditions, plot_confusion, plot_gates, plot_scores
 from egmf.evaluation.predictor import Predictor
-from egmf.evaluation.significance import cluster_of, intervals, mcnemar, paired_differences, resample
+from egmf.evaluation.significance import intervals, mcnemar, paired_differences, resample
 from egmf.files import weights_digest
 from egmf.processes import in_turns, silence_other_ranks
 
@@ -138,13 +138,14 @@ def evaluate(args: argparse.Namespace, predict: Predictor, rows, modalities: lis
 
     gold = [row["gold"] for row in predictions]
     metrics = metrics_of(predictions, task)
-    samples = resample([row["id"] for row in predictions])
+    unit, clusters = clusters_of(args.corpus, rows["id"][:], rows["speaker"][:])
+    samples = resample(clusters)
     spread = {
         answer: intervals(measure_of(task), gold, [row["answers"][answer] for row in predictions], samples)
         for answer in metrics
     }
     report |= {"answers": metrics, "intervals": spread}
-    report["clusters"] = len({cluster_of(row["id"]) for row in predictions})
+    report["clusters"] = {"unit": unit, "number": len(set(clusters))}
     groups = [group_of(args.corpus, row["id"]) for row in predictions]
     if None not in groups:
         report["groups"] = {
@@ -157,7 +158,7 @@ def evaluate(args: argparse.Namespace, predict: Predictor, rows, modalities: lis
     write_report(args.output / "metrics.json", report)
     write_plots(predictions, groups, task, args.output)
 
-    print(f"{args.corpus} / {args.split}: {len(rows)} samples")
+    print(f"{args.corpus} / {args.split}: {len(rows)} samples; 95 % intervals by {len(set(clusters))} {unit}")
     print(table_of(metrics, spread))
     for answer, tests in report.get("compared_to", {}).items():
         for name, test in [*tests["differences"].items(), ("mcnemar", tests.get("mcnemar"))]:

@@ -12,6 +12,7 @@ in `corpora/schema.py`; nothing in here knows the model. `python -m corpora` con
 import importlib
 import inspect
 import os
+from collections.abc import Sequence
 
 from datasets import DatasetDict
 
@@ -57,3 +58,17 @@ def group_of(name: str, row_id: str) -> str | None:
     """The group that a corpus sorts a row into, for tables; None where a corpus has no groups."""
     module = importlib.import_module(f"{__name__}.{name}")
     return module.group_of(row_id) if hasattr(module, "group_of") else None
+
+
+def clusters_of(name: str, ids: Sequence[str], speakers: Sequence[str | None]) -> tuple[str, list[str]]:
+    """By what a corpus's rows hang together: a bootstrap draws these whole.
+
+    A corpus's module says so in `CLUSTERS`: what they are called, and the one of a row, by its id and speaker. Rows of
+    a corpus without any, or whose ids are of another form, stand for themselves.
+
+    Returns:
+        `"videos"`, `"dialogues"`, `"actors"`, `"people"` or `"utterances"`, and each row's own.
+    """
+    unit, cluster_of = getattr(importlib.import_module(f"{__name__}.{name}"), "CLUSTERS", ("utterances", None))
+    found = [cluster_of(*row) for row in zip(ids, speakers, strict=True)] if cluster_of else [None]
+    return ("utterances", list(ids)) if None in found else (unit, found)

@@ -23,7 +23,7 @@ import pandas as pd
 from datasets import DatasetDict
 
 from corpora.mse_adapter import find_pickles, read_pickles
-from corpora.reading import Notes, Reading, Rows, repair_text
+from corpora.reading import Notes, Reading, Rows, part_of_id, repair_text
 from corpora.schema import check_count
 
 
@@ -37,6 +37,9 @@ SIZES = {"train": 9989, "validation": 1109, "test": 2610}
 WIDTHS = {"audio_features": 64, "vision_features": 64}
 
 _COLUMNS = ("Utterance", "Speaker", "Emotion", "Dialogue_ID", "Utterance_ID")
+
+
+CLUSTERS = ("dialogues", part_of_id(r"(.+_dia\d+)_utt\d+"))
 
 
 def load(source: str | os.PathLike, context: int = 8, media: str | os.PathLike | None = None) -> DatasetDict:

@@ -19,7 +19,7 @@ from pathlib import Path
 from datasets import DatasetDict
 
 from corpora.mmsa import ClipFolders, read_features, read_table, table_rows
-from corpora.reading import Notes, Reading, repair_text
+from corpora.reading import Notes, Reading, part_of_id, repair_text
 
 
 logger = logging.getLogger(__name__)
@@ -30,6 +30,9 @@ WIDTHS = {"audio_features": 74, "vision_features": 35}
 RATES = {"audio": 20.0, "vision": 15.0}  # frames a second of the unaligned features
 
 _VIDEOS, _TRANSCRIPTS = "Videos/Segmented/Combined", "Transcript/Segmented/Combined"
+
+
+CLUSTERS = ("videos", part_of_id(r"(.+)\$_\$[^$]+"))
 
 
 def load(source: str | os.PathLike) -> DatasetDict:

@@ -27,6 +27,7 @@ import pandas as pd
 import pyarrow as pa
 from datasets import DatasetDict
 
+from corpora.reading import part_of_id
 from corpora.schema import build_split, check_count
 
 
@@ -36,6 +37,9 @@ FEATURE_SIZES = {"audio_features": 73, "vision_features": 100}
 FEATURE_LIMIT = 5.0  # standard deviations
 
 _COLUMNS = ("split", "video_id", "clip_id", "text", "label", *FEATURE_SIZES)
+
+
+CLUSTERS = ("videos", part_of_id(r"(.+)\$_\$[^$]+"))
 
 
 def load(

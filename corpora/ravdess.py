@@ -13,12 +13,16 @@ from pathlib import Path
 
 from datasets import DatasetDict
 
+from corpora.reading import part_of_id
 from corpora.schema import build_split
 
 
 EMOTIONS = ("neutral", "calm", "happy", "sad", "angry", "fearful", "disgust", "surprised")  # 01 to 08
 STATEMENTS = ("Kids are talking by the door.", "Dogs are sitting by the door.")
 FOLDS, ACTORS = 6, 24
+
+
+CLUSTERS = ("actors", part_of_id(r".+-(\d+)"))
 
 
 def load(source: str | os.PathLike, fold: int = 1, validation: bool = True) -> DatasetDict:

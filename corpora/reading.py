@@ -1,7 +1,8 @@
 """What the readers of the published benchmarks share: what a reading is, what it notes, and the repair of values."""
 
 import logging
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,12 @@ from corpora.schema import build_split
 # Python leaves five of the 32 bytes undefined in cp1252: those stay as they are.
 _CP1252 = {code: bytes([code]).decode("cp1252", errors="ignore") or chr(code) for code in range(0x80, 0xA0)}
 _SHOWN = 3  # ids in a line of notes
+
+
+def part_of_id(pattern: str) -> Callable[[str, str | None], str | None]:
+    """For a corpus's `CLUSTERS`: the first group of a pattern that a whole row id matches; None where it does not."""
+    form = re.compile(pattern)
+    return lambda row_id, speaker: found[1] if (found := form.fullmatch(row_id)) else None
 
 
 class Notes:

@@ -15,7 +15,7 @@ from pathlib import Path
 from datasets import DatasetDict
 
 from corpora.mmsa import ClipFolders, read_features, read_table, table_rows
-from corpora.reading import Notes, Reading
+from corpora.reading import Notes, Reading, part_of_id
 
 
 logger = logging.getLogger(__name__)
@@ -30,6 +30,9 @@ WIDTHS = {
     2: {"audio_features": 25, "vision_features": 177},
 }
 TABLES = ("meta.csv", "meta(s).csv", "label.csv")
+
+
+CLUSTERS = ("videos", part_of_id(r"(.+)(?:\$_\$|/)[^$/]+"))
 
 
 def load(source: str | os.PathLike, version: int = 2) -> DatasetDict:

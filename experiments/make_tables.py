@@ -303,8 +303,9 @@ def _test_tables(benchmark: Benchmark, tests: list[dict]) -> list[str]:
         if t["test"] == "bootstrap"
     ]
     return [
-        "McNemar's exact test on the same samples. Over several seeds it counts every sample once per seed, as if "
-        "those were independent: the bootstrap below does not.",
+        "McNemar's exact test on the same samples. It takes them for independent: it ignores "
+        f"{benchmark.clusters}, and over several seeds it counts every sample once per seed. The bootstrap below does "
+        "neither.",
         _table(["answer", "seeds", "only the full model right", "only text right", "p"], counts),
         f"Bootstrap over {benchmark.clusters} ({RESAMPLES:,} resamples) of the difference in accuracy, averaged over "
         "the seeds that both have.",

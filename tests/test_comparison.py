@@ -4,26 +4,30 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_rel
 
-from egmf.evaluation.significance import RESAMPLES, cluster_of, intervals, mcnemar, paired_differences, resample
+from corpora import clusters_of
+from egmf.evaluation.significance import RESAMPLES, intervals, mcnemar, paired_differences, resample
 from metrics.emotion.measures import emotion_metrics
 from metrics.sentiment.measures import mosei_metrics
 
 
 @pytest.mark.parametrize(
-    ("row_id", "cluster"),
+    ("corpus", "row_id", "speaker", "wanted"),
     [
-        ("03bSnISJMiM$_$11", "03bSnISJMiM"),
-        ("test_dia12_utt3", "test_dia12"),
-        ("video_0001/0003", "video_0001"),
-        ("03-01-06-01-02-01-12", "03-01-06-01-02-01-12"),
+        ("mosi", "03bSnISJMiM$_$11", None, ("videos", ["03bSnISJMiM"])),
+        ("meld", "test_dia12_utt3", "Ross", ("dialogues", ["test_dia12"])),
+        ("meld", "test_00012", "Ross", ("utterances", ["test_00012"])),  # a pickle that has no dialogues
+        ("simsv2", "video_0001/0003", None, ("videos", ["video_0001"])),
+        ("ravdess", "03-01-06-01-02-01-12", None, ("actors", ["12"])),
+        ("avatars", "avatars_test_brief_0000", "Avatar 7", ("people", ["Avatar 7"])),
+        ("generated", "test_0001", "Ann", ("utterances", ["test_0001"])),
     ],
 )
-def test_clusters_of_the_published_ids(row_id, cluster):
-    assert cluster_of(row_id) == cluster
+def test_clusters_of_the_corpora(corpus, row_id, speaker, wanted):
+    assert clusters_of(corpus, [row_id], [speaker]) == wanted
 
 
 def test_whole_clusters_are_drawn():
-    ids = [f"video{number % 5}$_${number}" for number in range(23)]
+    ids = [f"video{number % 5}" for number in range(23)]
     samples = resample(ids)
     assert len(samples) == RESAMPLES and len({tuple(rows) for rows in samples}) > 100
     for rows in samples[:50]:
@@ -41,7 +45,7 @@ def test_an_interval_is_as_wide_as_theory_says():
     error = 1.96 * np.sqrt(share * (1 - share) / 400)
     assert (low, high) == pytest.approx((share - error, share + error), abs=0.15 * error)
     # Every answer five times, in clusters, is no more evidence than once.
-    fivefold = resample([f"video{i // 5}/{i}" for i in range(2000)])
+    fivefold = resample([f"video{i // 5}" for i in range(2000)])
     again = intervals(emotion_metrics, np.repeat(gold, 5).tolist(), np.repeat(given, 5).tolist(), fivefold)["accuracy"]
     assert again[1] - again[0] == pytest.approx(high - low, rel=0.1)
 
@@ -54,7 +58,7 @@ def test_what_is_not_defined_has_no_interval():
     assert "unparsable" not in constant and "zero_predictions" not in constant
     silent = intervals(emotion_metrics, ["joy", "fear"] * 3, [None] * 6, resample(ids))
     assert silent == {"accuracy": [0.0, 0.0], "weighted_f1": [0.0, 0.0]}
-    one_video = resample([f"video$_${number}" for number in range(6)])
+    one_video = resample(["video"] * 6)
     assert intervals(mosei_metrics, gold, [0.5] * 6, one_video)["mae"] is None
     assert paired_differences(mosei_metrics, gold, gold, [0.5] * 6, one_video)["mae"] is None
 

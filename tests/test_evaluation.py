@@ -216,12 +216,24 @@ def test_an_evaluation_across_corpora_is_written_whole(model_folder, tmp_path, m
     rows = [{**row, "id": f"film{number % 3}$_${number}"} for number, row in enumerate(corpus["test"])]
     corpus["test"] = build_split(rows)
     monkeypatch.setattr(eval_script, "load_corpus", lambda *args, **options: corpus)
-    arguments = [model_folder, "--corpus", "generated", "--task", "meld", "--label_map", "meld-cherma", "--output"]
+    arguments = [
+        model_folder,
+        "--corpus",
+        "mosi",
+        "--corpus_dir",
+        ".",
+        "--task",
+        "meld",
+        "--label_map",
+        "meld-cherma",
+        "--output",
+    ]
     eval_script.main([*arguments, str(tmp_path / "first")])
     lines = (tmp_path / "first/predictions.jsonl").read_text(encoding="utf-8").splitlines()
     answers = [json.loads(line)["answers"]["distribution"] for line in lines]
     report = json.loads((tmp_path / "first/metrics.json").read_text(encoding="utf-8"))
-    assert (report["task"], report["label_map"], report["clusters"]) == ("meld", "meld-cherma", 3)
+    assert (report["task"], report["label_map"]) == ("meld", "meld-cherma")
+    assert report["clusters"] == {"unit": "videos", "number": 3}
     figures = report["answers"]["distribution"]
     assert figures["accuracy"] == sum(a == b for a, b in zip(answers, labels, strict=True)) / 6
     low, high = report["intervals"]["distribution"]["accuracy"]

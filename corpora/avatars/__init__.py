@@ -124,6 +124,9 @@ def ceiling(modalities: tuple[str, ...]) -> dict[str, float]:
     return {"all": float(by_kind.mean()), **dict(zip(KINDS, by_kind.tolist(), strict=True))}
 
 
+CLUSTERS = ("people", lambda row_id, speaker: speaker)
+
+
 def group_of(row_id: str) -> str:
     """The kind of a clip, for tables: "avatars_test_brief_0012" -> "brief"."""
     return row_id.split("_")[2]

@@ -1,10 +1,10 @@
-"""How sure a figure is, and whether two runs differ: bootstrap over videos or dialogues, and McNemar's test.
+"""How sure a figure is, and whether two runs differ: a bootstrap over clusters, and McNemar's test.
 
-Utterances of one video or dialogue have speaker, topic and microphone in common, so whole ones are drawn, not single
-utterances: those would give intervals that are too narrow.
+Utterances of one video, dialogue or actor have speaker, topic and microphone in common. The bootstrap therefore draws
+whole clusters; single utterances would give intervals that are too narrow. McNemar's test ignores clusters: where
+utterances of a cluster are right and wrong together, its p-value is too small; then trust the bootstrap's.
 """
 
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,24 +13,17 @@ from scipy.stats import binomtest
 
 
 RESAMPLES, SEED, LEVEL = 1000, 0, 0.95
-# "video$_$3" (MOSI, MOSEI, SIMS), "test_dia12_utt3" (MELD), "video/3": the number of an utterance within its source.
-_UTTERANCE = re.compile(r"(.+)(?:\$_\$|_utt|/)[^/$]+")
-
 Measure = Callable[[Sequence, Sequence], dict[str, Any]]
 
 
-def cluster_of(row_id: str) -> str:
-    """The video or dialogue that a row is an utterance of, by its id; the row itself where the id names none."""
-    match = _UTTERANCE.fullmatch(row_id)
-    return match[1] if match else row_id
-
-
-def resample(row_ids: Sequence[str]) -> list[np.ndarray]:
+def resample(clusters: Sequence[str]) -> list[np.ndarray]:
     """`RESAMPLES` bootstrap samples, the same every time: places of rows, by whole clusters drawn with replacement.
+
+    `clusters` has the one of each row, see `corpora.clusters_of`.
 
     Nothing where all rows are of one cluster: how much clusters differ cannot be seen in it.
     """
-    _, index = np.unique([cluster_of(row_id) for row_id in row_ids], return_inverse=True)
+    _, index = np.unique(clusters, return_inverse=True)
     members = np.split(np.argsort(index, kind="stable"), np.cumsum(np.bincount(index))[:-1])
     if len(members) == 1:
         return []
@@ -81,7 +74,8 @@ def mcnemar(first_correct: Sequence[bool], second_correct: Sequence[bool]) -> di
     """Exact two-sided McNemar test of two runs' answers to the same samples (McNemar 1947, Psychometrika 12).
 
     Of the samples that exactly one run has right, each run has about half if the runs are equally good: a binomial
-    test. `first_only` and `second_only` count those samples.
+    test. It takes the samples for independent and ignores clusters. `first_only` and `second_only` count those
+    samples.
     """
     pairs = list(zip(first_correct, second_correct, strict=True))
     first_only = sum(a and not b for a, b in pairs)

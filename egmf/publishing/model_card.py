@@ -401,11 +401,13 @@ def _evaluation(run: Run) -> str:
     parts = [
         "As `eval.py` wrote them: the greedy text of `generate()`, in which what is no legal answer is wrong, and the "
         "most probable legal answer; of scores also mean and median of the distribution. In brackets 95 % intervals, "
-        "by bootstrap over videos or dialogues. One trained model: they say nothing of how much seeds differ."
+        "by bootstrap. One trained model: they say nothing of how much seeds differ."
     ]
     for report in run.evaluations.values():
         corpus = CORPORA.get(report["corpus"], Corpus(report["corpus"]))
-        parts.append(f"### {corpus.name}, {report['split']}: {', '.join(conditions(report, run))}")
+        clusters = report.get("clusters")
+        drawn = f"; intervals by {clusters['number']} {clusters['unit']}" if isinstance(clusters, dict) else ""
+        parts.append(f"### {corpus.name}, {report['split']}: {', '.join(conditions(report, run))}{drawn}")
         answers, rows = report["answers"], []
         for name, value in next(iter(answers.values())).items():
             written = FIGURES.get(name, (name, name.replace("_", " ")))[1]
