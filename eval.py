@@ -195,6 +195,7 @@ def main(arguments: list[str]) -> None:
     with in_turns():  # the model's code is copied to where it is imported from
         processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=True)
         model = AutoModel.from_pretrained(args.model, trust_remote_code=True).to(device).eval()
+    processor.limit_length(model.config.text_config)
     trained = load_training_fields(args.model)
     part = trained.get("corpora", {}).get(args.corpus, {})  # of a mixture
     name = args.task or (part or trained).get("tasks", [args.corpus])[0]

@@ -1,6 +1,7 @@
 """Labels and tasks across corpora: what may be asked of which rows, answers in another corpus's labels, old tasks."""
 
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import train as train_script
 from corpora import load_corpus
 from corpora.schema import build_split
 from egmf.data import mixture
-from egmf.data.collator import AffectCollator, check_labels
+from egmf.data.collator import AffectCollator, check_labels, expand_by_task, prompt_lengths
 from egmf.evaluation.label_maps import LABEL_MAPS, MELD_TO_CHERMA
 from egmf.evaluation.measures import measure_of, metrics_of
 from egmf.evaluation.predictor import Predictor
@@ -331,3 +332,21 @@ def test_a_row_that_lost_its_text_is_one_that_never_had_it(processor, egmf):
     assert whole["input_ids"].shape[1] > lost["input_ids"].shape[1] + 3
     with torch.no_grad():
         assert torch.equal(egmf(**lost).logits, egmf(**without).logits)
+
+
+def test_rows_longer_than_the_llms_context_are_named_once(processor, caplog):
+    limit = processor.tokenizer.model_max_length
+    rows = build_split([{"id": "short", "text": "so"}, {"id": "long", "text": "so " * 200}])
+    tasks = [processor.tasks["meld"]]
+    collator = AffectCollator(processor, tasks, ["text"], None)
+    try:
+        processor.tokenizer.model_max_length = 200
+        short, long = prompt_lengths(expand_by_task(rows, tasks), collator)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert collator(list(expand_by_task(rows, tasks)))["input_ids"].shape[1] == long
+    finally:
+        processor.tokenizer.model_max_length = limit
+    assert short < long == 200 - processor.max_answer_tokens("meld")
+    [record] = caplog.records
+    assert "1 rows are longer than the language model's context. long: the language model reads 200" in record.message

@@ -209,7 +209,7 @@ def test_two_processes_go_through_all_phases(tmp_path):
         start(*ON_TWO, "train.py", "recipes/avatars_towers.yaml", *fields, HF_HOME=str(tmp_path / "hub"))
     log = read_lines(tmp_path / "run" / "log.jsonl")
     phases = [row.get("phase") for row in log if "train_runtime" in row]
-    assert phases[:4] == ["audio_tower", "vision_tower", "experts", None]
+    assert phases[:4] == ["audio_tower", "vision_tower", "fusion", None]
     assert [row["step"] for row in log if "train_runtime" in row][:4] == [
         2,
         2,

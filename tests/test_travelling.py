@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from test_modeling import LORA_TARGETS
 from test_towers import WAVE
-from transformers import AutoModelForCausalLM, AutoTokenizer, HubertConfig, HubertModel
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, HubertConfig, HubertModel
 from transformers.dynamic_module_utils import get_imports
 
 from egmf.configuration_egmf import EGMFConfig
@@ -214,3 +215,13 @@ def test_a_checkpoint_demands_no_decoder(travelled):
     root, _, _ = travelled
     wanted = {name for path in (root / "checkpoints" / "llama").glob("*.py") for name in get_imports(path)}
     assert wanted <= {"huggingface_hub", "numpy", "torch", "transformers"} | set(sys.stdlib_module_names)
+
+
+def test_a_broken_checkpoint_says_what_is_broken_beside_a_clone(travelled, tmp_path):
+    """A file of the clone, which is on the path, does not stand in for the checkpoint's."""
+    root, _, _ = travelled
+    folder = shutil.copytree(root / "checkpoints" / "llama", tmp_path / "broken")
+    towers = folder / "towers_egmf.py"
+    towers.write_text(towers.read_text(encoding="utf-8").replace("import MODEL_MAPPING,", "import NO_SUCH_MAPPING,"))
+    with pytest.raises(ImportError, match="cannot import name 'NO_SUCH_MAPPING' from 'transformers'"):
+        AutoModel.from_pretrained(folder, trust_remote_code=True)

@@ -1,5 +1,7 @@
 """From rows to figures: batches for the model, its answers, and what they are worth by a corpus's own measures."""
 
+import logging
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -94,7 +96,9 @@ class AffectCollator:
     def __call__(self, rows: list[dict]):
         if self.modality_dropout:
             rows = [self._drop(row) for row in rows]
-        batch = self._batch(rows)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", self.processor.text_warning)  # `prompt_lengths` has logged it
+            batch = self._batch(rows)
         return batch | self._blanks(batch) if self.blanks else batch
 
     def _drop(self, row: dict) -> dict:
@@ -174,9 +178,19 @@ class AffectCollator:
 
 
 def prompt_lengths(dataset: Dataset, collator: AffectCollator) -> list[int]:
-    """Tokens of each row's prompt, for length-grouped batches."""
+    """Tokens of each row's prompt, for length-grouped batches. Logs which rows do not fit into the LLM's context."""
     if "text" not in collator.modalities:
         return [1] * len(dataset)
     light = AffectCollator(collator.processor, collator.tasks, ["text"], with_answers=None)
     rows = dataset.select_columns([name for name in dataset.column_names if name not in FEATURE_COLUMNS])
-    return [int(light([row])["input_ids"].shape[1]) for row in rows]
+    lengths, cut = [], {}
+    for row in rows:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", collator.processor.text_warning)
+            lengths.append(int(light._batch([row])["input_ids"].shape[1]))
+        for warning in caught:
+            cut.setdefault(row["id"], str(warning.message))
+    if cut:
+        named = "; ".join(f"{row_id}: {message}" for row_id, message in list(cut.items())[:3])
+        logging.warning("%d rows are longer than the language model's context. %s", len(cut), named)
+    return lengths

@@ -93,7 +93,8 @@ def build_towers(recipe: Recipe) -> dict[str, tuple]:
 
 
 def build_processor(recipe: Recipe, language_model: str, towers: dict[str, tuple]) -> EGMFProcessor:
-    return EGMFProcessor(
+    """The processor of a recipe's LLM and towers."""
+    processor = EGMFProcessor(
         AutoTokenizer.from_pretrained(language_model),
         **{PREPROCESSORS[modality]: preprocessor for modality, (_, preprocessor) in towers.items()},
         num_pseudo_tokens=recipe.fusion["num_pseudo_tokens"],
@@ -101,6 +102,8 @@ def build_processor(recipe: Recipe, language_model: str, towers: dict[str, tuple
         max_context_tokens=recipe.data.max_context_tokens,
         default_task=recipe.data.tasks[0],
     )
+    processor.limit_length(AutoConfig.from_pretrained(language_model))
+    return processor
 
 
 def feature_statistics(rows: Dataset, column: str) -> tuple[torch.Tensor, torch.Tensor] | None:
