@@ -1,18 +1,18 @@
 """The phases before the LLM, several tasks in one run, and what a run on raw media leaves, on a few small clips."""
 
+import contextlib
 import copy
 import json
 import math
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from commands import run, start
 from safetensors.torch import load_file
 
 from corpora import load_corpus
@@ -51,18 +51,18 @@ def command(clips) -> list[str]:
     }
     options |= {"per_device_train_batch_size": 16}
     flat = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
-    return [sys.executable, str(REPO / "train.py"), "recipes/avatars_towers.yaml", *flat]
+    return ["recipes/avatars_towers.yaml", *flat]
 
 
-def environment(folder: Path) -> dict[str, str]:
-    """What training keeps of clips goes to a folder of the test's own."""
-    return os.environ | {"HF_HOME": str(folder / "hub")}
+def train(command: list[str], output: Path, *fields: str, folder: Path) -> None:
+    """Trains into `output`; the cache of towers is in `folder`, so that no other test fills it."""
+    run("train", *command, "--output_dir", output, *fields, hub=folder / "hub")
 
 
 @pytest.fixture(scope="module")
 def trained(command, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
-    subprocess.run([*command, "--output_dir", str(folder / "run")], cwd=REPO, env=environment(folder), check=True)
+    train(command, folder / "run", folder=folder)
     return folder / "run"
 
 
@@ -85,11 +85,11 @@ def test_trained_towers_are_models_of_their_own(command, trained, tmp_path):
         assert weights and all(
             torch.equal(model[f"model.{name}_tower.{key}"], value) for key, value in weights.items()
         )
-    own = [*command, "--output_dir", str(tmp_path / "run"), "--tower_epochs", "0", "--fusion_epochs", "1"]
+    own = ["--tower_epochs", "0", "--fusion_epochs", "1"]
     own += [part for name in ("audio", "vision") for part in (f"--{name}_tower", str(trained / "towers" / name))]
-    subprocess.run([*own, "--num_train_epochs", "0"], cwd=REPO, env=environment(tmp_path), check=True)
+    train(command, tmp_path / "run", *own, "--num_train_epochs", "0", folder=tmp_path)
     assert not (tmp_path / "run" / "model").exists() and not (tmp_path / "run" / "towers").exists()
-    subprocess.run(own, cwd=REPO, env=environment(tmp_path), check=True)
+    train(command, tmp_path / "run", *own, folder=tmp_path)
     again = load_file(tmp_path / "run" / "model" / "model.safetensors")
     frozen = [name for name in model if "_tower." in name]
     assert frozen and all(torch.equal(model[name], again[name]) for name in frozen)
@@ -99,9 +99,18 @@ def test_one_model_answers_both_tasks_from_files(trained, clips, tmp_path):
     fields = json.loads((trained / "model" / "recipe.json").read_text())
     assert fields["tasks"] == ["avatars", "avatars_score"] and "corpus_dir" not in fields
     for task, plot, measure in (("avatars", "confusion.png", "accuracy"), ("avatars_score", "scores.png", "mae")):
-        command = [sys.executable, str(REPO / "eval.py"), trained / "model", "--corpus", "avatars", "--task", task]
-        command += ["--corpus_dir", clips, "--output", tmp_path / task]
-        subprocess.run(list(map(str, command)), cwd=REPO, check=True)
+        run(
+            "eval",
+            trained / "model",
+            "--corpus",
+            "avatars",
+            "--task",
+            task,
+            "--corpus_dir",
+            clips,
+            "--output",
+            tmp_path / task,
+        )
         metrics = json.loads((tmp_path / task / "metrics.json").read_text())
         assert metrics["samples"] == 24 and list(metrics["groups"]) == list(KINDS)
         whole = metrics["answers"]["distribution"][measure]
@@ -114,23 +123,24 @@ def test_one_model_answers_both_tasks_from_files(trained, clips, tmp_path):
 
 
 def test_a_run_killed_between_and_in_its_phases_ends_alike(command, trained, tmp_path):
-    own = [*command, "--output_dir", str(tmp_path / "run")]
+    own = [*command, "--output_dir", tmp_path / "run"]
     for phase in ("audio_tower/checkpoint-*", "fusion/checkpoint-*", "checkpoint-2", "checkpoint-4"):
         killed_at = f"{phase}/trainer_state.json"
-        process = subprocess.Popen(own, cwd=REPO, env=environment(tmp_path), start_new_session=True)
-        while process.poll() is None and not list((tmp_path / "run").glob(killed_at)):
+        process = start("train", *own, said=tmp_path / "said.txt", hub=tmp_path / "hub")
+        while process.is_alive() and not list((tmp_path / "run").glob(killed_at)):
             time.sleep(0.02)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    subprocess.run(own, cwd=REPO, env=environment(tmp_path), check=True)
-    wanted, got = (load_file(run / "model" / "model.safetensors") for run in (trained, tmp_path / "run"))
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.join()
+    train(command, tmp_path / "run", folder=tmp_path)
+    wanted, got = (load_file(folder / "model" / "model.safetensors") for folder in (trained, tmp_path / "run"))
     assert wanted.keys() == got.keys()
     assert all(torch.equal(wanted[name], got[name]) for name in wanted)
 
 
 def first_phase(command: list[str], clips: Path, *fields: str, **options) -> tuple[FusionPretraining, list, dict]:
     """The recipe's fusion and towers before any step, the tasks, and a batch of four clips."""
-    recipe = load_recipe([str(REPO / "recipes/avatars_towers.yaml"), *command[3:], *fields])
+    recipe = load_recipe([str(REPO / "recipes/avatars_towers.yaml"), *command[1:], *fields])
     language_model, towers = resolve_language_model("tiny-random"), build_towers(recipe)
     processor = build_processor(recipe, language_model, towers)
     corpus = load_corpus("avatars", clips, **CLIPS)
@@ -197,12 +207,12 @@ def test_label_smoothing_spreads_over_the_legal_answers_only(command, clips):
 
 def test_towers_that_learn_with_the_llm(command, tmp_path):
     """Weights and batch statistics of a trained tower change, are in the model, and survive a resume."""
-    own = [*command, "--tower_epochs", "0", "--fusion_epochs", "0"]
+    own = ["--tower_epochs", "0", "--fusion_epochs", "0"]
     own += ["--train_audio_tower", "True", "--train_vision_tower", "True"]
     for name, steps in (("whole", ["4"]), ("parts", ["2", "4"])):
         for count in steps:
-            run = [*own, "--output_dir", str(tmp_path / name), "--lr_scheduler_type", "constant", "--max_steps", count]
-            subprocess.run(run, cwd=REPO, env=environment(tmp_path), check=True)
+            fields = ["--lr_scheduler_type", "constant", "--max_steps", count]
+            train(command, tmp_path / name, *own, *fields, folder=tmp_path)
     whole, parts = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "parts"))
     assert whole.keys() == parts.keys()
     assert all(torch.equal(whole[name], parts[name]) for name in whole)

@@ -5,8 +5,6 @@ Every run is a process of its own, forked off one that has the libraries loaded,
 
 import functools
 import json
-import logging
-import multiprocessing
 import os
 import pty
 import random
@@ -24,8 +22,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import REPO, processes, start
 from datasets import Dataset
-from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -38,13 +36,10 @@ from egmf.evaluation.plots import plot_training
 from egmf.files import RunStopped
 from egmf.processing_egmf import BUILTIN_TASKS
 from egmf.training.checkpoints import MANIFEST, damage_of, last_whole_checkpoint, seal
-from egmf.training.preemption import run_command
 from egmf.training.progress import JsonLinesLog
 from egmf.training.trainer import AffectTrainer, RunTrainer, SeededCollator, check_reporters
-from train import main
 
 
-REPO = Path(__file__).resolve().parents[1]
 # 2 epochs of 6 steps. Neither the log's steps nor the epochs' ends fall on those of the checkpoints.
 TINY = ["recipes/tiny.yaml", "--corpus_options", '{"size": 72}', "--per_device_train_batch_size", "8"]
 TINY += ["--num_train_epochs", "2", "--logging_steps", "5", "--save_strategy", "steps", "--save_steps", "2"]
@@ -67,25 +62,6 @@ PHASES += ["--num_train_epochs", "1", "--save_strategy", "steps", "--save_steps"
 PHASES += ["--per_device_train_batch_size", "16", "--max_steps", "3", "--save_total_limit", "1"]
 BESIDE_TIME = re.compile(r"runtime|per_second")
 
-_processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["train"])
-
-
-def _child(arguments: list[str], output: Path, hub: Path | None, before: Callable | None) -> None:
-    os.setsid()
-    multiprocessing.set_start_method("fork", force=True)  # as it is in a command of its own
-    handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(handle, 1)
-    os.dup2(handle, 2)
-    os.chdir(REPO)
-    if hub is not None:
-        constants.HF_HOME = str(hub)
-    torch.set_num_threads(1)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
-    if before is not None:
-        before()
-    run_command(main, arguments)
-
 
 class Run:
     """The command that trains into a folder, as often as it is started."""
@@ -97,9 +73,7 @@ class Run:
         self.hub = hub  # what is kept of clips goes there
 
     def start(self, before: Callable | None = None):
-        process = _processes.Process(target=_child, args=(self.arguments, self.said, self.hub, before))
-        process.start()
-        return process
+        return start("train", *self.arguments, said=self.said, hub=self.hub, before=before)
 
     def __call__(self, before: Callable | None = None) -> tuple[int, str]:
         """The exit status and all that was said."""
@@ -162,7 +136,7 @@ def terminate() -> None:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Run:
     run = Run(tmp_path_factory.mktemp("whole"), TINY)
-    warm = _processes.Process(target=print)
+    warm = processes.Process(target=print)
     warm.start()
     warm.join()
     begun = time.monotonic()

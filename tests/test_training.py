@@ -1,9 +1,7 @@
 """Recipes, train.py and eval.py on the tiny recipe: what they write, that a killed run goes on as if nothing was."""
 
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -11,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import Outcome, run, start
 from safetensors.torch import load_file
 
 from corpora import load_corpus
@@ -18,22 +17,15 @@ from egmf.data.collator import AffectCollator, expand_by_task, gold_answer
 from egmf.evaluation.measures import classification_metrics, regression_metrics
 from egmf.processing_egmf import BUILTIN_TASKS
 from egmf.recipe import load_recipe
-from train import build_model, build_processor, build_towers, resolve_language_model, set_clip_statistics
+from train import build_model, build_processor, build_towers, main, resolve_language_model, set_clip_statistics
 
 
 REPO = Path(__file__).resolve().parents[1]
 SHORT = ["--num_train_epochs", "2", "--corpus_options", '{"size": 96}', "--per_device_train_batch_size", "8"]
 
 
-def run(script: str, *arguments, check: bool = True) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(REPO / script), *map(str, arguments)]
-    process = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
-    assert not check or process.returncode == 0, process.stderr
-    return process
-
-
-def train(output: Path, *arguments, **kwargs) -> subprocess.CompletedProcess:
-    return run("train.py", "recipes/tiny.yaml", "--output_dir", output, *SHORT, *arguments, **kwargs)
+def train(output: Path, *arguments, **kwargs) -> Outcome:
+    return run("train", "recipes/tiny.yaml", "--output_dir", output, *SHORT, *arguments, **kwargs)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +37,7 @@ def trained(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def evaluated(trained) -> Path:
-    run("eval.py", trained / "model", "--corpus", "generated", "--output", trained / "test")
+    run("eval", trained / "model", "--corpus", "generated", "--output", trained / "test")
     return trained / "test"
 
 
@@ -92,8 +84,8 @@ def test_what_only_a_tower_can_do_needs_one(fields):
 
 
 def test_unknown_task_ends_training_with_its_name(tmp_path):
-    process = train(tmp_path, "--tasks", "moud", check=False)
-    assert process.returncode != 0 and "`task` got 'moud', wanted an AffectTask or one of" in process.stderr
+    with pytest.raises(ValueError, match="`task` got 'moud', wanted an AffectTask or one of"):
+        main([str(REPO / "recipes/tiny.yaml"), "--output_dir", str(tmp_path), "--tasks", "moud"])
 
 
 def test_a_label_outside_the_task_names_row_and_label():
@@ -151,7 +143,7 @@ def test_evaluation_files_agree_with_each_other(evaluated):
 
 
 def test_evaluation_asks_one_sample_as_it_asks_many(trained, evaluated):
-    run("eval.py", trained / "model", "--corpus", "generated", "--output", trained / "single", "--batch_size", 1)
+    run("eval", trained / "model", "--corpus", "generated", "--output", trained / "single", "--batch_size", 1)
     for one, many in zip(
         read_lines(trained / "single" / "predictions.jsonl"), read_lines(evaluated / "predictions.jsonl"), strict=True
     ):
@@ -162,38 +154,32 @@ def test_evaluation_asks_one_sample_as_it_asks_many(trained, evaluated):
 def test_comparison_with_itself_finds_nothing_and_other_samples_are_refused(trained, evaluated):
     same = evaluated / "predictions.jsonl"
     arguments = [trained / "model", "--corpus", "generated", "--output", trained / "again", "--compare"]
-    run("eval.py", *arguments, same)
+    run("eval", *arguments, same)
     report = json.loads((trained / "again" / "metrics.json").read_text())
     tests = report["compared_to"]["distribution"]
     assert tests["mcnemar"] == {"first_only": 0, "second_only": 0, "p_value": 1.0}
     assert tests["differences"]["accuracy"] == {"difference": 0.0, "low": 0.0, "high": 0.0, "p_value": 1.0}
     other = trained / "other.jsonl"
     other.write_text("".join(line + "\n" for line in same.read_text().splitlines()[1:]))
-    process = run("eval.py", *arguments, other, check=False)
-    assert process.returncode != 0 and "wanted the same samples" in process.stderr
+    outcome = run("eval", *arguments, other, check=False)
+    assert outcome.status != 0 and "wanted the same samples" in outcome.said
 
 
 def test_a_killed_run_goes_on_as_if_nothing_was(trained, tmp_path):
     """SIGKILL after the first checkpoint, the same command again: bit-equal weights and the same validation log."""
-    command = [sys.executable, "train.py", "recipes/tiny.yaml", "--output_dir", str(tmp_path), *SHORT]
-    process = subprocess.Popen(command, cwd=REPO, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    arguments = ["recipes/tiny.yaml", "--output_dir", tmp_path, *SHORT]
+    process = start("train", *arguments, said=tmp_path / "said.txt")
     first = tmp_path / "checkpoint-8" / "trainer_state.json"
-    deadline = time.monotonic() + 240
-    while (
-        not (first.exists() and first.read_text().endswith("}\n"))
-        and process.poll() is None
-        and time.monotonic() < deadline
-    ):
+    while not (first.exists() and first.read_text().endswith("}\n")) and process.is_alive():
         time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     # As if it had been killed while it wrote another one: the last whole checkpoint counts.
     shutil.copytree(first.parent, tmp_path / "checkpoint-12")
     (tmp_path / "checkpoint-12" / "trainer_state.json").write_text("")
     assert first.exists() and not (tmp_path / "model").exists(), "the run was to be killed between its checkpoints"
 
-    output = train(tmp_path)
-    assert "8/16" in output.stderr or "model:" in output.stdout
+    assert "model:" in train(tmp_path).said
     whole, resumed = (load_file(folder / "model" / "model.safetensors") for folder in (trained, tmp_path))
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
@@ -229,8 +215,8 @@ def test_modalities_that_a_run_may_not_see_do_not_reach_the_model(processor):
 @pytest.mark.slow
 def test_the_tiny_recipe_learns_what_words_voice_and_face_say(tmp_path):
     """As `make quickstart` runs it: a third of the rows can be told from the words, from audio, from vision alone."""
-    run("train.py", "recipes/tiny.yaml", "--output_dir", tmp_path)
-    run("eval.py", tmp_path / "model", "--corpus", "generated", "--output", tmp_path / "test")
+    run("train", "recipes/tiny.yaml", "--output_dir", tmp_path)
+    run("eval", tmp_path / "model", "--corpus", "generated", "--output", tmp_path / "test")
     metrics = json.loads((tmp_path / "test" / "metrics.json").read_text())
     for figures in metrics["answers"].values():
         assert figures["accuracy"] > 0.9 and figures["unparsable"] == 0
