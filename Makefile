@@ -4,6 +4,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/requirements.txt
 
+# One process of tests for each core, one thread for each process.
+export OMP_NUM_THREADS := 1
+FAST := $(addprefix tests/test_,$(addsuffix .py,comparison corpora corpora_convert corpora_formats evaluation fusion \
+	model_card modeling processing results results_avatars results_ravdess robustness towers))
+
 .PHONY: help test fast quickstart results
 
 help: ## list the targets
@@ -12,13 +17,14 @@ help: ## list the targets
 fast: $(INSTALLED) ## linter and the quick tests, in under a minute
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pytest -q -m "not slow" $(FAST)
+	$(BIN)/pytest -q -n auto -m "not slow" $(FAST)
 
-test: $(INSTALLED) ## linter and all tests, fast ones first
+test: $(INSTALLED) ## linter, types and all tests, fast ones first
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pytest -q -m "not slow"
-	$(BIN)/pytest -q -m slow
+	$(BIN)/mypy
+	$(BIN)/pytest -q -n auto --dist loadfile -m "not slow"
+	$(BIN)/pytest -q -n auto --dist worksteal -m slow
 
 # Each step is skipped once it is finished; an interrupted one goes on where it was.
 QUICK := runs/quickstart

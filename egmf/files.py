@@ -66,7 +66,7 @@ def writing(path: Path, wanted: int | None = None, remedy: str = "make room, and
         if isinstance(error, RunStopped) or not known:
             raise
         place = next(parent for parent in [path, *path.absolute().parents] if parent.is_dir())
-        why = FULL.get(getattr(error, "errno", None)) or str(error).splitlines()[0]
+        why = FULL.get(getattr(error, "errno", None) or 0) or str(error).splitlines()[0]
         free = shutil.disk_usage(place).free
         takes = f", and {wanted / 1e6:.1f} MB are needed" if wanted else ""
         raise RunStopped(

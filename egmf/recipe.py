@@ -197,7 +197,7 @@ def default_record() -> dict[str, Any]:
     own = [
         part for arguments in _OWN for part in fields(arguments) if part.name not in ("language_model", "corpus_dir")
     ]
-    values = {part.name: part.default_factory() if part.default is MISSING else part.default for part in own}
+    values = {part.name: _default(part) for part in own}
     return {"fusion": _fusion_defaults(), **values}
 
 
@@ -249,15 +249,22 @@ def load_recipe(arguments: list[str]) -> Recipe:
     _check_fusion(fusion)
     if "language_model" not in merged:
         raise ValueError(f"{path}: language_model: got nothing, wanted a local folder or the Hub id of a causal LLM")
-    model, data, phases, training = (
-        arguments(**{part.name: merged[part.name] for part in fields(arguments) if part.name in merged})
-        for arguments in (*_OWN, TrainingArguments)
-    )
+    model, data, phases, training = (_made(kind, merged) for kind in (*_OWN, TrainingArguments))
     recipe = Recipe(model, fusion, data, phases, training, fields=said.keys() | given.keys())
     if data.corpora and phases.tower_epochs:
         wanted = "0 in a mixture: towers from scratch learn one task alone"
         raise ValueError(f"tower_epochs: got {phases.tower_epochs}, wanted {wanted}")
     return recipe
+
+
+def _made(arguments: Any, values: dict[str, Any]) -> Any:
+    """A dataclass from the values that are its fields."""
+    return arguments(**{part.name: values[part.name] for part in fields(arguments) if part.name in values})
+
+
+def _default(part: Any) -> Any:
+    """A dataclass field's default; MISSING if it has none."""
+    return part.default if part.default_factory is MISSING else part.default_factory()
 
 
 def _fusion_defaults() -> dict[str, Any]:
@@ -322,18 +329,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.description = "Trains EGMF by a recipe. Every field of the recipe can be overridden."
     parser.add_argument("recipe", help="a YAML file, see recipes/")
     for arguments in _OWN:
-        group = parser.add_argument_group(arguments.__doc__.split("\n")[0])
+        group = parser.add_argument_group(str(arguments.__doc__).split("\n")[0])
         hints = get_type_hints(arguments)
         for part in fields(arguments):
-            default = (
-                part.default_factory()
-                if part.default is MISSING and part.default_factory is not MISSING
-                else part.default
-            )
+            default = _default(part)
             shown = "" if default is MISSING else f" (default: {default!r})"
             _add(group, part.name, hints[part.name], part.metadata["help"] + shown)
     group = parser.add_argument_group("The fusion, `fusion` in a recipe: fields of EGMFConfig")
-    texts = dict(re.findall(r"^ {8}(\w+): (.*?)(?=^ {8}\w|\Z)", EGMFConfig.__doc__, re.DOTALL | re.MULTILINE))
+    texts = dict(re.findall(r"^ {8}(\w+): (.*?)(?=^ {8}\w|\Z)", str(EGMFConfig.__doc__), re.DOTALL | re.MULTILINE))
     for name, default in _fusion_defaults().items():
         text = " ".join(texts.get(name, "").split()).replace("%", "%%")
         _add(group, name, EGMFConfig.__annotations__[name], f"{text} (default: {default!r})", type(default))

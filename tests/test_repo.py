@@ -17,6 +17,8 @@ REQUIREMENTS = [
     line for line in (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines() if not line.startswith("#")
 ]
 NOT_IMPORTED = {
+    "mypy": "make test calls it",
+    "pytest-xdist": "make test runs two processes of tests with it",
     "gguf": "transformers reads the registry's model with it",
     "ruff": "make test calls it",
     "tensorboard": "transformers reports to it",
@@ -60,7 +62,8 @@ def test_requirements_are_what_is_imported(files):
 @pytest.mark.parametrize(
     ("target", "parts"),
     [
-        ("test", ["ruff check .", "ruff format --check .", 'pytest -q -m "not slow"', "pytest -q -m slow"]),
+        ("fast", ["ruff check .", 'pytest -q -n auto -m "not slow" tests/']),
+        ("test", ["ruff check .", "ruff format --check .", "mypy", '-m "not slow"', "-m slow"]),
         ("quickstart", ["recipes/avatars_towers.yaml", "recipes/avatars_smollm2.yaml", "eval.py", "predict.py"]),
         ("results", ["-m experiments.make_tables render", "-m experiments.performance"]),
     ],

@@ -205,7 +205,7 @@ class TowerCache:
         """
         there = path is not None and (modality, path) not in self.errors
         tensors = {}
-        if there:
+        if path is not None and there:
             entry = self._entry(modality, path, speed)
             try:
                 with safe_open(entry, "pt") as file:

@@ -46,7 +46,7 @@ class LabelMap:
         if answer is None:
             return None
         if self.labels is not None:
-            return self.labels[answer]
+            return self.labels[str(answer)]
         middle, width = zip(*(((t.low + t.high) / 2, t.high - t.low) for t in (self.source, self.target)), strict=True)
         return middle[1] + (answer - middle[0]) * width[1] / width[0]
 

@@ -75,7 +75,7 @@ def hide(names: list[str], inputs: dict[str, torch.Tensor], ids: list[str]) -> d
 def lnln(predict: Predictor, rows: Dataset, modalities: list[str]) -> Iterator[Outcome]:
     """Every rate and seed; at rate 0 nothing is drawn."""
     cases = [(rate, seed) for rate in RATES for seed in (SEEDS if rate else (None,))]
-    changes = [partial(lose_frames, predict, rate, seed) if rate else None for rate, seed in cases]
+    changes = [partial(lose_frames, predict, rate, seed) if seed is not None else None for rate, seed in cases]
     for (rate, seed), predictions in zip(cases, predict(rows, modalities, changes=changes), strict=True):
         yield f"{rate:.1f}", seed, predictions
 

@@ -40,8 +40,8 @@ def intervals(
     Counts have none; resamples on which a figure is not defined are left out of its interval. None: not defined.
     """
     observed = _figures(measure(gold, predicted))
-    gold, predicted = _arrays(gold, predicted)
-    drawn = [_figures(measure(gold[rows], predicted[rows])) for rows in samples]
+    truth, answers = _arrays(gold, predicted)
+    drawn = [_figures(measure(truth[rows], answers[rows])) for rows in samples]
     return {name: _quantiles(_defined(drawn, name)) if value is not None else None for name, value in observed.items()}
 
 
@@ -55,8 +55,8 @@ def paired_differences(
     figure is not defined for one of the two, or there are no resamples.
     """
     observed = _subtracted(measure(gold, first), measure(gold, second))
-    gold, first, second = _arrays(gold, first, second)
-    drawn = [_subtracted(measure(gold[rows], first[rows]), measure(gold[rows], second[rows])) for rows in samples]
+    truth, one, other = _arrays(gold, first, second)
+    drawn = [_subtracted(measure(truth[rows], one[rows]), measure(truth[rows], other[rows])) for rows in samples]
     found: dict[str, dict[str, float] | None] = {}
     for name, difference in observed.items():
         values = _defined(drawn, name)

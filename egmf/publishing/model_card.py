@@ -205,11 +205,13 @@ def card_data(run: Run, repo_id: str, license: str | None, adapter_only: bool) -
     """The card's YAML front matter."""
     kinds = dict.fromkeys(task.kind for task in run.tasks)
     results = eval_results(run)
-    terms: dict[str, str | None] = {"license": license}
+    terms: dict[str, Any] = {"license": license}
     if license is None:
         link = f"https://huggingface.co/{repo_id}/blob/main/README.md#licence"
         terms = {"license": "other", "license_name": DEFAULT_LICENSE, "license_link": link}
-    relation = {"base_model_relation": "adapter" if adapter_only else "finetune"} if run.base_model else {}
+    relation: dict[str, Any] = (
+        {"base_model_relation": "adapter" if adapter_only else "finetune"} if run.base_model else {}
+    )
     tags = ["egmf", "multimodal", *(KINDS[kind] for kind in kinds), "custom_code", "lora"]
     return ModelCardData(
         library_name="peft" if adapter_only else "transformers",

@@ -266,7 +266,9 @@ def upload(folder: Path, repo_id: str, private: bool) -> CommitInfo:
             f"private: got {repo_id!r}, which is there already and is public, wanted a private repository"
         )
     files = sorted(folder.iterdir())
-    stale = {file.rfilename for file in head.siblings if is_replaced(file.rfilename)} - {path.name for path in files}
+    stale = {file.rfilename for file in head.siblings or () if is_replaced(file.rfilename)} - {
+        path.name for path in files
+    }
     # Not `upload_folder`, which may split large folders into several commits.
     return api.create_commit(
         repo_id,

@@ -118,7 +118,8 @@ def feature_statistics(rows: Dataset, column: str) -> tuple[torch.Tensor, torch.
     Raises:
         ValueError: If clips differ in width.
     """
-    total, count = None, 0
+    total: np.ndarray | None = None
+    count = 0
     for frames in _frames(rows, column):
         if total is not None and len(total) != frames.shape[1]:
             wanted = "one width (a model without a tower takes one kind of features)"
@@ -126,7 +127,8 @@ def feature_statistics(rows: Dataset, column: str) -> tuple[torch.Tensor, torch.
         total, count = _sum_on(total, frames), count + len(frames)
     if total is None:
         return None
-    mean, total = total / count, None
+    mean = total / count
+    total = np.zeros_like(mean)
     for frames in _frames(rows, column):
         total = _sum_on(total, np.square(frames - mean))
     return torch.from_numpy(mean), torch.from_numpy(np.sqrt(total / count))

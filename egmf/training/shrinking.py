@@ -128,7 +128,7 @@ def _build(field: str, name: str, divisor: int, folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-def _random(auto: type, config: PreTrainedConfig, dtype: torch.dtype):
+def _random(auto: Any, config: PreTrainedConfig, dtype: torch.dtype):
     """A model of random weights; the same ones every time, and the global random state is left alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -242,7 +242,7 @@ class RunTrainer(MixtureTrainer):
                 plot_training(self.log_file.path, self.log_file.path.with_name("training.png"))
 
     def _resume_or_train(self) -> None:
-        found = [None]
+        found: list[str | None] = [None]
         if self.is_world_process_zero():
             found = [last_whole_checkpoint(Path(self.args.output_dir), self.args.load_best_model_at_end)]
         [checkpoint] = broadcast_object_list(found)
@@ -264,8 +264,8 @@ class RunTrainer(MixtureTrainer):
             if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
                 self._load_best_model()
             return
-        self._restored = json.loads((Path(checkpoint) / RUNNING_LOSS).read_text(encoding="utf-8"))
-        self.begun = self._restored.get("begun", self.begun)
+        restored = json.loads((Path(checkpoint) / RUNNING_LOSS).read_text(encoding="utf-8"))
+        self._restored, self.begun = restored, restored.get("begun", self.begun)
         self._report_after(steps_of(checkpoint))
         logging.info("going on from %s", checkpoint)
         self.train(resume_from_checkpoint=checkpoint)
@@ -419,13 +419,14 @@ class AffectTrainer(RunTrainer):
         return None, scores.log_probs, torch.stack([answers, tasks], 1)
 
 
-def metrics_of(tasks: list, predictions) -> dict[str, float]:
+def metrics_of(tasks: list, predictions) -> dict[str, float | None]:
     """Trainer's validation metrics of a task, from the answers' log-probabilities and the places of gold and task."""
     golds, places = predictions.label_ids.T
     task, loss = tasks[places[0]], -predictions.predictions[np.arange(len(golds)), golds].mean()
+    figures: dict[str, float | None] = {"loss": float(loss)}
     gold = [task.parse(task.answers[index]) for index in golds]
     if task.kind == "classification":
         best = [task.answers[index] for index in predictions.predictions.argmax(-1)]
-        return {"loss": float(loss)} | classification_metrics(gold, best)
+        return figures | classification_metrics(gold, best)
     scores = np.asarray([task.parse(answer) for answer in task.answers])
-    return {"loss": float(loss)} | regression_metrics(gold, list(np.exp(predictions.predictions) @ scores))
+    return figures | regression_metrics(gold, list(np.exp(predictions.predictions) @ scores))

@@ -35,7 +35,10 @@ def emotion_metrics(
     """
     if len(references) != len(predictions) or not len(references):
         raise ValueError(f"predictions: got {len(predictions)}, wanted one for each of {len(references)} references")
-    found = {"references": set(references), "predictions": set(predictions) - {None}}
+    found: dict[str, set[str]] = {
+        "references": set(references),
+        "predictions": {label for label in predictions if label is not None},
+    }
     names = sorted(set().union(*found.values())) if labels is None else list(labels)
     for field, got in found.items():
         if unknown := got - set(names):
