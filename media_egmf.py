@@ -46,6 +46,7 @@ from typing import Any
 import numpy as np
 
 
+SILENCE = 1e-4  # a track that stays below is silent: codecs turn silence into a little noise
 FULL_SCALE = 8.0  # samples beyond are damage; lossy codecs exceed 1.0 a little, and limiters of players expect that
 TOLERANCE = 0.1  # seconds that may be missing without a warning: codec delays, the last packet's padding
 STARTING = 300.0  # seconds that a worker may take to start, on a very busy machine; no call's time limit counts them
@@ -419,7 +420,7 @@ class _Track:
         streams = [s for s in getattr(container.streams, kind) if not s.disposition & cover]
         if not streams:
             raise MediaError("", f"no {kind}", f"it has no {'sound' if kind == 'audio' else 'video'}")
-        self.stream, self.start = streams[0], (container.start_time or 0) / 1e6
+        self.stream, self.start, self.count = streams[0], (container.start_time or 0) / 1e6, len(streams)
         packets: dict[int, list] = {stream.index: [] for stream in streams}
         self.faults, seen = [], 0.0
         for _ in range(100):  # damage ends the demuxer's loop: it is stepped over
@@ -433,15 +434,20 @@ class _Track:
             except av.FFmpegError as error:
                 self.faults.append(error.strerror)
 
-        def rank(stream: Any) -> tuple:
-            own = packets[stream.index]
-            stamps = [packet.pts * float(stream.time_base) for packet in own if packet.pts is not None]
-            moves = kind == "video" and sum(packet.size > 0 for packet in own) > 1
-            length = max(stamps) - min(stamps) if stamps else 0.0
-            return moves, bool(stream.disposition & default), round(length, 1)
-
-        ranked = sorted(streams, key=rank, reverse=True)
-        self.stream, self.count = ranked[order], len(streams)
+        ranks, lengths = {}, {}
+        for stream in streams:
+            own = [packet for packet in packets[stream.index] if packet.size]
+            stamps = [packet.pts for packet in own if packet.pts is not None]
+            ranks[stream.index] = kind == "video" and len(own) > 1, bool(stream.disposition & default)
+            lengths[stream.index] = float((max(stamps) - min(stamps)) * stream.time_base) if stamps else 0.0
+        rest = list(ranks)
+        for _ in range(order + 1):
+            best = max(ranks[index] for index in rest)
+            longest = max(lengths[index] for index in rest if ranks[index] == best)
+            # Of about the same length, the first: tracks of one film differ by a few packets.
+            chosen = next(index for index in rest if ranks[index] == best and lengths[index] >= 0.9 * longest)
+            rest.remove(chosen)
+        self.stream = next(stream for stream in streams if stream.index == chosen)
         self.packets = packets[self.stream.index]
         place = streams.index(self.stream) + 1
         self.notes = [f"{kind}: track {place} of {self.count} is read"] if self.count > 1 else []
@@ -600,10 +606,12 @@ def _audio(
         samples = np.nan_to_num(samples, copy=False, nan=0.0, posinf=0.0, neginf=0.0)
         faults.append("samples that are no numbers")
     if (beyond := np.abs(samples) > FULL_SCALE).any():
+        if 2 * beyond.sum() > np.count_nonzero(samples):
+            raise MediaError("", "damaged", "most of its samples are far beyond full scale")
         samples[beyond] = np.sign(samples[beyond])
         faults.append("samples far beyond full scale")
     if native_rate != rate:
-        samples = soxr.resample(samples, native_rate, rate)
+        samples = np.clip(soxr.resample(samples, native_rate, rate), -FULL_SCALE, FULL_SCALE)
     if not len(samples):
         raise MediaError("", "damaged", "its sound is too short for one sample")
     answer = {"seconds": (count - silent) / native_rate, "claimed": claimed, "faults": faults, "notes": notes}
@@ -655,49 +663,49 @@ def _ogg_end(file: str) -> tuple[int, bool]:
 
 
 def _read_audio_by_pyav(file: str, rate: int) -> tuple[dict[str, Any], np.ndarray]:
-    """Sound by PyAV; of several tracks, where the first choice is silent throughout, the next."""
-    answer, samples, count = _read_track(file, rate, 0)
-    for order in range(1, count):
-        if samples.any():
-            break
-        try:
-            other, heard, _ = _read_track(file, rate, order)
-        except MediaError:
-            continue
-        if heard.any():
-            return other, heard
-    return answer, samples
-
-
-def _read_track(file: str, rate: int, order: int) -> tuple[dict[str, Any], np.ndarray, int]:
-    """A track by PyAV, laid out by its time stamps: what is missing at the start or in between is silence.
-
-    Also returns how many tracks there are.
-    """
-    with _container(file) as container:
-        track = _Track(container, "audio", order)
-        pieces, position, silent, native_rate = [], 0, 0, 0
-        for frame in track.frames():
-            native_rate = native_rate or frame.sample_rate
-            if frame.sample_rate != native_rate:
-                track.faults.append("another sampling rate")
+    """Sound by PyAV; of several tracks, where the first choice is silent or cannot be decoded, the next."""
+    found, error, order, count = None, None, 0, 1
+    while order < count:
+        with _container(file) as container:
+            track = _Track(container, "audio", order)
+            order, count = order + 1, track.count
+            try:
+                answer, samples = _sound(track, rate)
+            except MediaError as raised:
+                error = error or raised
                 continue
-            at = track.seconds(frame.pts)
-            gap = 0 if at is None else round(at * native_rate) - position
-            # A little is rounding, unless it is the start; what leads past the stated end is damage.
-            if gap > (TOLERANCE * native_rate if pieces else 0) and not 0 < track.claimed < at:
-                if 4 * (position + gap) > LARGEST_RESULT:
-                    raise MediaError("", "too large", "its time stamps span more than memory holds")
-                # A track that begins late lacks nothing.
-                late = 0 if pieces else round((track.seconds(track.stream.start_time) or 0.0) * native_rate)
-                silent += max(gap - late, 0)
-                pieces.append(np.zeros(gap, dtype=np.float32))
-                position += gap
-            channels = frame.to_ndarray()  # (channels, n), or (1, n * channels) if they alternate
-            samples = channels.T if frame.format.is_planar else channels.reshape(-1, frame.layout.nb_channels)
-            pieces.append(mono(samples))
-            position += len(samples)
-    return *_audio(pieces, silent, native_rate, rate, track.claimed, track.faults, track.notes), track.count
+        if np.abs(samples).max() > SILENCE:
+            return answer, samples
+        found = found or (answer, samples)
+    if found is None:
+        raise error
+    return found
+
+
+def _sound(track: _Track, rate: int) -> tuple[dict[str, Any], np.ndarray]:
+    """A track's sound, laid out by its time stamps: what is missing at the start or in between is silence."""
+    pieces, position, silent, native_rate = [], 0, 0, 0
+    for frame in track.frames():
+        native_rate = native_rate or frame.sample_rate
+        if frame.sample_rate != native_rate:
+            track.faults.append("another sampling rate")
+            continue
+        at = track.seconds(frame.pts)
+        gap = 0 if at is None else round(at * native_rate) - position
+        # A little is rounding, unless it is the start; what leads past the stated end is damage.
+        if gap > (TOLERANCE * native_rate if pieces else 0) and not 0 < track.claimed < at:
+            if 4 * (position + gap) > LARGEST_RESULT:
+                raise MediaError("", "too large", "its time stamps span more than memory holds")
+            # A track that begins late lacks nothing.
+            late = 0 if pieces else round((track.seconds(track.stream.start_time) or 0.0) * native_rate)
+            silent += max(gap - late, 0)
+            pieces.append(np.zeros(gap, dtype=np.float32))
+            position += gap
+        channels = frame.to_ndarray()  # (channels, n), or (1, n * channels) if they alternate
+        samples = channels.T if frame.format.is_planar else channels.reshape(-1, frame.layout.nb_channels)
+        pieces.append(mono(samples))
+        position += len(samples)
+    return _audio(pieces, silent, native_rate, rate, track.claimed, track.faults, track.notes)
 
 
 READERS = {

@@ -256,6 +256,32 @@ def test_of_several_sound_tracks_a_silent_one_is_passed_over(tmp_path):
     assert clip.warnings == ["audio: track 2 of 2 is read"]
     clip = load_audio(write_tracks(tmp_path / "default.mkv", [], [quiet, {**loud, "default": True}]), RATE)
     assert np.abs(clip.samples).max() == pytest.approx(0.4, abs=0.01)
+    noise = {**silent, "level": 4e-5}  # as ac3 turns silence into
+    assert load_audio(write_tracks(tmp_path / "noise.mkv", [], [noise, quiet]), RATE).warnings == clip.warnings
+
+
+def test_of_sound_tracks_of_about_the_same_length_the_first_is_read(tmp_path):
+    quiet, loud = {"level": 0.1, "seconds": SECONDS}, {"level": 0.4, "seconds": SECONDS + 0.1}
+    clip = load_audio(write_tracks(tmp_path / "two.mkv", [], [quiet, loud]), RATE)
+    assert np.abs(clip.samples).max() == pytest.approx(0.1, abs=0.01)
+    assert clip.warnings == ["audio: track 1 of 2 is read"]
+    clip = load_audio(write_tracks(tmp_path / "long.mkv", [], [quiet, {**loud, "seconds": 2 * SECONDS}]), RATE)
+    assert clip.warnings == ["audio: track 2 of 2 is read"]
+
+
+def test_a_sound_track_that_cannot_be_decoded_is_passed_over(tmp_path):
+    quiet, loud = ({"level": level, "seconds": SECONDS} for level in (0.1, 0.4))
+    path = write_tracks(tmp_path / "two.mkv", [], [quiet, loud])
+    data = path.read_bytes()
+    with av.open(str(path)) as container:
+        broken = [bytes(packet) for packet in container.demux(audio=0) if packet.size]
+    for packet in broken:
+        assert data.count(packet) == 1
+        data = data.replace(packet, bytes(len(packet)))
+    path.write_bytes(data)
+    clip = load_audio(path, RATE)
+    assert np.abs(clip.samples).max() == pytest.approx(0.4, abs=0.01) and clip.duration == SECONDS
+    assert clip.warnings == ["audio: track 2 of 2 is read"]
 
 
 def test_samples_far_beyond_full_scale_are_damage(tmp_path):
@@ -267,6 +293,9 @@ def test_samples_far_beyond_full_scale_are_damage(tmp_path):
     assert np.abs(clip.samples).max() == 1.0
     np.testing.assert_array_equal(clip.samples[2000:], wave[2000:, 0])
     assert clip.warnings == ["audio: 1 damaged places, the first: samples far beyond full scale"]
+    soundfile.write(tmp_path / "scale.wav", 32768 * sine(channels=1), RATE, subtype="FLOAT")
+    with pytest.raises(MediaError, match="most of its samples are far beyond full scale"):
+        load_audio(tmp_path / "scale.wav", 16000)
 
 
 def test_a_flac_file_with_bytes_before_its_header_is_read(tmp_path):
