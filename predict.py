@@ -82,7 +82,9 @@ def main(arguments: list[str]) -> int:
             failed |= answer["error"] is not None
             progress.update()
             with progress.external_write_mode():
-                print(table_row(answer) if for_people else json.dumps(answer, ensure_ascii=False), flush=True)
+                line = table_row(answer) if for_people else json.dumps(answer, ensure_ascii=False)
+                # A file's name need not be Unicode: JSON reads the escape as the same name.
+                print(line.encode(errors="backslashreplace").decode(), flush=True)
     progress.close()
     return int(failed)
 

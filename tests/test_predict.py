@@ -184,9 +184,12 @@ def test_predict_answers_as_the_pipeline_and_goes_on_past_a_bad_file(place, reco
 
 
 def test_predict_one_file(place):
-    outcome = predict(place[0], "one.mp4", "--text", "so", "--task", "mosei")
+    name = os.fsdecode(b"caf\xe9.mp4")  # no Unicode
+    (place[0] / name).symlink_to("one.mp4")
+    outcome = predict(place[0], name, "--text", "so", "--task", "mosei")
     assert outcome.returncode == 0, outcome.stderr
     answer = json.loads(outcome.stdout)
+    assert answer["file"] == name
     assert -3 <= answer["score"] <= 3 and answer["interval"][0] <= answer["interval"][1]
 
 
