@@ -4,7 +4,6 @@ Files are decoded by `media_egmf.py`; clips go through the audio tower's feature
 processor, one by one, and are put together to batches.
 """
 
-import math
 import os
 import warnings
 from dataclasses import dataclass
@@ -16,10 +15,11 @@ import numpy as np
 import torch
 from transformers.feature_extraction_utils import BatchFeature
 
-from .media_egmf import FULL_SCALE, AudioClip, MediaError, VideoClip, load_audio, load_video, mono
+from .media_egmf import FULL_SCALE, LARGEST_RESULT, AudioClip, MediaError, VideoClip, load_audio, load_video, mono
 
 
 MOST_CHANNELS = 8  # of an array of samples: 7.1 surround
+RATES = 1, 10_000_000  # Hz that an array of samples may have; soxr hangs at rates far outside
 
 
 class MediaWarning(UserWarning):
@@ -113,16 +113,8 @@ class MediaInputsMixin:
         rate = self.feature_extractor.sampling_rate
         if is_path(value):
             name, value = os.fspath(value), _reported(value, load_audio(value, rate))
-        if isinstance(value, dict) and {"array", "sampling_rate"} <= value.keys():
-            value = AudioClip(as_samples(f"{name}['array']", value["array"]), value["sampling_rate"], [])
-        if not hasattr(value, "samples"):  # by its form, as the class may be another copy's
-            wanted = "a file, an AudioClip or a dict of `array` and `sampling_rate`"
-            raise ValueError(f"`{name}` must be {wanted}, got {type(value).__name__}.")
-        if not value.samples.size or not np.isfinite(value.samples).all():
-            raise ValueError(f"`{name}` must have samples, all finite, got {value.samples.size} with NaN or infinity.")
-        native = value.sampling_rate
-        if isinstance(native, bool) or not isinstance(native, Real) or not 0 < native < math.inf:
-            raise ValueError(f"`{name}` got the sampling rate {native!r}, wanted a positive number of Hz.")
+        else:
+            value = _as_clip(name, value)
         if value.sampling_rate != rate:
             try:  # transformers makes users install what is imported outside of one
                 import soxr
@@ -130,6 +122,11 @@ class MediaInputsMixin:
                 raise ImportError(
                     f"`{name}` is at {value.sampling_rate} Hz, the model hears {rate}: needs soxr"
                 ) from error
+            count = len(value.samples) * rate / value.sampling_rate
+            if not 1 <= count <= LARGEST_RESULT // 4:
+                got = f"{len(value.samples)} samples at {value.sampling_rate} Hz"
+                wanted = f"from 1 to {LARGEST_RESULT // 4}"
+                raise ValueError(f"`{name}` got {got}, {count:.3g} samples at the model's {rate} Hz, wanted {wanted}.")
             value = AudioClip(soxr.resample(value.samples, value.sampling_rate, rate), rate, value.warnings)
         if value.duration > self.audio_window + 0.1:
             message = f"{name}: the model hears the first {self.audio_window:.1f} of {value.duration:.1f} seconds"
@@ -143,13 +140,12 @@ class MediaInputsMixin:
             return value
         if is_path(value):
             return _reported(value, load_video(value, self.num_frames))
-        if hasattr(value, "frames"):
-            return value
-        frames = np.asarray(value)
+        clip = value if hasattr(value, "frames") else None
+        frames = np.asarray(value if clip is None else clip.frames)
         if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not frames.size:
             wanted = "a file, a VideoClip or uint8 frames (F, height, width, 3)"
             raise ValueError(f"`{name}` must be {wanted}, got {frames.dtype} of the shape {frames.shape}.")
-        return VideoClip(frames, np.full(len(frames), np.nan), np.nan, [])
+        return clip or VideoClip(frames, np.full(len(frames), np.nan), np.nan, [])
 
     @cached_property
     def audio_input_rate(self) -> float:
@@ -166,7 +162,10 @@ class MediaInputsMixin:
 
     def _extract(self, samples: np.ndarray) -> TowerInput:
         """What the audio tower reads of one clip's samples (N,)."""
-        options = {"sampling_rate": self.feature_extractor.sampling_rate, "return_attention_mask": True}
+        rate = self.feature_extractor.sampling_rate
+        options = {"sampling_rate": rate, "return_attention_mask": True}
+        # Convolutions want a few frames: silence follows what is shorter.
+        samples = np.pad(samples, (0, max(0, rate // 20 - len(samples))))
         made = self.feature_extractor(samples, **options, return_tensors="np")
         return TowerInput(made[self.feature_extractor.model_input_names[0]][0], made["attention_mask"][0])
 
@@ -219,6 +218,23 @@ def _reported(path: str | os.PathLike, clip):
     """The clip, once its warnings have been given."""
     for warning in clip.warnings:
         warnings.warn(MediaWarning(f"{os.fspath(path)}: {warning}"), stacklevel=5)
+    return clip
+
+
+def _as_clip(name: str, value: Any) -> AudioClip:
+    """A clip, or a dict of `array` and `sampling_rate`, as a clip that was checked."""
+    if isinstance(value, dict) and {"array", "sampling_rate"} <= value.keys():
+        clip = AudioClip(as_samples(f"{name}['array']", value["array"]), value["sampling_rate"], [])
+    elif hasattr(value, "samples"):  # by its form, as the class may be another copy's
+        clip = AudioClip(as_samples(f"{name}.samples", value.samples), value.sampling_rate, value.warnings)
+    else:
+        wanted = "a file, an AudioClip or a dict of `array` and `sampling_rate`"
+        raise ValueError(f"`{name}` must be {wanted}, got {type(value).__name__}.")
+    if not clip.samples.size or not np.isfinite(clip.samples).all():
+        raise ValueError(f"`{name}` must have samples, all finite, got {clip.samples.size} with NaN or infinity.")
+    rate, (low, high) = clip.sampling_rate, RATES
+    if isinstance(rate, bool) or not isinstance(rate, Real) or not low <= rate <= high:
+        raise ValueError(f"`{name}` got the sampling rate {rate!r}, wanted a number of Hz from {low} to {high}.")
     return clip
 
 

@@ -29,7 +29,7 @@ import train
 from egmf.data import tower_cache
 from egmf.data.collator import AffectCollator
 from egmf.data.tower_cache import TowerCache
-from egmf.media_egmf import MediaError, load_audio, load_video
+from egmf.media_egmf import AudioClip, MediaError, VideoClip, load_audio, load_video
 from egmf.media_inputs_egmf import MediaWarning
 from egmf.processing_egmf import EGMFProcessor
 from egmf.recipe import load_recipe
@@ -211,11 +211,22 @@ def test_what_a_file_lacks_is_said(llm_folder, files, tmp_path):
         ({"audio": sound(np.zeros(9, complex))}, "samples of the type complex128, wanted floats"),
         ({"audio": sound(np.zeros(9, np.int64))}, "samples of the type int64, wanted floats"),
         ({"audio": sound(np.full(9, 1e20))}, r"samples up to 1e\+20, wanted them from -1 to 1"),
-        ({"audio": sound([0.1], "16000")}, r"`audio\[0\]` got the sampling rate '16000', wanted a positive number"),
+        (
+            {"audio": sound([0.1], "16000")},
+            r"`audio\[0\]` got the sampling rate '16000', wanted a number of Hz",
+        ),
         ({"audio": sound([0.1], None)}, r"`audio\[0\]` got the sampling rate None"),
         ({"audio": sound([0.1], 0)}, r"`audio\[0\]` got the sampling rate 0"),
         ({"audio": sound([0.1], -8000)}, r"`audio\[0\]` got the sampling rate -8000"),
         ({"audio": sound([0.1], np.nan)}, r"`audio\[0\]` got the sampling rate nan"),
+        ({"audio": sound([0.1], 1e-6)}, r"`audio\[0\]` got the sampling rate 1e-06"),
+        ({"audio": sound([0.1], 1e300)}, r"`audio\[0\]` got the sampling rate 1e\+300"),
+        ({"audio": sound([0.1], 96000)}, r"got 1 samples at 96000 Hz, 0.167 samples at the model's 16000 Hz, wanted"),
+        ({"audio": sound(np.zeros(20000), 1)}, r"got 20000 samples at 1 Hz, 3.2e\+08 samples at .*, wanted from 1 to"),
+        ({"audio": AudioClip(np.zeros(9, bool), 16000, [])}, r"`audio\[0\].samples` has samples of the type bool"),
+        ({"audio": AudioClip(np.full(9, 1e20), 16000, [])}, r"`audio\[0\].samples` has samples up to 1e\+20"),
+        ({"audio": AudioClip(np.zeros(9), None, [])}, r"`audio\[0\]` got the sampling rate None"),
+        ({"video": VideoClip(np.zeros((2, 8, 8, 3)), np.zeros(2), 1.0, [])}, r"`video\[0\]` must be .*got float64"),
         ({"speaker": "J\ud800"}, r"`speaker\[0\]` got a lone surrogate at character 1, wanted valid Unicode"),
         ({"video": np.zeros((2, 8, 8, 3))}, r"`video\[0\]` must be .* uint8 frames .*, got float64 of the shape"),
         ({"video": np.zeros((2, 8, 8), np.uint8)}, r"`video\[0\]` must be"),
@@ -250,8 +261,15 @@ def test_arrays_are_heard_as_files_are(llm_folder, tmp_path):
     }
     for form, array in forms.items():
         torch.testing.assert_close(heard(sound(array)), wanted, rtol=0, atol=1e-6, msg=form)
+        torch.testing.assert_close(heard(AudioClip(array, 16000, [])), wanted, rtol=0, atol=1e-6, msg=form)
     eight_bits = heard(sound((128 + 127 * wave).astype(np.uint8)))
     assert (eight_bits - wanted).abs().mean() < 0.25 * (wanted - heard(sound(np.zeros(4800)))).abs().mean()
+
+
+def test_a_sound_shorter_than_any_frame_is_answered(media):
+    for length in (1, 10):
+        answer = log_probs(media, text="so", audio=sound(tone(1.0)[:length]))
+        assert answer.isfinite().all()
 
 
 def test_media_without_a_tower(processor, files):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from test_media_inputs import build_processor, tone, write_clip
 from test_towers import IMAGE, whisper
@@ -17,7 +18,6 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, pipeline
 
 from egmf.data.collator import AffectCollator
 from egmf.data.transcripts import match_transcripts
-from egmf.media_egmf import AudioClip
 from predict import main
 
 
@@ -38,8 +38,6 @@ def place(tmp_path_factory, llm_folder, assemble):
     processor.save_pretrained(folder / "model")
     write_clip(folder / "one.mp4")
     write_clip(folder / "two.mp4", 0.4, sound=False, seed=1)
-    import soundfile
-
     soundfile.write(folder / "three.wav", tone(0.3), 16000)
     (folder / "broken.mp4").write_bytes(b"\0" * 500)
     return folder, processor, model
@@ -254,12 +252,18 @@ def test_a_batch_size_that_answers_nothing_is_refused(capsys, recognize, size):
             recognize([{"text": "so"}], batch_size=int(size))
 
 
-def test_a_fault_of_one_sample_is_its_own_error(recognize):
-    """Also of one that is only found in the model: features that overflow."""
+def test_a_fault_of_one_sample_is_its_own_error(recognize, tmp_path):
+    """Also of one that is only found in the model: features that are not finite."""
     good = {"text": "so"}
     loud = {"text": "so", "audio": {"array": np.full(4800, 1e20), "sampling_rate": 16000}}
-    clip = AudioClip(np.full(4800, 1e20, np.float32), 16000, [])
-    samples = [good, loud, {"text": "so", "audio": clip}, {"text": 3}, {"words": "so"}, good]
+    clip = recognize.processor.load_media(audio={"array": tone(0.3), "sampling_rate": 16000})
+    made = recognize.processor.tower_inputs(clip).audio
+
+    class Overflown(type(made)):
+        duration = 0.3
+
+    features = Overflown(np.full_like(made.values, np.inf), made.mask)
+    samples = [good, loud, {"text": "so", "audio": features}, {"text": 3}, {"words": "so"}, good]
     answers = recognize(samples, on_error="report", batch_size=3)
     assert [answer["error"] is None for answer in answers] == [True, False, False, False, False, True]
     assert "samples up to 1e+20" in answers[1]["error"] and "NaN or infinite" in answers[2]["error"]
@@ -268,6 +272,11 @@ def test_a_fault_of_one_sample_is_its_own_error(recognize):
     assert answers[0]["probabilities"] == pytest.approx(recognize(good)["probabilities"], abs=1e-5)
     with pytest.raises(ValueError, match=r"samples up to 1e\+20"):
         recognize(samples)
+    wave = tone(0.3)
+    wave[1000:1200] *= 1e20
+    soundfile.write(tmp_path / "loud.wav", wave, 16000, subtype="FLOAT")
+    answer = recognize(str(tmp_path / "loud.wav"))  # the rest of it is heard
+    assert answer["label"] and "samples far beyond full scale" in answer["warnings"][0]
 
 
 def test_seconds_of_frames_without_times_are_null(recognize):
