@@ -1,8 +1,7 @@
-"""Corpora: published or generated files in, one `datasets.DatasetDict` schema out.
+"""Readers for published and generated corpora; all return a `datasets.DatasetDict` with the same schema.
 
-Each module reads one data set and has one function, `load(source, **options)`. What they return is described
-in `corpora/schema.py`; nothing in here knows the model. `python -m corpora` converts large ones once, to folders that
-`load_corpus` reads as well.
+Each module reads one corpus through `load(source, **options)`. `corpora/schema.py` describes the columns. This package
+does not depend on the model. `python -m corpora` converts a large corpus once; `load_corpus` also reads the result.
 
     from corpora import load_corpus
     splits = load_corpus("mosi", "path/to/mosi", context=3)
@@ -27,18 +26,18 @@ def load_corpus(name: str, source: str | os.PathLike | None = None, **options) -
 
     Args:
         name: one of `CORPORA`.
-        source: the folder (or file) with the published files, or what `python -m corpora` made of them; for `avatars`,
-            the folder in which its clips are made; `None` for `generated`, which has none.
-        **options: the named module's own options, see its `load`; of a converted folder, see
+        source: the folder (or file) with the published files, or a folder written by `python -m corpora`. For
+            `avatars`: the folder to which clips are written. For `generated`: `None`, because it has no files.
+        **options: options of the module's `load`; for a converted folder, those of
             `corpora.converted.load_converted`.
 
     Returns:
         The splits `train`, `validation` and `test`, with the columns of `corpora.schema.FEATURES`.
 
     Raises:
-        ValueError: an unknown corpus or option (the message names it and lists the known ones), no source where
-            one is needed, or files that are not what the corpus publishes.
-        FileNotFoundError: the source, or a file in it, does not exist.
+        ValueError: if the corpus or an option is unknown (the message lists the known ones), if a required source is
+            missing, or if the files do not have the published form.
+        FileNotFoundError: if the source, or a file in it, does not exist.
     """
     if name not in CORPORA:
         raise ValueError(f"corpus: unknown name {name!r}, expected one of {', '.join(CORPORA)}")
@@ -55,19 +54,19 @@ def load_corpus(name: str, source: str | os.PathLike | None = None, **options) -
 
 
 def group_of(name: str, row_id: str) -> str | None:
-    """The group that a corpus sorts a row into, for tables; None where a corpus has no groups."""
+    """The group of a row in result tables; None if the corpus does not define groups."""
     module = importlib.import_module(f"{__name__}.{name}")
     return module.group_of(row_id) if hasattr(module, "group_of") else None
 
 
 def clusters_of(name: str, ids: Sequence[str], speakers: Sequence[str | None]) -> tuple[str, list[str]]:
-    """By what a corpus's rows hang together: a bootstrap draws these whole.
+    """Clusters of dependent rows, which a bootstrap resamples as a whole.
 
-    A corpus's module says so in `CLUSTERS`: what they are called, and the one of a row, by its id and speaker. Rows of
-    a corpus without any, or whose ids are of another form, stand for themselves.
+    A corpus module defines `CLUSTERS`: the name of the unit, and a function from a row's id and speaker to a cluster.
+    Without `CLUSTERS`, or if an id has another form, each row is its own cluster.
 
     Returns:
-        `"videos"`, `"dialogues"`, `"actors"`, `"people"` or `"utterances"`, and each row's own.
+        The unit (`"videos"`, `"dialogues"`, `"actors"`, `"people"` or `"utterances"`) and the cluster of each row.
     """
     unit, cluster_of = getattr(importlib.import_module(f"{__name__}.{name}"), "CLUSTERS", ("utterances", None))
     found = [cluster_of(*row) for row in zip(ids, speakers, strict=True)] if cluster_of else [None]

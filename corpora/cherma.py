@@ -1,15 +1,17 @@
-"""CHERMA (Sun et al. 2023): clips of Chinese films and series, one of seven emotions for each.
+"""CHERMA (Sun et al. 2023): clips of Chinese films and series, each labelled with one of seven emotions.
 
-Two published forms, told apart by their files:
+Two published forms are read; the names of the files tell them apart:
 
-- sunjunaimer/LFMIM: `{train,dev,test}.json`, lists of dicts with `audio_file`, `video_file` and four labels, of which
-  `video_label`, given with all modalities together, is the target; and `audio/{split}/{name}.npy` (frames, 1024) and
-  `visual/{split}/{name}.mp4.npy` (16, 2048), where `name` is `audio_file` without `.wav`. What was said is there as
-  features alone (`text/`), which a language model cannot read: `text` is null.
-- AZYoung233/MSE-Adapter: `cherma_{train,valid,test}.pkl`, see `corpora/mse_adapter.py`. They have the words.
+- sunjunaimer/LFMIM: `{train,dev,test}.json` are lists of dicts with `audio_file`, `video_file` and four labels. The
+  target is `video_label`, which was annotated from all modalities together. The features are
+  `audio/{split}/{name}.npy` (frames, 1024) and `visual/{split}/{name}.mp4.npy` (16, 2048), where `name` is
+  `audio_file` without `.wav`. The words exist only as features (`text/`), which a language model cannot read, so
+  `text` is null.
+- AZYoung233/MSE-Adapter: `cherma_{train,valid,test}.pkl`, see `corpora/mse_adapter.py`. These files contain the words.
 
-LFMIM selects its model on test. We do not: where there is no `dev.json` (or `valid.json`), a tenth of train, drawn
-with `VALIDATION_SEED`, is the validation split. The published numbers of rows could not be verified.
+LFMIM selects its model on the test split; this project does not. Without `dev.json` (or `valid.json`), a tenth of
+train, drawn with `VALIDATION_SEED`, becomes the validation split. The published numbers of rows could not be
+verified.
 """
 
 import json
@@ -29,7 +31,7 @@ from corpora.reading import Ids, Notes, Reading, Rows, sequence
 
 logger = logging.getLogger(__name__)
 
-EMOTIONS = ("愤怒", "厌恶", "恐惧", "高兴", "平静", "悲伤", "惊奇")  # in the order of CHERMA's ids
+EMOTIONS = ("愤怒", "厌恶", "恐惧", "高兴", "平静", "悲伤", "惊奇")  # in the order of CHERMA's label ids
 WIDTHS = {"audio_features": 1024, "vision_features": 2048}
 VALIDATION_SEED, VALIDATION_PARTS = 723, 10
 
@@ -44,15 +46,16 @@ def load(source: str | os.PathLike) -> DatasetDict:
         source: The folder with the files of one of the two forms.
 
     Raises:
-        FileNotFoundError: The folder, or a file of it, does not exist.
-        ValueError: A file that is not as described above (the message names file and place), or files of both forms.
+        FileNotFoundError: If the folder or one of its files does not exist.
+        ValueError: If a file is not as described above (the message names the file and the position), or if the folder
+            contains files of both forms.
     """
     notes = Notes()
     return read(source, notes).load(notes, logger)
 
 
 def read(source: str | os.PathLike, notes: Notes) -> Reading:
-    """As `load`, before the rows are read."""
+    """Like `load`, but returns a `Reading` whose rows have not been read yet."""
     source = Path(source)
     pickles = find_pickles(source, "cherma")
     has_json = (source / "train.json").is_file()
@@ -63,11 +66,11 @@ def read(source: str | os.PathLike, notes: Notes) -> Reading:
         return Reading("MSE-Adapter's features", splits, widths=WIDTHS)
     if not has_json:
         raise FileNotFoundError(f"{source}: got neither train.json nor cherma_train.pkl, wanted CHERMA's files")
-    own = next((name for name in ("dev", "valid") if (source / f"{name}.json").is_file()), None)
+    validation_file = next((name for name in ("dev", "valid") if (source / f"{name}.json").is_file()), None)
     entries = {split: _read_json(source / f"{split}.json") for split in ("train", "test")}
-    folders = {"train": "train", "validation": own or "train", "test": "test"}
-    if own:
-        entries["validation"] = _read_json(source / f"{own}.json")
+    folders = {"train": "train", "validation": validation_file or "train", "test": "test"}
+    if validation_file:
+        entries["validation"] = _read_json(source / f"{validation_file}.json")
     else:
         count = len(entries["train"]) // VALIDATION_PARTS
         held_out = set(random.Random(VALIDATION_SEED).sample(range(len(entries["train"])), count))
@@ -88,7 +91,7 @@ def _name(entry: dict[str, Any]) -> str:
 
 
 def _read_json(file: Path) -> list[dict[str, Any]]:
-    """The checked entries of one split."""
+    """Read and check the entries of one split."""
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file, wanted LFMIM's list of clips")
     try:
@@ -123,7 +126,7 @@ def _rows(entries: list, source: Path, folder: str, split: str, ids: Ids) -> Ite
                 notes.add(split, f"{column}: no file", row_id)
                 continue
             try:
-                # Mapped, so that nothing is allocated by what the file claims; never as a pickle.
+                # Memory-mapped, so that a false header cannot allocate memory; pickled objects are refused.
                 values = np.load(file, mmap_mode="r", allow_pickle=False)
                 values = sequence(values, None, column, split, row_id, notes)
             except (ValueError, OSError, EOFError) as error:

@@ -1,4 +1,7 @@
-"""From a benchmark's published files to a folder of sharded parquet and a report; all of it, or nothing."""
+"""Converts the published files of a benchmark to a folder of sharded parquet with a report.
+
+An interrupted or failed conversion leaves no output folder.
+"""
 
 import importlib
 import inspect
@@ -25,36 +28,36 @@ logger = logging.getLogger(__name__)
 
 CONVERTIBLE = ("cherma", "meld", "mosei", "simsv2")
 SHARD_BYTES = 500_000_000
-_UNFINISHED = ".unfinished"  # added to the folder's name until all of it is written
+_UNFINISHED = ".unfinished"  # suffix of the folder's name while it is incomplete
 
 
 class MismatchError(ValueError):
-    """Files that are not what was published; the message lists every difference."""
+    """The files differ from the published ones; the message lists every difference."""
 
 
 def convert(
     name: str, source: str | os.PathLike, out: str | os.PathLike, allow_mismatch: bool = False, **options: Any
 ) -> dict[str, Any]:
-    """Convert a corpus once; `load_corpus(name, out)` reads the folder.
+    """Convert a corpus to a folder, which `load_corpus(name, out)` reads.
 
-    Rows are read and written a few at a time. The folder gets its name when it is complete: before that, also after
-    an interruption, there is at most a folder whose name ends in `.unfinished`, which the next run replaces.
+    Rows are read and written in small batches. The output goes to a folder whose name ends in `.unfinished`, which
+    is renamed to `out` when it is complete. If the process is killed, the next run replaces the unfinished folder.
 
     Args:
         name: One of `CONVERTIBLE`.
-        source: As the named module's `load` takes it.
-        out: The folder to be written; it must not exist, or be empty.
-        allow_mismatch: Write it even if numbers of rows, labels that occur, or widths of features are not the
-            published ones. A label that the corpus does not have is never written.
-        **options: The module's own, see its `load`.
+        source: The `source` of the module's `load`.
+        out: The output folder; it must be empty or not exist.
+        allow_mismatch: Convert the files even if the numbers of rows, the labels that occur, or the feature sizes
+            differ from the published ones. A label that does not belong to the corpus is an error in any case.
+        **options: Options of the module's `load`.
 
     Returns:
-        The report, which is also in the folder as `corpus.json`.
+        The report, which is also written to `corpus.json` in the folder.
 
     Raises:
-        MismatchError: Files that differ from what was published.
-        FileExistsError: `out` has something in it, or another conversion is writing it.
-        FileNotFoundError, ValueError: As of the module's `load`.
+        MismatchError: If the files differ from the published ones.
+        FileExistsError: If `out` is not empty, or another conversion is writing it.
+        FileNotFoundError, ValueError: See the module's `load`.
     """
     if name not in CONVERTIBLE:
         raise ValueError(f"corpus: got {name!r}, wanted one of {', '.join(CONVERTIBLE)}")
@@ -93,7 +96,7 @@ def convert(
 
 
 def _write(name, source: str, settings, reading: Reading, notes: Notes, allow_mismatch: bool, folder: Path) -> dict:
-    """All files of the folder."""
+    """Write all files of the folder; return the report."""
 
     def check(differences: list[str]) -> list[str]:
         if differences and not allow_mismatch:
@@ -101,7 +104,7 @@ def _write(name, source: str, settings, reading: Reading, notes: Notes, allow_mi
             raise MismatchError(f"{name}, {reading.form}: {'; '.join(differences)}; {wanted}")
         return differences
 
-    if reading.sizes:  # what is wrong from the start need not be written first
+    if reading.sizes:  # fail before anything is written
         check(_size_differences(reading.sizes, {split: rows.count for split, rows in reading.splits.items()}))
     (folder / "data").mkdir()
     splits = {split: _write_split(split, rows, reading, folder) for split, rows in reading.splits.items()}
@@ -147,7 +150,7 @@ def _size_differences(published: dict[str, int], got: dict[str, int]) -> list[st
 
 
 def _write_split(split: str, rows: Rows, reading: Reading, folder: Path) -> dict[str, Any]:
-    """The shards of a split; what they hold."""
+    """Write the shards of a split; return a summary of their content."""
     labels, scores = Counter(), []
     features = {column: {"lengths": [], "widths": Counter()} for column in FEATURE_COLUMNS}
     clips = 0
@@ -176,7 +179,7 @@ def _write_split(split: str, rows: Rows, reading: Reading, folder: Path) -> dict
             if writer is None:
                 files.append(folder / "data" / f"{split}-{len(files):05d}.parquet")
                 sink = files[-1].open("wb")
-                # Dictionaries of numbers that hardly repeat cost time and save nothing.
+                # Numbers hardly repeat, so dictionaries for them would cost time and save nothing.
                 writer = pq.ParquetWriter(sink, FEATURES.arrow_schema, use_dictionary=["language", "emotion"])
             writer.write_table(table)
             count += len(table)
@@ -224,7 +227,7 @@ def _describe_lengths(lengths: list[int], widths: Counter) -> dict[str, Any]:
 
 
 def describe(report: dict[str, Any]) -> str:
-    """A report as text."""
+    """Format a report as text."""
     lines = [f"{report['corpus']}: {report['form']}"]
     for split, part in report["splits"].items():
         lines.append(f"{split}: {part['rows']} rows in {len(part['files'])} files")
@@ -241,7 +244,7 @@ def describe(report: dict[str, Any]) -> str:
         lines += [f"  {line}" for line in _note_lines(part["notes"])]
     lines += _note_lines(report["notes"])
     if report["published_sizes"] is None:
-        lines.append("The published numbers of rows were never verified: nothing to compare these with.")
+        lines.append("The published numbers of rows could not be verified, so these are not compared with them.")
     return "\n".join(lines + [f"DIFFERS from what was published: {line}" for line in report["differences"]])
 
 
@@ -254,9 +257,9 @@ def _note_lines(notes: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def _card(report: dict[str, Any]) -> str:
-    """The folder's README: a dataset card, with which `datasets.load_dataset` finds the splits."""
+    """The README of the folder: a dataset card that tells `datasets.load_dataset` where the splits are."""
     files = "\n".join(f"  - split: {split}\n    path: data/{split}-*" for split in report["splits"])
-    clips = "\nThe paths in `audio` and `video` are relative to the corpus' folder of clips, which is not here.\n"
+    clips = "\nThe paths in `audio` and `video` are relative to the folder of the clips, which is not included.\n"
     return f"""---
 configs:
 - config_name: default
@@ -268,7 +271,7 @@ tags:
 
 # {report["corpus"]}, converted for EGMF
 
-One row is one utterance. The terms of the original corpus hold for this copy too; most forbid passing it on.
+One row is one utterance. The terms of the original corpus also apply to this copy; most of them forbid redistribution.
 {clips if report["clips"] else ""}
 ```
 {describe(report)}

@@ -1,4 +1,4 @@
-"""Folders that `python -m corpora` wrote, read back: `corpus.json` and sharded parquet."""
+"""Reads the folders that `python -m corpora` writes: `corpus.json` and sharded parquet."""
 
 import importlib
 import json
@@ -12,7 +12,7 @@ from datasets import DatasetDict, load_dataset
 from corpora.schema import FEATURES
 
 
-REPORT, LOCAL = "corpus.json", "local.json"  # what it is; where its clips are on this machine
+REPORT, LOCAL = "corpus.json", "local.json"  # report; local path of the clips
 SPLITS = ("train", "validation", "test")
 
 
@@ -21,17 +21,18 @@ def is_converted(folder: str | os.PathLike) -> bool:
 
 
 def load_converted(name: str, folder: str | os.PathLike, media: str | os.PathLike | None = None, **options: Any):
-    """A converted corpus as a `DatasetDict`, mapped from the disk.
+    """Load a converted corpus as a memory-mapped `DatasetDict`.
 
     Args:
-        name: The corpus that it has to be.
-        folder: The folder.
-        media: The folder that the clips are in; by default the one of the conversion.
-        **options: As at the conversion; they cannot be changed any more.
+        name: Name of the corpus; must match the report in the folder.
+        folder: The converted folder.
+        media: The folder with the clips; by default the folder that was used for the conversion.
+        **options: Options of the conversion. They are only checked, because the conversion has fixed them.
 
     Raises:
-        ValueError: Another corpus, other options, labels that the corpus does not have, or a damaged folder.
-        FileNotFoundError: A file of the folder, or the folder with the clips, does not exist.
+        ValueError: If the folder holds another corpus, was converted with other options, contains labels that do not
+            belong to the corpus, or is damaged.
+        FileNotFoundError: If a file of the folder, or the folder with the clips, does not exist.
     """
     folder = Path(folder)
     report = _read_json(folder / REPORT)
@@ -44,7 +45,7 @@ def load_converted(name: str, folder: str | os.PathLike, media: str | os.PathLik
     files = {split: [str(folder / file) for file in report["splits"][split]["files"]] for split in SPLITS}
     for file in sum(files.values(), []):
         if not Path(file).is_file():
-            raise FileNotFoundError(f"{file}: no such file, wanted all that {folder / REPORT} names")
+            raise FileNotFoundError(f"{file}: no such file, wanted all files listed in {folder / REPORT}")
     splits = load_dataset("parquet", data_files=files, features=FEATURES)
     for split, rows in splits.items():
         if len(rows) != report["splits"][split]["rows"]:
@@ -55,13 +56,13 @@ def load_converted(name: str, folder: str | os.PathLike, media: str | os.PathLik
     if report["clips"]:
         media = Path(media or _read_json(folder / LOCAL)["media"])
         if not media.is_dir():
-            raise FileNotFoundError(f"media: {media} is not a folder, wanted the one with the corpus' clips")
+            raise FileNotFoundError(f"media: {media} is not a folder, wanted the folder with the clips")
         splits = splits.map(_find_clips, fn_kwargs={"media": str(media)}, batched=True, keep_in_memory=True)
     return DatasetDict({split: splits[split] for split in SPLITS})
 
 
 def check_labels(name: str, rows, where: str) -> None:
-    """ValueError if a split has a label, or a score, that the corpus does not have."""
+    """Raise a ValueError if a split contains a label or a score that does not belong to the corpus."""
     module = importlib.import_module(f"corpora.{name}")
     if hasattr(module, "EMOTIONS"):
         wrong = [label for label in rows.unique("emotion") if label not in module.EMOTIONS]

@@ -1,8 +1,8 @@
-"""A small generated feature corpus, for the quickstart and for tests: no files, the same rows every time.
+"""A small generated feature corpus for `recipes/tiny.yaml` and tests: it needs no files and is deterministic.
 
-Made so that a model has to use everything it is given. A third of the rows carries the label ("positive" or
-"negative") in the words, a third in the audio features, a third in the vision features; the other modalities of a row
-are noise or, in about a fifth of the cases, missing. It says nothing about emotion.
+A model must use all modalities to solve it. One third of the rows carries the label ("positive" or "negative") in the
+words, one third in the audio features and one third in the vision features. The other modalities of a row are noise;
+audio or vision noise is missing in about a fifth of the cases. The corpus has nothing to do with real emotion.
 """
 
 import numpy as np
@@ -21,22 +21,23 @@ _NEUTRAL_WORDS = ("long", "new", "short")
 _SUBJECTS = ("the film", "the song", "the trip", "the dinner")
 _CARRIERS = ("text", "audio", "vision")
 _MISSING_RATE = 0.2
-_SIGNAL, _NOISE = 1.5, 0.5  # mean of every feature where it carries the label, standard deviation
+_SIGNAL, _NOISE = 1.5, 0.5  # mean of the features that carry the label; standard deviation
 
 
 def load(source: None = None, size: int = 360, seed: int = 0) -> DatasetDict:
     """Generate the corpus: train, validation and test with 2/3, 1/6 and 1/6 of the rows.
 
-    Each row has `audio_features` (T, 6) at 4 frames a second and `vision_features` (T, 5) at 3, of a clip of up to 3
-    seconds, or null. Labels and carriers of the label are balanced in every split.
+    Each row simulates a clip of up to 3 seconds, with `audio_features` (T, 6) at 4 frames per second and
+    `vision_features` (T, 5) at 3 frames per second; either can be null. Labels, and the modalities that carry them,
+    are balanced in every split.
 
     Args:
-        source: None, there are no files.
-        size: the number of rows in all, at least 36 (six kinds of rows in the smallest split).
-        seed: rows are a function of `size` and `seed` alone.
+        source: must be None, because there are no files.
+        size: total number of rows, at least 36 (six kinds of rows in the smallest split).
+        seed: random seed; `size` and `seed` determine all rows.
 
     Raises:
-        ValueError: a source, or an option out of range.
+        ValueError: if a source is given, or an option is out of range.
     """
     if source is not None:
         raise ValueError(f"source: got {source!r}, expected None: this corpus has no files")
@@ -52,14 +53,14 @@ def load(source: None = None, size: int = 360, seed: int = 0) -> DatasetDict:
 
 
 def _kinds(count: int, rng: np.random.Generator) -> list[tuple[str, str]]:
-    """`count` pairs of label and carrier, balanced and in random order."""
+    """`count` pairs of a label and the modality that carries it, balanced and in random order."""
     pairs = [(label, carrier) for label in LABELS for carrier in _CARRIERS]
     kinds = [pairs[number % len(pairs)] for number in range(count)]
     return [kinds[position] for position in rng.permutation(count)]
 
 
 def _row(row_id: str, kind: tuple[str, str], rng: np.random.Generator) -> dict[str, object]:
-    """One utterance whose label is carried by one modality."""
+    """One utterance; exactly one modality carries its label."""
     label, carrier = kind
     words = _WORDS[label] if carrier == "text" else _NEUTRAL_WORDS
     seconds = rng.uniform(0.0, MAX_SECONDS)

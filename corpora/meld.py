@@ -1,17 +1,22 @@
-"""MELD (declare-lab/MELD): dialogues from a television series, one of seven emotions per utterance.
+"""MELD (declare-lab/MELD): dialogues from a television series; each utterance has one of seven emotions.
 
-Read from the official `{train,dev,test}_sent_emo.csv`: `Utterance, Speaker, Emotion, Dialogue_ID, Utterance_ID`, or
-from the features of AZYoung233/MSE-Adapter, `meld_{train,valid,test}.pkl` (audio 64 features, vision 64; described in
-`corpora/mse_adapter.py`), which have neither speakers nor dialogues. The rest of this is about the former.
+Two published forms are read:
 
-MELD's `dev` is called `validation` here, in the split and in the ids (`validation_dia0_utt0`); ids carry the split,
-as dialogue numbers repeat across splits. Utterance numbers have gaps: the context is made of what the file has.
+- The official files `{train,dev,test}_sent_emo.csv` with the columns `Utterance, Speaker, Emotion, Dialogue_ID,
+  Utterance_ID`, optionally with the clips.
+- The features of AZYoung233/MSE-Adapter, `meld_{train,valid,test}.pkl` (audio 64 features, vision 64; described in
+  `corpora/mse_adapter.py`). They contain neither speakers nor dialogues.
 
-The files are UTF-8, and some published copies hold cp1252 punctuation as control characters (U+0092 for a right
-single quote): U+0080 to U+009F are put back to what cp1252 means by them. Proper Unicode punctuation is kept.
+For the CSV files:
 
-Clips are `dia{D}_utt{U}.mp4` in `train_splits/`, `dev_splits_complete/` and `output_repeated_splits_test/`. Whether a
-clip can be decoded is not checked here (train dia125_utt3 cannot, dev dia110_utt7 does not exist).
+- MELD's `dev` split is called `validation`, also in the ids (`validation_dia0_utt0`). Ids contain the split because
+  dialogue numbers repeat across splits.
+- Utterance numbers have gaps; the context consists of the utterances that the file contains.
+- The files are UTF-8. Some published copies contain cp1252 punctuation as control characters (U+0092 for a right
+  single quote), so U+0080 to U+009F are replaced by the characters that they encode in cp1252. Other Unicode
+  punctuation is kept.
+- Clips are `dia{D}_utt{U}.mp4` in `train_splits/`, `dev_splits_complete/` and `output_repeated_splits_test/`. This
+  module does not check whether a clip can be decoded (train dia125_utt3 cannot; dev dia110_utt7 does not exist).
 """
 
 import logging
@@ -29,7 +34,7 @@ from corpora.schema import check_count
 
 logger = logging.getLogger(__name__)
 
-EMOTIONS = ("neutral", "surprise", "fear", "sadness", "joy", "disgust", "anger")  # in the order of MELD's ids
+EMOTIONS = ("neutral", "surprise", "fear", "sadness", "joy", "disgust", "anger")  # in the order of MELD's label ids
 FILES = {"train": "train_sent_emo.csv", "validation": "dev_sent_emo.csv", "test": "test_sent_emo.csv"}
 CLIPS = {"train": "train_splits", "validation": "dev_splits_complete", "test": "output_repeated_splits_test"}
 
@@ -46,25 +51,25 @@ def load(source: str | os.PathLike, context: int = 8, media: str | os.PathLike |
     """Load MELD as emotion classification over `EMOTIONS`.
 
     Args:
-        source: the folder with the three CSV files, or with the three pickles.
-        context: how many preceding utterances of the dialogue, with their speakers, each row carries.
-        media: the folder with the three clip folders. Fills `audio` and `video` with the clip's path, null where
-            there is no such file; how many are missing is logged for each split.
+        source: the folder with the three CSV files or the three pickles.
+        context: maximum number of preceding utterances of the dialogue in each row, with their speakers.
+        media: the folder with the three clip folders. If given, `audio` and `video` contain the path of the clip, or
+            null if the file does not exist. The number of missing clips is logged for each split.
 
     Raises:
-        FileNotFoundError: a CSV file, a pickle, or the media folder, does not exist.
-        ValueError: `context` out of range, a media folder with none of the clip folders, or one with pickles, files of
-            both forms, or a file that is not as described above (names file, row and column; rows of CSV files count
-            from 1, without the header).
+        FileNotFoundError: if a CSV file, a pickle or the media folder does not exist.
+        ValueError: if `context` is out of range, `media` contains none of the clip folders or is given for pickles,
+            the folder contains files of both forms, or a file is not as described above. The message names file, row
+            and column; rows of CSV files are counted from 1, without the header.
     """
     notes = Notes()
     reading = read(source, notes, context, media)
-    # Clips that are missing are in the log already.
+    # For CSV files, `_rows` has already logged the missing clips.
     return reading.load(notes if reading.widths else Notes(), logger)
 
 
 def read(source: str | os.PathLike, notes: Notes, context: int = 8, media: str | os.PathLike | None = None) -> Reading:
-    """As `load`, before the rows are read."""
+    """Like `load`, but returns a `Reading` whose rows have not been read yet."""
     context = check_count("context", context)
     source, pickles = Path(source), find_pickles(Path(source), "meld")
     if pickles:
@@ -93,7 +98,7 @@ def _rows(frame: pd.DataFrame, split: str, context: int, media: Path | None, not
             {"speaker": speaker, "text": text}
             for speaker, text in zip(dialogue["Speaker"], dialogue["Utterance"], strict=True)
         ]
-        for here, (utterance_id, emotion) in enumerate(
+        for position, (utterance_id, emotion) in enumerate(
             zip(dialogue["Utterance_ID"], dialogue["Emotion"], strict=True)
         ):
             row_id, clip = f"{split}_dia{dialogue_id}_utt{utterance_id}", None
@@ -102,18 +107,18 @@ def _rows(frame: pd.DataFrame, split: str, context: int, media: Path | None, not
                 if clip is None:
                     missing.append(row_id)
                     notes.add(split, "clip: none", row_id)
-            yield turns[here] | {
+            yield turns[position] | {
                 "id": row_id,
-                "context": turns[max(0, here - context) : here],
+                "context": turns[max(0, position - context) : position],
                 "language": "en",
-                "audio": clip,  # a video's own sound track is its audio
+                "audio": clip,  # the audio track of the video
                 "video": clip,
                 "emotion": emotion,
             }
     if media is not None:
         logger.log(
             logging.WARNING if missing else logging.INFO,
-            "MELD %s: %d of %d clips are not in %s%s",
+            "MELD %s: %d of %d clips are missing in %s%s",
             split,
             len(missing),
             len(frame),
@@ -123,17 +128,17 @@ def _rows(frame: pd.DataFrame, split: str, context: int, media: Path | None, not
 
 
 def _clip(media: Path, split: str, dialogue_id: int, utterance_id: int) -> str | None:
-    """The path of an utterance's clip, None where there is no such file."""
+    """The path of an utterance's clip; None if the file does not exist."""
     path = media / CLIPS[split] / f"dia{dialogue_id}_utt{utterance_id}.mp4"
     return str(path) if path.is_file() else None
 
 
 def _read(file: Path) -> pd.DataFrame:
-    """Read and check one CSV file; sorted by dialogue and utterance, text and speaker repaired."""
+    """Read and check one CSV file; sort it by dialogue and utterance, and repair texts and speakers."""
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file, expected one of MELD's CSV files")
     try:
-        # Strings, and no nulls: "None" and "NA" are things that people say.
+        # Read strings without nulls: "None" and "NA" can be spoken words.
         frame = pd.read_csv(file, dtype=str, keep_default_na=False, encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: not UTF-8 ({error})") from error

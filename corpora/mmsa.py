@@ -1,14 +1,16 @@
-"""The two forms in which thuiar/MMSA publishes a benchmark with scores: a pickle of features, and a table of clips.
+"""Reads the two forms in which thuiar/MMSA publishes benchmarks with scores: feature pickles, and tables with clips.
 
-A pickle (`unaligned_50.pkl`, `aligned_50.pkl`, `ch-simsv2s.pkl`) is a dict of the splits `train`, `valid` and `test`
-(others, such as SIMS-V2's `train_mix`, are left out), each a dict of columns with one item per clip: `raw_text`, `id`
-(`video$_$clip`), `audio` and `vision` (clips, frames, features), `regression_labels`. Unaligned ones have
-`audio_lengths` and `vision_lengths`: frames beyond are padding and are cut off. Aligned ones have none; there, frames
-that are zero in both modalities, at both ends of a clip, are padding. `text` and `text_bert` are left alone: the text
-enters through the language model. So are the labels of single modalities.
+A pickle (`unaligned_50.pkl`, `aligned_50.pkl`, `ch-simsv2s.pkl`) is a dict of the splits `train`, `valid` and `test`;
+other splits, such as SIMS-V2's `train_mix`, are ignored. Each split is a dict of columns with one item per clip:
+`raw_text`, `id` (`video$_$clip`), `audio` and `vision` (clips, frames, features), and `regression_labels`.
 
-A table is `label.csv` (SIMS-V2: `meta.csv`): `video_id, clip_id, text, label, ..., mode`; `mode` is the split. Ids are
-text with leading zeros. The clips are in `Raw/{video_id}/{clip_id}.mp4`.
+- Unaligned pickles have `audio_lengths` and `vision_lengths`; later frames are padding and are removed.
+- Aligned pickles have no lengths. Frames at both ends of a clip that are zero in both modalities are padding.
+- `text` and `text_bert` are ignored, because the text enters through the language model. The labels of single
+  modalities are ignored too.
+
+A table is `label.csv` (SIMS-V2: `meta.csv`) with the columns `video_id, clip_id, text, label, ..., mode`; `mode` is
+the split. Ids are strings with leading zeros. The clips are in `Raw/{video_id}/{clip_id}.mp4`.
 """
 
 import os
@@ -26,12 +28,12 @@ from corpora.reading import Ids, Notes, Rows, finite, repair_text, sequence
 SPLITS = {"train": "train", "valid": "validation", "test": "test"}
 _MODES = SPLITS | {"dev": "validation", "val": "validation", "validation": "validation"}
 _COLUMNS = {"audio": "audio_features", "vision": "vision_features"}
-_CHUNK = 1 << 25  # bytes of a modality that are read at once
-_TOLERANCE = 1e-6  # beyond the range of scores, for float32
+_CHUNK = 1 << 25  # bytes of a modality that are read together
+_TOLERANCE = 1e-6  # float32 scores may exceed the range by this much
 
 
 def check_score(value: Any, scores: tuple[float, float], where: str) -> float | None:
-    """A score, None if there is none (empty or NaN); ValueError beyond the corpus' range or if it is no number."""
+    """Return a score as a float; None if it is empty or NaN. Raise a ValueError if it is not a number in the range."""
     try:
         score = float(value) if value != "" else float("nan")
     except (TypeError, ValueError):
@@ -49,19 +51,22 @@ def check_score(value: Any, scores: tuple[float, float], where: str) -> float | 
 def read_features(
     file: Path, notes: Notes, language: str, scores: tuple[float, float], rates: dict[str, float] | None = None
 ) -> tuple[dict[str, Rows], bool]:
-    """The splits of a pickle of features, and whether its modalities are aligned.
+    """Open a pickle of features.
 
     Args:
         file: The pickle.
-        notes: Takes what is repaired or left out.
-        language: Of the texts.
-        scores: The lowest and the highest legal score.
-        rates: Frames per second of `audio` and `vision` where they are not aligned, for the rows' times.
+        notes: Receives what is repaired or skipped.
+        language: Language of the texts.
+        scores: The lowest and the highest valid score.
+        rates: Frames per second of `audio` and `vision` in unaligned pickles; they determine the times of the frames.
+
+    Returns:
+        The splits, and whether the modalities are aligned.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is not as described above; the message names file, split and column. Of single rows while they
-            are read: a score out of range.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If the file is not as described above; the message names file, split and column. Iterating over the
+            rows also raises it for a score out of range.
     """
     data = load_pickle(file)
     if not isinstance(data, dict) or not set(SPLITS) <= set(data):
@@ -84,7 +89,7 @@ def read_features(
 
 
 def _check_columns(columns: Any, where: str) -> None:
-    """That a split has its columns, all of the same length, and features of three dimensions."""
+    """Check that a split has all columns, that they have the same length, and that features have three dimensions."""
     if not isinstance(columns, dict):
         raise ValueError(f"{where}: got {type(columns).__name__}, wanted a dict of columns")
     names = ["raw_text", "id", "audio", "vision", "regression_labels"]
@@ -124,8 +129,8 @@ def _feature_rows(columns, where: str, split: str, ids: Ids, language: str, scor
     step = max(1, _CHUNK // max(1, row_bytes))
     for start in range(0, len(columns["audio"]), step):
         chunk = {name: columns[name][start : start + step] for name in _COLUMNS}
-        for here in range(len(chunk["audio"])):
-            index = start + here
+        for offset in range(len(chunk["audio"])):
+            index = start + offset
             row_id = ids.take(split, str(scalars["id"][index]))
             label = scalars["regression_labels"][index]
             score = check_score(label, scores, f"{where}: {row_id}: 'regression_labels'")
@@ -134,7 +139,7 @@ def _feature_rows(columns, where: str, split: str, ids: Ids, language: str, scor
                 continue
             row = {"id": row_id, "language": language, "sentiment": score}
             row["text"] = _text_of(scalars["raw_text"][index], split, row_id, notes)
-            clip = {name: chunk[name][here] for name in _COLUMNS}
+            clip = {name: chunk[name][offset] for name in _COLUMNS}
             span = _spoken(clip) if aligned else slice(None)
             for name, column in _COLUMNS.items():
                 length = None if aligned else lengths[name][index]
@@ -149,7 +154,7 @@ def _feature_rows(columns, where: str, split: str, ids: Ids, language: str, scor
 
 
 def _scalars(column: Any) -> list:
-    """A column of texts or numbers as a list; (clips, 1) is taken for (clips,)."""
+    """Convert a column of texts or numbers to a list; a shape of (clips, 1) is treated as (clips,)."""
     items = column[:] if isinstance(column, FileArray) else column
     items = items.tolist() if isinstance(items, np.ndarray) else list(items)
     items = [item.tolist() if isinstance(item, np.ndarray | np.generic) else item for item in items]
@@ -159,7 +164,7 @@ def _scalars(column: Any) -> list:
 def _lengths(column: Any, where: str) -> list[int]:
     lengths = _scalars(column)
     for length in lengths:
-        if not isinstance(length, int | float) or length % 1 != 0:  # NaN and infinity are not either
+        if not isinstance(length, int | float) or length % 1 != 0:  # also rejects NaN and infinity
             raise ValueError(f"{where}: got {length!r:.40}, wanted a number of frames")
     return [int(length) for length in lengths]
 
@@ -172,7 +177,7 @@ def _text_of(value: Any, split: str, row_id: str, notes: Notes) -> str | None:
 
 
 def _spoken(clip: dict[str, np.ndarray]) -> slice:
-    """From the first to the last frame that is not zero in all modalities."""
+    """The frames from the first to the last one that is not zero in all modalities."""
     heard = np.logical_or.reduce([(finite(values)[0] != 0).any(axis=1) for values in clip.values()])
     places = np.flatnonzero(heard)
     return slice(places[0], places[-1] + 1) if len(places) else slice(0, 0)
@@ -182,15 +187,16 @@ def _spoken(clip: dict[str, np.ndarray]) -> slice:
 
 
 def read_table(file: Path, scores: tuple[float, float], notes: Notes) -> pd.DataFrame:
-    """`label.csv` or `meta.csv`: `video_id, clip_id, text, label`, and `split` by our names; all checked.
+    """Read and check `label.csv` or `meta.csv`.
 
-    Rows without a label, and rows of a mode that is none of the three splits, are left out and noted.
+    The returned table has the columns `video_id`, `clip_id`, `text`, `label` and `split` (`train`, `validation` or
+    `test`). Rows without a label, and rows whose mode is not one of the three splits, are skipped and noted.
 
     Raises:
-        ValueError: Not such a table; the message names file, row and column.
+        ValueError: If the table is not as described above; the message names file, row and column.
     """
     try:
-        # Strings, and no nulls: ids have leading zeros, and "None" is something that people say.
+        # Read strings without nulls: ids have leading zeros, and "None" can be a spoken word.
         frame = pd.read_csv(file, dtype=str, keep_default_na=False, encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: got another encoding, wanted UTF-8 ({error})") from error
@@ -218,7 +224,7 @@ def read_table(file: Path, scores: tuple[float, float], notes: Notes) -> pd.Data
 def table_rows(
     frame: pd.DataFrame, clip_of: Callable[[str, str], Path | None], notes: Notes, language: str
 ) -> dict[str, Rows]:
-    """The splits of a table; `clip_of(video_id, clip_id)` finds a clip."""
+    """The splits of a table; `clip_of(video_id, clip_id)` returns the path of a clip, or None."""
     ids = Ids(notes)
 
     def rows(split: str, table: pd.DataFrame) -> Iterator[dict[str, Any]]:
@@ -231,12 +237,11 @@ def table_rows(
             if not text:
                 notes.add(split, "text: empty", row_id)
             path = None if clip is None else str(clip)
-            # A video's own sound track is its audio.
             yield {
                 "id": row_id,
                 "text": text,
                 "language": language,
-                "audio": path,
+                "audio": path,  # the audio track of the video
                 "video": path,
                 "sentiment": row.label,
             }
@@ -246,14 +251,14 @@ def table_rows(
 
 
 class ClipFolders:
-    """Clips in `{root}/{video_id}/{clip_id}.mp4`; a table that lost the leading zeros of its clips finds them too."""
+    """Finds clips in `{root}/{video_id}/{clip_id}.mp4`, even if the table has lost leading zeros of the clip ids."""
 
     def __init__(self, root: Path):
         self.root, self.numbered = root, {}
 
     def __call__(self, video_id: str, clip_id: str) -> Path | None:
         if any(part in ("", ".", "..") or set(part) & {"/", "\\", "\0"} for part in (video_id, clip_id)):
-            return None  # ids come from a file: they must not lead anywhere else
+            return None  # ids come from a file and must not point outside the folder
         path = self.root / video_id / f"{clip_id}.mp4"
         if path.is_file():
             return path

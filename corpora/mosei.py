@@ -1,15 +1,15 @@
-"""CMU-MOSEI (Zadeh et al. 2018): opinions on YouTube, a score from -3 to 3 for each utterance.
+"""CMU-MOSEI (Zadeh et al. 2018): opinions on YouTube; each utterance has a score from -3 to 3.
 
-Three published forms, of which a *file* is the first and a *folder* one of the others:
+Three published forms are read. The first is a *file*, the others are a *folder*:
 
-- MMSA's `unaligned_50.pkl` (audio 74 features, COVAREP, 20 a second; vision 35, FACET, 15 a second) and
-  `aligned_50.pkl`, described in `corpora/mmsa.py`. They hold -inf and NaN: those become 0, and are counted.
+- MMSA's `unaligned_50.pkl` (audio 74 features, COVAREP, 20 per second; vision 35, FACET, 15 per second) and
+  `aligned_50.pkl`, described in `corpora/mmsa.py`. They contain -inf and NaN, which are set to 0 and counted.
 - MMSA's clips: `label.csv` and `Raw/{video_id}/{clip_id}.mp4`.
-- CMU's raw release, with MMSA's `label.csv` beside it, as the release itself has no splits:
-  `Videos/Segmented/Combined/{video_id}_{clip_id}.mp4`, and `Transcript/Segmented/Combined/{video_id}.txt` with lines
-  `video___clip___start___end___text`, from which the text is taken. Folders may lie below `Raw/`.
+- CMU's raw release: `Videos/Segmented/Combined/{video_id}_{clip_id}.mp4`, and
+  `Transcript/Segmented/Combined/{video_id}.txt` with lines `video___clip___start___end___text`, which provide the
+  text. The release has no splits, so MMSA's `label.csv` must be added. Both folders may be inside `Raw/`.
 
-The utterances come without context, as in the published results on this corpus.
+Utterances have no context, as in the published results on this corpus.
 """
 
 import logging
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 SCORES = (-3.0, 3.0)
 SIZES = {"train": 16326, "validation": 1871, "test": 4659}
 WIDTHS = {"audio_features": 74, "vision_features": 35}
-RATES = {"audio": 20.0, "vision": 15.0}  # frames a second of the unaligned features
+RATES = {"audio": 20.0, "vision": 15.0}  # frames per second of the unaligned features
 
 _VIDEOS, _TRANSCRIPTS = "Videos/Segmented/Combined", "Transcript/Segmented/Combined"
 
@@ -36,21 +36,22 @@ CLUSTERS = ("videos", part_of_id(r"(.+)\$_\$[^$]+"))
 
 
 def load(source: str | os.PathLike) -> DatasetDict:
-    """Load MOSEI as regression; `sentiment` is from -3 to 3.
+    """Load MOSEI as regression; `sentiment` ranges from -3 to 3.
 
     Args:
         source: A pickle, or the folder with `label.csv` and the clips.
 
     Raises:
-        FileNotFoundError: There is no such file, no table, or no folder of clips.
-        ValueError: A file that is not as described above (the message names it and the place), a score out of range.
+        FileNotFoundError: If the file, the table or the folder of clips does not exist.
+        ValueError: If a file is not as described above (the message names the file and the position), or a score is
+            out of range.
     """
     notes = Notes()
     return read(source, notes).load(notes, logger)
 
 
 def read(source: str | os.PathLike, notes: Notes) -> Reading:
-    """As `load`, before the rows are read."""
+    """Like `load`, but returns a `Reading` whose rows have not been read yet."""
     source = Path(source)
     if not source.is_dir():
         splits, aligned = read_features(source, notes, "en", SCORES, RATES)
@@ -74,11 +75,11 @@ def read(source: str | os.PathLike, notes: Notes) -> Reading:
 
 
 class _Segments:
-    """Clips in `{root}/{video_id}_{clip_id}.mp4`."""
+    """Finds clips in `{root}/{video_id}_{clip_id}.mp4`."""
 
     def __init__(self, root: Path):
         self.root = root
-        self.names = set(os.listdir(root))  # only names that are there: an id cannot lead out of the folder
+        self.names = set(os.listdir(root))  # existing names only, so that an id cannot point outside the folder
 
     def __call__(self, video_id: str, clip_id: str) -> Path | None:
         name = f"{video_id}_{clip_id}.mp4"
@@ -86,7 +87,7 @@ class _Segments:
 
 
 def _transcribe(frame, folder: Path, notes: Notes) -> list[str]:
-    """The text of every row of the table, from the transcripts; the table's own where they have none."""
+    """The text of every row: from the transcripts, or from the table if they do not have it."""
     files, segments, texts = set(os.listdir(folder)), {}, []
     for row in frame.itertuples():
         if row.video_id not in segments:
@@ -97,7 +98,7 @@ def _transcribe(frame, folder: Path, notes: Notes) -> list[str]:
         if text is None:
             notes.add(row.split, "text: not in the transcripts, taken from label.csv", row_id)
         elif _letters(text) != _letters(row.text):
-            notes.add(row.split, "text: the transcript says something else than label.csv", row_id)
+            notes.add(row.split, "text: the transcript differs from label.csv", row_id)
         texts.append(row.text if text is None else text)
     return texts
 
@@ -107,7 +108,7 @@ def _letters(text: str) -> str:
 
 
 def _read_segments(file: Path, notes: Notes) -> dict[str, str]:
-    """Text by clip of one transcript; lines of another form are noted."""
+    """The texts of one transcript by clip id; lines of another form are noted."""
     content = file.read_bytes()
     try:
         lines = content.decode("utf-8-sig").split("\n")
@@ -120,5 +121,5 @@ def _read_segments(file: Path, notes: Notes) -> dict[str, str]:
         if len(parts) == 5:
             segments[parts[1].strip()] = parts[4]
         elif line.strip():
-            notes.add("all", "line of a transcript that is no segment", f"{file.name}:{number}")
+            notes.add("all", "transcript line that is not a segment", f"{file.name}:{number}")
     return segments

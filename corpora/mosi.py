@@ -1,21 +1,23 @@
-"""CMU-MOSI, the utterance-level features of soujanyaporia/contextual-multimodal-fusion (one parquet file).
+"""CMU-MOSI with the utterance-level features of soujanyaporia/contextual-multimodal-fusion (one parquet file).
 
-2,199 utterances of 93 monologue videos with a binary sentiment label. Columns read: `split` (train / test),
-`video_id`, `clip_id`, `text` (upper-case transcript), `label` (0 / 1), `audio_features` (73, openSMILE) and
-`vision_features` (100, 3D-CNN). `text_features` is left alone: the text enters through the language model.
+The file contains 2,199 utterances of 93 monologue videos with a binary sentiment label. These columns are read:
+`split` (train / test), `video_id`, `clip_id`, `text` (upper-case transcript), `label` (0 / 1), `audio_features` (73,
+openSMILE) and `vision_features` (100, 3D-CNN). `text_features` is ignored, because the text enters through the
+language model.
 
-Choices of ours:
+The file leaves some choices open:
 
-- The file has no validation split. `validation_videos` whole videos are drawn from train with
-  `VALIDATION_SEED`; test is never touched. No video is in two splits, so neither are neighbours.
-- Audio and vision of an utterance are the vectors of its neighbours in the same video, as one sequence. The file
-  has no timings, so the clip clock counts utterances: the target is at 0.0, the one before it at -1.0.
-- The raw values reach 376 and are skewed (79 % zeros in vision): signed log1p, then standardisation with the mean
-  and standard deviation of the train split (what is left of it after the validation cut), clipped to [-5, 5].
+- It has no validation split. `validation_videos` whole videos are drawn from train with `VALIDATION_SEED`; test does
+  not change. No video is in two splits, so the neighbours of an utterance are in its own split.
+- Each utterance has one vector per modality. The audio and vision sequences of a row therefore consist of the vectors
+  of the utterance and its neighbours in the same video. The file has no timings, so times count utterances: the target
+  is at 0.0, the previous utterance at -1.0.
+- The raw values reach 376 and are skewed (79 % zeros in vision). They are transformed by a signed log1p, standardised
+  with the mean and standard deviation of the train split (without the validation videos), and clipped to [-5, 5].
 
-A trap: the visual vectors come out of a network that was fitted on the *train labels*. A linear probe of them
-reaches 90 % on held-out train videos and 53-55 % on test (majority 62 %). Every validation score of a model that
-sees vision is therefore inflated, as validation is cut off train.
+**The vision features leak labels.** They come from a network that was fitted on the *train labels*. A linear probe
+reaches 90 % on held-out train videos but 53-55 % on test (majority 62 %). Because validation is cut off train, every
+validation score of a model that sees vision is inflated.
 """
 
 import os
@@ -52,17 +54,18 @@ def load(
     """Load MOSI as binary sentiment classification; `emotion` is "positive" or "negative".
 
     Args:
-        source: `mosi.parquet`, or the folder it is in.
-        context: how many preceding utterances of the video each row carries.
-        following: how many utterances after it.
-        neighbours: how many utterances on each side give audio and vision vectors. A row's `audio_features` is
-            (T, 73) and its `vision_features` (T, 100) with T <= 2 * neighbours + 1, fewer at the ends of a video;
-            the times are -neighbours .. +neighbours, in utterances.
-        validation_videos: how many train videos become the validation split.
+        source: `mosi.parquet`, or the folder that contains it.
+        context: maximum number of preceding utterances of the video in each row.
+        following: maximum number of following utterances in each row.
+        neighbours: number of utterances on each side whose audio and vision vectors are included. `audio_features` has
+            the shape (T, 73) and `vision_features` (T, 100) with T <= 2 * neighbours + 1; T is smaller at the ends of
+            a video. The times are -neighbours .. +neighbours, in utterances.
+        validation_videos: number of train videos that become the validation split.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: an option out of range, or a file that is not as described above (names file and column).
+        FileNotFoundError: if the file does not exist.
+        ValueError: if an option is out of range, or the file is not as described above (the message names file and
+            column).
     """
     context = check_count("context", context)
     following = check_count("following", following)
@@ -81,17 +84,17 @@ def load(
 
     rows: dict[str, list[dict]] = {"train": [], "validation": [], "test": []}
     for video_id, video in frame.groupby("video_id", sort=True):
-        first = video.index[0]  # the frame is sorted, so a video is a run of positions
+        first = video.index[0]  # the frame is sorted, so the rows of a video are contiguous
         turns = [{"speaker": None, "text": text} for text in video["text"]]
-        for here, utterance in enumerate(video.itertuples()):
-            start, stop = max(0, here - neighbours), min(len(turns), here + neighbours + 1)
-            times = np.arange(start - here, stop - here, dtype=np.float32)  # (T,)
+        for position, utterance in enumerate(video.itertuples()):
+            start, stop = max(0, position - neighbours), min(len(turns), position + neighbours + 1)
+            times = np.arange(start - position, stop - position, dtype=np.float32)  # (T,)
             rows[utterance.split].append(
                 {
                     "id": f"{video_id}$_${utterance.clip_id}",
                     "text": utterance.text,
-                    "context": turns[max(0, here - context) : here],
-                    "following": turns[here + 1 : here + 1 + following],
+                    "context": turns[max(0, position - context) : position],
+                    "following": turns[position + 1 : position + 1 + following],
                     "language": "en",
                     "audio_features": sequences["audio_features"][first + start : first + stop],  # (T, 73)
                     "vision_features": sequences["vision_features"][first + start : first + stop],  # (T, 100)
@@ -104,9 +107,9 @@ def load(
 
 
 def _read(file: Path) -> pd.DataFrame:
-    """Read and check the scalar columns; sorted by video and clip, text in lower case."""
+    """Read the file and check its scalar columns; sort it by video and clip, and convert the text to lower case."""
     if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file, expected MOSI's parquet file or the folder it is in")
+        raise FileNotFoundError(f"{file}: no such file, expected MOSI's parquet file or the folder that contains it")
     try:
         frame = pd.read_parquet(file)
     except pa.ArrowInvalid as error:
@@ -129,16 +132,16 @@ def _read(file: Path) -> pd.DataFrame:
     doubled = frame.duplicated(["video_id", "clip_id"])
     if doubled.any():
         video_id, clip_id = frame.loc[doubled, ["video_id", "clip_id"]].iloc[0]
-        raise ValueError(f"{file}: columns 'video_id', 'clip_id': ({video_id!r}, {clip_id}) is there more than once")
+        raise ValueError(f"{file}: columns 'video_id', 'clip_id': ({video_id!r}, {clip_id}) occurs more than once")
 
     frame = frame.sort_values(["video_id", "clip_id"], ignore_index=True)
     frame["label"] = frame["label"].astype(int)
-    frame["text"] = frame["text"].str.lower()  # upper-case transcripts fall into many rare tokens
+    frame["text"] = frame["text"].str.lower()  # upper-case words are split into many rare tokens
     return frame
 
 
 def _cut_validation(frame: pd.DataFrame, count: int, file: Path) -> pd.DataFrame:
-    """Move `count` train videos to the split "validation"."""
+    """Move `count` random train videos to the split "validation"."""
     videos = sorted(frame.loc[frame["split"] == "train", "video_id"].unique())
     if count >= len(videos):
         raise ValueError(f"validation_videos: got {count}, expected fewer than the {len(videos)} of train in {file}")
@@ -147,7 +150,7 @@ def _cut_validation(frame: pd.DataFrame, count: int, file: Path) -> pd.DataFrame
 
 
 def _matrix(frame: pd.DataFrame, column: str, size: int, file: Path) -> np.ndarray:
-    """A column of vectors -> (N, size) float64, checked."""
+    """Convert a column of vectors to a float64 array of shape (N, size), and check it."""
     widths = frame[column].map(len)
     if (widths != size).any():
         wrong = int(widths[widths != size].iloc[0])
@@ -159,7 +162,10 @@ def _matrix(frame: pd.DataFrame, column: str, size: int, file: Path) -> np.ndarr
 
 
 def _standardise(matrix: np.ndarray, is_train: np.ndarray) -> np.ndarray:
-    """Signed log1p, then zero mean and unit variance on the rows of `is_train`; (N, D) -> (N, D) float32."""
+    """Apply a signed log1p, standardise with the statistics of the rows in `is_train`, and clip.
+
+    (N, D) -> (N, D) float32.
+    """
     squashed = np.sign(matrix) * np.log1p(np.abs(matrix))
     mean, deviation = squashed[is_train].mean(axis=0), squashed[is_train].std(axis=0)
     deviation[deviation < 1e-6] = 1.0  # columns that are constant on train

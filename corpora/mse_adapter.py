@@ -1,8 +1,13 @@
-"""The form in which AZYoung233/MSE-Adapter publishes benchmarks with emotions: one pickle of features per split.
+"""Reads the form in which AZYoung233/MSE-Adapter publishes emotion benchmarks: one pickle of features per split.
 
-`{corpus}_{train,valid,test}.pkl` is a list of dicts: `features`, a dict of `text` (what was said), `audio` and `video`
-(frames, features), `audio_len` and `video_len` (frames beyond are padding and are cut off), and `label`, the emotion
-as a word. The files have no ids and no dialogues: ids are made of split and place, and there is no context.
+`{corpus}_{train,valid,test}.pkl` is a list of dicts with `label`, the name of the emotion, and `features`, a dict
+with:
+
+- `text`: the transcript,
+- `audio` and `video`: arrays of shape (frames, features),
+- `audio_len` and `video_len`: numbers of frames; later frames are padding and are removed.
+
+The files have no ids and no dialogues. Ids are built from the split and the position, and rows have no context.
 """
 
 from collections.abc import Iterator
@@ -20,7 +25,14 @@ _COLUMNS = {"audio": "audio_features", "video": "vision_features"}
 
 
 def find_pickles(folder: Path, corpus: str) -> dict[str, Path] | None:
-    """The three files by split; None if there is none of them. FileNotFoundError names the one that is missing."""
+    """Find the three files by split.
+
+    Returns:
+        The path of each split, or None if none of the files exists.
+
+    Raises:
+        FileNotFoundError: If only some of the files exist; the message names a missing one.
+    """
     files = {split: folder / f"{corpus}_{name}.pkl" for name, split in SPLITS.items()}
     if not any(file.is_file() for file in files.values()):
         return None
@@ -31,10 +43,11 @@ def find_pickles(folder: Path, corpus: str) -> dict[str, Path] | None:
 
 
 def read_pickles(files: dict[str, Path], notes: Notes, language: str, emotions: tuple[str, ...]) -> dict[str, Rows]:
-    """The splits of the three files.
+    """Open the three files.
 
     Raises:
-        ValueError: A file that is not as described above, or, while its rows are read, a row; the message names both.
+        ValueError: If a file is not as described above. Iterating over the rows also raises it for a row; the message
+            names the file and the row.
     """
     splits = {}
     for split, file in files.items():

@@ -1,11 +1,11 @@
-"""RAVDESS (Livingstone and Russo 2018): 24 actors speak one of two sentences in one of eight emotions; speech alone.
+"""RAVDESS (Livingstone and Russo 2018): 24 actors speak two sentences in eight emotions. Only the speech is read.
 
-Read from the audio files as published, whose names say everything: `03-01-06-01-02-01-12.wav` is modality (03: audio
-only), channel (01: speech), emotion, intensity, statement, repetition, actor. Copies in another audio format, or
-without the published folders `Actor_01` to `Actor_24`, are read as well; other modalities and song are left out.
+The names of the published audio files encode all labels: `03-01-06-01-02-01-12.wav` is modality (03: audio only),
+channel (01: speech), emotion, intensity, statement, repetition and actor. Other audio formats are accepted, and the
+folders `Actor_01` to `Actor_24` are not required. Other modalities and songs are ignored.
 
-The actors are held out in six folds, 1-4, 5-8 and so on; of the others, the fold that follows is the validation split,
-or, once everything has been chosen, belongs to the training split too.
+There are six folds of four actors: 1-4, 5-8 and so on. One fold is the test split. The next fold is the validation
+split or, once all settings are chosen, part of the training split.
 """
 
 import os
@@ -29,13 +29,14 @@ def load(source: str | os.PathLike, fold: int = 1, validation: bool = True) -> D
     """Load RAVDESS as emotion classification over `EMOTIONS`.
 
     Args:
-        source: the folder with the audio files, at any depth.
-        fold: 1 to 6, which four actors are the test split.
-        validation: whether there is a validation split; without, it is empty and all other actors are trained on.
+        source: the folder that contains the audio files, at any depth.
+        fold: 1 to 6; the fold whose four actors are the test split.
+        validation: whether to make a validation split. If False, it is empty and all other actors are in train.
 
     Raises:
-        FileNotFoundError: there is no such folder, or no RAVDESS speech in it.
-        ValueError: `fold` out of range, or a file whose name says what RAVDESS does not have (names the file).
+        FileNotFoundError: if the folder does not exist or contains no RAVDESS speech.
+        ValueError: if `fold` is out of range, or a file name has codes that RAVDESS does not define (the message
+            names the file).
     """
     if not isinstance(fold, int) or isinstance(fold, bool) or not 1 <= fold <= FOLDS:
         raise ValueError(f"fold: got {fold!r}, expected an integer from 1 to {FOLDS}")

@@ -1,4 +1,4 @@
-"""What the readers of the published benchmarks share: what a reading is, what it notes, and the repair of values."""
+"""Code that the corpus readers share: notes about repairs, the result of reading, and the repair of values."""
 
 import logging
 import re
@@ -13,19 +13,19 @@ from datasets import DatasetDict
 from corpora.schema import build_split
 
 
-# Python leaves five of the 32 bytes undefined in cp1252: those stay as they are.
+# Five of these 32 bytes are undefined in Python's cp1252 codec and stay unchanged.
 _CP1252 = {code: bytes([code]).decode("cp1252", errors="ignore") or chr(code) for code in range(0x80, 0xA0)}
-_SHOWN = 3  # ids in a line of notes
+_SHOWN = 3  # ids shown in each note
 
 
 def part_of_id(pattern: str) -> Callable[[str, str | None], str | None]:
-    """For a corpus's `CLUSTERS`: the first group of a pattern that a whole row id matches; None where it does not."""
+    """Make a function for `CLUSTERS`: the first regex group of a row id, or None if the id does not match."""
     form = re.compile(pattern)
     return lambda row_id, speaker: found[1] if (found := form.fullmatch(row_id)) else None
 
 
 class Notes:
-    """What a reader repaired, missed or left out, by split: how often, and in which rows first."""
+    """Counts, by split, what a reader repaired, did not find or skipped, with the ids of the first rows."""
 
     def __init__(self):
         self.entries: dict[tuple[str, str], dict[str, Any]] = {}
@@ -38,8 +38,8 @@ class Notes:
             entry["first"].append(row_id)
 
     def of(self, split: str) -> dict[str, dict[str, Any]]:
-        """What was noted of a split: `count`, number of `rows`, and the `first` rows' ids."""
-        return {what: entry for (own, what), entry in self.entries.items() if own == split}
+        """The notes of a split: `count`, number of `rows`, and ids of the `first` rows."""
+        return {what: entry for (entry_split, what), entry in self.entries.items() if entry_split == split}
 
     def lines(self, split: str) -> list[str]:
         return [
@@ -51,7 +51,7 @@ class Notes:
 
 
 class Rows(NamedTuple):
-    """A split: how many rows its files have, and the rows, of which some may be left out (see `Notes`)."""
+    """A split: the number of rows in its files, and an iterator that may skip some of them (see `Notes`)."""
 
     count: int
     rows: Iterator[dict[str, Any]]
@@ -62,11 +62,11 @@ class Reading:
     """A corpus in one of its published forms, before its rows are read.
 
     Args:
-        form: Which form, in words.
-        splits: By split; to be read in this order, each once.
-        sizes: The published number of rows by split, None where it was never verified.
-        widths: The published width of the features, by column; a column that is not named is not in this form.
-        media: The folder that the paths in `audio` and `video` are in; None without.
+        form: Name of the form, for messages.
+        splits: The rows of each split. Read the splits in this order, each only once.
+        sizes: Published number of rows of each split; None if it could not be verified.
+        widths: Published feature size of each column; a column that is not listed does not occur in this form.
+        media: Folder that contains the files in `audio` and `video`; None if there are no media files.
     """
 
     form: str
@@ -76,7 +76,7 @@ class Reading:
     media: Path | None = None
 
     def load(self, notes: Notes, logger: logging.Logger) -> DatasetDict:
-        """All rows, in memory; what was noted goes to the log."""
+        """Read all rows into memory and log the notes as warnings."""
         loaded = DatasetDict({name: build_split(split.rows) for name, split in self.splits.items()})
         for split in (*self.splits, "all"):
             for line in notes.lines(split):
@@ -85,7 +85,7 @@ class Reading:
 
 
 class Ids:
-    """Makes ids unique over all splits: one that comes again gets a number."""
+    """Makes ids unique over all splits by adding a number to repeated ids."""
 
     def __init__(self, notes: Notes):
         self.notes, self.seen = notes, {}
@@ -94,17 +94,22 @@ class Ids:
         times = self.seen[row_id] = self.seen.get(row_id, 0) + 1
         if times == 1:
             return row_id
-        self.notes.add(split, "id that is not the first of its name, numbered", row_id)
+        self.notes.add(split, "duplicate id, number added", row_id)
         return f"{row_id}#{times}"
 
 
 def repair_text(text: str) -> str:
-    """Text without outer spaces and without cp1252's leftovers: U+0080 to U+009F become what cp1252 means by them."""
+    """Strip outer whitespace; replace U+0080 to U+009F by the characters for these bytes in cp1252."""
     return text.translate(_CP1252).strip()
 
 
 def finite(values: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Numbers of any type as float32, 0 for those that are not finite; and where they were, by kind, if any."""
+    """Convert numbers to float32 and set non-finite values to 0.
+
+    Returns:
+        The float32 array, and Boolean masks of the replaced values under the keys "NaN", "-inf" and "+inf". The dict
+        is empty if all values were finite.
+    """
     with np.errstate(over="ignore", invalid="ignore"):
         values = np.asarray(values).astype(np.float32)
     if np.isfinite(values).all():
@@ -115,15 +120,20 @@ def finite(values: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
 
 
 def sequence(values: Any, length: int | None, column: str, split: str, row_id: str, notes: Notes) -> Any:
-    """One clip's features as published, padded or not -> (T, D) float32; None if nothing is left.
+    """Convert the published features of one clip to a float32 array of shape (T, D), without padding.
+
+    Non-finite values, and a length that exceeds the number of frames, are added to the notes.
 
     Args:
         values: (frames, D), of any numeric type.
-        length: How many frames are no padding; None: all.
-        column, split, row_id: For the notes: values that were not finite, and a length beyond the frames there are.
+        length: Number of frames before the padding; None if there is no padding.
+        column, split, row_id: Column, split and row for the notes.
+
+    Returns:
+        The array, or None if it is empty.
 
     Raises:
-        ValueError: No numbers, ragged rows, or not two dimensions; the message says what it got.
+        ValueError: If `values` is not numeric, has ragged rows, or does not have two dimensions.
     """
     try:
         values = np.asarray(values)
@@ -133,7 +143,7 @@ def sequence(values: Any, length: int | None, column: str, split: str, row_id: s
         raise ValueError(f"got {values.dtype} of shape {values.shape}, wanted numbers of (frames, features)")
     if length is not None:
         if length > len(values):
-            notes.add(split, f"{column}: frames that the length claims and the array has not", row_id)
+            notes.add(split, f"{column}: length exceeds the number of frames", row_id)
         values = values[: max(0, length)]
     if values.size == 0:
         return None

@@ -1,8 +1,8 @@
-"""The one schema of every corpus: one row is one utterance.
+"""The schema of all corpora. One row is one utterance.
 
-Null means that a modality is missing and is always legal. A corpus published as media fills `audio` and `video`,
-one published as precomputed features fills `audio_features` and `vision_features`. A classification corpus fills
-`emotion`, a regression corpus fills `sentiment`, the other one is null; a corpus that has both fills both.
+A missing modality is null, which is always valid. A corpus of media files fills `audio` and `video`; a corpus of
+precomputed features fills `audio_features` and `vision_features`. A classification corpus fills `emotion`, a
+regression corpus fills `sentiment`, and a corpus with both kinds of labels fills both. The unused label is null.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,41 +20,41 @@ _SEQUENCE = List(List(Value("float32")))
 FEATURES = Features(
     {
         "id": Value("string"),  # unique over all splits
-        "text": Value("string"),  # what was said; may be empty
-        "speaker": Value("string"),  # null: unknown
+        "text": Value("string"),  # transcript; may be empty
+        "speaker": Value("string"),  # null if unknown
         "context": _TURNS,  # the utterances before this one, oldest first
-        "following": _TURNS,  # the utterances after this one, nearest first; empty where a corpus uses none
+        "following": _TURNS,  # the utterances after this one, nearest first; may be empty
         "language": Value("string"),  # ISO 639-1: "en", "zh"
-        "audio": Value("string"),  # path of a file with sound (of a video: its own sound track)
-        "video": Value("string"),  # path of a file with pictures
+        "audio": Value("string"),  # path of an audio file, or of a video file with an audio track
+        "video": Value("string"),  # path of a video file
         "audio_features": _SEQUENCE,  # (T_audio, D_audio)
         "vision_features": _SEQUENCE,  # (T_vision, D_vision)
-        "audio_times": List(Value("float32")),  # (T_audio,), seconds on the clip clock
-        "vision_times": List(Value("float32")),  # (T_vision,), seconds on the clip clock
-        "emotion": Value("string"),  # the label as a word
-        "sentiment": Value("float32"),  # the score, in the corpus' own range
+        "audio_times": List(Value("float32")),  # (T_audio,), seconds (in MOSI: utterances)
+        "vision_times": List(Value("float32")),  # (T_vision,), seconds (in MOSI: utterances)
+        "emotion": Value("string"),  # name of the label
+        "sentiment": Value("float32"),  # score, in the range of the corpus
     }
 )
 
 
 FEATURE_COLUMNS = ("audio_features", "vision_features")
 _SCHEMA = FEATURES.arrow_schema
-# What becomes Arrow at once: far below the 2**31 values that its lists can count.
+# Size of one Arrow table: far below 2**31, the most values that the offsets of its lists can address.
 _TABLE_ROWS, _TABLE_VALUES = 1000, 1 << 24
 
 
 def build_split(rows: Iterable[Mapping[str, object]]) -> Dataset:
-    """Rows of (some of) the columns of `FEATURES` -> a `Dataset` of all of them.
+    """Build a `Dataset` with all columns of `FEATURES` from rows that may contain only some of them.
 
-    Columns that a row leaves out are null, the two lists of turns empty. Feature sequences may be NumPy arrays
-    of shape (T, D).
+    A column that is missing in a row becomes null; `context` and `following` become empty lists. Feature sequences may
+    be NumPy arrays of shape (T, D).
     """
     table = pa.concat_tables([_SCHEMA.empty_table(), *build_tables(rows)])
     return Dataset(InMemoryTable(table), info=DatasetInfo(features=FEATURES))
 
 
 def build_tables(rows: Iterable[Mapping[str, object]]) -> Iterator[pa.Table]:
-    """As `build_split`, as Arrow tables of few rows each."""
+    """Like `build_split`, but yields Arrow tables of limited size."""
     batch, values = [], 0
     for row in rows:
         batch.append(row)
@@ -67,7 +67,7 @@ def build_tables(rows: Iterable[Mapping[str, object]]) -> Iterator[pa.Table]:
 
 
 def build_table(rows: list[Mapping[str, Any]]) -> pa.Table:
-    """As `build_split`, as one Arrow table. ValueError names a column of no such schema."""
+    """Like `build_split`, but returns one Arrow table. Raises a ValueError for a column that is not in the schema."""
     for row in rows:
         for name in row.keys() - FEATURES.keys():
             raise ValueError(f"{row.get('id')}: got the column {name!r}, wanted one of {', '.join(FEATURES)}")
@@ -85,14 +85,17 @@ def build_table(rows: list[Mapping[str, Any]]) -> pa.Table:
 
 
 def _lists(values: list) -> pa.ListArray:
-    """Vectors (T,) of float32, or None -> lists."""
+    """Convert vectors of shape (T,), or None, to an Arrow array of float32 lists."""
     arrays = [np.empty(0, np.float32) if value is None else np.asarray(value, np.float32) for value in values]
     flat = np.concatenate(arrays) if arrays else np.empty(0, np.float32)
     return pa.ListArray.from_arrays(_offsets(map(len, arrays)), pa.array(flat), mask=_nulls(values))
 
 
 def _sequences(values: list) -> pa.ListArray:
-    """Sequences (T, D) of float32, or None -> lists of lists. No Python object per number: files have billions."""
+    """Convert sequences of shape (T, D), or None, to an Arrow array of nested float32 lists.
+
+    Creates no Python object per number, because a corpus has billions of numbers.
+    """
     arrays = [np.empty((0, 0), np.float32) if value is None else np.asarray(value, np.float32) for value in values]
     flat = np.concatenate([array.reshape(-1) for array in arrays])
     widths = np.concatenate([np.full(len(array), array.shape[1] if array.ndim == 2 else 0) for array in arrays])
@@ -109,7 +112,7 @@ def _nulls(values: list) -> pa.Array:
 
 
 def check_count(option: str, value: object, minimum: int = 0) -> int:
-    """Return `value` where it is an integer >= `minimum`, raise a ValueError that names `option` where not."""
+    """Return `value` if it is an integer >= `minimum`; otherwise raise a ValueError that names `option`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
         raise ValueError(f"{option}: got {value!r}, expected an integer >= {minimum}")
     return value

@@ -1,11 +1,15 @@
-"""CH-SIMS v2.0 (Liu et al. 2022) and CH-SIMS (Yu et al. 2020): Chinese films, series and shows, a score from -1 to 1.
+"""CH-SIMS v2.0 (Liu et al. 2022) and CH-SIMS (Yu et al. 2020): Chinese films, series and shows, scored from -1 to 1.
 
-Two published forms, described in `corpora/mmsa.py`: a *file* is the pickle of features (`ch-simsv2s.pkl`: audio 25
-features, eGeMAPS; vision 177; SIMS v1: 33 and 709), a *folder* is the clips: `meta.csv` (also published as
-`meta(s).csv`, and as `label.csv` with v1) and `Raw/{video_id}/{clip_id}.mp4`. Only the labelled part is read, and of
-its labels the one of all modalities together.
+Two published forms are read; `corpora/mmsa.py` describes them:
 
-SIMS-V2's authors say that train should have 2721 rows; the published file has 2722, and so do all published results.
+- A *file* is the pickle of features (`ch-simsv2s.pkl`: audio 25 features, eGeMAPS; vision 177; SIMS v1: 33 and 709).
+- A *folder* contains the clips: `meta.csv` (also published as `meta(s).csv`, and as `label.csv` with v1) and
+  `Raw/{video_id}/{clip_id}.mp4`.
+
+Only labelled rows are read. The target is the label for all modalities together.
+
+According to the authors of SIMS-V2, train should have 2721 rows. The published file has 2722, as do all published
+results.
 """
 
 import logging
@@ -36,23 +40,24 @@ CLUSTERS = ("videos", part_of_id(r"(.+)(?:\$_\$|/)[^$/]+"))
 
 
 def load(source: str | os.PathLike, version: int = 2) -> DatasetDict:
-    """Load SIMS as regression; `sentiment` is from -1 to 1.
+    """Load SIMS as regression; `sentiment` ranges from -1 to 1.
 
     Args:
         source: The pickle, or the folder with the table and the clips.
-        version: 1 or 2. Both have the same form; they differ in what `python -m corpora` compares them with.
+        version: 1 or 2. Both have the same form; the version selects the published sizes that `python -m corpora`
+            checks.
 
     Raises:
-        FileNotFoundError: There is no such file, no table, or no folder of clips.
-        ValueError: A file that is not as described above (the message names it and the place), a score out of range,
-            or another version.
+        FileNotFoundError: If the file, the table or the folder of clips does not exist.
+        ValueError: If a file is not as described above (the message names the file and the position), a score is out
+            of range, or the version is unknown.
     """
     notes = Notes()
     return read(source, notes, version).load(notes, logger)
 
 
 def read(source: str | os.PathLike, notes: Notes, version: int = 2) -> Reading:
-    """As `load`, before the rows are read."""
+    """Like `load`, but returns a `Reading` whose rows have not been read yet."""
     if version not in SIZES:
         raise ValueError(f"version: got {version!r}, wanted one of {', '.join(map(str, SIZES))}")
     source, sizes = Path(source), SIZES[version]

@@ -105,7 +105,7 @@ def test_report(folder):
     assert train["scores"]["negative"] + train["scores"]["zero"] + train["scores"]["positive"] == train["rows"] == 7
     assert train["features"]["audio_features"]["widths"] == [74] and train["features"]["audio_features"]["rows"] == 6
     notes = train["notes"]
-    assert notes["id that is not the first of its name, numbered"]["first"] == ["train$_$0000"]
+    assert notes["duplicate id, number added"]["first"] == ["train$_$0000"]
     assert notes["audio_features: -inf set to 0"]["count"] >= notes["audio_features: -inf set to 0"]["rows"] > 0
     told = describe(report)
     assert "DIFFERS from what was published: train: got 7 rows, published are 16326" in told
@@ -336,7 +336,7 @@ def test_push_to_hub(folder, monkeypatch, capsys):
 
     assert main([*command, "--out", str(folder / "again")]) == 1  # there is no server any more
     told = capsys.readouterr().err
-    assert "is written, but not on the Hub" in told and "hf upload me/sims" in told
+    assert "is written, but the upload failed" in told and "hf upload me/sims" in told
     assert (folder / "again/corpus.json").is_file()
 
 

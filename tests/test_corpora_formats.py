@@ -36,7 +36,7 @@ def test_mosei_unaligned_faults_are_counted(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, logger="corpora.mosei"):
         splits = load_corpus("mosei", tmp_path / "unaligned_50.pkl")
     log = caplog.text
-    assert "train: id that is not the first of its name, numbered: 1 (first: train$_$0000)" in log
+    assert "train: duplicate id, number added: 1 (first: train$_$0000)" in log
     assert "train: audio_features: none: 1 (first: train$_$0001)" in log
     assert "audio_features: -inf set to 0" in log and "vision_features: NaN set to 0" in log
     for split in splits.values():
@@ -108,7 +108,7 @@ def test_mmsa_pickle_without_labels_or_texts(tmp_path, caplog):
     assert splits["test"]["sentiment"][:] == [1.0, -1.0] and splits["test"]["text"][:] == ["a", None]
     assert len(splits["test"][0]["audio_features"]) == 12 and splits["test"][1]["audio_features"] is None
     assert "test: row left out: no label: 1 (first: test$_$0001)" in caplog.text
-    assert "frames that the length claims and the array has not: 1 (first: test$_$0000)" in caplog.text
+    assert "length exceeds the number of frames: 1 (first: test$_$0000)" in caplog.text
 
 
 def test_scores_of_mosei_do_not_pass_as_those_of_sims(tmp_path):
@@ -186,7 +186,7 @@ def test_one_form_at_a_time(tmp_path):
 def test_cherma_of_lfmim(tmp_path, caplog):
     expected = lfmim(tmp_path, cherma.EMOTIONS)
     check(load_corpus("cherma", tmp_path), expected)
-    assert "test: id that is not the first of its name, numbered: 1 (first: shared_0000)" in caplog.text
+    assert "test: duplicate id, number added: 1 (first: shared_0000)" in caplog.text
     assert "train: audio_features: no file: 1 (first: train_0002)" in caplog.text
     assert "validation: vision_features: unreadable file (ValueError): 1 (first: dev_0003)" in caplog.text
     assert "test: vision_features: NaN set to 0: 4 in 1 rows (first: test_0001)" in caplog.text
@@ -266,9 +266,9 @@ def test_mosei_clips_of_cmu(tmp_path, caplog):
     expected = cmu_mosei(tmp_path)
     check(load_corpus("mosei", tmp_path), expected)
     assert "transcript that is not UTF-8, read as cp1252: 1 (first: x-9.txt)" in caplog.text
-    assert "line of a transcript that is no segment: 1 (first: 0007.txt:5)" in caplog.text
+    assert "transcript line that is not a segment: 1 (first: 0007.txt:5)" in caplog.text
     assert "validation: text: not in the transcripts, taken from label.csv: 2" in caplog.text
-    assert "test: text: the transcript says something else than label.csv: 1 (first: x-9$_$0001)" in caplog.text
+    assert "test: text: the transcript differs from label.csv: 1 (first: x-9$_$0001)" in caplog.text
 
 
 def test_clips_of_a_table_without_leading_zeros(tmp_path):

@@ -1,8 +1,8 @@
-"""The machine behind `unpickle.py`: reads a pickle's instructions into containers, plain values and array nodes.
+"""The interpreter of `unpickle.py`: converts a pickle's instructions to containers, plain values and array nodes.
 
-The few functions by which NumPy and Python write arrays, scalars, sets and bytes are known by their names and carried
-out here; any other name is an error, as is an instruction that makes objects of classes. Nothing is allocated by what
-a file claims: every length is first compared with the bytes that are there.
+It recognises the names of the few functions with which NumPy and Python store arrays, scalars, sets and bytes, and
+implements them here. Any other name is an error, as is an instruction that creates instances of classes. Lengths in
+the file are compared with the number of available bytes before memory is allocated.
 """
 
 import codecs
@@ -19,13 +19,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 
-LARGE = 1 << 16  # bytes from which on an array stays in the file
+LARGE = 1 << 16  # arrays of at least this many bytes stay in the file
 MAX_CONTAINERS = 5_000_000
 MAX_DIMENSIONS = 8
 MAX_TEXT = 1 << 26  # bytes of one string
-MAX_GROWTH = 16  # bytes that are copied, by bytes of the file: an item of a list takes 8, written in one
+MAX_GROWTH = 16  # copied bytes per byte of the file: a list item takes 8 bytes, but may be written in one
 
-_CHUNK = 1 << 24  # of text that holds bytes, as protocols 0 to 2 write them
+_CHUNK = 1 << 24  # bytes decoded together, of text that stores binary data (protocols 0 to 2)
 _ARRAY_MODULES = {f"numpy.{core}.{name}" for core in ("core", "_core") for name in ("multiarray", "numeric")}
 _BUILTINS = {"builtins", "__builtin__"}
 PLAIN = {str, bytes, int, float, complex, bool, type(None)}
@@ -34,18 +34,18 @@ _DTYPE = re.compile(r"b1|[iu][1248]|f[248]|c(8|16)|[US]\d{1,9}|O8?")
 
 
 class KeptFile(io.FileIO):
-    """A file that is open for as long as an array needs it."""
+    """A file that stays open until no array refers to it any longer."""
 
     def __del__(self):
         self.close()
 
 
 class FileArray:
-    """An array that stays in its file; slices of the first axis are read from it, as arrays of their own.
+    """An array that stays in its file. Indexing or slicing the first axis reads a copy from the file.
 
     Attributes:
-        shape: As of any array.
-        dtype: As of any array.
+        shape: Shape of the whole array.
+        dtype: Data type of the elements.
     """
 
     def __init__(self, file, offset: int, dtype: np.dtype, shape: tuple[int, ...], order: str):
@@ -60,7 +60,7 @@ class FileArray:
         return self.shape[0]
 
     def __getitem__(self, key: int | slice) -> np.ndarray:
-        # Mapped anew each time: what was read does not count as memory of this process any longer.
+        # A new memory map each time, so that pages already read no longer count as memory of this process.
         mapped = np.memmap(self._file, self.dtype, "r", self._offset, self.shape, self._order)
         return np.array(mapped[key])
 
@@ -69,11 +69,11 @@ class FileArray:
 
 
 class Refused(Exception):
-    """What is wrong, without the file."""
+    """The pickle is not accepted. The message does not name the file, which the caller adds."""
 
 
 class Mark:
-    """On the stack: here begins a group of items."""
+    """Marks the start of a group of items on the stack."""
 
 
 class _Global(NamedTuple):
@@ -82,11 +82,11 @@ class _Global(NamedTuple):
 
 
 class Python2String(bytes):
-    """A string of Python 2, which may be text or the content of an array."""
+    """A string of Python 2: either text or the content of an array."""
 
 
 class Span(NamedTuple):
-    """Bytes that were left in a file."""
+    """Bytes that stay in a file."""
 
     file: Any
     offset: int
@@ -94,7 +94,7 @@ class Span(NamedTuple):
 
 
 class TextSpan(NamedTuple):
-    """Long text that was left in the pickle: bytes of an array, as protocols 0 to 2 of Python 3 write them."""
+    """Long text that stays in the pickle. In protocols 0 to 2, Python 3 stores the bytes of an array this way."""
 
     offset: int
     size: int
@@ -102,21 +102,21 @@ class TextSpan(NamedTuple):
 
 
 class TypeNode:
-    """A dtype on its way: its code first, its byte order with BUILD."""
+    """A dtype under construction: it starts with the type code, and BUILD adds the byte order."""
 
     def __init__(self, code: str):
         self.dtype = np.dtype(code)
 
 
 class ArrayNode:
-    """An array on its way: empty first, its content with BUILD. Of objects, `value` is the list of them."""
+    """An array under construction: it starts empty, and BUILD adds the content. For objects, `value` is a list."""
 
     def __init__(self):
         self.value, self.shape, self.order = None, (), "C"
 
 
 def text_of(value: Any) -> str:
-    """A string, which Python 2 wrote as bytes."""
+    """Return a string; decode it if Python 2 stored it as bytes."""
     if type(value) is Python2String:
         try:
             return value.decode("utf-8")
@@ -128,7 +128,7 @@ def text_of(value: Any) -> str:
 
 
 class Machine:
-    """Reads a pickle's instructions, one after the other, into containers, plain values and the nodes above."""
+    """Executes the instructions of a pickle and builds containers, plain values and the nodes above."""
 
     def __init__(self, data: mmap.mmap, file):
         self.data, self.file, self.spool = data, file, None
@@ -154,7 +154,7 @@ class Machine:
         self.begin = size
         raise Refused("got the end of the file, wanted the rest of the pickle")
 
-    # What instructions carry with them
+    # Arguments of instructions
 
     def take(self, size: int) -> bytes:
         """The next `size` bytes."""
@@ -167,7 +167,7 @@ class Machine:
         return form.unpack(self.take(form.size))[0]
 
     def sized(self, form: struct.Struct) -> tuple[int, int]:
-        """Where the bytes are that follow their own number, and that number."""
+        """Read a length and skip that many bytes; return their start and length."""
         size = self.number(form)
         start, self.position = self.position, self.position + size
         if self.position > self.size:
@@ -175,7 +175,7 @@ class Machine:
         return start, size
 
     def line(self) -> tuple[int, int]:
-        """Where the next line begins and how long it is, without its end."""
+        """The start and the length of the next line, without the newline."""
         start = self.position
         end = self.data.find(b"\n", start)
         if end < 0:
@@ -184,7 +184,7 @@ class Machine:
         return start, end - start
 
     def word(self, limit: int = 100) -> str:
-        """A line that holds a name or a number."""
+        """The next line as text; it must be a name or a number of at most `limit` bytes."""
         start, size = self.line()
         if size > limit:
             raise Refused(f"got a line of {size} bytes, wanted at most {limit}")
@@ -222,7 +222,7 @@ class Machine:
         self.stack.append(value)
 
     def copy(self, size: int) -> None:
-        """Count bytes that are copied: what is read once, as in any honest pickle, cannot outgrow the file."""
+        """Count copied bytes and limit their growth: a regular pickle copies its content only once."""
         self.copied += size
         if self.copied > MAX_GROWTH * self.size + LARGE:
             raise Refused("got the same content again and again, wanted a pickle that does not grow")
@@ -231,7 +231,7 @@ class Machine:
         if len(items) % 2:
             raise Refused("got a key without a value")
         keys = items[::2]
-        # Text and small integers cannot be chosen such that all of them collide.
+        # Keys of these types cannot be chosen so that all their hashes collide.
         if wrong := set(map(type, keys)) - _KEYS - {Python2String}:
             raise Refused(f"got {wrong.pop().__name__} as a key, wanted a string or an integer")
         target.update(zip(keys, items[1::2], strict=True))
@@ -239,7 +239,7 @@ class Machine:
     # Text and bytes
 
     def push_bytes(self, start: int, size: int, kind: type = bytes) -> None:
-        """Bytes; from `LARGE` on, where they are."""
+        """Push bytes, or their position in the file if there are at least `LARGE`."""
         small = size < LARGE
         self.stack.append(kind(self.data[start : start + size]) if small else Span(self.file, start, size))
 
@@ -261,7 +261,7 @@ class Machine:
         return value
 
     def encode_latin1(self, value: Any) -> bytes | Span:
-        """The bytes that text stands for; of long text, in a temporary file."""
+        """Encode text as Latin-1; the bytes of long text go to a temporary file."""
         if type(value) not in (str, TextSpan):
             raise Refused(f"got {type(value).__name__} to encode, wanted text")
         if type(value) is str:
@@ -288,7 +288,7 @@ class Machine:
     def push_global(self, module: Any, name: Any) -> None:
         name = _Global(text_of(module), text_of(name))
         if name not in _FUNCTIONS and name not in _TYPES:
-            raise Refused(f"got {'.'.join(name)!r}, wanted NumPy arrays and builtin containers alone")
+            raise Refused(f"got {'.'.join(name)!r}, wanted NumPy arrays and builtin containers only")
         self.stack.append(name)
 
     def reduce(self) -> None:
@@ -436,7 +436,7 @@ def _get(machine: Machine, index: int) -> None:
 
 
 def _integer(machine: Machine, size: int) -> None:
-    if size > 9:  # the largest of NumPy, with its sign
+    if size > 9:  # a signed integer that holds NumPy's largest
         raise Refused(f"got an integer of {size} bytes, wanted at most 9")
     machine.stack.append(int.from_bytes(machine.take(size), "little", signed=True))
 
@@ -531,7 +531,7 @@ _INSTRUCTIONS: dict[int, Callable[[Machine], None]] = {
         "B": lambda m: m.push_bytes(*m.sized(_UINT32)),
         "\x8e": lambda m: m.push_bytes(*m.sized(_UINT64)),
         "\x96": lambda m: m.push_bytes(*m.sized(_UINT64), bytearray),
-        "\x98": lambda m: None,  # a buffer that is read-only: the arrays here are copies
+        "\x98": lambda m: None,  # READONLY_BUFFER has no effect, because the arrays are copies
         "]": lambda m: m.container([]),
         "}": lambda m: m.container({}),
         "\x8f": lambda m: m.container(set()),
@@ -560,6 +560,6 @@ _INSTRUCTIONS: dict[int, Callable[[Machine], None]] = {
         "R": lambda m: m.reduce(),
         "b": lambda m: m.build(),
         "\x80": lambda m: m.take(1),  # the protocol
-        "\x95": lambda m: m.number(_UINT64),  # the size of a frame, of no use here
+        "\x95": lambda m: m.number(_UINT64),  # the size of a frame is not needed
     }.items()
 }

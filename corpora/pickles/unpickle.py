@@ -1,13 +1,13 @@
-"""Reads pickles of arrays without trusting them: NumPy arrays and builtin containers come out, nothing is ever called.
+"""Reads pickles of NumPy arrays and builtin containers from untrusted files, without calling any function they name.
 
-A pickle is a program. Python's own reader runs it, with whatever functions it names. `load_pickle` reads the same
-programs, of protocols 0 to 5, also of Python 2, as data: the few functions by which NumPy and Python write arrays,
-scalars, sets and bytes are recognised by their names and carried out here; any other name is an error. So are what no
-data file needs: classes, persistent ids, extension codes, structured types, containers that contain themselves.
+A pickle is a program, and Python's `pickle` module calls the functions that it names. `load_pickle` instead interprets
+the pickle as data, for protocols 0 to 5 and for files written by Python 2. It recognises the names of the few
+functions with which NumPy and Python store arrays, scalars, sets and bytes, and implements them here. Any other name
+is an error, and so are classes, persistent ids, extension codes, structured types and containers that contain
+themselves.
 
-Nothing is allocated by what a file claims: every length is first compared with the bytes that are there. Arrays of
-`LARGE` bytes and more stay in the file (`FileArray`) and are read slice by slice, so that a pickle larger than the
-memory can be converted.
+Lengths in the file are compared with the number of available bytes before memory is allocated. Arrays of `LARGE` bytes
+or more stay in the file (`FileArray`) and are read slice by slice, so a pickle can be larger than the memory.
 """
 
 import mmap
@@ -33,25 +33,25 @@ from corpora.pickles.pickle_machine import (
 
 __all__ = ["FileArray", "UnpickleError", "load_pickle"]
 
-MAX_DEPTH = 64  # containers within containers
-MAX_ITEMS = 1 << 30  # of all containers together, each counted as often as it is reached
+MAX_DEPTH = 64  # levels of nested containers
+MAX_ITEMS = 1 << 30  # in all containers together; a container counts once per reference to it
 
 _NESTED = {list, dict, tuple, set, frozenset, ArrayNode}
 
 
 class UnpickleError(ValueError):
-    """A file that is no pickle of arrays and builtin containers; the message names the file, and where in it."""
+    """A file that is not a pickle of arrays and builtin containers; the message names the file and the position."""
 
 
 def load_pickle(path: str | os.PathLike) -> Any:
-    """The object in a pickle file: arrays, NumPy scalars, dict, list, tuple, set, frozenset and plain values.
+    """Load the object in a pickle file: arrays, NumPy scalars, dict, list, tuple, set, frozenset and plain values.
 
-    Strings of Python 2 come as text, decoded as UTF-8 or else as Latin-1. Arrays of `LARGE` bytes and more come as
-    `FileArray`, unless their elements are objects.
+    Strings of Python 2 are decoded as UTF-8 or, if that fails, as Latin-1. Arrays of `LARGE` bytes or more are
+    returned as `FileArray`, unless their elements are objects.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        UnpickleError: The file holds anything else, is damaged, or exceeds the limits above.
+        FileNotFoundError: If the file does not exist.
+        UnpickleError: If the file contains anything else, is damaged, or exceeds the limits above.
     """
     path = Path(path)
     file = KeptFile(path, "rb")
@@ -69,10 +69,10 @@ def load_pickle(path: str | os.PathLike) -> Any:
 
 
 def _resolve(root: Any) -> Any:
-    """What the machine built -> what the pickle holds: arrays for their nodes, text for Python 2's strings."""
+    """Replace the machine's array nodes by arrays, and strings of Python 2 by text."""
     holder = [root]
-    done: dict[int, tuple[Any, int, int]] = {}  # by the id of a container: what it became, its items, its depth
-    texts: dict[int, str] = {}  # by the id of a string of Python 2
+    done: dict[int, tuple[Any, int, int]] = {}  # by id of a container: its replacement, number of items and depth
+    texts: dict[int, str] = {}  # by id of a string of Python 2
     pending, entered = [holder], set()
     while pending:
         node = pending[-1]
@@ -99,7 +99,7 @@ def _resolve(root: Any) -> Any:
 
 
 def _items(node: Any) -> tuple[int, list, bool]:
-    """How many items a container has, which of them are containers, and whether any of them is to be replaced."""
+    """The number of items of a container, the nested containers, and whether any item must be replaced."""
     if type(node) is ArrayNode:
         items = node.value if type(node.value) is list else ()
     else:
@@ -117,7 +117,7 @@ def _items(node: Any) -> tuple[int, list, bool]:
 
 
 def _finish(node: Any, done: dict[int, tuple[Any, int, int]], texts: dict[int, str]) -> Any:
-    """A container with what its items became; lists and dicts are changed where they are."""
+    """Return a container with its items replaced; lists and dicts are changed in place."""
 
     def final(item: Any) -> Any:
         if type(item) is Python2String:
