@@ -244,7 +244,7 @@ def describe(report: dict[str, Any]) -> str:
         lines += [f"  {line}" for line in _note_lines(part["notes"])]
     lines += _note_lines(report["notes"])
     if report["published_sizes"] is None:
-        lines.append("The published numbers of rows could not be verified, so these are not compared with them.")
+        lines.append("The published numbers of rows were never verified, so these are not compared with them.")
     return "\n".join(lines + [f"DIFFERS from what was published: {line}" for line in report["differences"]])
 
 

@@ -1,26 +1,32 @@
-"""Avatars: drawn faces that talk, as real mp4 files with sound, made on the spot from a seed; nothing is downloaded.
+"""Avatars: generated mp4 clips of drawn faces that talk. A seed determines all clips; nothing is downloaded.
 
-Made so that a model needs text, voice and face, and brief, relational and slow cues. Each clip is of one of six
-`KINDS`; what decides its emotion, and by its strength how far the score is from 0, depends on the kind:
+A model needs text, voice and face to solve the corpus, and cues that are brief, relational or slow. Each clip has one
+of six `KINDS`. The kind determines which cue carries the emotion; the strength of the cue determines how far the
+score is from 0:
 
-- **words**, **voice**, **face**: the claim at the end of the line, the voice or the face shows the emotion all along.
-- **brief**: 3 frames (120 ms) of an expression, or a break of the voice as long, half of the clips each. Weak traces
-  of all four emotions run through every clip, such that clip averages of the expression are the same for all labels.
-- **disagreement**: words show one emotion, voice or face (half each) one all along; `RELATION` says what that means.
-  Where the two agree it is their emotion, where they do not it is one that neither shows. Either one alone leaves all
-  four equally probable.
-- **drift**: over the clip the pitch glides up or down, and the face goes from a frown towards a smile or back;
-  `DRIFTS` says what the two directions mean. Played backwards a clip has the other directions, and the same averages
-  and extremes. Where pitch and smile are on the way is random: no moment tells, only early against late.
+- **words**, **voice**, **face**: the claim at the end of the line, the voice or the face shows the emotion during the
+  whole clip.
+- **brief**: an expression of 3 frames (120 ms), or a change of the voice of the same length; each in half of the
+  clips. Weak traces of all four emotions run through every clip, so that the average expression of a clip is the same
+  for all labels.
+- **disagreement**: the words show one emotion; the voice or the face (half of the clips each) shows one during the
+  whole clip. `RELATION` maps the pair to the label: if both agree, it is their emotion; otherwise it is an emotion
+  that neither shows. Given only one of them, all four emotions are equally probable.
+- **drift**: during the clip the pitch glides up or down, and the face moves from a frown towards a smile or back.
+  `DRIFTS` maps the two directions to the label. Played backwards, a clip has the opposite directions but the same
+  averages and extremes. The starting levels are random, so no single moment reveals the label; only a comparison of
+  early and late moments does.
 
-All else is independent of the label: identity (in one split only), setting, head motion, blinks, duration, mouth
-movements and vowels, which follow the line but for its claim. What is talked about is other in each split. Kinds and,
-in each kind, labels are balanced. `ceiling` computes what the best guess from some of the modalities gets: 37.5 % from
-text, 47.9 % from audio or vision, 66.7 % from text and either, 75 % from audio and vision. Relation and directions are
+Everything else is independent of the label: identity, setting, head motion, blinks, duration, mouth movements and
+vowels. Mouth and vowels follow the line, except for its claim. Each person occurs in one split only, and the topics
+differ between splits. The kinds are balanced, and so are the labels within each kind.
+
+`ceiling` computes the accuracy of the best guess from some of the modalities: 37.5 % from text, 47.9 % from audio or
+vision, 66.7 % from text and one of them, 75 % from audio and vision. `RELATION` and `DRIFTS` are arbitrary
 conventions, not psychology.
 
-Clips: 96 x 96 pixels at 25 fps (h264), 16 kHz mono (aac), 2 to 3 seconds. Frames may be 120 ms apart at the most for a
-flash to be seen: 32 frames of a clip, or 12.5 per second.
+Clips have 96 x 96 pixels at 25 fps (h264), 16 kHz mono sound (aac), and last 2 to 3 seconds. To see every brief
+expression, a model must sample frames at most 120 ms apart: 32 frames per clip, or 12.5 per second.
 """
 
 import itertools
@@ -44,24 +50,24 @@ from corpora.avatars.script import Line
 from corpora.schema import build_split, check_count
 
 
-VERSION = 1  # of the generator: clips of another version are not mixed with these
+VERSION = 1  # of the generator; clips of different versions are not mixed
 EMOTIONS = ("joy", "sadness", "anger", "surprise")
 LABELS = {"en": EMOTIONS, "zh": ("高兴", "悲伤", "愤怒", "惊奇")}
 SIGNS = (1, -1, -1, 1)  # of the score
-STRENGTHS = (0.6, 0.8, 1.0)  # weights of an expression
-SCORES = (0.4, 0.7, 1.0)  # what they mean, signed by the emotion
+STRENGTHS = (0.6, 0.8, 1.0)  # expression weights, by place
+SCORES = (0.4, 0.7, 1.0)  # absolute scores of these strengths
 KINDS = ("words", "voice", "face", "brief", "disagreement", "drift")
 SPLITS = ("train", "validation", "test")
 MODALITIES = ("text", "audio", "vision")
 
-# The emotion of a disagreement: rows are the words', columns voice's or face's. A Latin square, so that neither alone
-# tells anything; both in the order of `EMOTIONS`.
+# The label of a disagreement: rows are the emotion of the words, columns that of the voice or face, both in the order
+# of `EMOTIONS`. It is a Latin square, so that only one of the two says nothing about the label.
 RELATION = ((0, 3, 1, 2), (2, 1, 3, 0), (3, 0, 2, 1), (1, 2, 0, 3))
-DRIFTS = {(1, 1): 0, (-1, -1): 1, (1, -1): 2, (-1, 1): 3}  # (pitch, face): 1 is up or to a smile -> emotion
+DRIFTS = {(1, 1): 0, (-1, -1): 1, (1, -1): 2, (-1, 1): 3}  # (pitch, face) -> emotion; 1: up, or towards a smile
 SPEAKERS = {"train": range(0, 96), "validation": range(96, 112), "test": range(112, 144)}
 
 FRAME_RATE = voice.FRAME_RATE
-_FRAMES = (50, 75)  # of a clip, least and most
+_FRAMES = (50, 75)  # minimum and maximum number of frames of a clip
 _FLASH = 3  # frames
 _GLIDE, _SMILE = 10.0, 0.9  # semitones and face weight from start to end, at full strength
 _CELL = len(KINDS) * len(EMOTIONS)
@@ -69,14 +75,13 @@ _CELL = len(KINDS) * len(EMOTIONS)
 
 @dataclass(frozen=True)
 class Plan:
-    """What a clip shows and what that means: emotions are places in `EMOTIONS`.
+    """The cues of a clip and its label. Emotions are indices in `EMOTIONS`.
 
     Args:
         kind: one of `KINDS`.
         emotion: the label.
-        text: the emotion claimed, or None.
-        audio, vision: None, or what the modality shows: ("steady", emotion), ("brief", emotion) or
-            ("drift", direction).
+        text: the emotion that the words claim, or None.
+        audio, vision: the cue of the modality: ("steady", emotion), ("brief", emotion), ("drift", direction) or None.
     """
 
     kind: str
@@ -87,7 +92,7 @@ class Plan:
 
 
 def plans(kind: str) -> list[Plan]:
-    """All equally frequent plans of a kind, each emotion as often."""
+    """All plans of a kind. They are equally frequent, and every emotion occurs equally often."""
     emotions = range(len(EMOTIONS))
     if kind == "words":
         return [Plan(kind, emotion, text=emotion) for emotion in emotions]
@@ -107,11 +112,12 @@ def plans(kind: str) -> list[Plan]:
 
 
 def ceiling(modalities: tuple[str, ...]) -> dict[str, float]:
-    """Accuracy of the best guess that sees these modalities and knows the rules above: over all, and by kind.
+    """Accuracy of the best possible guess from these modalities, over all clips and by kind.
 
-    Exact for a viewer who recognises all that is shown; of labels that are equally probable it names any.
+    The guess assumes that all visible cues are recognised and that the rules above are known. Between equally probable
+    labels it chooses at random.
     """
-    chances: dict[tuple, np.ndarray] = {}  # by what is seen: probability of (kind, emotion)
+    chances: dict[tuple, np.ndarray] = {}  # visible cues -> probability of (kind, emotion)
     for number, kind in enumerate(KINDS):
         for plan in plans(kind):
             seen = tuple(getattr(plan, modality) for modality in modalities)
@@ -128,7 +134,7 @@ CLUSTERS = ("people", lambda row_id, speaker: speaker)
 
 
 def group_of(row_id: str) -> str:
-    """The kind of a clip, for tables: "avatars_test_brief_0012" -> "brief"."""
+    """The kind of a clip, for result tables: "avatars_test_brief_0012" -> "brief"."""
     return row_id.split("_")[2]
 
 
@@ -141,20 +147,20 @@ def load(
     language: str = "en",
     workers: int = 2,
 ) -> DatasetDict:
-    """Load the corpus, with `emotion` (of `LABELS[language]`) and `sentiment` (-1.0 to 1.0); make its clips if absent.
+    """Load the corpus with `emotion` (from `LABELS[language]`) and `sentiment` (-1.0 to 1.0); generate missing clips.
 
     Args:
-        source: the folder for the clips: a new one, or one that this function made. What an interrupted run left is
-            completed. Both languages share it: sound and pictures are the same.
-        seed: all is a function of the seed alone; a corpus of another size begins with the same clips.
-        train, validation, test: the number of clips, each a multiple of 24 (six kinds of four emotions).
-        language: "en" or "zh", of text and labels.
-        workers: how many processes make clips.
+        source: the folder for the clips: a new folder, or one written by this function. Clips that are missing after
+            an interrupted run are added. Both languages use the same clips.
+        seed: random seed, which determines all clips. Corpora of different sizes begin with the same clips.
+        train, validation, test: number of clips of the split, a multiple of 24 (six kinds times four emotions).
+        language: language of text and labels, "en" or "zh".
+        workers: number of processes that generate clips.
 
     Raises:
-        ValueError: an option out of range, or a folder with something else in it, such as clips of another seed, size
-            or version.
-        RuntimeError: a worker died.
+        ValueError: if an option is out of range, or the folder contains anything else, such as clips of another seed,
+            size or version.
+        RuntimeError: if a worker process fails.
     """
     if language not in LABELS:
         raise ValueError(f"language: got {language!r}, expected one of {', '.join(LABELS)}")
@@ -177,13 +183,13 @@ def load(
 
 @dataclass(frozen=True)
 class Clip:
-    """One clip, drawn but not made; `key` seeds all of its sound and pictures."""
+    """The random choices of one clip. `key` seeds its sound and pictures, which `render` makes."""
 
     key: tuple[int, ...]
     split: str
     id: str
     plan: Plan
-    strength: int  # place in `STRENGTHS`
+    strength: int  # index in `STRENGTHS`
     speaker: int
     line: Line
 
@@ -191,7 +197,7 @@ class Clip:
         return folder / self.split / f"{self.id}.mp4"
 
     def row(self, folder: Path, language: str) -> dict[str, object]:
-        """The clip in the corpus schema."""
+        """The row of the clip in the corpus schema."""
         question, path = self.line.asked(language), str(self.path(folder))
         return {
             "id": self.id,
@@ -199,41 +205,45 @@ class Clip:
             "speaker": f"Avatar {self.speaker}",
             "context": [] if question is None else [{"speaker": None, "text": question}],
             "language": language,
-            "audio": path,  # a video's own sound track is its audio
+            "audio": path,  # the audio track of the video
             "video": path,
             "emotion": LABELS[language][self.plan.emotion],
             "sentiment": SIGNS[self.plan.emotion] * SCORES[self.strength],
         }
 
     def render(self) -> tuple[list, np.ndarray]:
-        """Pictures at `FRAME_RATE`, and sound at `voice.SAMPLE_RATE`."""
+        """Make the pictures at `FRAME_RATE` and the sound at `voice.SAMPLE_RATE`."""
         weights, glide, (vowels, loudness), rng = self.tracks()
         vision_rng, audio_rng = rng.spawn(2)
         identity = np.random.default_rng((self.key[0], 1_000_000 + self.speaker))
-        look, own_voice = face.random_look(identity), voice.random_voice(identity)
+        look, speaker_voice = face.random_look(identity), voice.random_voice(identity)
         frames = len(glide)
         flash = weights["flash"] if self.plan.vision and self.plan.vision[0] == "brief" else range(0)
         setting = face.random_setting(vision_rng, frames, flash)
-        # The mouth follows the rhythm and not the sound: a break of the voice is not to be seen.
+        # The mouth follows the rhythm, not the sound, so that a change of the voice is not visible.
         pictures = face.draw(look, setting, weights["vision"], voice.per_frame(loudness, frames))
-        return pictures, voice.speak(own_voice, vowels, loudness, weights["audio"], glide, audio_rng)
+        return pictures, voice.speak(speaker_voice, vowels, loudness, weights["audio"], glide, audio_rng)
 
     def tracks(self) -> tuple[dict, np.ndarray, tuple[np.ndarray, np.ndarray], np.random.Generator]:
-        """Weights (T, 4) of `audio` and `vision` and the frames of the `flash`, glide (T,), rhythm, and the generator.
+        """Draw the temporal course of the clip.
 
-        The generator is used in the same way whatever the plan's emotion is.
+        The generator draws the same numbers for every emotion of the plan.
+
+        Returns:
+            A dict with the expression weights of `audio` and `vision`, (T, 4) each, and the frames of the `flash`; the
+            glide (T,) in semitones; the rhythm; and the random generator.
         """
         rng = np.random.default_rng(self.key)
         frames = int(rng.integers(_FRAMES[0], _FRAMES[1] + 1))
         rhythm = voice.rhythm(self.line.sounds(), frames, rng)
-        way = np.arange(frames) / (frames - 1) - 0.5  # (T,), from start to end
-        glide = rng.uniform(-1, 1) * way
+        progress = np.arange(frames) / (frames - 1) - 0.5  # (T,), -0.5 to 0.5
+        glide = rng.uniform(-1, 1) * progress
         start = _flash_start(voice.per_frame(rhythm[1], frames), rng)
         weights: dict = {"flash": range(start, start + _FLASH)}
         for modality in ("audio", "vision"):
             shape, shown = getattr(self.plan, modality) or (None, None)
             strength = STRENGTHS[self.strength if shape else int(rng.integers(3))]
-            # Of each emotion, as much in all as one to three flashes; where there is a flash, it is a part of that.
+            # Each emotion amounts to one to three flashes per clip. A real flash is subtracted from its trace.
             amounts = rng.uniform(1, 3, 4)
             amounts -= np.eye(4)[shown] if shape == "brief" else 0
             amounts *= _FLASH * strength / frames
@@ -244,23 +254,23 @@ class Clip:
             elif shape == "brief":
                 track[start : start + _FLASH, shown] += strength
             elif shape == "drift" and modality == "vision":
-                smile = level + _SMILE * strength * shown * way
+                smile = level + _SMILE * strength * shown * progress
                 track[:, 0] += smile.clip(min=0)
                 track[:, 1] -= smile.clip(max=0)
             elif shape == "drift":
-                glide = _GLIDE * strength * shown * way
+                glide = _GLIDE * strength * shown * progress
             weights[modality] = track
         return weights, glide, rhythm, rng
 
 
 def _flash_start(loudness: np.ndarray, rng: np.random.Generator) -> int:
-    """A random frame with `_FLASH` frames of speech from it on, away from the ends of the clip; loudness is (T,)."""
+    """A random start for `_FLASH` frames of speech, away from the ends of the clip; loudness is (T,)."""
     spoken = np.lib.stride_tricks.sliding_window_view(loudness, _FLASH).min(1) > 0.3
     return int(rng.choice(np.flatnonzero(spoken[5:-5]) + 5))
 
 
 def _trace(mean: float, frames: int, rng: np.random.Generator) -> np.ndarray:
-    """A slow rise and fall somewhere in the clip, (T,), with exactly this mean."""
+    """A slow rise and fall at a random place in the clip, (T,), with exactly this mean."""
     length = int(frames * rng.uniform(0.6, 0.95))
     start = int(rng.integers(frames - length + 1))
     bump = np.zeros(frames)
@@ -269,11 +279,11 @@ def _trace(mean: float, frames: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _draw_clips(seed: int, split: str, count: int) -> list[Clip]:
-    """The clips of a split, kinds and labels in turn."""
+    """Draw the clips of a split, kind by kind, with balanced labels."""
     clips = []
     for kind_number, kind in enumerate(KINDS):
         key = (seed, SPLITS.index(split), kind_number)
-        # Plans of a kind come in rounds of all of them, in groups of one for each emotion; random order, but balanced.
+        # Each round contains all plans of the kind once, in groups with one plan for each emotion, in random order.
         rng, queue = np.random.default_rng((*key, 0, 0)), []
         for number in range(count // len(KINDS)):
             if not queue:
@@ -282,18 +292,18 @@ def _draw_clips(seed: int, split: str, count: int) -> list[Clip]:
                     *([options[i] for i in rng.permutation(len(options))] for options in by_emotion), strict=True
                 )
                 queue = [group[i] for group in groups for i in rng.permutation(4)]
-            plan, own = queue.pop(0), np.random.default_rng((*key, number, 1))
-            strength, speaker = int(own.integers(3)), int(own.choice(SPEAKERS[split]))
-            line = Line.draw(split, plan.text, strength, own)
+            plan, clip_rng = queue.pop(0), np.random.default_rng((*key, number, 1))
+            strength, speaker = int(clip_rng.integers(3)), int(clip_rng.choice(SPEAKERS[split]))
+            line = Line.draw(split, plan.text, strength, clip_rng)
             name = f"avatars_{split}_{kind}_{number:04}"
             clips.append(Clip((*key, number, 2), split, name, plan, strength, speaker, line))
     return clips
 
 
 def _make(folder: Path, manifest: dict, clips: dict[str, list[Clip]], workers: int) -> None:
-    """Make the clips that are not in the folder. Each is whole or not there, whenever the process is killed."""
+    """Make the missing clips. Each is renamed when complete, so a killed process leaves no partial clip."""
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / ".lock"):  # a second process waits, and finds all clips made
+    with FileLock(folder / ".lock"):  # a second process waits, and then finds all clips
         file = folder / "manifest.json"
         if file.is_file():
             found = json.loads(file.read_text(encoding="utf-8"))
@@ -315,8 +325,8 @@ def _make(folder: Path, manifest: dict, clips: dict[str, list[Clip]], workers: i
 
 
 def _run(folder: Path, jobs: list[Clip], workers: int) -> None:
-    """Make clips in processes of their own, with a progress bar."""
-    # Forking spares the workers whatever the main program imported; elsewhere than on Linux it is not safe.
+    """Make clips in worker processes, with a progress bar."""
+    # With fork, workers need not repeat the imports of the main program; it is safe on Linux only.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     done = context.Value("i", 0)
     shares = [(folder, jobs[worker::workers], done, os.getpid()) for worker in range(workers)]
@@ -334,7 +344,7 @@ def _run(folder: Path, jobs: list[Clip], workers: int) -> None:
 
 def _work(folder: Path, jobs: list[Clip], done, parent: int) -> None:
     for clip in jobs:
-        if os.getppid() != parent:  # the main process was killed: nobody waits for these
+        if os.getppid() != parent:  # the main process was killed
             return
         path = clip.path(folder)
         part = path.with_suffix(".part")
@@ -345,7 +355,7 @@ def _work(folder: Path, jobs: list[Clip], done, parent: int) -> None:
 
 
 def write_clip(path: Path, pictures: list, sound: np.ndarray) -> None:
-    """Pictures and sound -> an mp4 file; the same bytes every time with the same libraries."""
+    """Write pictures and sound to an mp4 file. With the same library versions, the bytes are reproducible."""
     with av.open(str(path), "w", format="mp4") as container:
         video = container.add_stream("libx264", rate=FRAME_RATE, options={"preset": "superfast", "crf": "26"})
         video.width, video.height, video.pix_fmt = *pictures[0].size, "yuv420p"
@@ -357,6 +367,6 @@ def write_clip(path: Path, pictures: list, sound: np.ndarray) -> None:
         container.mux(video.encode())
         frame = av.AudioFrame.from_ndarray(sound[None], format="fltp", layout="mono")
         frame.sample_rate, frame.time_base = voice.SAMPLE_RATE, Fraction(1, voice.SAMPLE_RATE)
-        frame.pts = 0  # with it the file says how much the encoder put in front, and sound and lips stay together
+        frame.pts = 0  # lets the file record the encoder delay, which keeps sound and pictures in sync
         container.mux(audio.encode(frame))
         container.mux(audio.encode())

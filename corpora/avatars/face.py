@@ -1,17 +1,17 @@
-"""Draws the avatars' faces: an expression and a mouth opening for every frame in, pictures out.
+"""Draws the avatars' faces from an expression and a mouth opening for every frame.
 
-An expression is one weight per emotion, 0 for none of it and 1 for all of it. Weights move brows, lids and mouth in
-proportion, so that blends, traces and slow changes are as easy to draw as a full smile.
+An expression has one weight per emotion, from 0 (not visible) to 1 (full). Brows, lids and mouth move in proportion
+to the weights, so blends, weak traces and slow changes are possible.
 """
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 
-SIZE = 96  # pixels, both ways
-_ZOOM = 2  # drawn larger and averaged down, for smooth edges
+SIZE = 96  # width and height in pixels
+_ZOOM = 2  # pictures are drawn larger and scaled down, for smooth edges
 
-# How far each emotion moves each part:  joy, sadness, anger, surprise
+# How far each emotion moves each part, in the order joy, sadness, anger, surprise.
 _MOVES = {
     "corners": (1.0, -1.0, -0.35, 0.0),  # of the mouth, upwards
     "width": (0.8, -0.3, -0.4, -1.0),
@@ -42,9 +42,9 @@ def random_look(rng: np.random.Generator) -> dict[str, object]:
 
 
 def random_setting(rng: np.random.Generator, frames: int, undisturbed: range) -> dict[str, object]:
-    """What differs from clip to clip: background, place and size of the head, its motion, blinks.
+    """The random setting of a clip: background, position, size and motion of the head, and blinks.
 
-    No blink touches the `undisturbed` frames.
+    No blink overlaps the `undisturbed` frames.
     """
     background = Image.new("RGB", (SIZE * _ZOOM, SIZE * _ZOOM), tuple(rng.integers(60, 230, 3).tolist()))
     canvas = ImageDraw.Draw(background)
@@ -64,7 +64,7 @@ def random_setting(rng: np.random.Generator, frames: int, undisturbed: range) ->
         "background": background,
         "x": offset[0] + 5 * sway[0],
         "y": offset[1] + 4 * sway[1],
-        "turn": 0.06 * sway[2],  # in head widths, of the features against the head
+        "turn": 0.06 * sway[2],  # shift of the facial features, in head widths
         "roll": 0.07 * sway[3],  # radians
         "size": float(rng.uniform(0.92, 1.06)),
         "blink": blink,
@@ -72,7 +72,14 @@ def random_setting(rng: np.random.Generator, frames: int, undisturbed: range) ->
 
 
 def draw(look: dict, setting: dict, weights: np.ndarray, opening: np.ndarray) -> list[Image.Image]:
-    """Expression weights (T, 4) and the mouth's opening by speech (T,), 0 to 1 -> T pictures of `SIZE` x `SIZE`."""
+    """Draw T pictures of `SIZE` x `SIZE` pixels.
+
+    Args:
+        look: identity, see `random_look`.
+        setting: see `random_setting`.
+        weights: expression, (T, 4).
+        opening: opening of the mouth by speech, (T,), 0 to 1.
+    """
     parts = {part: weights @ np.array(moves) for part, moves in _MOVES.items()}  # (T,) each
     parts["jaw"] = 0.3 * opening + parts["jaw"]
     parts["lids"] = (1 + 0.6 * parts["lids"]).clip(0.3) * setting["blink"]
@@ -89,14 +96,14 @@ def draw(look: dict, setting: dict, weights: np.ndarray, opening: np.ndarray) ->
 
 
 def _frame(look, image, size, x, y, turn, roll, corners, width, jaw, brows, slant, lids) -> Image.Image:
-    """One picture; `turn` moves the features sideways, `roll` tilts them."""
+    """Draw one picture; `turn` moves the facial features sideways, `roll` tilts them."""
     canvas = ImageDraw.Draw(image)
     centre_x, centre_y = SIZE + x, SIZE + 6 + y
     half_width, half_height = 60 * size * look["width"], 72 * size * look["height"]
     cosine, sine = np.cos(roll), np.sin(roll)
 
     def place(right: float, down: float) -> tuple[float, float]:
-        """Head coordinates, in half widths and half heights from the centre -> pixels."""
+        """Convert head coordinates (half widths and half heights from the centre) to pixels."""
         right, down = (right + turn) * half_width, down * half_height
         return centre_x + right * cosine - down * sine, centre_y + right * sine + down * cosine
 

@@ -1,8 +1,8 @@
-"""What the avatars say: one line per clip, in English and in Chinese.
+"""The lines that the avatars say, in English and Chinese; each clip has one.
 
-A line is a template, a thing that is talked about and, as its last words, how much and what the speaker claims to be:
-"after the concert I felt a little glad". The claim is one of an emotion's words, or one of `NEUTRAL` that says nothing
-of a feeling. Templates and things know no emotion; each split has things of its own, so no line is in two splits.
+A line consists of a template, a topic (`THINGS`) and a claim at the end, which has a level and a word: "after the
+concert I felt a little glad". The word names an emotion, or is one of `NEUTRAL` and names no feeling. Templates and
+topics are independent of the emotion. The splits have different topics, so no line occurs in two splits.
 """
 
 import re
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 
-THINGS = {  # the same places in the lists of both languages
+THINGS = {  # in the same order in both languages
     "en": (
         "the dinner|the concert|the train ride|the garden|the meeting|the letter|the race|the new flat|the exam|"
         "the bakery|the phone call|the museum|the football game|the haircut|the wedding|the bus trip|the lecture|"
@@ -38,7 +38,7 @@ TEMPLATES = {
     ),
 }
 LEVELS = {"en": ("a little", "quite", "extremely"), "zh": ("有点", "挺", "非常")}
-WORDS = {  # by emotion, in the order of `corpora.avatars.EMOTIONS`; none is a label
+WORDS = {  # in the order of `corpora.avatars.EMOTIONS`; no word is a label
     "en": (
         ("happy", "glad", "cheerful", "delighted"),
         ("sad", "gloomy", "miserable", "sorrowful"),
@@ -59,12 +59,12 @@ QUESTIONS = {
 }
 
 VOWELS = "aeiou"
-CLAIM = (0, 1, 0)  # how every claim sounds: vowels, as places in `VOWELS`
+CLAIM = (0, 1, 0)  # the vowels of every claim, as indices in `VOWELS`
 
 
 @dataclass(frozen=True)
 class Line:
-    """A line in all languages, as places in the lists above; no `emotion` is a neutral claim."""
+    """A line in both languages, as indices in the lists above. `emotion` is None for a neutral claim."""
 
     template: int
     thing: int
@@ -75,10 +75,10 @@ class Line:
 
     @classmethod
     def draw(cls, split: str, emotion: int | None, level: int, rng: np.random.Generator) -> "Line":
-        """A random line; a neutral claim has a level of its own, which tells nothing of the clip's."""
-        template, word, question, own_level = (int(rng.integers(count)) for count in (4, 4, 4, 3))
+        """Draw a random line. A neutral claim has a random level that is independent of the clip's strength."""
+        template, word, question, neutral_level = (int(rng.integers(count)) for count in (4, 4, 4, 3))
         thing = int(rng.choice(THINGS_OF[split]))
-        level = own_level if emotion is None else level
+        level = neutral_level if emotion is None else level
         return cls(template, thing, level, emotion, word, question if question < 3 else None)
 
     def text(self, language: str) -> str:
@@ -87,15 +87,15 @@ class Line:
         return TEMPLATES[language][self.template].format(thing=THINGS[language][self.thing], **claim)
 
     def asked(self, language: str) -> str | None:
-        """The question before the line, None where nobody asks."""
+        """The question before the line; None if there is no question."""
         if self.question is None:
             return None
         return QUESTIONS[language][self.question].format(thing=THINGS[language][self.thing])
 
     def sounds(self) -> list[int | None]:
-        """The syllables as places in `VOWELS`, None for a pause: those of the English line, in both languages.
+        """The syllables as indices in `VOWELS`, None for a pause. Both languages use those of the English line.
 
-        The claim always sounds the same (`CLAIM`): what is claimed is in the words alone, not to be heard from vowels.
+        Every claim has the same vowels (`CLAIM`), so that the sound does not reveal the claimed emotion.
         """
         spoken = TEMPLATES["en"][self.template].format(thing=THINGS["en"][self.thing], level="", word="")
         letters = re.findall(r",|[aeiouy]+", spoken.lower())

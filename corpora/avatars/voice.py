@@ -1,17 +1,17 @@
-"""The avatars' voices: syllables, a pitch glide and how the voice is used, for every frame in, sound out.
+"""Synthesises the avatars' voices from syllables, a pitch glide and an expression for every frame.
 
-A source-filter synthesiser: glottal pulses and breath noise, shaped by the formants of the vowels. How the voice is
-used is one weight per emotion, as in a face: joy trills, sadness is muffled and sinks, anger growls, surprise is
-breathless.
+A source-filter synthesiser: glottal pulses and breath noise are shaped by the formants of the vowels. As in the face,
+an expression has one weight per emotion. Joy adds a trill, sadness muffles the voice and lowers its pitch, anger adds
+a growl, and surprise makes it breathless.
 """
 
 import numpy as np
 
 
 SAMPLE_RATE = 16000  # Hz
-FRAME_RATE = 25  # of the weights, in Hz: that of the pictures
+FRAME_RATE = 25  # Hz, of the weights and the pictures
 
-_FORMANTS = np.array(  # Hz, of an adult, by vowel: a, e, i, o, u
+_FORMANTS = np.array(  # Hz, of an adult, for the vowels a, e, i, o, u
     [(750, 1250, 2500), (480, 1900, 2550), (300, 2250, 3000), (480, 880, 2450), (330, 800, 2350)], dtype=float
 )
 _BANDWIDTHS, _GAINS = np.array((90.0, 120.0, 180.0)), np.array((1.0, 0.6, 0.3))
@@ -20,14 +20,15 @@ _EDGE = 0.12  # seconds of silence before and after the line
 
 
 def random_voice(rng: np.random.Generator) -> dict[str, float]:
-    """A random identity. Pitch and length of the vocal tract are independent, and no emotion is a matter of pitch."""
+    """A random identity. Pitch and vocal tract length are independent, and the average pitch reveals no emotion."""
     return {"pitch": float(90 * 2 ** rng.uniform(0, 1.6)), "tract": float(rng.uniform(0.85, 1.15))}
 
 
 def rhythm(sounds: list[int | None], frames: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """When which syllable is spoken: vowel (N,) and loudness, 0 to 1, (N,) at every `_HOP` samples, 4 per picture.
+    """Draw the timing of the syllables: vowel (N,) and loudness (N,), 0 to 1, once per `_HOP` samples (4 per picture).
 
-    Syllables and pauses take all of the clip but its edges, and last 0.75 to 1.25 of their even share.
+    Syllables and pauses fill the clip except for its silent edges. Each length is 0.75 to 1.25 times its even share; a
+    pause counts half a syllable.
     """
     lengths = np.array([0.5 if sound is None else 1.0 for sound in sounds]) * rng.uniform(0.75, 1.25, len(sounds))
     seconds = frames / FRAME_RATE
@@ -43,7 +44,7 @@ def rhythm(sounds: list[int | None], frames: int, rng: np.random.Generator) -> t
 
 
 def per_frame(values: np.ndarray, frames: int) -> np.ndarray:
-    """Values on the `_HOP` grid (N,) -> at the middle of each picture (T,)."""
+    """Interpolate values on the `_HOP` grid (N,) at the middle of each picture (T,)."""
     time = (np.arange(len(values)) + 0.5) * _HOP / SAMPLE_RATE
     return np.interp((np.arange(frames) + 0.5) / FRAME_RATE, time, values)
 
@@ -56,9 +57,16 @@ def speak(
     glide: np.ndarray,
     rng: np.random.Generator,
 ) -> np.ndarray:
-    """Rhythm (N,) each, weights (T, 4) and pitch glide in semitones (T,) -> T frames of sound, float32 in [-1, 1].
+    """Synthesise T frames of sound as float32 in [-1, 1].
 
     Gain, background noise and a tremor of the pitch are random.
+
+    Args:
+        voice: identity, see `random_voice`.
+        vowels, loudness: rhythm, (N,) each.
+        weights: expression, (T, 4).
+        glide: pitch change in semitones, (T,).
+        rng: random generator.
     """
     samples = len(weights) * SAMPLE_RATE // FRAME_RATE
     time = np.arange(samples) / SAMPLE_RATE
@@ -86,10 +94,10 @@ def speak(
 def _filter(
     source: np.ndarray, tract: float, vowels: np.ndarray, sadness: np.ndarray, anger: np.ndarray
 ) -> np.ndarray:
-    """Shape the spectrum of each short window: by its vowel's formants, duller where sad, sharper where angry."""
+    """Shape each short window by the vowel's formants; sadness dampens high frequencies, anger boosts them."""
     padded = np.pad(source, (_HOP, _HOP))
     count = len(padded) // _HOP - 1
-    window = np.sqrt(np.hanning(_WINDOW + 1)[:-1])  # squared and overlapped by half, it sums to 1
+    window = np.sqrt(np.hanning(_WINDOW + 1)[:-1])  # its square, overlapped by half, sums to 1
     pieces = np.lib.stride_tricks.sliding_window_view(padded, _WINDOW)[::_HOP] * window  # (F, W)
     at = (np.arange(count) * _HOP).clip(max=len(source) - 1)  # the middle of each window, in samples of `source`
 

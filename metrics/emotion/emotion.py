@@ -1,4 +1,4 @@
-"""Accuracy, weighted F1 and per-class F1 of emotion labels: the measures of MELD and CHERMA."""
+"""Accuracy, weighted F1 and per-class F1 of emotion labels: the metrics of MELD and CHERMA."""
 
 import datasets
 import evaluate
@@ -31,7 +31,7 @@ class Emotion(evaluate.Metric):
 
     def add_batch(self, *, predictions=None, references=None, **kwargs) -> None:
         """Adds a batch."""
-        # `evaluate` refuses None as the first of strings; no label is empty.
+        # `evaluate` rejects None as the first string. "" can stand for None because no label is empty.
         predictions = ["" if answer is None else answer for answer in predictions]
         super().add_batch(predictions=predictions, references=references, **kwargs)
 

@@ -1,4 +1,4 @@
-"""Accuracy and F1 of emotion labels, as the papers on MELD and CHERMA count them.
+"""Accuracy and F1 of emotion labels, as the papers on MELD and CHERMA define them.
 
 The formulas are written in NumPy because a bootstrap calls them thousands of times: `sklearn.metrics.f1_score` takes a
 hundred times as long. Tests compare them with scikit-learn.
@@ -15,20 +15,21 @@ def emotion_metrics(
     labels: Sequence[str] | None = None,
     decimals: int | None = None,
 ) -> dict[str, float | int | dict[str, float | None]]:
-    """Accuracy, weighted F1 and the F1 of each class; neutral is a class like the others.
+    """Compute accuracy, weighted F1 and the F1 of each class; neutral is a class like the others.
 
-    - `accuracy`: share of right answers.
-    - `weighted_f1`: mean of the classes' F1, weighted by their gold counts (scikit-learn's `average="weighted"`), the
-      measure of the MELD paper (Poria et al. 2019, ACL, arXiv 1810.02508) and its successors, of MSE-Adapter (Yang et
-      al. 2025, arXiv 2502.12478) on MELD and CHERMA.
-    - `f1_by_class`: F1 = 2 TP / (2 TP + FP + FN) of each label; None where a label neither is nor is answered.
-    - `unparsable`: how many answers are None; each is wrong, and of no class.
+    - `accuracy`: proportion of correct answers.
+    - `weighted_f1`: mean of the classes' F1, weighted by their gold counts (scikit-learn's `average="weighted"`).
+      This is the metric of the MELD paper (Poria et al. 2019, ACL, arXiv 1810.02508) and later work, and of
+      MSE-Adapter (Yang et al. 2025, arXiv 2502.12478) on MELD and CHERMA.
+    - `f1_by_class`: F1 = 2 TP / (2 TP + FP + FN) of each label; None if a label occurs neither in the references nor
+      in the predictions.
+    - `unparsable`: number of answers that are None. They are wrong and belong to no class.
 
     Args:
-        references: The gold labels, at least one.
-        predictions: The answers.
-        labels: All legal labels, in the order of `f1_by_class`; by default those that occur, sorted.
-        decimals: Figures are rounded to so many.
+        references: Gold labels, at least one.
+        predictions: Predicted labels; None is an unparsable answer.
+        labels: All valid labels, in the order of `f1_by_class`; by default the labels that occur, sorted.
+        decimals: Number of decimals to which the results are rounded; None does not round.
 
     Raises:
         ValueError: If there is no sample, the lengths differ, or a label is not one of `labels`.

@@ -1,4 +1,4 @@
-"""Measures of sentiment scores, in float32 as MMSA computes them: `mosei_metrics` (-3 to 3), `sims_metrics` (-1 to 1).
+"""Metrics of sentiment scores, computed in float32 like MMSA: `mosei_metrics` (-3 to 3), `sims_metrics` (-1 to 1).
 
 The formulas are written in NumPy because a bootstrap calls them thousands of times: `sklearn.metrics.f1_score` takes a
 hundred times as long. Tests compare them with scikit-learn.
@@ -9,13 +9,13 @@ from collections.abc import Sequence
 import numpy as np
 
 
-# Bins are open on the left: (lower, upper]. In float32, as the labels are: in float64, 0.1 is below its own edge.
+# Bins are open on the left: (lower, upper]. Edges are float32 like the labels, because 0.1 differs in float64.
 EDGES = {
     "acc2": (-1.01, 0.0, 1.01),
     "acc3": (-1.01, -0.1, 0.1, 1.01),
     "acc5": (-1.01, -0.7, -0.1, 0.1, 0.7, 1.01),
 }
-WEAK = np.float32(0.4)  # a gold score from -0.4 to 0.4 is a weak sentiment
+WEAK = np.float32(0.4)  # gold scores from -0.4 to 0.4 are weak sentiments
 
 
 def mosei_metrics(
@@ -24,25 +24,27 @@ def mosei_metrics(
     """The regression protocol of MMSA (`src/MMSA/utils/metricsTop.py`; Mao et al. 2022, ACL demo, arXiv 2203.12441).
 
     - `mae`, `corr`: mean absolute error and Pearson correlation, nothing clipped.
-    - `acc7`, `acc5`, `acc3`: both clipped to [-3, 3], [-2, 2], [-1, 1] and rounded, half to even; the share that
-      agrees (Acc-7 is that of Zadeh et al. 2018, ACL).
-    - `has0_acc2`, `has0_f1`: negative (score < 0) against non-negative (score >= 0), all samples.
-    - `non0_acc2`, `non0_f1`: samples whose gold score is not 0; positive (score > 0) or not. An answer of exactly 0 is
-      not positive here, and not negative above. F1 where a paper does not say which.
+    - `acc7`, `acc5`, `acc3`: both scores are clipped to [-3, 3], [-2, 2] or [-1, 1] and rounded, half to even; the
+      proportion that agrees (Acc-7 is that of Zadeh et al. 2018, ACL).
+    - `has0_acc2`, `has0_f1`: negative (score < 0) against non-negative (score >= 0), for all samples.
+    - `non0_acc2`, `non0_f1`: positive (score > 0) against the rest, for samples whose gold score is not 0. An answer
+      of exactly 0 counts as not positive here and as non-negative in `has0_*`. Use `non0_f1` if a paper does not
+      specify the F1.
     - F1 is weighted by gold counts: scikit-learn's `f1_score(references, predictions, average="weighted")`.
-    - `zero_predictions`: answers of exactly 0; `unparsable`: answers that are None or NaN. The latter are left out of
-      `mae` and `corr`, and wrong in all else.
+    - `zero_predictions`: number of answers of exactly 0.
+    - `unparsable`: number of answers that are None or NaN. They are excluded from `mae` and `corr` and count as wrong
+      in all other metrics.
 
-    What is not defined is None: `corr` of a constant, `non0_*` without gold scores other than 0, all but counts of
-    wrong answers without a parsable one.
+    Undefined metrics are None: `corr` of a constant, `non0_*` if all gold scores are 0, `mae` and `corr` if no answer
+    could be parsed.
 
     Args:
-        references: The gold scores, finite, at least one.
-        predictions: The answers, finite or None or NaN.
-        decimals: Figures are rounded to so many; 4 is how MMSA reports them.
+        references: Gold scores, finite, at least one.
+        predictions: Predicted scores; finite, None or NaN.
+        decimals: Number of decimals to which the results are rounded; MMSA reports 4. None does not round.
 
     Raises:
-        ValueError: If there is no sample, the lengths differ, or a score is infinite, a gold one NaN.
+        ValueError: If there is no sample, the lengths differ, a score is infinite, or a gold score is NaN.
     """
     gold, given, parsed = _check_scores(references, predictions)
     y, p = gold[parsed], given[parsed]
@@ -67,24 +69,25 @@ def sims_metrics(
 ) -> dict[str, float | int | None]:
     """The regression protocol of CH-SIMS v2 (`utils/metricsTop.py` of thuiar/ch-sims-v2), and of MMSA for CH-SIMS.
 
-    Both scores are clipped to [-1, 1] first, for every figure.
+    For all metrics, both scores are first clipped to [-1, 1].
 
     - `mae`, `corr`, `r2`: mean absolute error, Pearson correlation, and 1 - sum (y - p)^2 / sum (y - mean y)^2.
-    - `acc2`: negative (-1.01, 0] against positive (0, 1.01]: 0 is negative. `f1` is the F1 of these two, weighted by
-      gold counts: scikit-learn's `f1_score(references, predictions, average="weighted")`.
+    - `acc2`: negative (-1.01, 0] against positive (0, 1.01]; 0 is negative. `f1` is the F1 of these classes, weighted
+      by gold counts: scikit-learn's `f1_score(references, predictions, average="weighted")`.
     - `acc3`: edges -0.1 and 0.1. `acc5`: edges -0.7, -0.1, 0.1 and 0.7. Bins are open on the left.
-    - `acc2_weak`: `acc2` of the samples whose gold score is in [-0.4, 0.4] (Liu et al. 2022, ICMI, arXiv 2209.02604).
-    - `unparsable`: answers that are None or NaN. They are left out of `mae`, `corr` and `r2`, and wrong in all else.
+    - `acc2_weak`: `acc2` for samples whose gold score is in [-0.4, 0.4] (Liu et al. 2022, ICMI, arXiv 2209.02604).
+    - `unparsable`: number of answers that are None or NaN. They are excluded from `mae`, `corr` and `r2` and count as
+      wrong in all other metrics.
 
-    What is not defined is None: `corr` of a constant, `r2` of constant gold scores, `acc2_weak` without weak samples.
+    Undefined metrics are None: `corr` of a constant, `r2` of constant gold scores, `acc2_weak` without weak samples.
 
     Args:
-        references: The gold scores, finite, at least one.
-        predictions: The answers, finite or None or NaN.
-        decimals: Figures are rounded to so many.
+        references: Gold scores, finite, at least one.
+        predictions: Predicted scores; finite, None or NaN.
+        decimals: Number of decimals to which the results are rounded; None does not round.
 
     Raises:
-        ValueError: If there is no sample, the lengths differ, or a score is infinite, a gold one NaN.
+        ValueError: If there is no sample, the lengths differ, a score is infinite, or a gold score is NaN.
     """
     gold, given, parsed = _check_scores(references, predictions)
     gold, given = np.clip(gold, -1, 1), np.clip(given, -1, 1)
@@ -102,10 +105,10 @@ def sims_metrics(
 def _check_scores(
     references: Sequence[float], predictions: Sequence[float | None]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Gold scores and answers as (N,) float32, None as NaN, and (N,) which answers could be parsed."""
+    """Return gold scores and answers as (N,) float32, with NaN for None, and a mask (N,) of the parsed answers."""
     scores = {}
     for field, values in (("references", references), ("predictions", predictions)):
-        # Scores on the edge of a bin are what float32 makes of them, so the conversion comes first.
+        # Convert to float32 first, because the conversion decides on which side of a bin edge a score lies.
         scores[field] = np.asarray(values, dtype=np.float32)
         if scores[field].ndim != 1 or np.isinf(scores[field]).any():
             got = f"the shape {scores[field].shape} or an infinite score"
@@ -119,13 +122,13 @@ def _check_scores(
 
 
 def _bins(scores: np.ndarray, edges: tuple[float, ...]) -> np.ndarray:
-    """The bin (edge i, edge i + 1] of each score; -1 for NaN."""
+    """The index i of the bin (edge i, edge i + 1] of each score; -1 for NaN."""
     return np.where(np.isnan(scores), -1, np.searchsorted(np.array(edges, np.float32), scores, side="left") - 1)
 
 
 def _pearson(y: np.ndarray, p: np.ndarray) -> float | None:
     """Pearson correlation; None if one of the two is constant."""
-    # The standard deviation of equal float32 values is not always 0; their range is.
+    # Unlike the range, the standard deviation of equal float32 values is not always exactly 0.
     return np.corrcoef(p, y)[0, 1] if len(y) and np.ptp(y) > 0 and np.ptp(p) > 0 else None
 
 
