@@ -1,4 +1,4 @@
-"""What the model's tests share: tiny language models on disk, EGMF assembled from one, and batches for it."""
+"""Fixtures shared by the model tests: tiny language models on disk, EGMF models built on them, and batches."""
 
 import copy
 
@@ -27,7 +27,7 @@ FEATURES = {"audio_feature_size": 5, "vision_feature_size": 7}
 
 @pytest.fixture(scope="session")
 def llm_folder(tmp_path_factory):
-    """`llm_folder(architecture, tied, spare)`: a tiny language model's folder, written once a session."""
+    """`llm_folder(architecture, tied, spare)`: the folder of a tiny language model, written once per test session."""
     folders = {}
 
     def folder_of(architecture: str = "llama", tied: bool = True, spare: bool = True) -> str:
@@ -42,7 +42,7 @@ def llm_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def processor(llm_folder):
-    """The processor of the tiny models with a spare token."""
+    """The processor of the tiny models that have a spare token."""
     return EGMFProcessor(
         AutoTokenizer.from_pretrained(llm_folder()),
         num_pseudo_tokens=SMALL_FUSION["num_pseudo_tokens"],
@@ -73,7 +73,7 @@ def assemble(llm_folder, processor):
 
 @pytest.fixture(scope="session")
 def egmf(assemble):
-    """A small EGMF on the tiny Llama. Shared: leave it as it is, or take `fresh_egmf`."""
+    """A small EGMF on the tiny Llama. It is shared, so use `fresh_egmf` in tests that modify the model."""
     return assemble()
 
 
@@ -84,7 +84,7 @@ def fresh_egmf(egmf):
 
 @pytest.fixture(scope="session")
 def samples():
-    """Four utterances: everything, text and audio, text alone, vision alone."""
+    """Four utterances: all modalities, text and audio, text only, vision only."""
     generator = torch.Generator().manual_seed(7)
 
     def frames(length, width):
@@ -107,7 +107,7 @@ def samples():
 
 @pytest.fixture(scope="session")
 def make_batch(processor):
-    """`make_batch(samples, task, **options)`: the processor's own batch; only modalities that some sample has."""
+    """`make_batch(samples, task, **options)`: the processor's batch, with the modalities that occur in any sample."""
 
     def batched(samples: list[dict], task="meld", processor=processor, **options):
         names = [name for name in ("speaker", "context") if any(name in sample for sample in samples)]
@@ -125,7 +125,7 @@ def make_batch(processor):
 
 @pytest.fixture(scope="session")
 def row_of():
-    """`row_of(batch, i)`: one sample of a batch alone, without its padding of tokens and frames."""
+    """`row_of(batch, i)`: a batch of only sample `i`, without padding tokens and frames."""
 
     def cut(batch, index: int) -> dict[str, torch.Tensor]:
         row = {name: value[index : index + 1] for name, value in batch.items()}

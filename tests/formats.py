@@ -1,6 +1,7 @@
-"""Writes the benchmarks' published files in small: same names, keys, shapes, types and faults, none of their content.
+"""Writes small versions of the benchmarks' published files with generated content.
 
-Each function returns, by split, the rows that a reader has to make of its files, with features as arrays.
+Names, keys, shapes, types and faults are those of the published files. Each function returns, by split, the rows that
+a reader must return for its files, with features as arrays.
 """
 
 import csv
@@ -34,7 +35,7 @@ READ_TEXTS = {"en": "It\u2019s fine \u2013 caf\u00e9", "zh": "他说：\u201c好
 
 
 def faulty(values: np.ndarray, rng: np.random.Generator, *faults: float) -> tuple[np.ndarray, np.ndarray]:
-    """Values of which some are replaced by the faults, and what is to be read: float32, and 0 for each of them."""
+    """Values in which some are replaced by the faults, and the expected result: float32, with 0 for each fault."""
     values = values.copy()
     places = rng.choice(values.size, size=4 * len(faults), replace=False)
     values.reshape(-1)[places] = np.repeat(faults, 4)
@@ -58,10 +59,10 @@ def mmsa_pickle(
     text: tuple[int, int] = (5, 8),
     **columns,
 ) -> dict[str, list[dict]]:
-    """MMSA's pickle of features; `columns` are put in place of the generated ones, in every split.
+    """MMSA's pickle of features; `columns` replace the generated ones in every split.
 
-    With -inf in audio and NaN in vision, a repeated id in train, leading zeros in the ids, a clip without sound and an
-    aligned one without anything; texts as an array (`arrays`) or a list.
+    It contains -inf in audio, NaN in vision, a repeated id in train, ids with leading zeros, a clip without sound and
+    an aligned clip without any features. Texts are an array (`arrays`) or a list.
     """
     rng = np.random.default_rng(17)
     data, expected = {}, {}
@@ -132,7 +133,7 @@ def mse_pickles(
     lists: bool = False,
     **item,
 ) -> dict[str, list[dict]]:
-    """MSE-Adapter's three pickles; `item` replaces parts of the first item of each: `label`, or of its features."""
+    """MSE-Adapter's three pickles; `item` replaces the `label` or features of the first item in each pickle."""
     rng = np.random.default_rng(23)
     expected = {}
     for (name, split), count in zip(SPLITS.items(), sizes, strict=True):
@@ -162,9 +163,9 @@ def mse_pickles(
 def lfmim(
     folder: Path, emotions: tuple[str, ...], sizes: dict[str, int] | None = None, frames: int = 8
 ) -> dict[str, list[dict]]:
-    """LFMIM's JSON and npy files of CHERMA, by its own names of the splits.
+    """LFMIM's JSON and npy files of CHERMA, with LFMIM's names of the splits.
 
-    With leading zeros, a name that is in two splits, a NaN, a missing and a truncated file.
+    They include leading zeros, a name that occurs in two splits, a NaN, a missing file and a truncated file.
     """
     rng = np.random.default_rng(29)
     sizes = sizes or {"train": 9, "dev": 7, "test": 7}
@@ -220,7 +221,7 @@ CLIPS = [  # video, clip, label, mode
 def clip_table(
     folder: Path, table: str, language: str, layout: str = "{video}/{clip}.mp4", root: str = "Raw", clips=CLIPS
 ) -> dict[str, list[dict]]:
-    """MMSA's table and empty files for its clips; with a byte order mark, as spreadsheets write one."""
+    """MMSA's table, with a byte order mark as spreadsheets write it, and empty files for its clips."""
     folder.mkdir(parents=True, exist_ok=True)
     expected: dict[str, list[dict]] = {split: [] for split in SPLITS.values()}
     with (folder / table).open("w", encoding="utf-8-sig", newline="") as file:
@@ -253,7 +254,7 @@ def clip_table(
 
 
 def cmu_mosei(folder: Path) -> dict[str, list[dict]]:
-    """CMU's raw release of MOSEI with MMSA's table: one transcript is missing, one is cp1252, a line is damaged."""
+    """CMU's raw release of MOSEI with MMSA's table; a transcript is missing, one is cp1252, a line is damaged."""
     videos = "Raw/Videos/Segmented/Combined"
     expected = clip_table(folder, "label.csv", "en", "{video}_{clip}.mp4", videos)
     place = folder / "Raw/Transcript/Segmented/Combined"
@@ -270,7 +271,7 @@ def cmu_mosei(folder: Path) -> dict[str, list[dict]]:
 
 
 def same_rows(split, expected: list[dict]) -> None:
-    """Assert that a data set's split holds exactly these rows."""
+    """Assert that a split contains exactly these rows."""
     rows = split.with_format("numpy").to_list() if hasattr(split, "with_format") else split
     assert [row["id"] for row in rows] == [row["id"] for row in expected]
     for row, wanted in zip(rows, expected, strict=True):

@@ -1,12 +1,12 @@
-"""A Hub on the loopback interface: what of its HTTP API `huggingface_hub` and `transformers` use, in one process.
+"""A Hub server on the loopback interface with the part of the HTTP API that `huggingface_hub` and `transformers` use.
 
     with HubServer() as hub:
         hub.commit("someone/model", {"config.json": b"{}"})
         subprocess.run(..., env={"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", ...})
 
-Repositories of models, made of commits; files by name and revision; uploads, of small files within the commit and of
-large ones by LFS, as clients without Xet send them. Writing, and private repositories, need `TOKEN`. Routes and fields
-are those of `huggingface_hub` 2.4; a route that is asked for and not there is kept in `unknown`.
+It serves model repositories with commits, and files by name and revision. It accepts uploads: small files within the
+commit and large files through LFS, as clients without Xet send them. Writing and private repositories require
+`TOKEN`. Routes and fields are those of `huggingface_hub` 2.4. Requests for any other route are recorded in `unknown`.
 """
 
 import base64
@@ -56,16 +56,16 @@ def git_oid(content: bytes) -> str:
 
 
 class HubServer:
-    """The server, from `with` to its end.
+    """A Hub server that runs inside a `with` block.
 
     Attributes:
-        repos: By id.
-        objects: LFS objects that have arrived whole, by SHA-256.
+        repos: Repositories by id.
+        objects: Completely received LFS objects by SHA-256.
         requests: Method and path of every request, in order.
-        unknown: Those that no route answers.
-        received: LFS objects in the order in which they arrived, whole or not.
-        on_upload: Called with an object's name and the bytes so far after each piece; what it raises ends the
-            connection.
+        unknown: Requests without a matching route.
+        received: LFS objects in the order of arrival, including incomplete ones.
+        on_upload: Called after each received piece with the object's name and the number of bytes so far; an exception
+            ends the connection.
     """
 
     def __init__(self):
@@ -89,7 +89,7 @@ class HubServer:
         self._server.server_close()
 
     def commit(self, repo_id: str, files: dict[str, bytes]) -> str:
-        """Puts files into a repository beside those that it has, and gives the commit."""
+        """Add files to a repository, keep its other files, and return the commit id."""
         repo = self.repos.setdefault(repo_id, Repo())
         earlier = repo.commits[-1].files if repo.commits else {}
         large = {name for name, content in files.items() if is_large(name, len(content))}
@@ -162,7 +162,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def _pieces(self):
-        """The request's body, however it is sent."""
+        """Yield the body of the request, chunked or with a content length."""
         if self.headers.get("Transfer-Encoding") == "chunked":
             while size := int(self.rfile.readline(), 16):
                 yield self.rfile.read(size)
@@ -205,7 +205,7 @@ class _Handler(BaseHTTPRequestHandler):
         raise _Answer(200, url)
 
     def validate(self):
-        """Not the Hub's own check: that the front matter is YAML, and what of a model-index is required."""
+        """Check that the front matter is YAML and a model-index is complete; the real Hub has its own check."""
         front = re.match(r"---\n(.*?)\n---\n", json.loads(self.body)["content"], re.DOTALL)
         try:
             for entry in yaml.safe_load(front[1]).get("model-index", []):

@@ -1,4 +1,4 @@
-"""The avatars corpus: the same clips every time, balanced, without leaks, and its cues in the files as documented."""
+"""The avatars corpus: clips are reproducible and balanced, leak no label, and contain the documented cues."""
 
 import collections
 import itertools
@@ -35,7 +35,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def clips() -> dict[str, list[avatars.Clip]]:
-    """The default corpus, drawn and not made."""
+    """The random choices of the default corpus, without rendered clips."""
     return {split: avatars._draw_clips(0, split, count) for split, count in FULL.items()}
 
 
@@ -120,7 +120,7 @@ def test_clips_depend_on_the_seed_and_not_on_the_size(clips):
 
 
 def test_killed_and_begun_again(folder, tmp_path):
-    """What a killed process left is completed, with the same clips, and nothing of it stays behind."""
+    """After a killed process, the next run completes the corpus with the same clips and leaves no partial files."""
     target = tmp_path / "clips"
     code = f"from corpora import load_corpus; load_corpus('avatars', {str(target)!r}, **{SIZES})"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.DEVNULL)
@@ -183,7 +183,7 @@ def test_splits_share_no_speaker_and_no_line(clips):
 
 
 def test_ceilings():
-    """As the documentation has them; no modality alone passes 60 %, nor does any within the planted kinds decide."""
+    """The ceilings equal the documented ones, and no single modality suffices, also within the planted kinds."""
     ceilings = {
         seen: avatars.ceiling(seen) for n in (1, 2, 3) for seen in itertools.combinations(avatars.MODALITIES, n)
     }
@@ -199,7 +199,7 @@ def test_ceilings():
 
 
 def test_averages_of_tracks_say_nothing_of_brief_and_drift(clips):
-    """Best guesses from clip averages of what is drawn and voiced: at chance, while the peak finds each flash."""
+    """Guesses from clip averages are at chance, while the peak finds each flash."""
     for modality in ("audio", "vision"):
         brief = [clip for clip in of_kind(clips["train"], "brief") if getattr(clip.plan, modality)]
         weights = np.stack([clip.tracks()[0][modality].mean(0) for clip in brief])  # (N, 4)
@@ -225,7 +225,7 @@ def test_averages_of_tracks_say_nothing_of_brief_and_drift(clips):
 
 
 def test_what_is_claimed_is_in_the_words_alone(clips):
-    """Another claim, and so another label, leaves every picture and the whole sound as they are."""
+    """A different claim, and thus a different label, changes neither the pictures nor the sound."""
     clip = of_kind(clips["train"], "words")[0]
     (plan,) = [plan for plan in avatars.plans("words") if plan.emotion == (clip.plan.emotion + 1) % 4]
     line = replace(clip.line, emotion=plan.emotion, word=(clip.line.word + 1) % 4)
@@ -255,7 +255,7 @@ def test_files_have_pictures_and_sound_of_the_same_length(folder):
 
 
 def test_cues_survive_compression(folder):
-    """Of all labels that a clip could have, its own comes closest to the decoded file, wherever something is shown."""
+    """Among all possible labels of a clip, the true one matches the decoded file best in each modality with a cue."""
     right = {"audio": [], "vision": []}
     for clip in avatars._draw_clips(0, "test", 24):
         shown = {modality: getattr(clip.plan, modality) for modality in right}
@@ -285,7 +285,7 @@ def test_cues_survive_compression(folder):
 
 
 def pitch_of(sound: np.ndarray) -> np.ndarray:
-    """Pitch of 60 ms windows by autocorrelation, in Hz, NaN where there is none."""
+    """Pitch of 60 ms windows by autocorrelation, in Hz; NaN for windows without pitch."""
     found = []
     for start in range(0, len(sound) - 960, 480):
         window = sound[start : start + 960] - sound[start : start + 960].mean()
@@ -309,7 +309,7 @@ def test_drift_is_in_the_decoded_pitch(clips, tmp_path):
 
 
 def test_flash_is_brief_and_in_the_decoded_frames(clips, tmp_path):
-    """The frames of the flash differ from their neighbours by more than speech and motion do, at 12.5 fps too."""
+    """The frames of the flash differ from their neighbours more than through speech and motion, also at 12.5 fps."""
     flashes = [clip for clip in of_kind(clips["test"], "brief") if clip.plan.vision][:6]
     for clip in flashes:
         weights, _, _, _ = clip.tracks()

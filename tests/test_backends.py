@@ -1,4 +1,4 @@
-"""Ways to run the model that change no answer: attention implementations, caches, bfloat16, torch.compile."""
+"""Attention implementations, caches, bfloat16 and torch.compile do not change the answers."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ CACHES = {
 
 @pytest.fixture(scope="module")
 def with_attention(llm_folder, assemble):
-    """`with_attention(architecture, implementation)`: a model whose LLM was loaded so."""
+    """`with_attention(architecture, implementation)`: a model whose LLM uses this implementation."""
 
     def assembled(architecture: str, implementation: str) -> EGMFForConditionalGeneration:
         llm = AutoModelForCausalLM.from_pretrained(llm_folder(architecture), attn_implementation=implementation)
@@ -28,7 +28,7 @@ def with_attention(llm_folder, assemble):
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa", "flex_attention"])
 def test_the_llm_keeps_its_attention(with_attention, tmp_path, implementation):
-    """Assembled and loaded: transformers sets the parts of a new config to its own choice."""
+    """It survives assembling and loading, although transformers resets the sub-configs of a new config."""
     model = with_attention("llama", implementation)
     model.save_pretrained(tmp_path)
     loaded = EGMFForConditionalGeneration.from_pretrained(tmp_path, attn_implementation=implementation)
@@ -103,7 +103,7 @@ def test_static_cache_of_other_language_models(assemble, samples, make_batch, na
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "gpt2"])
 def test_bfloat16(with_attention, processor, samples, make_batch, tmp_path, architecture, attention):
-    """The LLM is in bfloat16, the fusion stays in float32, and scores move as far as bfloat16 rounds."""
+    """The LLM is in bfloat16, the fusion stays in float32, and scores change only by the rounding of bfloat16."""
     whole = with_attention(architecture, attention)
     whole.save_pretrained(tmp_path)
     half = EGMFForConditionalGeneration.from_pretrained(
@@ -124,7 +124,7 @@ def test_bfloat16(with_attention, processor, samples, make_batch, tmp_path, arch
 
 
 def test_bfloat16_learns(with_attention, samples, make_batch):
-    """As a training step runs it: an LLM in bfloat16 under autocast gives the gradients of float32, nearly."""
+    """As in a training step, a bfloat16 LLM under autocast gives nearly the same gradients as float32."""
     batch = make_batch(samples, answer=["joy", "fear", "anger", "joy"])
     gradients = []
     for dtype in (torch.float32, torch.bfloat16):
@@ -148,7 +148,7 @@ def compiled_once():
 
 @pytest.mark.slow
 def test_compiled_forward(compiled_once, egmf, samples, make_batch):
-    """Traced for one batch and again for another; what depends on a batch's values breaks the graph and no more."""
+    """The model compiles for batches of two shapes; operations that depend on values only cause a graph break."""
     compiled = torch.compile(egmf, backend="aot_eager")  # the same graphs; their machine code is tested below
     with torch.no_grad():
         for some in (samples, samples[:2]):
@@ -160,7 +160,7 @@ def test_compiled_forward(compiled_once, egmf, samples, make_batch):
 
 @pytest.mark.slow
 def test_compiled_generation_with_a_static_cache(compiled_once, fresh_egmf, samples, make_batch):
-    """The LLM's body compiled to machine code, for the prompt and for every token after it."""
+    """The LLM's body is compiled for the prompt and for every generated token."""
     batch = make_batch(samples[:2])
     wanted = greedy(fresh_egmf, batch)
     fresh_egmf.model.language_model.compile()

@@ -1,4 +1,4 @@
-"""Bootstrap and paired tests: intervals as wide as theory says, whole clusters, differences found and not invented."""
+"""Bootstrap and paired tests: intervals have the theoretical width, clusters stay whole, and differences are real."""
 
 import numpy as np
 import pytest
@@ -72,7 +72,7 @@ def test_a_run_does_not_differ_from_itself():
 
 
 def test_paired_differences_of_the_error_agree_with_the_t_test():
-    """Errors that differ by a little: the bootstrap's p-value is near that of the paired t-test."""
+    """For slightly different errors, the bootstrap's p-value is close to that of the paired t-test."""
     rng = np.random.default_rng(5)
     gold = rng.uniform(-3, 3, 300)
     second = gold + rng.normal(0, 0.5, 300)

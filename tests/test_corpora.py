@@ -1,4 +1,4 @@
-"""The corpora: schema, splits, context, alignment, and that a damaged file is told from a good one by name.
+"""The corpora: schema, splits, context, alignment, and error messages that name a damaged file.
 
 Checks on the published files read them from `$EGMF_SHARED/data`, by default `../shared/data` beside the repository,
 and skip where they are absent; everything else runs on small files of the same layout.
@@ -83,7 +83,7 @@ def test_generated_sequences_vary_and_some_are_missing():
 
 
 def test_generated_label_is_in_exactly_one_modality():
-    """The sign of the mean, or the words, give the label of every row, and each modality of about a third."""
+    """The words, or the sign of the mean, give the label of every row; each modality carries about a third of them."""
     words = {word: label for label, known in generated._WORDS.items() for word in known}
     carriers = []
     for row in load_corpus("generated")["train"]:
@@ -153,7 +153,7 @@ def test_mosi_small_file(tmp_path):
 
 
 def test_mosi_statistics_are_those_of_train(tmp_path):
-    """What is in validation and test changes no train feature, and train is zero mean, unit variance."""
+    """Validation and test do not influence the train features, which have zero mean and unit variance."""
     frame = mosi_frame()
     options = {"neighbours": 0, "validation_videos": 2}
     before = mosi.load(write_mosi(tmp_path, frame), **options)
@@ -169,7 +169,7 @@ def test_mosi_statistics_are_those_of_train(tmp_path):
 
 
 def test_mosi_constant_column_and_outlier(tmp_path):
-    """A column that is constant on train stays finite, and nothing leaves the limits."""
+    """A column that is constant on train stays finite, and all values stay within the limits."""
     frame = mosi_frame()
     for row, split in enumerate(frame["split"]):
         frame.at[row, "vision_features"][0] = 0.0 if split == "train" else 1e6
@@ -247,7 +247,7 @@ def test_mosi_published_splits(published_mosi):
 
 
 def test_mosi_published_windows_match_the_file(published_mosi):
-    """Text, context and every vector of a row's window are those of the right utterance of the raw file."""
+    """Text, context and every vector of a row's window come from the right utterance of the raw file."""
     raw, splits = published_mosi
     raw = raw.set_index(["video_id", "clip_id"])
     train_keys = [(row_id.split("$_$")[0], int(row_id.split("$_$")[1])) for row_id in splits["train"]["id"]]
@@ -403,7 +403,7 @@ def test_meld_published_counts(published_meld):
 
 
 def test_meld_published_context(published_meld):
-    """Every context is the eight utterances before, of the same dialogue, as the raw file has them."""
+    """Every context consists of the eight previous utterances of the same dialogue in the raw file."""
     folder, splits = published_meld
     for name, split in splits.items():
         raw = pd.read_csv(folder / MELD_FILE_OF[name], keep_default_na=False)
@@ -417,7 +417,7 @@ def test_meld_published_context(published_meld):
 
 
 def test_meld_published_text_has_no_control_characters(published_meld, tmp_path):
-    """Also when the punctuation of the published files is put into the damaged form: the repair undoes it."""
+    """This also holds after the published punctuation is converted to the damaged form: the repair restores it."""
     folder, splits = published_meld
     for name in MELD_FILE_OF.values():
         shutil.copyfile(folder / name, tmp_path / name)

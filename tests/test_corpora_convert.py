@@ -1,4 +1,4 @@
-"""`python -m corpora`: what it writes reads back as the files do; other files are refused; it is all or nothing."""
+"""`python -m corpora`: converted folders load like their source, other files are rejected, and writes are atomic."""
 
 import importlib
 import json
@@ -29,7 +29,7 @@ SHARED = Path(os.environ.get("EGMF_SHARED", ROOT.parent / "shared")) / "data"
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """Files to convert; what `datasets` makes of converted ones is kept beside them."""
+    """A folder for files to convert; the cache of `datasets` is inside it too."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     return tmp_path
 
@@ -75,7 +75,7 @@ def test_converted_reads_as_the_files(folder, form):
 
 
 def test_meld_as_published(folder):
-    """The published files pass as such, with the published numbers in the report."""
+    """The published files are accepted, and the report contains the published numbers."""
     if not (SHARED / "meld").is_dir():
         pytest.skip(f"the published files of meld are not in {SHARED} (EGMF_SHARED names another place)")
     report = convert("meld", SHARED / "meld", folder / "meld")
@@ -139,7 +139,7 @@ def test_differences_from_what_was_published(folder, monkeypatch):
 
 
 def test_labels_are_checked_when_read_back(folder):
-    """Whatever was done to a folder in between: the labels of one corpus do not reach the run of another."""
+    """If a folder was modified after the conversion, labels of one corpus still cannot enter a run of another."""
     mse_pickles(folder, "meld", meld.EMOTIONS, "en")
     convert("meld", folder, folder / "meld", allow_mismatch=True)
     with pytest.raises(ValueError, match="got the corpus 'meld', wanted 'cherma'"):
@@ -208,7 +208,7 @@ def test_output_folder(folder):
 
 
 def test_interrupted(folder, monkeypatch):
-    """Ctrl-C in the middle, and a disk that is full: nothing is left."""
+    """Ctrl-C during a conversion, or a full disk, leaves no folder behind."""
     mmsa_pickle(folder / "a.pkl", (40, 3, 4))
     monkeypatch.setattr("corpora.schema._TABLE_ROWS", 1)
     for error in (KeyboardInterrupt(), OSError(28, "No space left on device")):
@@ -227,7 +227,7 @@ def test_interrupted(folder, monkeypatch):
 
 
 def test_killed(folder):
-    """What is left of it is no corpus, and the next run writes the whole one. Two at once: the second is refused."""
+    """A killed conversion leaves no corpus; the next run succeeds. Of two concurrent runs, the second fails."""
     expected = mmsa_pickle(folder / "a.pkl", (40, 3, 4))
     slow = (
         "import sys, time, corpora.mmsa as mmsa, corpora.schema as schema; from corpora.__main__ import main\n"
@@ -272,7 +272,7 @@ def test_command(folder, capsys):
 
 
 class Hub(BaseHTTPRequestHandler):
-    """What an upload needs of the Hub's interface."""
+    """The part of the Hub's HTTP API that an upload needs."""
 
     requests: list[tuple[str, bytes]] = []
 
@@ -312,7 +312,7 @@ class Hub(BaseHTTPRequestHandler):
 
 
 def test_push_to_hub(folder, monkeypatch, capsys):
-    """The real client against a server here: a private dataset, all files but the one that is this machine's."""
+    """The real client uploads a private dataset to a local server, with all files except the machine-specific one."""
     clip_table(folder / "sims", "meta.csv", "zh")
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     Thread(target=server.serve_forever, daemon=True).start()
@@ -341,7 +341,7 @@ def test_push_to_hub(folder, monkeypatch, capsys):
 
 
 def test_every_form_logs_and_notes_alike(folder, caplog):
-    """What a conversion reports is what loading the files logs."""
+    """A conversion reports the same notes that loading the files logs."""
     lfmim(folder, cherma.EMOTIONS)
     with caplog.at_level(logging.WARNING, logger="corpora.cherma"):
         load_corpus("cherma", folder)

@@ -1,6 +1,6 @@
-"""The benchmarks' published forms, generated in small: every reader gives back exactly what was written, or an error.
+"""Small generated files in the benchmarks' published forms: each reader returns exactly what was written, or fails.
 
-What the files look like, and their faults, is in `tests/formats.py`.
+`tests/formats.py` describes the files and their faults.
 """
 
 import json
@@ -46,7 +46,7 @@ def test_mosei_unaligned_faults_are_counted(tmp_path, caplog):
 
 
 def test_mosei_large_arrays_stay_in_the_file_and_read_the_same(tmp_path, monkeypatch):
-    """Large arrays are read slice by slice, here in several, of any type and protocol."""
+    """Large arrays of any type and protocol are read in several slices."""
     for protocol, types in ((2, ("float32", "float64")), (4, (">f8", "float32"))):
         monkeypatch.setattr("corpora.mmsa._CHUNK", 500_000)
         file = tmp_path / f"{protocol}.pkl"
@@ -135,7 +135,7 @@ def test_meld_of_mse_adapter(tmp_path, lists, protocol):
 
 
 def test_cherma_of_mse_adapter(tmp_path):
-    """Of the published shapes: the arrays stay in the file."""
+    """With the published shapes, the arrays stay in the file."""
     expected = mse_pickles(
         tmp_path, "cherma", cherma.EMOTIONS, "zh", frames=(543, 16), widths=(1024, 2048), sizes=(7, 2, 2)
     )
@@ -193,7 +193,7 @@ def test_cherma_of_lfmim(tmp_path, caplog):
 
 
 def test_cherma_of_lfmim_without_validation(tmp_path):
-    """Validation is cut off train, the same rows every time, and features are found where train has them."""
+    """Validation is the same part of train every time, and its features are read from the folder of train."""
     expected = lfmim(tmp_path, cherma.EMOTIONS, {"train": 30, "test": 4})
     splits = load_corpus("cherma", tmp_path)
     assert [len(split) for split in splits.values()] == [27, 3, 4]
@@ -221,7 +221,7 @@ def test_cherma_of_lfmim_faults(tmp_path, entry, message):
 
 
 def test_npy_files_are_no_pickles(tmp_path, caplog):
-    """An array of objects in a npy file is a pickle, and not read; one that claims terabytes is not allocated."""
+    """A npy file with objects is a pickle and is not read; a false header does not allocate terabytes."""
     lfmim(tmp_path, cherma.EMOTIONS)
     np.save(tmp_path / "audio/train/train_0004.npy", np.array([{"a": 1}, None]), allow_pickle=True)
     file = tmp_path / "audio/train/train_0005.npy"
@@ -272,7 +272,7 @@ def test_mosei_clips_of_cmu(tmp_path, caplog):
 
 
 def test_clips_of_a_table_without_leading_zeros(tmp_path):
-    """As a spreadsheet leaves them; a number that two clips share finds neither."""
+    """Spreadsheets remove leading zeros; if two clips match the same number, neither is used."""
     clips = [("7", "1", "0.5", "train"), ("7", "2", "0.5", "valid"), ("7", "3", "0.5", "test")]
     clip_table(tmp_path, "meta.csv", "zh", clips=clips)
     folder = tmp_path / "Raw" / "7"

@@ -1,4 +1,4 @@
-"""Labels and tasks across corpora: what may be asked of which rows, answers in another corpus's labels, old tasks."""
+"""Labels and tasks across corpora: valid combinations, answers mapped to another corpus's labels, and old tasks."""
 
 import json
 import warnings
@@ -62,7 +62,7 @@ OLD_TASKS = {
 
 
 def rows_with(column: str, labels: list) -> DatasetDict:
-    """A corpus whose test split has these labels, and whose other splits have the first."""
+    """A corpus whose test split has these labels; its other splits have only the first one."""
     rows = [
         {"id": f"film$_${number}", "text": f"sentence {number}" * (1 + number % 3), "language": "zh", column: label}
         for number, label in enumerate(labels)
@@ -125,7 +125,7 @@ def test_label_maps_go_there_and_back():
 
 
 def test_rescaled_scores_meet_the_edges_of_the_other_protocol():
-    """What was +0.3 of 3 is 0.1 of 1 in float32, on the edge of a bin and not beside it."""
+    """+0.3 on the scale to 3 becomes 0.1 on the scale to 1 in float32, exactly on the edge of a bin."""
     rescale = LABEL_MAPS["mosei-simsv2"]
     for answer in rescale.source.answers:
         assert np.float32(rescale(float(answer))) == np.float32(round(float(answer) * 10) / 30)
@@ -194,7 +194,7 @@ def test_labels_of_another_corpus_are_refused(column, labels, task, message):
 
 
 def test_a_meld_label_reaches_no_cherma_run(model_folder, tmp_path, monkeypatch):
-    """Neither in training nor in evaluation, before anything is computed."""
+    """Training and evaluation reject the label before they compute anything."""
     corpus = rows_with("emotion", ["joy", "anger"])
     for reader in (mixture, eval_script):
         monkeypatch.setattr(reader, "load_corpus", lambda *args, **options: corpus)
@@ -254,7 +254,7 @@ def test_an_evaluation_across_corpora_is_written_whole(model_folder, tmp_path, m
 
 
 def test_one_table_for_all_corpora(tmp_path):
-    """From reports as `eval.py` writes them."""
+    """The table is made from reports in the format of `eval.py`."""
 
     def written(name: str, **fields) -> Path:
         answer = "expected" if "mae" in fields["figures"] else "distribution"
@@ -284,7 +284,7 @@ def test_the_generated_corpus_has_labels_of_its_task():
 
 
 def test_a_checkpoint_asks_in_its_own_words(model_folder):
-    """The table travels: a processor loaded by `AutoProcessor` has every task."""
+    """The task table is part of the checkpoint: a processor loaded by `AutoProcessor` has every task."""
     tasks = AutoProcessor.from_pretrained(model_folder, trust_remote_code=True).tasks
     assert all(tasks[name].to_dict() == task.to_dict() for name, task in BUILTIN_TASKS.items())
 
@@ -320,7 +320,7 @@ def test_modality_dropout_hides_each_modality_and_never_the_last(processor):
 
 
 def test_a_row_that_lost_its_text_is_one_that_never_had_it(processor, egmf):
-    """The same tokens, without context and speaker; as `robustness.py` and a corpus without text have it."""
+    """Both give the same tokens, without context and speaker, as in `robustness.py` and corpora without text."""
     row = {**ROW, "id": "row"}
     torch.manual_seed(0)
     lost = dropping(processor, text=0.99999)([row])

@@ -1,4 +1,4 @@
-"""The fusion alone: config errors, each expert learns what it is named for, noise, the gate, the clock."""
+"""The fusion without an LLM: config errors, what each expert can learn, noise, the gate, and times."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ TEXT = LlamaConfig(vocab_size=8, hidden_size=16, intermediate_size=16, num_hidde
 
 
 def build_fusion(seed: int = 0, **config) -> EGMFFusion:
-    """A fusion at its initialisation, with pseudo tokens of size 1."""
+    """An untrained fusion with pseudo tokens of size 1."""
     torch.manual_seed(seed)
     fusion = EGMFModel(
         EGMFConfig(
@@ -37,7 +37,7 @@ def build_fusion(seed: int = 0, **config) -> EGMFFusion:
 
 
 def inputs_of(**features) -> dict:
-    """Whole sequences as the fusion takes them; what is not given is absent."""
+    """Fusion inputs from unpadded sequences; omitted modalities are absent."""
     inputs = {name: (None, None, None) for name in ("text", "audio", "vision")}
     for name, values in features.items():
         inputs[name] = (values, torch.ones(values.shape[:2], dtype=torch.long), None)
@@ -48,7 +48,7 @@ def inputs_of(**features) -> dict:
 
 
 def brief_event(size: int, generator: torch.Generator):
-    """Two of 200 noisy frames, anywhere, hold a pattern or its negative."""
+    """Two of 200 noisy frames at a random position contain a pattern or its negative."""
     label = torch.randint(0, 2, (size,), generator=generator)
     audio = torch.randn(size, 200, 8, generator=generator)
     where = torch.randint(0, 199, (size,), generator=generator)
@@ -59,7 +59,7 @@ def brief_event(size: int, generator: torch.Generator):
 
 
 def constant_agreement(size: int, generator: torch.Generator):
-    """Audio and vision each have a sign; the label is whether the signs agree (an exclusive or)."""
+    """Audio and vision each have a sign; the label states whether the signs agree (exclusive or)."""
     signs = 2 * torch.randint(0, 2, (size, 2), generator=generator) - 1
     audio = torch.randn(size, 12, 8, generator=generator)
     vision = torch.randn(size, 9, 6, generator=generator)
@@ -69,7 +69,7 @@ def constant_agreement(size: int, generator: torch.Generator):
 
 
 def moving_agreement(size: int, generator: torch.Generator):
-    """Both modalities have random signs, of a quarter of the clip each; vision follows audio or contradicts it."""
+    """The sign of audio is random in each quarter of the clip; vision has the same signs or the opposite ones."""
     label = torch.randint(0, 2, (size,), generator=generator)
     signs = (2 * torch.randint(0, 2, (size, 4), generator=generator) - 1).repeat_interleave(2, dim=1)
     audio = 0.5 * torch.randn(size, 8, 8, generator=generator)
@@ -80,7 +80,7 @@ def moving_agreement(size: int, generator: torch.Generator):
 
 
 def slow_drift(size: int, generator: torch.Generator):
-    """Over 120 frames one channel goes slowly up or down, far below the noise from frame to frame."""
+    """One channel slowly rises or falls over 120 frames; the change per frame is far below the noise."""
     label = torch.randint(0, 2, (size,), generator=generator)
     audio = torch.randn(size, 120, 8, generator=generator) + torch.randn(size, 1, 8, generator=generator)
     audio[:, :, 0] += (2 * label - 1)[:, None] * torch.linspace(-1, 1, 120)
@@ -138,7 +138,7 @@ def test_only_the_global_expert_knows_a_clip_from_the_same_played_backwards():
 
 @torch.no_grad()
 def test_all_but_the_local_expert_hear_the_other_modality():
-    """In the local expert a modality's latents are its own; in the semantic and global ones they are not."""
+    """In the local expert, a modality does not affect the latents of the other; in the other experts it does."""
     generator = torch.Generator().manual_seed(1)
     audio, vision = torch.randn(1, 12, 8, generator=generator), torch.randn(1, 9, 6, generator=generator)
     fusion = build_fusion().eval()
@@ -156,7 +156,7 @@ def test_all_but_the_local_expert_hear_the_other_modality():
 
 @torch.no_grad()
 def test_local_expert_sees_short_stretches_only():
-    """Swapping the two halves of a clip moves no short stretch: up to the seam, its peaks stay."""
+    """Swapping the halves of a clip keeps all short windows, so the peaks stay the same except at the seam."""
     fusion = build_fusion(local_kernel_sizes=[3]).eval()
     frames = torch.randn(1, 40, 8, generator=torch.Generator().manual_seed(2))
     expert = fusion.experts["local"]
@@ -208,7 +208,7 @@ def test_mean_gating_is_even():
 
 @torch.no_grad()
 def test_seconds_place_a_frame_whatever_the_rate():
-    """Half a second is half a second; an unknown time is neither that nor second zero."""
+    """The time encoding depends on seconds, not on the frame rate; an unknown time differs from second zero."""
     torch.manual_seed(0)
     clock = ClockEmbedding(8)
     fractions = torch.tensor([[0.2, 0.5, 0.8]])
@@ -220,7 +220,7 @@ def test_seconds_place_a_frame_whatever_the_rate():
 
 
 def test_modalities_share_the_clip():
-    """Pictures of the second half alone stand in the second half of the sound; without seconds, order counts."""
+    """Pictures of only the second half align with the second half of the sound; without times, the order counts."""
     mask = torch.ones(1, 5, dtype=torch.bool)
     sound, pictures = torch.linspace(0, 2, 5).unsqueeze(0), torch.tensor([[1.0, 1.5, 2.0]])
     span = clip_span([(mask, sound), (mask[:, :3], pictures), (mask[:, :2], None), (None, None)], like=mask)

@@ -1,7 +1,7 @@
-"""Where a language model comes from, and the tiny ones.
+"""Sources of language models, and the tiny language models.
 
-The Hub is replaced by a stub, so these run the same with and without a network; only the test marked `slow` goes out,
-to the package registry.
+A stub replaces the Hub, so the tests do not depend on the network. Only the test marked `slow` accesses the network:
+the package registry.
 """
 
 import subprocess
@@ -29,7 +29,7 @@ TEXTS = ("I didn't like it, 3 of 10.  +0.6", "我今天很高兴，谢谢！", "
 
 @pytest.fixture(autouse=True)
 def isolated_cache(tmp_path, monkeypatch) -> Path:
-    """An empty HF_HOME, for this package's folder and for the Hub's."""
+    """An empty HF_HOME for the folders of this package and of the Hub."""
     home = tmp_path / "hf_home"
     monkeypatch.setattr(constants, "HF_HOME", str(home))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))

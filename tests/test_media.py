@@ -1,6 +1,6 @@
-"""Media files of every kind, sound, damaged and bogus: what is read is right, what is missing is said, nothing breaks.
+"""Intact, damaged and invalid media files: results are correct, missing parts are reported, and nothing crashes.
 
-The files are made here with PyAV and soundfile. What comes of good ones is compared with PyAV's own decoding.
+The tests create the files with PyAV and soundfile, and compare the results of intact files with PyAV's decoding.
 """
 
 import os
@@ -35,14 +35,14 @@ LIMIT = 20.0  # seconds for one call, far more than any of these files needs
 
 
 def pictures(count: int, width: int, height: int):
-    """A moving pattern: no two frames are alike."""
+    """A moving pattern whose frames are all different."""
     y, x = np.mgrid[:height, :width]
     for i in range(count):
         yield np.stack([2 * x + 5 * i, 3 * y + 7 * i, x + y + 11 * i], axis=-1).astype(np.uint8)
 
 
 def sine(seconds: float = SECONDS, rate: int = RATE, channels: int = 2, hertz: float = 440.0) -> np.ndarray:
-    """(N, channels), the first at level 0.5, the others silent."""
+    """A tone of shape (N, channels); the first channel has level 0.5, the others are silent."""
     wave = np.zeros((round(seconds * rate), channels), dtype=np.float32)
     wave[:, 0] = 0.5 * np.sin(2 * np.pi * hertz * np.arange(len(wave)) / rate)
     return wave
@@ -58,7 +58,7 @@ def write_clip(
     pixels: str = "yuv420p",
     **container_options: str,
 ) -> Path:
-    """A clip of SECONDS, or with a frame at each of `times`; its sound starts at `sound_from`."""
+    """Write a clip of SECONDS, or with a frame at each of `times`; its sound starts at `sound_from`."""
     clock = Fraction(1, FPS if times is None else 1000)
     stamps = range(SECONDS * FPS) if times is None else np.round(times * 1000).astype(int).tolist()
     with av.open(str(path), "w", options=container_options) as container:
@@ -105,7 +105,7 @@ SOUNDS = ("sound.wav", "sound.flac", "sound.ogg", "sound.mp3", "sound.aiff")
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory) -> dict[str, Path]:
-    """All good files, by name."""
+    """All intact files by name."""
     folder = tmp_path_factory.mktemp("clips")
     made = {}
     for name, options in CLIPS.items():
@@ -119,7 +119,7 @@ def clips(tmp_path_factory) -> dict[str, Path]:
 
 
 def by_pyav(path: Path, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Frames at the centres of `count` equal parts and their times, from PyAV used plainly."""
+    """Frames at the centres of `count` equal parts, and their times, decoded directly with PyAV."""
     with av.open(str(path)) as container:
         start = (container.start_time or 0) / 1e6
         frames = [
@@ -131,7 +131,7 @@ def by_pyav(path: Path, count: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def outcome(load, path, wanted: int):
-    """A clip or a MediaError, within the limit."""
+    """The loaded clip or the MediaError; it must arrive within the time limit."""
     begun = time.monotonic()
     try:
         result = load(path, wanted, time_limit=LIMIT)
@@ -206,7 +206,7 @@ def test_sound_that_starts_late_is_preceded_by_silence(tmp_path, suffix):
 
 
 def write_tracks(path: Path, videos: list[dict], sounds: list[dict]) -> Path:
-    """A Matroska file with several tracks: `frames`, `size`, `default` of videos; `level`, `seconds`, `default`."""
+    """Write a Matroska file with video (`frames`, `size`, `default`) and audio (`level`, `seconds`, `default`)."""
     default = av.stream.Disposition.default
     with av.open(str(path), "w") as container:
         tracks = []
@@ -285,7 +285,7 @@ def test_a_sound_track_that_cannot_be_decoded_is_passed_over(tmp_path):
 
 
 def test_samples_far_beyond_full_scale_are_damage(tmp_path):
-    """As an AAC track with damaged frames decodes: finite, and so loud that features overflow."""
+    """Damaged AAC frames can decode to finite samples that are so loud that features overflow."""
     wave = sine(channels=1)
     wave[1000:1200] *= 1e20
     soundfile.write(tmp_path / "loud.wav", wave, RATE, subtype="FLOAT")
@@ -350,7 +350,7 @@ def test_content_decides_and_not_the_suffix(clips, tmp_path):
 
 
 def patched(data: bytes, box: bytes, offset: int, value: bytes) -> bytes:
-    """`value` written over what stands `offset` bytes behind the name of a box."""
+    """Overwrite the bytes at `offset` after the name of a box with `value`."""
     at = data.index(box) + len(box) + offset
     return data[:at] + value + data[at + len(value) :]
 
@@ -382,7 +382,7 @@ def damaged(clips) -> dict[str, bytes]:
 
 
 def test_damage_is_said(clips, tmp_path):
-    """No crash, no hang, and never less than the whole without a warning."""
+    """No damaged file crashes or hangs the reader, and an incomplete result always has a warning."""
     files = damaged(clips)
     assert len(files) >= 120
     errors, silent = 0, []
@@ -472,7 +472,7 @@ def test_a_cut_ogg_lacks_the_mark_of_its_end(tmp_path, codec):
 
 
 def test_what_is_no_media(clips, tmp_path):
-    """Refused at once with the reason; nothing of it blocks, and nothing leads elsewhere."""
+    """Files that are not media are rejected at once with the reason; they neither block nor open other files."""
     contents = {
         "empty.mp4": b"",
         "text.txt": b"\x1b[31mnot a video\x1b[0m\n" * 500,
@@ -523,7 +523,7 @@ def test_no_permission(clips, tmp_path):
 
 
 def test_no_user_of_features_is_asked_for_decoders():
-    """transformers demands all imports that it finds in a file of a checkpoint, in functions too."""
+    """transformers requires all packages that a checkpoint file imports, also those imported inside functions."""
     found = set(get_imports(media_egmf.__file__))
     assert found - sys.stdlib_module_names == {"numpy"} and not {"fcntl", "resource"} & found
 
@@ -547,7 +547,7 @@ def alive(pid: int) -> bool:
 
 
 def gone(pid: int) -> bool:
-    """Whether a process ends within seconds."""
+    """Whether a process ends within 15 seconds."""
     for _ in range(300):
         if not alive(pid):
             return True
@@ -635,7 +635,7 @@ class ClipFrames:
 
 @pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_data_loader_workers(clips, worker_pid, start):
-    """Both have workers of their own, also when forked from a process that has one."""
+    """Both loader processes start their own reader, also when forked from a process that already has one."""
     paths = [clips[name] for name in ("end.mp4", "clip.mkv", "clip.mpg", "start.mp4") * 3]
     here = ClipFrames(paths)
     loader = DataLoader(here, None, num_workers=2, multiprocessing_context=start, timeout=100)
@@ -688,7 +688,7 @@ if sys.argv[1] != "ends":
 @needs_proc
 @pytest.mark.parametrize("way", ["ends", "killed", "forked"])
 def test_no_orphan_and_no_noise(clips, tmp_path, way):
-    """The worker goes with its caller, even if that is killed, and even if a child of it lives on."""
+    """The worker ends with its caller, even if the caller is killed or a child process of the caller survives."""
     noisy = tmp_path / "noisy.mp3"  # of which libmpg123 complains on standard error
     mp3 = clips["sound.mp3"].read_bytes()
     noisy.write_bytes(mp3[:5000] + bytes(500) + mp3[5500:-3000])

@@ -44,7 +44,7 @@ def tone(seconds: float, frequency: float = 300.0, rate: int = 16000) -> np.ndar
 
 
 def write_clip(path, seconds: float = 1.0, sound: bool = True, seed: int = 0) -> str:
-    """A 48 x 32 mp4 of moving noise at 25 frames a second, with a tone."""
+    """Write a 48 x 32 mp4 of moving noise at 25 frames per second, with a tone."""
     frames = np.random.default_rng(seed).integers(0, 255, (4, 6, 3), dtype=np.uint8)
     with av.open(str(path), "w") as container:
         video = container.add_stream("libx264", rate=25, options={"preset": "ultrafast"})
@@ -140,7 +140,7 @@ def test_file_clip_and_array_are_the_same(media, files):
 
 
 def test_answer_is_the_same_alone_and_in_a_mixed_batch(media, files):
-    """Long and short, several rates, each modality missing somewhere."""
+    """The samples are long and short, have several rates, and each modality is missing in some of them."""
     calls = [
         {"text": "it is fine", "audio": files["wav"], "video": files["mp4"]},
         {"text": "no", "audio": files["flac"], "video": None},
@@ -171,7 +171,7 @@ def test_sound_track_of_a_video(media, files):
 
 
 def test_a_listening_model_takes_a_video(llm_folder, files):
-    """Without a vision tower, a video is its sound."""
+    """Without a vision tower, only the sound of a video is used."""
     processor = EGMFProcessor(AutoTokenizer.from_pretrained(llm_folder()), feature_extractor=EXTRACTORS["hubert"]())
     batch = processor(text="so", video=files["mp4"], task="meld")
     assert batch["input_values"].shape[1] == pytest.approx(16000, abs=1500) and "pixel_values" not in batch
@@ -238,7 +238,7 @@ def test_media_of_a_wrong_form(llm_folder, call, message):
 
 
 def test_arrays_are_heard_as_files_are(llm_folder, tmp_path):
-    """Integers by their type, channels averaged on either axis, torch tensors."""
+    """Integers are scaled by their type, channels on either axis are averaged, and torch tensors are accepted."""
     processor, wave = build_processor(llm_folder()), tone(0.3)
     samples = (32767 * wave).astype(np.int16)
     soundfile.write(tmp_path / "mono.wav", samples, 16000)
@@ -298,7 +298,7 @@ def test_processor_travels(media, files, tmp_path):
 
 
 def test_video_of_another_format(media):
-    """GRID's MPEG-1 clips: both streams."""
+    """Both streams of GRID's MPEG-1 clips are read."""
     shared = Path(os.environ.get("EGMF_SHARED", Path(__file__).resolve().parents[2] / "shared"))
     clips = sorted((shared / "data" / "grid").glob("*.mpg"))
     if not clips:
@@ -462,7 +462,7 @@ def test_entries_by_other_settings_or_code_are_others(media, tmp_path, monkeypat
 
 
 def test_training_with_and_without_autocast_share_no_entries(media, files, tmp_path, monkeypatch):
-    """And each has what its steps would compute; a tower that was left in training mode drops nothing out."""
+    """Each cache equals what its training steps compute, and a tower left in training mode applies no dropout."""
     processor, model = media
     monkeypatch.setattr("egmf.data.tower_cache.constants.HF_HOME", str(tmp_path))
     model = copy.deepcopy(model)

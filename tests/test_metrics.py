@@ -1,4 +1,4 @@
-"""The benchmarks' measures: equal to the published definitions, written down here once more in plain Python."""
+"""The benchmarks' metrics equal the published definitions, which are repeated here in plain Python."""
 
 import csv
 import json
@@ -27,7 +27,7 @@ LABELS = ("neutral", "surprise", "fear", "sadness", "joy", "disgust", "anger")
 
 
 def single(value: float) -> float:
-    """What float32 makes of a number."""
+    """A number rounded to float32."""
     return struct.unpack("f", struct.pack("f", value))[0]
 
 
@@ -45,7 +45,7 @@ def weighted_f1(gold: list, given: list) -> Fraction | None:
 
 
 def distances(gold: list[float], given: list[float | None]) -> dict:
-    """Mean absolute error and Pearson's r of the answers that there are."""
+    """Mean absolute error and Pearson's r of the parsable answers."""
     pairs = [(g, a) for g, a in zip(gold, given, strict=True) if a is not None]
     if not pairs:
         return {"mae": None, "corr": None}
@@ -124,7 +124,7 @@ def assert_same(found: dict, wanted: dict, case: object) -> None:
 
 
 def random_scores(rng: np.random.Generator) -> tuple[list[float], list[float | None]]:
-    """A few scores and answers, with much of what lies at, or one float32 step beside, an edge."""
+    """Some scores and answers, many of them on the edge of a bin or one float32 step away from it."""
     edges = np.float32([0, 0.1, 0.4, 0.5, 0.7, 1, 1.01, 1.5, 2, 2.5, 3, 3.5, 7])
     edges = np.concatenate([edges, -edges])
     beside = np.concatenate([edges, np.nextafter(edges, np.float32(9)), np.nextafter(edges, np.float32(-9))])
@@ -163,7 +163,7 @@ def test_emotions_are_measured_as_published():
 
 
 def test_agrees_with_scikit_learn():
-    """Whose `f1_score` and `r2_score` the papers' code calls."""
+    """The published code calls scikit-learn's `f1_score` and `r2_score`."""
     rng = np.random.default_rng(3)
     for _ in range(50):
         gold, given = rng.uniform(-3.5, 3.5, (2, 40)).astype(np.float32).round(1)

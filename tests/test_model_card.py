@@ -1,4 +1,4 @@
-"""Model cards: every figure with its conditions, nothing that was not measured, terms and limits by what was used."""
+"""Model cards: every figure states its conditions, only measured figures appear, and terms match the sources used."""
 
 from pathlib import Path
 
@@ -69,7 +69,7 @@ def test_every_figure_that_is_defined_and_no_other(card_of):
 
 
 def test_what_a_figure_was_measured_under(card_of):
-    """Another corpus by a label map, and fewer modalities than the model takes, are said with the figure."""
+    """The figure states if it used a label map to another corpus or fewer modalities than the model accepts."""
     mapped = report("cherma", CLASSES, task="meld", label_map="meld-cherma")
     alone = report("meld", CLASSES, modalities=["text"])
     run = run_of("meld", "meld", mapped, alone)

@@ -1,4 +1,4 @@
-"""The model: independence of batch and padding, generation, missing modalities, errors, loss, training."""
+"""The model: independence from batch and padding, generation, missing modalities, errors, loss and training."""
 
 import itertools
 
@@ -76,7 +76,7 @@ def random_llm(name: str):
 
 @pytest.fixture(scope="module", params=LLMS, ids=lambda case: f"{case[0]}-{'tied' if case[1] else 'untied'}")
 def any_egmf(request, llm_folder, assemble):
-    """A model and its processor, over architectures, tied and untied heads, spare and added tokens."""
+    """A model and its processor for each architecture, tied and untied heads, and spare and added tokens."""
     folder = llm_folder(*request.param)
     processor = EGMFProcessor(AutoTokenizer.from_pretrained(folder), num_pseudo_tokens=3)
     assert (processor.pseudo_token == "<|pseudo|>") != request.param[2]
@@ -87,7 +87,7 @@ def any_egmf(request, llm_folder, assemble):
 
 
 def pad(batch, side: str, tokens: int = 6, frames: int = 5):
-    """The batch with more padding on one side, of text and features, holding arbitrary tokens and NaN."""
+    """The batch with additional padding of text and features on one side, filled with arbitrary tokens and NaN."""
 
     def widths(n):
         return (n, 0) if side == "left" else (0, n)
@@ -110,7 +110,7 @@ def batch_shape(batch):
 
 
 def largest_difference(model, first, second) -> float:
-    """Largest difference of two inputs' outputs, over the logits where tokens stand and all gate weights."""
+    """Largest difference between the outputs of two inputs, over the logits of real tokens and all gate weights."""
     with torch.no_grad():
         one, two = model(**first), model(**second)
     stands_one, stands_two = first["attention_mask"].bool(), second["attention_mask"].bool()
@@ -145,7 +145,7 @@ def test_padding_and_what_it_holds_change_nothing(any_egmf, samples, make_batch,
 
 
 def test_features_reach_the_answer(any_egmf, samples, make_batch):
-    """The counterpart of the tests above: what is not padding does change the last token's logits."""
+    """Counterpart of the tests above: values that are not padding change the logits of the last token."""
     model, processor = any_egmf
     batch = make_batch(samples[:1], processor=processor)
     with torch.no_grad():
@@ -181,7 +181,7 @@ def test_beams_with_and_without_a_cache_agree(any_egmf, samples, make_batch):
 
 
 def test_generation_never_writes_a_placeholder(fresh_egmf, samples, make_batch):
-    """Uncached, a generated placeholder would be taken for one of the prompt's."""
+    """Without a cache, a generated placeholder would be treated as one of the prompt."""
     batch = make_batch(samples[:1])
     placeholder = fresh_egmf.config.pseudo_token_id
     with torch.no_grad():
@@ -236,7 +236,7 @@ def test_unknown_head_is_refused(llm_folder, assemble):
 
 
 def test_weights_are_the_llms_own(llm_folder, assemble):
-    """Assembling leaves a text-only prompt's logits as the LLM gives them."""
+    """For a text-only prompt, the assembled model returns the logits of the LLM."""
     llm = AutoModelForCausalLM.from_pretrained(llm_folder("qwen3", False, True)).eval()
     ids = torch.arange(20).reshape(2, 10)
     with torch.no_grad():

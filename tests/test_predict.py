@@ -1,4 +1,4 @@
-"""A file in, an answer out: the pipeline that travels with a checkpoint, and predict.py, which uses it."""
+"""Answers for files: the pipeline that is part of a checkpoint, and predict.py, which uses it."""
 
 import json
 import os
@@ -27,7 +27,7 @@ WORDS = ["that is just great", "no", "so"]
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, llm_folder, assemble):
-    """A folder with a checkpoint that has both towers, two clips, a voice and a broken file."""
+    """A folder with a checkpoint with both towers, two clips, an audio file and a broken file."""
     folder = tmp_path_factory.mktemp("place")
     processor = build_processor(llm_folder())
     processor.default_task = "meld"
@@ -49,7 +49,7 @@ def recognize(place):
 
 
 def predict(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    """predict.py from another folder than the repository's."""
+    """Run predict.py outside the repository's folder."""
     command = [sys.executable, str(ROOT / "predict.py"), "model", *arguments]
     environment = os.environ | {"HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1"}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
@@ -80,7 +80,7 @@ def test_answer_has_everything(place, recognize):
 
 
 def test_one_answer_by_every_way(place, recognize):
-    """The pipeline alone and in batches, the processor, and a corpus's batch as training and evaluation make it."""
+    """The pipeline (single and batched), the processor, and the batches of training and evaluation give one answer."""
     folder, processor, model = place
     names = files(folder)
     alone = [recognize(name, text=words) for name, words in zip(names, WORDS, strict=True)]
@@ -152,7 +152,7 @@ def test_warnings_that_are_not_of_media_reach_the_user(recognize, place):
 
 
 def test_the_pipelines_model_can_be_saved(recognize, tmp_path):
-    """`pipeline()` puts classes into its model's config, which JSON does not hold."""
+    """`pipeline()` adds classes to the model's config, which JSON cannot represent."""
     recognize.model.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
     assert saved["custom_pipelines"]["affect-recognition"]["pt"] == ["AutoModel"]

@@ -1,4 +1,4 @@
-"""The phases before the LLM, several tasks in one run, and what a run on raw media leaves, on a few small clips."""
+"""Phases before the LLM, several tasks in one run, and the output of runs on raw media, with a few small clips."""
 
 import contextlib
 import copy
@@ -39,7 +39,7 @@ def clips(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def command(clips) -> list[str]:
-    """The avatars' towers and then a small random LLM, a few steps of each, less the folder that it writes to."""
+    """A command that trains the avatars' towers and a small random LLM for a few steps, without the output folder."""
     options = {"language_model": "tiny-random", "corpus_dir": clips, "corpus_options": json.dumps(CLIPS)}
     options |= {"tower_epochs": 2, "fusion_epochs": 2, "num_frames": 8, "bf16": False}
     options |= {
@@ -78,7 +78,7 @@ def test_all_phases_are_logged_and_nothing_of_the_llm_is_in_the_first_ones_check
 
 
 def test_trained_towers_are_models_of_their_own(command, trained, tmp_path):
-    """Another recipe takes them by their folders; with no epochs of the LLM they are all that a run makes."""
+    """Another recipe can load trained towers by folder; a run without LLM epochs writes only the towers."""
     model = load_file(trained / "model" / "model.safetensors")
     for name in ("audio", "vision"):
         weights = load_file(trained / "towers" / name / "model.safetensors")
@@ -173,7 +173,7 @@ def test_pretraining_learns_fusion_and_towers_alone(command, clips):
 
 
 def test_what_each_expert_learns_by_itself_teaches_no_tower(command, clips):
-    """A tower's gradient is that of the mix's loss alone; the fusion's is not."""
+    """A tower's gradient comes only from the loss of the mixture; the fusion's also from the experts' losses."""
     phase, _, batch = first_phase(command, clips)
     phase.train(False).towers.requires_grad_()
     gradients = []
@@ -221,7 +221,7 @@ def test_towers_that_learn_with_the_llm(command, tmp_path):
 
 
 def test_variants_of_a_clip_keep_what_is_shown():
-    """Random, but repeatable; shapes, mask and times stay; all frames of a clip change alike; waveforms stay."""
+    """Variants are reproducible, keep shapes, masks, times and waveforms, and change all frames of a clip alike."""
     pictures = np.random.default_rng(0).uniform(-1, 1, (5, 3, 8, 8)).astype(np.float32)
     pictures[1] = pictures[0]
     clip = TowerInput(pictures, None, np.arange(5.0))
@@ -243,7 +243,7 @@ def test_variants_of_a_clip_keep_what_is_shown():
 
 
 def test_every_answer_has_a_prototype_of_its_own(egmf, processor):
-    """Also answers of the same tokens in another order, such as "+1.0" and "+0.1"."""
+    """This includes answers with the same tokens in another order, such as "+1.0" and "+0.1"."""
     tasks = list(BUILTIN_TASKS.values())
     experts = FusionPretraining(copy.deepcopy(egmf), processor, tasks)
     for task, prototypes in zip(tasks, experts.prototypes, strict=True):

@@ -1,4 +1,4 @@
-"""The processor: layout and masks, answers as tokens, constraints, distributions, errors, and its way to disk."""
+"""The processor: layout and masks, answers as tokens, constraints, distributions, errors, saving and loading."""
 
 import json
 import os
@@ -18,7 +18,7 @@ CALM = AffectTask("calm", "classification", labels=("calm", "calm down", "angry"
 
 
 def byte_tokenizer(spare: str | None = None, bos: bool = False, pad: str | None = "<pad>") -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer without merges: every text is legal, one token per byte."""
+    """A byte-level tokenizer without merges: it accepts every text and has one token per byte."""
     vocabulary = {token: i for i, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     backend = Tokenizer(models.BPE(vocabulary, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -1,6 +1,6 @@
-"""publish.py and a Hub on the loopback interface: what is written, what arrives there, and that it loads from there.
+"""publish.py with a Hub on the loopback interface: the written files, the upload, and loading from the Hub.
 
-The Hub is `hub_server.py`, which speaks LFS and not Xet; no test here knows what the real one would say.
+The Hub is `hub_server.py`, which supports LFS but not Xet. The tests cannot verify the behaviour of the real Hub.
 """
 
 import json
@@ -67,7 +67,7 @@ torch.save(found, "found.pt")
 
 
 def environment(home: Path, hub: HubServer) -> dict[str, str]:
-    """An empty cache, and no Hub but this one."""
+    """An environment with an empty cache, in which only this Hub is reachable."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
     kept |= {"HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     return kept | {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN}
@@ -78,7 +78,7 @@ def publish(run: Path, *arguments: str) -> None:
 
 
 def publish_elsewhere(run: Path, home: Path, hub: HubServer, *arguments: str) -> str:
-    """What publish.py says in a process of its own, where transformers too knows no other Hub."""
+    """Run publish.py in a separate process, in which transformers also uses only this Hub."""
     process = start_publishing(run, home, hub, *arguments)
     said, _ = process.communicate(timeout=600)
     assert process.returncode == 0, said
@@ -92,7 +92,7 @@ def start_publishing(run: Path, home: Path, hub: HubServer, *arguments: str) -> 
 
 
 def read(home: Path, hub: HubServer, revision: str) -> dict:
-    """What a fresh process finds in the repository."""
+    """The answers of a new process that loads the model from the repository."""
     command = [sys.executable, "-I", "-c", READER, REPO, revision]
     process = subprocess.run(command, cwd=home, env=environment(home / "cache", hub), capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
@@ -105,7 +105,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """A run that was given its language model as a folder, in bfloat16 as most are, evaluated on two splits."""
+    """A run whose language model is a local bfloat16 folder, evaluated on two splits."""
     root = tmp_path_factory.mktemp("publish")
     build_tiny_language_model(root / "llm")
     AutoModelForCausalLM.from_pretrained(root / "llm", dtype=torch.bfloat16).save_pretrained(root / "llm")
@@ -120,7 +120,7 @@ def trained(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run(trained, tmp_path) -> Path:
-    """A copy of it, without what was published from others."""
+    """A copy of the run without published files and checkpoints."""
     return Path(shutil.copytree(trained, tmp_path / "run", ignore=shutil.ignore_patterns("hub", "checkpoint-*")))
 
 
@@ -133,7 +133,7 @@ def hub(trained):
 
 @pytest.fixture(scope="module")
 def here(hub, tmp_path_factory):
-    """The loopback Hub for this process."""
+    """The loopback Hub, configured for this process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(constants, "ENDPOINT", hub.url)
         patch.setattr(constants, "HF_HUB_CACHE", str(tmp_path_factory.mktemp("cache")))
@@ -145,7 +145,7 @@ def here(hub, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def on_hub(trained, here):
-    """The merged model, published over a connection that breaks once: the commit, and its files."""
+    """The merged model, published over a connection that breaks once: the commit and its files."""
     broken = threading.Event()
 
     def break_once(oid: str, size: int) -> None:
@@ -161,7 +161,7 @@ def on_hub(trained, here):
 
 
 def test_dry_run_writes_the_folder_and_says_what_it_could_not_check(trained, run, tmp_path, monkeypatch, capsys):
-    """Offline: the figures of the card are those of metrics.json, and no file names a folder of this machine."""
+    """Offline, the card has the figures of metrics.json, and no file names a local folder."""
     other = run / "other"
     shutil.copytree(run / "test", other)
     report = json.loads((other / "metrics.json").read_text())
@@ -213,7 +213,7 @@ def test_dry_run_asks_the_hub_where_it_can(here, run, capsys):
 
 
 def test_the_published_recipe_is_the_runs_own(trained, run, tmp_path):
-    """`train.py hub/recipe.yaml` would train the same."""
+    """`train.py hub/recipe.yaml` has the settings of the original run."""
     build_folder(read_run(run, BASE), REPO, None, False, "5GB")
     options = ["--num_train_epochs", "1", "--corpus_options", '{"size": 96}', "--learning_rate", "2e-3"]
     ran = load_recipe([str(ROOT / "recipes/tiny.yaml"), "--language_model", BASE, *options])
@@ -236,7 +236,7 @@ def test_one_commit_has_the_folder_byte_for_byte(hub, on_hub):
 
 @pytest.mark.slow
 def test_loads_by_id_and_revision_in_a_fresh_process(trained, hub, on_hub, tmp_path):
-    """Model, processor and pipeline answer as from the local folder; another commit on main does not matter."""
+    """Model, processor and pipeline give the answers of the local folder; a later commit on main has no effect."""
     commit, files = on_hub
     folder = tmp_path / "changed"
     shutil.copytree(trained / "model", folder)
@@ -265,7 +265,7 @@ def test_loads_by_id_and_revision_in_a_fresh_process(trained, hub, on_hub, tmp_p
 
 @pytest.mark.slow
 def test_adapter_alone_gives_what_the_merged_model_gives(trained, hub, on_hub, run, tmp_path):
-    """Over the merged model's repository: its weights go, in the same commit; what others put there stays."""
+    """Publishing the adapter to the merged model's repository removes the merged weights and keeps foreign files."""
     hub.commit(REPO, {"notes.md": b"by hand"})
     before = len(hub.repos[REPO].commits)
     said = publish_elsewhere(run, tmp_path, hub, "--repo", REPO, "--adapter_only")
@@ -295,7 +295,7 @@ def test_adapter_alone_gives_what_the_merged_model_gives(trained, hub, on_hub, r
 
 @pytest.mark.slow
 def test_a_killed_upload_goes_on_where_it_was(hub, run, tmp_path):
-    """SIGKILL once one of the shards has arrived: the repository is as it was, and that shard is not sent again."""
+    """After SIGKILL during the upload, the repository is unchanged, and a shard that has arrived is not sent again."""
     # Weights of its own: nothing of them is on the Hub yet.
     shard = run / "model" / "model.safetensors"
     train_script.EGMFForConditionalGeneration.from_pretrained(run / "model").half().save_pretrained(run / "model")
@@ -332,7 +332,7 @@ def test_a_killed_upload_goes_on_where_it_was(hub, run, tmp_path):
 
 
 def test_a_second_time_makes_no_commit(here, on_hub, trained):
-    """Nor is anything sent: what is there is what would be."""
+    """Publishing unchanged files again sends nothing."""
     before, sent = len(here.repos["me/twice"].commits) if "me/twice" in here.repos else 0, len(here.received)
     first = upload(trained / "hub", "me/twice", private=False)
     assert len(here.repos["me/twice"].commits) == before + 2
@@ -417,7 +417,7 @@ def test_commands_of_the_docs_parse():
 
 
 def test_a_run_older_than_a_field_of_recipes_is_published(run):
-    """As train.py left it before there were mixtures and dry runs, without versions and the Trainer's settings."""
+    """The run has no versions and no Trainer settings, as before mixtures and dry runs were introduced."""
     recipe = json.loads((run / "model" / "recipe.json").read_text())
     younger = ("corpora", "shrink", "audio_window", "training", "packages", "fusion", "fusion_epochs")
     older = recipe["fusion"] | {"expert_epochs": recipe["fusion_epochs"]}  # when `fusion` was no mapping of its own
@@ -446,7 +446,7 @@ def test_a_base_model_other_than_the_runs_is_refused(run):
 
 
 def test_an_adapter_on_other_weights_is_not_published(trained, run, tmp_path):
-    """The same architecture and tokenizer, other numbers: an adapter on these is another model."""
+    """A base with the same architecture and tokenizer but other weights would make it a different model."""
     published_folder = build_folder(read_run(run, BASE), REPO, None, True, "5GB")
     state = read_run(run)
     state.base_model = str(trained.parent / "llm")  # as from the Hub
@@ -458,7 +458,7 @@ def test_an_adapter_on_other_weights_is_not_published(trained, run, tmp_path):
 
 
 def test_the_saved_model_has_all_that_lora_learned(trained):
-    """In float32, and so it is loaded: in the LLM's bfloat16 half of the changes would be rounded away."""
+    """The model is saved and loaded in float32, because bfloat16 would round half of the changes away."""
     base = load_file(trained.parent / "llm" / "model.safetensors")
     files = ("adapter/adapter_model.safetensors", "model/model.safetensors")
     (adapter, saved), layers = (load_file(trained / file) for file in files), 0

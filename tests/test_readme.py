@@ -1,4 +1,4 @@
-"""README and docs: a valid model card, code that runs, links and commands that exist, numbers that were measured."""
+"""README and docs: the model card is valid, code runs, links and commands exist, and numbers were measured."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def code_blocks(language: str) -> list[str]:
 
 
 def commands(script: str) -> list[list[str]]:
-    """The arguments of every `python SCRIPT ...` in the pages."""
+    """The arguments of every `python SCRIPT ...` command in the pages."""
     lines = "\n".join(code_blocks("bash")).replace("\\\n", " ").split("\n")
     words = [shlex.split(line, comments=True) for line in lines]
     return [line[2:] for line in words if line[:2] == ["python", script]]
@@ -42,7 +42,7 @@ def commands(script: str) -> list[list[str]]:
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory) -> Path:
-    """A folder with a freshly assembled model and clips where `make quickstart` leaves its own."""
+    """A folder with an untrained model and clips at the paths that `make quickstart` uses."""
     folder = tmp_path_factory.mktemp("readme")
     build_tiny_language_model(folder / "llm")
     clips = {"train": 24, "validation": 24, "test": 24}

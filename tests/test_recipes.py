@@ -1,4 +1,4 @@
-"""Recipes of the four benchmarks as dry runs, mixtures of corpora, and what of the features is summed up before."""
+"""Dry runs of the benchmark recipes, mixtures of corpora, and the feature statistics computed before training."""
 
 import csv
 import json
@@ -43,7 +43,7 @@ SIZES = [name for name in PARAMETERS if "Qwen" in name]
 
 @pytest.fixture
 def offline(monkeypatch, tmp_path):
-    """No Hub, whatever the network, and a cache of our own."""
+    """No access to the Hub, and a temporary cache."""
 
     def model_info(self, repo_id, **kwargs):
         raise OfflineModeIsEnabled("offline")
@@ -65,7 +65,7 @@ def write_meld(folder: Path, clip: Path) -> None:
 
 @pytest.fixture(scope="session")
 def sources(tmp_path_factory) -> dict[str, tuple[Path, dict]]:
-    """By kind and corpus, generated files in the published form and the options that read them."""
+    """Generated files in the published forms, and the options that read them, by kind and corpus."""
     root = tmp_path_factory.mktemp("sources")
     clip = write_clip(root / "clip.mp4", size=(64, 48))
     for kind in ("features", "clips"):
@@ -160,7 +160,7 @@ def test_what_cannot_be_shrunk_or_had_is_an_error(fields, error, message, offlin
 
 
 def written(folder: Path, **fields) -> str:
-    """A recipe on the generated corpus with other values of some fields; of `fusion`, beside the tiny recipe's."""
+    """Write the tiny recipe with changed fields; values of `fusion` are merged with the tiny recipe's."""
     recipe = yaml.safe_load((ROOT / "recipes/tiny.yaml").read_text())
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe | fields))
     return str(folder / "recipe.yaml")

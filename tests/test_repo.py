@@ -1,4 +1,4 @@
-"""The repository: pinned and complete requirements, the commands it promises, nothing of the machine it came from."""
+"""The repository: requirements are pinned and complete, documented commands exist, and no local paths occur."""
 
 import ast
 import os

@@ -1,4 +1,4 @@
-"""Result tables: the right numbers out of runs on disk, and every table in the repository out of its JSON."""
+"""Result tables: runs on disk give the right numbers, and every table in the repository matches its JSON."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ IDS = [f"video{number // 3}$_${number}" for number in range(9)]  # three videos 
 
 
 def write_run(folder: Path, distribution: list[bool], greedy: list[bool | None], weighted_f1=(0.5, 0.25)) -> None:
-    """A run as `eval.py` leaves it, from which answers are right (None: unparsable)."""
+    """Write a run like `eval.py`, given which answers are right (None: unparsable)."""
     (folder / "test").mkdir(parents=True)
     rows, accuracy = [], {}
     for row_id, top, text in zip(IDS, distribution, greedy, strict=True):
@@ -107,7 +107,7 @@ def test_commands(runs, tmp_path, monkeypatch):
 
 
 def test_runs_are_added_to_those_collected_before(runs, tmp_path, monkeypatch):
-    """As if some had been made on another machine: the result is that of all together."""
+    """Runs collected in two steps, as from two machines, give the same result as all runs together."""
     monkeypatch.setattr(make_tables, "RESULTS", tmp_path)
     wanted, _ = collect("mosi", runs)
     other = tmp_path / "other"

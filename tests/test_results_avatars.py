@@ -1,4 +1,4 @@
-"""The tables of Avatars: the right figures out of runs on disk, and the files in the repository out of the JSON."""
+"""Result tables of Avatars: runs on disk give the right figures, and the files in the repository match the JSON."""
 
 import json
 
@@ -10,7 +10,7 @@ from experiments.make_tables import README, fill_readme
 
 
 def write_run(folder, accuracy: float, mae: float) -> None:
-    """A run as `run` leaves it; a kind's accuracy falls, and its error rises, with the kind's place."""
+    """Write a run in which accuracy falls and error rises with the index of the kind."""
     for task, measure, worst in (("avatars", "accuracy", accuracy), ("avatars_score", "mae", mae)):
         groups = {kind: worst + place / 100 for place, kind in enumerate(KINDS)}
         reports = {

@@ -1,4 +1,4 @@
-"""What the Qwen3 recipes need: the page holds what is computed of reading, and its rate is measured as it is used."""
+"""Needs of the Qwen3 recipes: the page contains the computed reading times, and the benchmark measures that rate."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def cells_of(page: str) -> dict[str, list[str]]:
-    """The table's cells by recipe."""
+    """The cells of the table by recipe."""
     lines = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| `")]
     return {line[0].strip("`"): line[1:] for line in lines if line[0].endswith(("clips`", "features`"))}
 

@@ -1,4 +1,4 @@
-"""The performance tables: their arithmetic, the file in the repository, and that the benches compare what they say."""
+"""Performance tables: the arithmetic, the file in the repository, and that the benchmarks compare what they state."""
 
 import copy
 import json
@@ -56,7 +56,7 @@ def test_peak_memory_counts_what_is_held_at_once():
 
 
 def test_floor_is_the_llms_own_loss(llm_folder, samples, make_batch):
-    """With logits for the answer's tokens alone, and those alone."""
+    """The loss is computed only from the logits of the answer's tokens."""
     llm = AutoModelForCausalLM.from_pretrained(llm_folder())
     llm.get_base_model = lambda: llm  # as PEFT names it
     batch = make_batch(samples, answer=["joy", "fear", "anger", "joy"])

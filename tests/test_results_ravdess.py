@@ -1,4 +1,4 @@
-"""RAVDESS's result tables: unweighted accuracy, its interval, and the file in the repository."""
+"""Result tables of RAVDESS: unweighted accuracy, its interval, and the file in the repository."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Missing and noisy modalities: what the protocols take away, and only that."""
+"""Missing and noisy modalities: the protocols remove or change only what they define."""
 
 import itertools
 import json
@@ -36,7 +36,7 @@ MODALITIES = ["text", "audio", "vision"]
 
 @pytest.fixture(scope="module")
 def predict(assemble, processor) -> Predictor:
-    """A small random model of the generated corpus's widths, whose audio features vary unlike each other."""
+    """A predictor with a small random model for the generated corpus; its audio features have unequal deviations."""
     model = assemble(audio_feature_size=6, vision_feature_size=5)
     model.model.fusion.set_feature_statistics("audio", torch.zeros(6), torch.arange(1.0, 7.0))
     return Predictor(model, processor, BUILTIN_TASKS["mosi"], None, 4, model.device)

@@ -1,4 +1,4 @@
-"""Two real processes (gloo), and less memory: what comes out is what one process with all memory makes."""
+"""Two real processes (gloo), and options that save memory: the results equal those of one ordinary process."""
 
 import importlib.util
 import json
@@ -40,7 +40,7 @@ HAS_BITSANDBYTES = importlib.util.find_spec("bitsandbytes") is not None
 
 
 def train(output: Path, *fields) -> Path:
-    """A run of this process."""
+    """Train in this process and return the output folder."""
     train_script.main([str(REPO / "recipes/tiny.yaml"), "--output_dir", str(output), *FIELDS, *map(str, fields)])
     return output
 
@@ -52,7 +52,7 @@ def start(*arguments, **environment) -> None:
 
 
 def worker(name: str, folder: Path, *arguments) -> list[dict]:
-    """What each of two processes of `workers.py` wrote."""
+    """The output of each of two processes of `workers.py`."""
     start("torch.distributed.run", "--standalone", "--nproc_per_node", 2, "tests/workers.py", name, folder, *arguments)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
@@ -69,7 +69,7 @@ def curve(run: Path) -> list[dict]:
 
 
 def assert_alike(first: Path, second: Path, tolerance: float = 1e-3) -> None:
-    """The same curve, and the same weights but for how sums are rounded."""
+    """Assert that two runs have the same curve and weights, except for rounding."""
     assert len(curve(first)) == len(curve(second)) > 2
     for one, two in zip(curve(first), curve(second), strict=True):
         assert one.keys() == two.keys()
@@ -85,13 +85,13 @@ def assert_alike(first: Path, second: Path, tolerance: float = 1e-3) -> None:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
-    """One process, batches of 16."""
+    """A run of one process with batches of 16."""
     return train(tmp_path_factory.mktemp("whole"), "--per_device_train_batch_size", 16)
 
 
 @pytest.fixture(scope="module")
 def halves(tmp_path_factory) -> Path:
-    """Two processes, batches of 8 on each."""
+    """A run of two processes with batches of 8 each."""
     output = tmp_path_factory.mktemp("halves")
     fields = [*FIELDS, "--per_device_train_batch_size", 8, "--output_dir", output]
     start(*ON_TWO, "train.py", "recipes/tiny.yaml", *fields)
@@ -100,7 +100,7 @@ def halves(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_is_one_that_accelerate_launches(config):
-    """Its fields are known, and what it asks for is what the processes would be told."""
+    """Accelerate knows all fields, and the processes receive the configured settings."""
     fields = load_config_from_file(str(config))
     arguments = launch_command_parser().parse_args(["--config_file", str(config), "train.py"])
     arguments, *_ = _validate_launch_command(arguments)
@@ -142,7 +142,7 @@ def test_activations_computed_again_change_nothing(whole, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_learn_what_one_learns(whole, halves):
-    """Losses and weights; and in validation, whose last batch is not full, every row counts once."""
+    """Losses and weights agree. Validation counts every row once, although its last batch is not full."""
     assert_alike(whole, halves)
     assert [row["step"] for row in curve(halves)] == [4, 5, 8]
 
@@ -150,7 +150,7 @@ def test_two_processes_learn_what_one_learns(whole, halves):
 @pytest.mark.slow
 @pytest.mark.parametrize("protocol", [None, "mmin"])
 def test_two_processes_evaluate_what_one_evaluates(halves, tmp_path, protocol):
-    """The model that two processes saved answers; each of the 16 rows is there once, in the corpus's order."""
+    """The model saved by two processes answers each of the 16 rows once, in the order of the corpus."""
     arguments = ["eval.py", halves / "model", "--corpus", "generated", "--batch_size", 3]
     arguments += ["--robustness", protocol] if protocol else []
     start(*ON_TWO, *arguments, "--output", tmp_path / "two")
@@ -172,7 +172,7 @@ def test_two_processes_evaluate_what_one_evaluates(halves, tmp_path, protocol):
 
 @pytest.mark.slow
 def test_processes_share_an_order_and_not_their_random_numbers(tmp_path):
-    """Rows grouped by length: in each epoch each row comes on one of the processes, and dropout differs."""
+    """With rows grouped by length, each row occurs on one process per epoch, and dropout differs between processes."""
     found = worker("order", tmp_path)
     steps = len(found[0]["rows"]) // 2
     for epoch in range(2):
@@ -199,7 +199,7 @@ def test_processes_fill_a_cache_together(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_go_through_all_phases(tmp_path):
-    """Towers alone, the fusion, the LLM, on clips that are made on the spot; and again, from what is there."""
+    """Towers, fusion and LLM train on generated clips; a second run starts from the existing files."""
     options = {"language_model": "tiny-random", "corpus_dir": tmp_path / "clips", "num_frames": 4, "bf16": False}
     options |= {"corpus_options": '{"train": 24, "validation": 24, "test": 24}', "per_device_train_batch_size": 6}
     options |= {"tower_epochs": 1, "fusion_epochs": 1, "fusion_batch_size": 6, "num_train_epochs": 1}
@@ -226,7 +226,7 @@ def test_two_processes_go_through_all_phases(tmp_path):
 
 
 def start_fsdp(*fields) -> None:
-    """train.py in two processes that divide the model between them."""
+    """Run train.py in two processes that shard the model."""
     config = next(path for path in CONFIGS if path.stem == "fsdp2")
     arguments = launch_command_parser().parse_args(["--config_file", str(config), "train.py"])
     environment = prepare_multi_gpu_env(_validate_launch_command(arguments)[0])
@@ -238,7 +238,7 @@ def start_fsdp(*fields) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["ddp", "fsdp2"])
 def test_processes_whose_batches_lack_different_modalities_go_on(tmp_path, way):
-    """With one row a process, most steps have a modality in one process that the other lacks."""
+    """With one row per process, in most steps one process has a modality that the other lacks."""
     fields = ["--corpus_options", '{"size": 36}', "--eval_strategy", "no", "--load_best_model_at_end", "false"]
     fields += [
         "--modality_dropout",
@@ -260,7 +260,7 @@ def test_processes_whose_batches_lack_different_modalities_go_on(tmp_path, way):
 
 @pytest.mark.slow
 def test_fsdp_learns_what_one_process_learns(tmp_path):
-    """FSDP2 of a bfloat16 LLM beside a float32 fusion, which has to stay one, and of tied embeddings."""
+    """FSDP2 works with a bfloat16 LLM, a float32 fusion that must stay float32, and tied embeddings."""
     build_tiny_language_model(tmp_path / "llm")
     AutoModelForCausalLM.from_pretrained(tmp_path / "llm", dtype=torch.bfloat16).save_pretrained(tmp_path / "llm")
     own = ["--language_model", tmp_path / "llm", "--gradient_checkpointing", "true"]
@@ -291,7 +291,7 @@ def test_four_bits_need_bitsandbytes(tmp_path):
 
 @pytest.mark.skipif(not HAS_BITSANDBYTES, reason="bitsandbytes is not installed")
 def test_four_bits_learn_and_become_a_model_that_needs_no_bitsandbytes(whole, tmp_path):
-    """Gradients reach below every layer of 4 bits, and the saved model answers as the one that was trained."""
+    """Gradients pass through every 4-bit layer, and the saved model gives the answers of the trained one."""
     output = train(tmp_path, "--per_device_train_batch_size", 16, "--load_in_4bit", "true")
     norms = [row["grad_norm"] for run in (whole, output) for row in curve(run) if "grad_norm" in row]
     assert norms[1] == pytest.approx(norms[0], rel=0.5)

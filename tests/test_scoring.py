@@ -1,4 +1,4 @@
-"""Answering: `score_labels` against scoring every answer alone, and generation among the legal answers."""
+"""Answers: `score_labels` agrees with scoring each answer separately, and generation yields only valid answers."""
 
 import pytest
 import torch
@@ -15,9 +15,9 @@ TASKS = {"mosi": 2, "meld": 7, "mosei": 61, "calm": 3}
 
 @torch.no_grad()
 def score_alone(model, row: dict, candidates: list[list[int]]) -> torch.Tensor:
-    """(C,) log-probability of each candidate: the plain way, one teacher-forced forward per candidate.
+    """Log-probability of each candidate, (C,), with one teacher-forced forward pass per candidate.
 
-    At each of its tokens, a softmax over the tokens with which some candidate goes on from there.
+    At each token, the softmax is over the tokens with which any candidate continues from this prefix.
     """
     prompt = row["input_ids"].shape[1]
     scores = []
@@ -87,7 +87,7 @@ def test_scores_over_architectures(llm_folder, assemble, samples, make_batch, ro
 @pytest.mark.parametrize("padding_side", ["left", "right"])
 @pytest.mark.parametrize("name", OTHER_LLMS)
 def test_scores_of_other_language_models(assemble, processor, samples, make_batch, row_of, name, padding_side):
-    """Windows, ALiBi and state spaces take no tree mask: they read the trie's branches behind the prompt instead."""
+    """Models with windows, ALiBi or state spaces accept no tree mask; they read the trie's branches as a batch."""
     model = assemble(random_llm(name))
     batch = make_batch(samples[:2], task="meld", padding_side=padding_side)
     candidates = processor.candidates("meld")
@@ -100,7 +100,7 @@ def test_scores_of_other_language_models(assemble, processor, samples, make_batc
 
 
 def test_the_two_ways_agree(fresh_egmf, processor, samples, make_batch):
-    """Tree and batch of sequences, of the same model."""
+    """Scoring with a tree mask and with a batch of sequences agrees for the same model."""
     batch = make_batch(samples, task="mosei")
     candidates = processor.candidates("mosei")
     tree = fresh_egmf.score_labels(candidates, **batch).log_probs
@@ -128,7 +128,7 @@ def test_two_labels_that_differ_at_once_need_the_prompt_alone(egmf, samples, mak
 
 @pytest.mark.parametrize("task", ["meld", "mosei", "calm"])
 def test_head_is_evaluated_for_the_candidates_alone(llm_folder, assemble, processor, samples, make_batch, task):
-    """No other row of the head matters, and none is computed."""
+    """Other rows of the head have no effect and are not computed."""
     model = assemble(AutoModelForCausalLM.from_pretrained(llm_folder("llama", False)))
     batch = make_batch(samples, task=task)
     candidates = processor.candidates(task)
@@ -163,7 +163,7 @@ def test_candidates_that_cannot_be_told_apart(egmf, samples, make_batch, candida
 
 @pytest.mark.parametrize("task", ["meld", "mosei", "calm"])
 def test_1000_random_models_never_leave_the_legal_set(fresh_egmf, processor, samples, make_batch, task):
-    """25 sets of random weights, 40 hot samples each."""
+    """25 sets of random weights with 40 samples each at a high temperature."""
     batch = make_batch(samples, task=task)
     answers = set()
     for seed in range(25):
@@ -203,7 +203,7 @@ def test_greedy_and_beams_stay_legal_too(egmf, processor, samples, make_batch, t
 
 @pytest.mark.parametrize("task,draws", [("calm", 1500), ("mosei", 1500)])
 def test_samples_have_the_scored_distribution(fresh_egmf, processor, samples, make_batch, task, draws):
-    """`score_labels` says what constrained sampling does; a chi-square test over rare answers taken together."""
+    """Constrained sampling follows `score_labels`; in the chi-square test, rare answers are pooled."""
     egmf = fresh_egmf
     with torch.no_grad():  # less certain of its answers
         egmf.model.language_model.norm.weight.mul_(0.3)
@@ -237,7 +237,7 @@ def test_samples_have_the_scored_distribution(fresh_egmf, processor, samples, ma
 
 @pytest.mark.parametrize("name", ["calm", "mosei"])
 def test_generation_goes_on_from_the_scored_prompt(egmf, samples, make_batch, processor, name):
-    """The same answers as from the prompt, of which one token alone is read again."""
+    """Generation from the cache gives the same answers and reads only one token of the prompt again."""
     batch = make_batch(samples, name)
     options = {"max_new_tokens": 5, "do_sample": False}
     wanted = egmf.generate(**batch, **options)

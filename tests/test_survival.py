@@ -1,6 +1,6 @@
-"""Runs that are killed, stopped, out of disk or given bad numbers: what they say, what they leave, how they go on.
+"""Runs that are killed, stopped, out of disk or given invalid numbers: messages, remaining files and resuming.
 
-Every run is a process of its own, forked off one that has the libraries loaded, and is killed for real.
+Every run is a separate process, forked from a process with loaded libraries, and is really killed.
 """
 
 import functools
@@ -64,7 +64,7 @@ BESIDE_TIME = re.compile(r"runtime|per_second")
 
 
 class Run:
-    """The command that trains into a folder, as often as it is started."""
+    """A training command for one output folder, which can be started several times."""
 
     def __init__(self, folder: Path, arguments: list[str], hub: Path | None = None):
         self.folder, self.said = folder / "run", folder / "said.txt"
@@ -76,7 +76,7 @@ class Run:
         return start("train", *self.arguments, said=self.said, hub=self.hub, before=before)
 
     def __call__(self, before: Callable | None = None) -> tuple[int, str]:
-        """The exit status and all that was said."""
+        """Run the command; return the exit status and the output."""
         process = self.start(before)
         process.join(300)
         assert process.exitcode is not None, "the run hangs"
@@ -88,7 +88,7 @@ class Run:
         return said
 
     def entries(self) -> list[dict]:
-        """What the log says of steps, less what depends on the clock."""
+        """The entries of the log for steps, without values that depend on the time."""
         lines = [json.loads(line) for line in (self.folder / "log.jsonl").read_text().splitlines()]
         lines = [line for line in lines if "train_loss" not in line]
         return [{name: line[name] for name in line if not BESIDE_TIME.search(name)} for line in lines]
@@ -108,7 +108,7 @@ def assert_alike(run: Run, whole: Run) -> None:
 
 
 class At:
-    """Before the `count`-th call of a method in the run, does something to the run itself."""
+    """Calls `do` inside the run before the `count`-th call of a method."""
 
     def __init__(self, owner: type, name: str, count: int, do: Callable[[], None]):
         self.owner, self.name, self.count, self.do = owner, name, count, do
@@ -129,7 +129,7 @@ def kill() -> None:
 
 
 def terminate() -> None:
-    """As schedulers do: every process of the run gets it."""
+    """Send SIGTERM to every process of the run, as schedulers do."""
     os.killpg(0, signal.SIGTERM)
 
 
@@ -156,7 +156,7 @@ def half(whole, tmp_path) -> Run:
 
 @pytest.mark.slow
 def test_a_run_killed_at_any_moment_ends_like_one_that_was_not(whole, tmp_path):
-    """At random times, and while a checkpoint is written: each file of it is the last one once."""
+    """The run is killed at random times and while a checkpoint is written, after different files of it."""
     chance, run, partial = random.Random(0), Run(tmp_path, TINY), 0
     moments = [chance.uniform(0.3, 0.9) * whole.seconds for _ in range(3)]
     moments += ["adapter_config.json", "optimizer.pt", "trainer_state.json"]
@@ -183,7 +183,7 @@ def test_a_run_killed_at_any_moment_ends_like_one_that_was_not(whole, tmp_path):
     ("owner", "method", "count"), [(RunTrainer, "_save_rng_state", 3), (JsonLinesLog, "on_log", 3)], ids=str
 )
 def test_a_run_killed_at_a_bad_moment_ends_like_one_that_was_not(whole, tmp_path, owner, method, count):
-    """In the middle of a checkpoint; at the end of an epoch, before its validation is logged."""
+    """The run is killed in the middle of a checkpoint, and at the end of an epoch before validation is logged."""
     run = Run(tmp_path, TINY)
     assert run(At(owner, method, count, kill))[0] == -signal.SIGKILL
     unfinished = [name for name in run.checkpoints() if not (run.folder / name / MANIFEST).exists()]
@@ -194,7 +194,7 @@ def test_a_run_killed_at_a_bad_moment_ends_like_one_that_was_not(whole, tmp_path
 
 
 def test_a_run_that_groups_by_length_goes_on_as_one_that_was_not_killed(tmp_path):
-    """In the middle of its second epoch; the recipes group by length."""
+    """The run is killed in the middle of its second epoch; the recipes group rows by length."""
     arguments = [*TINY, "--train_sampling_strategy", "group_by_length", "--eval_strategy", "no"]
     one, other = Run(tmp_path / "one", arguments), Run(tmp_path / "other", arguments)
     one.finish()
@@ -204,7 +204,7 @@ def test_a_run_that_groups_by_length_goes_on_as_one_that_was_not_killed(tmp_path
 
 
 class RowRecorder(torch.nn.Module):
-    """Learns from the rows and from random numbers, and remembers the rows."""
+    """A model that learns from the rows and from random numbers, and records the rows."""
 
     accepts_loss_kwargs = False
 
@@ -241,7 +241,7 @@ def test_every_sampling_strategy_resumes_in_the_middle_of_an_epoch(tmp_path, str
 
 
 def sampled_run(folder: Path, strategy: str, mixture, data_seed: int | None = None, killed_at: int = 0) -> RowRecorder:
-    """Three epochs over 37 rows, or until a step at which the run is interrupted."""
+    """Train three epochs on 37 rows, or until the step at which the run is interrupted."""
     lengths = random.Random(0)
     rows = Dataset.from_list([{"id": str(row), "row": row, "length": lengths.randint(1, 9)} for row in range(37)])
     arguments = TrainingArguments(
@@ -289,7 +289,7 @@ class _KillAt(TrainerCallback):
     ["adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", MANIFEST],
 )
 def test_a_damaged_checkpoint_is_set_aside_and_said(whole, tmp_path, caplog, name):
-    """Cut off, and of the same length but changed in the middle; the one before it counts."""
+    """The checkpoint is truncated, or changed in the middle at the same length; the previous one is used."""
     assert whole.checkpoints() == ["checkpoint-10", "checkpoint-12"]
     for harm in ("cut", "changed"):
         folder = shutil.copytree(whole.folder, tmp_path / harm)
@@ -333,7 +333,7 @@ def limit_optimizer() -> None:
 
 @pytest.mark.parametrize("limit", [limit_weights, limit_optimizer])
 def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(half, whole, limit):
-    """No file may be larger than a limit that safetensors hits with the weights, or torch with the optimizer."""
+    """A limit on the file size makes safetensors fail on the weights, or torch on the optimizer."""
     status, said = half(limit)
     last = said.strip().splitlines()[-1]
     assert status == 1 and "Traceback" not in said
@@ -390,7 +390,7 @@ def test_sigterm_saves_and_ends_a_run_that_then_ends_as_if_nothing_was(whole, tm
 
 
 def test_processes_that_read_batches_let_the_step_be_finished(tmp_path):
-    """A scheduler signals every process of a job, those of the data loader too."""
+    """A scheduler signals every process of a job, including those of the data loader."""
     arguments = [*TINY, "--dataloader_num_workers", "1"]
     one, other = Run(tmp_path / "one", arguments), Run(tmp_path / "other", arguments)
     one.finish()
@@ -411,7 +411,7 @@ def test_the_command_ends_with_143(tmp_path):
 
 
 def test_a_loss_that_is_no_number_names_its_rows(tmp_path):
-    """Found at its own step; of an infinite gradient too."""
+    """The error occurs at the step itself, also for an infinite gradient."""
 
     class Square(torch.nn.Module):
         def __init__(self):
@@ -520,7 +520,7 @@ def test_every_phase_is_in_the_log_and_in_the_picture(phases, tmp_path):
 
 
 def test_a_file_that_is_gone_is_named_and_nothing_is_trained_on_without_it(phases, clips, tmp_path):
-    """What is kept of the clips goes in the middle of a run; before it goes on, a clip is damaged."""
+    """The cache of the clips disappears during the run; before the run is resumed, a clip is damaged."""
     own = shutil.copytree(clips, tmp_path / "avatars")
     run = Run(tmp_path, [*PHASES, "--corpus_dir", str(own)], hub=tmp_path / "hub")
     status, said = run(At(RunTrainer, "training_step", 3, _Gone(tmp_path / "hub")))
@@ -558,7 +558,7 @@ def losses(run: Run, phase: str | None = None) -> list[tuple[int, float]]:
 
 
 def test_tensorboard_has_each_step_of_a_killed_run_once(tmp_path):
-    """Step 5 is logged twice: a checkpoint is written at step 4, and the run is killed in step 6."""
+    """A checkpoint is written at step 4 and the run is killed in step 6, so step 5 is logged twice."""
     run = Run(tmp_path, [*TINY, "--report_to", "tensorboard", "--logging_steps", "1"])
     assert run(At(RunTrainer, "training_step", 6, kill))[0] == -signal.SIGKILL
     run.finish()
@@ -572,7 +572,7 @@ def test_tensorboard_has_each_step_of_a_killed_run_once(tmp_path):
 
 
 class Environment:
-    """Sets a variable of the run's environment."""
+    """Sets an environment variable in the run."""
 
     def __init__(self, name: str, value: str):
         self.name, self.value = name, value

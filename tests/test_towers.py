@@ -1,4 +1,4 @@
-"""Towers: audio and image encoders inside the model, frozen, whose layers are mixed."""
+"""Towers: frozen audio and image encoders inside the model, whose layers are mixed."""
 
 import os
 from pathlib import Path
@@ -82,7 +82,7 @@ TOWERS = {
 
 @pytest.fixture(scope="module", params=TOWERS)
 def towered(request, assemble, processor):
-    """A model with a tower, the name of the tower's modality and input, and a batch: long, short and absent."""
+    """A model with a tower, the names of its modality and input, and a batch: a long, a short and an absent clip."""
     build, field = TOWERS[request.param]
     torch.manual_seed(1)
     tower = build()
@@ -146,7 +146,7 @@ def test_tower_reaches_the_answer(towered):
 
 
 def test_clip_alone_is_as_in_the_batch(towered):
-    """Without the batch's padding, text and media; a Whisper window is of one length by nature."""
+    """A clip gives the same result without the batch's padding; a Whisper window always has a fixed length."""
     model, modality, field, batch = towered
     gates = outputs_of(model, batch)[1]
     with torch.no_grad():
@@ -246,7 +246,7 @@ def test_layers_computed_beforehand_give_the_same(towered):
 
 
 def test_a_tower_without_its_weights_is_refused(tmp_path, assemble):
-    """transformers would make up what a checkpoint lacks."""
+    """transformers would initialise missing weights randomly."""
     tower = TOWERS["hubert"][0]()
     tower.save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
@@ -257,7 +257,7 @@ def test_a_tower_without_its_weights_is_refused(tmp_path, assemble):
 
 
 def test_times_of_a_towers_frames(assemble):
-    """Frames of a wave are placed in seconds, whatever the clip is padded to."""
+    """The times of waveform frames are in seconds and do not depend on the padding."""
     model = assemble(audio_tower=TOWERS["hubert"][0](), audio_input_rate=16000)
     mask = torch.zeros(2, 3200, dtype=torch.long)
     mask[0, :1600], mask[1, :] = 1, 1
@@ -317,7 +317,7 @@ def test_a_shorter_window_hears_the_same_beginning():
 
 
 def spectrogram(flutter: float, seed: int) -> TowerInput:
-    """8 bands of 10 ms in a window of 100 positions, 80 in use; loudness changes from one to the next by `flutter`."""
+    """8 bands in a window of 100 positions of 10 ms, 80 of them used; loudness alternates by `flutter`."""
     noise = np.random.default_rng(seed)
     loudness = noise.uniform(0.3, 0.4, (1, 100)) + flutter * (np.arange(100) % 2 - 0.5)
     values = loudness + np.linspace(0.5, -0.2, 8)[:, None] + noise.normal(0, 0.05, (8, 100))
@@ -325,14 +325,14 @@ def spectrogram(flutter: float, seed: int) -> TowerInput:
 
 
 def mean_response(tower: WhisperEncoder, clip: TowerInput) -> torch.Tensor:
-    """The mean over a clip of what the convolutions give, (size,)."""
+    """The mean output of the convolutions over a clip, (size,)."""
     with torch.no_grad():
         states = torch.nn.functional.gelu(tower.conv1(torch.from_numpy(clip.values)))
         return torch.nn.functional.gelu(tower.conv2(states[None])[0])[:, 2:38].mean(1)
 
 
 def test_a_new_speech_tower_tells_a_rough_voice_from_a_smooth_one():
-    """Both are as loud, band by band: only what is not linear can tell them apart."""
+    """Both voices have the same loudness in each band, so only a nonlinear function can distinguish them."""
     smooth, rough = ([spectrogram(flutter, seed) for seed in range(40)] for flutter in (0.0, 0.6))
     seen = {}
     for started in (False, True):

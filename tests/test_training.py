@@ -1,4 +1,4 @@
-"""Recipes, train.py and eval.py on the tiny recipe: what they write, that a killed run goes on as if nothing was."""
+"""Recipes, train.py and eval.py with the tiny recipe: the files they write, and resuming a killed run."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""A checkpoint travels: it loads in a fresh process, from anywhere, by `AutoModel` and `AutoProcessor` alone."""
+"""A checkpoint is self-contained: `AutoModel` and `AutoProcessor` load it in a new process in any folder."""
 
 import logging
 import os
@@ -65,7 +65,7 @@ def egmf_processor(folder: str) -> EGMFProcessor:
 
 @pytest.fixture(scope="module")
 def travelled(tmp_path_factory, llm_folder, assemble, samples):
-    """`{name: (what the checkpoint gave here, what it gave in a fresh process)}`."""
+    """`{name: (result in this process, result in a new process)}` for each checkpoint."""
     root = tmp_path_factory.mktemp("elsewhere")
     torch.manual_seed(0)
     here = {}
@@ -157,7 +157,7 @@ def test_fresh_process_gives_the_same(travelled, name):
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "lora", "tower"])
 def test_buffers_that_are_not_saved_are_right(travelled, name):
-    """The clock's frequencies and the LLM's rotary ones are rebuilt, not loaded."""
+    """The frequencies of the time encoding and of the LLM's rotary embeddings are recomputed, not loaded."""
     _, here, there = travelled
     assert any(key.endswith("clock.frequencies") for key in there[name]["buffers"])
     assert here[name]["buffers"].keys() == there[name]["buffers"].keys()
@@ -195,7 +195,7 @@ def test_bf16_checkpoint_keeps_its_fusion_in_float32(tmp_path, llm_folder, assem
 
 
 def test_a_clone_loads_a_checkpoint_without_asking_to_run_code(travelled, monkeypatch, caplog):
-    """Its own classes are called, so that no code of the checkpoint runs; and none is loaded."""
+    """The clone's classes are used, so no code of the checkpoint is loaded or run."""
     root, _, there = travelled
     monkeypatch.setattr("builtins.input", lambda prompt: pytest.fail(prompt))
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
@@ -211,14 +211,14 @@ def test_a_clone_loads_a_checkpoint_without_asking_to_run_code(travelled, monkey
 
 
 def test_a_checkpoint_demands_no_decoder(travelled):
-    """transformers refuses to load code whose imports are not installed, unless they stand in a `try`."""
+    """transformers refuses to load code whose imports are not installed, unless they are inside a `try`."""
     root, _, _ = travelled
     wanted = {name for path in (root / "checkpoints" / "llama").glob("*.py") for name in get_imports(path)}
     assert wanted <= {"huggingface_hub", "numpy", "torch", "transformers"} | set(sys.stdlib_module_names)
 
 
 def test_a_broken_checkpoint_says_what_is_broken_beside_a_clone(travelled, tmp_path):
-    """A file of the clone, which is on the path, does not stand in for the checkpoint's."""
+    """A file of the clone on the import path does not replace the checkpoint's file."""
     root, _, _ = travelled
     folder = shutil.copytree(root / "checkpoints" / "llama", tmp_path / "broken")
     towers = folder / "towers_egmf.py"

@@ -1,6 +1,6 @@
-"""The reader of pickles: what NumPy and Python write comes back as it was, and nothing else comes back, runs or grows.
+"""The pickle reader: it restores what NumPy and Python write, rejects anything else, runs no code and limits memory.
 
-Whether a hostile pickle ran anything is seen by Python's audit events: of imports, of opened files, of code.
+Python's audit events (imports, opened files, code) show whether a hostile pickle ran anything.
 """
 
 import json
@@ -48,7 +48,7 @@ for line in sys.stdin:
 
 
 class HostileReader:
-    """Reads pickles in a process that notes what Python audits: imports, opened files, code, other processes."""
+    """Reads pickles in a process that records Python's audit events: imports, opened files, code, other processes."""
 
     def __init__(self):
         command = [sys.executable, "-c", HOSTILE_READER]
@@ -56,7 +56,7 @@ class HostileReader:
         self.memory = 0
 
     def read(self, file: Path, content: bytes) -> dict:
-        """What came of it; nothing ran, and if it was refused, the message names the file."""
+        """Read a pickle and return the outcome; assert that nothing ran and that an error message names the file."""
         write(file, content)
         self.process.stdin.write(json.dumps(str(file)) + "\n")
         self.process.stdin.flush()
@@ -82,7 +82,7 @@ def reader(tmp_path_factory):
 
 @pytest.fixture
 def refused(reader, tmp_path):
-    """`refused(content)`: the message with which it is; memory does not grow."""
+    """`refused(content)`: assert that a pickle is rejected and memory does not grow; return the message."""
 
     def read(content: bytes, limit: int = 48 << 20) -> str:
         answer = reader.read(tmp_path / "hostile.pkl", content)
@@ -123,7 +123,7 @@ def same(read, wanted) -> None:
 
 
 def everything() -> dict:
-    """One of everything that is read."""
+    """One example of every supported type."""
     rng = np.random.default_rng(3)
     ragged = np.empty(2, object)
     ragged[:] = [rng.normal(size=(2, 3)), rng.normal(size=(4, 3))]
@@ -161,7 +161,7 @@ def test_round_trip(tmp_path, protocol):
 
 
 def test_names_of_numpy_1(tmp_path):
-    """NumPy renamed its modules: pickles of both sides of the change are read."""
+    """NumPy 2 renamed its modules; pickles with the old and the new names are read."""
     data = {"a": np.arange(3.0), "b": np.float32(2), "c": np.array(["x", None], dtype=object)}
     new = pickle.dumps(data, protocol=2)
     old = new.replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
@@ -170,7 +170,7 @@ def test_names_of_numpy_1(tmp_path):
 
 
 def test_python_2(tmp_path):
-    """Its strings are bytes: the content of arrays stays bytes, names become text, UTF-8 or else Latin-1."""
+    """Strings of Python 2 are bytes: array content stays bytes, names are decoded as UTF-8 or else Latin-1."""
     array = np.array([[1.5, -2.5], [3.5, 0.0]], ">f8")
     content = b"U" + bytes([array.nbytes]) + array.tobytes()
     built = (
@@ -221,7 +221,7 @@ def text(value: str) -> bytes:
 
 
 def calls(name: str) -> dict[str, bytes]:
-    """The ways in which a pickle can make an object of a name."""
+    """All ways in which a pickle can create an object from a name."""
     module, _, own = name.rpartition(".")
     line, stack = f"c{module}\n{own}\n".encode(), text(module) + text(own) + b"\x93"
     argument = b"X" + struct.pack("<I", len(PATH)) + PATH.encode()
@@ -247,7 +247,7 @@ def test_nothing_runs(refused, name):
 
 
 def array(shape=b"K\x02\x85", code=b"f8", order=b"<", content=b"C\x10" + b"\0" * 16, parts=b"NNN", kind=b"ndarray"):
-    """A pickled array of two numbers, whose parts can be replaced."""
+    """A pickled array of two numbers with replaceable parts."""
     made = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\n" + kind + b"\nK\x00\x85C\x01b\x87R"
     dtype = b"cnumpy\ndtype\nX" + struct.pack("<I", len(code)) + code + b"\x89\x88\x87R"
     dtype += b"(K\x03X" + struct.pack("<I", len(order)) + order + parts + b"J\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
@@ -358,13 +358,13 @@ def test_damaged(refused, fault):
 
 
 def laughs(kind: bytes, levels: int = 60) -> bytes:
-    """Containers, each of ten times the one before."""
+    """Nested containers, each with ten references to the previous one."""
     ten = [b"(" + (b"h" + bytes([level])) * 10 + kind + b"q" + bytes([level + 1]) for level in range(levels)]
     return b"]q\x00" + b"".join(ten) + b"."
 
 
 def again(content: bytes, use: bytes, times: int = 1000) -> bytes:
-    """What is written once and used often: `use` follows each time, where `h\0` is the content."""
+    """Content that is written once and used many times: `use` is repeated, and `h\0` in it refers to the content."""
     return b"\x80\x03" + content + b"q\x000(" + use * times + b"l."
 
 
@@ -391,7 +391,7 @@ BOMBS = {
 
 @pytest.mark.parametrize("bomb", BOMBS)
 def test_bombs(refused, bomb):
-    """Pickles of at most 2 MB that would become gigabytes."""
+    """Pickles of at most 2 MB that would expand to gigabytes."""
     assert len(BOMBS[bomb]) < 3 << 20
     refused(BOMBS[bomb])
 
@@ -413,7 +413,7 @@ def test_too_many_containers(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("protocol", range(6))
 def test_truncated(refused, protocol):
-    """Wherever a file ends too early."""
+    """Files that are truncated at any position."""
     whole = pickle.dumps(everything(), protocol=protocol)
     for size in sorted(random.Random(protocol).sample(range(len(whole)), 20)):
         refused(whole[:size])
@@ -421,7 +421,7 @@ def test_truncated(refused, protocol):
 
 @pytest.mark.parametrize("protocol", range(6))
 def test_changed_bytes(reader, tmp_path, protocol):
-    """Pickles with some bytes changed are read, as other data, or refused."""
+    """Pickles with changed bytes are read as other data or rejected."""
     numbers = np.arange(6.0).reshape(2, 3)
     small = {"ids": ["a", "b"], "array": numbers, "scalar": np.float32(1), "set": {1}, "n": (1, None)}
     whole = pickle.dumps(small, protocol=protocol)
@@ -435,7 +435,7 @@ def test_changed_bytes(reader, tmp_path, protocol):
 
 
 def test_python_would_have_run_them(refused, tmp_path):
-    """That the pickles above are real ones: Python's own reader runs one, in a process of its own."""
+    """The pickles above are real: Python's `pickle` runs one of them in a separate process."""
     content = calls("os.mkdir")["reduce"]
     file = write(tmp_path / "own.pkl", content)
     code = f"import pickle; pickle.load(open({str(file)!r}, 'rb'))"
@@ -445,7 +445,7 @@ def test_python_would_have_run_them(refused, tmp_path):
 
 
 def test_nothing_else_reads_pickles():
-    """No file of the project calls what would run a pickle."""
+    """No file of the project calls a function that would execute a pickle."""
     runs = ("pickle.load", "Unpickler(", "read_pickle(", "allow_pickle=True", "joblib.load")
     for file in ROOT.rglob("*.py"):
         if ".venv" not in file.parts and "tests" not in file.relative_to(ROOT).parts:

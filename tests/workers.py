@@ -1,6 +1,6 @@
-"""What `test_scaling.py` starts in two processes: `torchrun --nproc_per_node 2 tests/workers.py NAME FOLDER ...`.
+"""Functions run by `test_scaling.py` in two processes: `torchrun --nproc_per_node 2 tests/workers.py NAME FOLDER ...`.
 
-Each process writes what it has found out to FOLDER/RANK.json.
+Each process writes its results to FOLDER/RANK.json.
 """
 
 import json
@@ -30,7 +30,7 @@ def write(folder: str, found) -> None:
 
 
 class Recorder(torch.nn.Module):
-    """Learns nothing; remembers rows, and uses up random numbers as dropout does: more of them on longer batches."""
+    """A model that learns nothing. It records rows and draws random numbers like dropout: more for longer batches."""
 
     accepts_loss_kwargs = False
 
@@ -70,7 +70,7 @@ def order(folder: str) -> None:
 
 
 def cache(folder: str, *paths: str) -> None:
-    """Which of the files' entries this process made, and which errors it knows."""
+    """The cache entries that this process made, and the errors that it knows."""
     PartialState(cpu=True)
     processor = EGMFProcessor(byte_tokenizer(), feature_extractor=WhisperFeatureExtractor(feature_size=8))
     made = []
@@ -83,7 +83,7 @@ def cache(folder: str, *paths: str) -> None:
 
 
 def fsdp(*arguments: str) -> None:
-    """train.py under FSDP2. Accelerate divides models among GPUs only: it is told that these processes have some."""
+    """Run train.py under FSDP2. Accelerate shards models only on GPUs, so GPUs are simulated for these processes."""
     begin = state.AcceleratorState.__init__
 
     def on_gpus(self, *args, **kwargs):
