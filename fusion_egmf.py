@@ -1,10 +1,10 @@
 """The fusion of EGMF: modality sequences, the three experts, the hierarchical gate and the pseudo-token projector.
 
-Expert-Guided Multimodal Fusion with large language models (arXiv 2601.07565) names these parts and how they are
-chained; it gives no layer-level detail. Layer choices below are this implementation's own.
+Expert-Guided Multimodal Fusion with large language models (arXiv 2601.07565) names these parts and their order but
+gives no layer-level detail. This implementation chooses the layers.
 
 Shape letters: B samples, T frames of a modality, M modalities, E experts, K pseudo tokens, d the fusion's hidden size,
-H the LLM's.
+H the LLM's hidden size.
 """
 
 import math
@@ -22,14 +22,14 @@ from .towers_egmf import tower_num_states, tower_size
 
 @dataclass
 class ModalitySequence:
-    """One modality on the common clock: a state token (present or absent), then its frames.
+    """One modality as a sequence: a state token (present or absent), followed by the frames.
 
     Args:
-        content: (B, 1 + T, d), what is there.
-        clock: (B, 1 + T, d), when it is; zero for the state token.
-        fractions: (B, T), where on the clip the frames are, from 0 to 1.
-        mask: (B, 1 + T) bool, True where a position holds something; the state token always does.
-        present: (B,) bool.
+        content: (B, 1 + T, d) content embeddings.
+        clock: (B, 1 + T, d) time embeddings; zero for the state token.
+        fractions: (B, T) times of the frames as fractions of the clip, from 0 to 1.
+        mask: (B, 1 + T) bool, True at valid positions. The state token is always valid.
+        present: (B,) bool, True if the sample has this modality.
     """
 
     content: torch.Tensor
@@ -40,17 +40,19 @@ class ModalitySequence:
 
     @property
     def states(self) -> torch.Tensor:
-        """(B, 1 + T, d), what and when."""
+        """(B, 1 + T, d), the sum of content and time embeddings."""
         return self.content + self.clock
 
 
 def clip_fractions(mask: torch.Tensor, times: torch.Tensor | None, span: torch.Tensor) -> torch.Tensor:
-    """Where frames are on the clip, (B, T) from 0 to 1: by their seconds where these are known, otherwise by order.
+    """Computes the times of the frames as fractions of the clip, (B, T) from 0 to 1.
+
+    A frame with a known time is placed by its seconds, every other frame by its order.
 
     Args:
         mask: (B, T) bool.
-        times: (B, T) seconds, NaN where not known, or None.
-        span: (B, 2) first and last known second of all modalities, NaN where there is none.
+        times: (B, T) seconds, NaN if unknown, or None.
+        span: (B, 2) first and last known second over all modalities, NaN if unknown.
     """
     fractions = (mask.cumsum(1) - 0.5) / mask.sum(1, keepdim=True).clamp(min=1)
     if times is not None:
@@ -61,7 +63,15 @@ def clip_fractions(mask: torch.Tensor, times: torch.Tensor | None, span: torch.T
 
 
 def clip_span(inputs: Iterable[tuple[torch.Tensor | None, torch.Tensor | None]], like: torch.Tensor) -> torch.Tensor:
-    """First and last known second over all modalities' (mask, times), each (B, T): (B, 2), NaN where none is known."""
+    """Computes the first and the last known second of each sample over all modalities.
+
+    Args:
+        inputs: (mask, times) of each modality, (B, T) each or None.
+        like: Any tensor with B rows on the device of the result.
+
+    Returns:
+        (B, 2) seconds, NaN for a sample with fewer than two distinct known times.
+    """
     first = torch.full((len(like),), torch.inf, device=like.device)
     last = -first
     for mask, times in inputs:
@@ -73,13 +83,16 @@ def clip_span(inputs: Iterable[tuple[torch.Tensor | None, torch.Tensor | None]],
 
 
 def masked_mean(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean over dimension 1 of (B, T, d) where (B, T) `mask` is True; zero where nothing is."""
+    """Mean of (B, T, d) over the positions where `mask` (B, T) is True; zero if there are none."""
     weights = mask.unsqueeze(-1).to(states.dtype)
     return (states * weights).sum(1) / weights.sum(1).clamp(min=1)
 
 
 def masked_softmax(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Softmax over the last dimension in float32, exactly 0 where `mask` is False, all 0 where nothing is True."""
+    """Softmax over the last dimension in float32.
+
+    A weight is exactly 0 where `mask` is False; a row without any True is all 0.
+    """
     weights = scores.float().masked_fill(~mask, torch.finfo(torch.float32).min).softmax(-1)
     return weights.masked_fill(~mask, 0.0)
 
@@ -87,7 +100,10 @@ def masked_softmax(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 def average_frames(
     features: torch.Tensor, mask: torch.Tensor, times: torch.Tensor | None, size: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Every `size` consecutive frames as one, the mean of those in use: (B, T, width), (B, T), (B, T) -> T / size."""
+    """Averages every `size` consecutive frames into one, ignoring masked frames.
+
+    (B, T, width), (B, T) and (B, T) become the same with T / size frames, rounded up.
+    """
     missing = -mask.shape[1] % size
     split = (mask.shape[1] + missing) // size, size
     mask = F.pad(mask, (0, missing)).unflatten(1, split)
@@ -101,7 +117,7 @@ def average_frames(
 
 
 class ClockEmbedding(nn.Module):
-    """Position on the clip's clock -> d: sinusoids of the fraction of the clip and, where known, of the seconds."""
+    """Embeds times into d dimensions with sinusoids of the fraction of the clip and, if known, of the seconds."""
 
     FRACTION_OCTAVES = 6
     SECOND_OCTAVES = 9  # periods of 0.25 s to 64 s
@@ -112,13 +128,13 @@ class ClockEmbedding(nn.Module):
         self.proj = nn.Linear(2 * (self.FRACTION_OCTAVES + self.SECOND_OCTAVES), hidden_size)
 
     def compute_frequencies(self) -> torch.Tensor:
-        """Angular frequencies, of the fraction (half a turn per clip and its octaves), then of seconds."""
+        """Angular frequencies: those of the fraction (half a turn per clip and its octaves), then those of seconds."""
         fraction = math.pi * 2.0 ** torch.arange(self.FRACTION_OCTAVES, dtype=torch.float32)
         seconds = 2 * math.pi / (0.25 * 2.0 ** torch.arange(self.SECOND_OCTAVES, dtype=torch.float32))
         return torch.cat([fraction, seconds])
 
     def forward(self, fractions: torch.Tensor, times: torch.Tensor | None) -> torch.Tensor:
-        """(B, T) fractions of the clip and (B, T) seconds (NaN where not known) -> (B, T, d)."""
+        """(B, T) fractions of the clip and (B, T) seconds (NaN if unknown) -> (B, T, d)."""
         seconds = torch.full_like(fractions, torch.nan) if times is None else times.to(fractions.dtype)
         known = torch.isfinite(seconds)
         clock = torch.cat(
@@ -129,15 +145,15 @@ class ClockEmbedding(nn.Module):
             dim=-1,
         )
         angles = clock * self.frequencies
-        # Unknown seconds give no sinusoid at all: a cosine of 0 would read as "second zero".
-        audible = torch.ones_like(angles)
-        audible[..., self.FRACTION_OCTAVES :] = known.unsqueeze(-1).to(angles.dtype)
-        waves = torch.cat([angles.sin() * audible, angles.cos() * audible], dim=-1)
+        # Unknown seconds become zeros: their cosine would otherwise encode second zero.
+        wave_mask = torch.ones_like(angles)
+        wave_mask[..., self.FRACTION_OCTAVES :] = known.unsqueeze(-1).to(angles.dtype)
+        waves = torch.cat([angles.sin() * wave_mask, angles.cos() * wave_mask], dim=-1)
         return self.proj(waves.to(self.proj.weight.dtype))
 
 
 class Attention(nn.Module):
-    """Multi-head attention of queries (B, Q, d) over keys (B, S, d) where (B, S) `mask` is True."""
+    """Multi-head attention of queries (B, Q, d) over the keys (B, S, d) where `mask` (B, S) is True."""
 
     def __init__(self, config: EGMFConfig):
         super().__init__()
@@ -167,7 +183,7 @@ class FeedForward(nn.Sequential):
 
 
 class LatentPooling(nn.Module):
-    """K learned queries read a sequence: (B, S, d) and its mask -> K distinct latents (B, K, d)."""
+    """Pools a sequence with K learned queries: (B, S, d) and its mask -> K distinct latents (B, K, d)."""
 
     def __init__(self, config: EGMFConfig):
         super().__init__()
@@ -183,12 +199,13 @@ class LatentPooling(nn.Module):
 
 
 class LocalExpert(nn.Module):
-    """Fine-grained local expert: what happens briefly, inside each modality.
+    """Fine-grained local expert: models brief events inside each modality.
 
-    Per modality, depth-wise convolutions at several widths look at short stretches of the frames beside their
-    deviation from the clip's mean, so that what is unlike the rest of the clip stands out. Besides every (scale,
-    frame) the latents read one peak per scale, the maximum over time channel by channel: a brief event reaches them
-    however long the clip is. It is not told when on the clip a frame is: what happens matters here, wherever it does.
+    Each frame is combined with its deviation from the clip's mean, so that unusual moments stand out. Depth-wise
+    convolutions with several kernel widths (scales) then process short stretches of frames. The latents attend to
+    every frame at every scale and to one peak per scale, the maximum of each channel over time. The peak keeps a brief
+    event visible in a clip of any length. This expert receives no time embeddings: an event has the same effect
+    wherever it occurs in the clip.
     """
 
     def __init__(self, config: EGMFConfig):
@@ -229,12 +246,12 @@ class LocalExpert(nn.Module):
 
 
 class SemanticExpert(nn.Module):
-    """Semantic correlation expert: how the modalities relate to each other.
+    """Semantic correlation expert: models how the modalities relate to each other.
 
-    Each modality is first summed up in K latents, the words from every token, voice and face from stretches of the
-    clip in no order: what they say as a whole, not in a moment nor in the course of time. A latent is then described
-    by itself, by what the other modalities say about it, by their product (agreement) and by their absolute difference
-    (disagreement).
+    Each modality is first summarised in K latents. Text is pooled over all tokens; audio and vision are averaged over
+    stretches of the clip and pooled without order, so that neither a single moment nor the course of time dominates.
+    Each latent is then compared with the result of its cross-attention to the other modalities. The comparison sees
+    both vectors, their product (agreement) and their absolute difference (disagreement).
     """
 
     def __init__(self, config: EGMFConfig):
@@ -243,21 +260,21 @@ class SemanticExpert(nn.Module):
         self.num_stretches = config.semantic_num_stretches
         self.pooling = LatentPooling(config)
         self.norm = nn.LayerNorm(size)
-        self.nothing = nn.Parameter(torch.empty(size))  # what a modality hears when no other is present
+        self.nothing = nn.Parameter(torch.empty(size))  # the only key when no other modality is present
         self.cross_attention = Attention(config)
         self.own = nn.Linear(size, size)
         self.others = nn.Linear(size, size)
         self.relation = FeedForward(config, in_size=4 * size)
 
     def summarize(self, name: str, sequence: ModalitySequence) -> torch.Tensor:
-        """-> (B, K, d)."""
-        # Words mean what they mean in their order; voice and face as a whole are the same played backwards.
+        """Summarises one modality in K latents: (B, K, d)."""
+        # Word order carries meaning. Audio and vision give the same summary when played backwards.
         states, mask = sequence.states if name == "text" else sequence.content, sequence.mask
         if name != "text" and states.shape[1] > 1:
             stretch = (sequence.fractions * self.num_stretches).long().clamp(max=self.num_stretches - 1)
             inside = F.one_hot(stretch, self.num_stretches).bool() & mask[:, 1:, None]  # (B, T, stretches)
             share = inside / inside.sum(1, keepdim=True).clamp(min=1)
-            # Padding may hold anything, NaN too.
+            # Padding may contain any value, including NaN.
             frames = states[:, 1:].masked_fill(~mask[:, 1:, None], 0.0)
             means = torch.einsum("bts,btd->bsd", share.to(frames), frames)
             states, mask = torch.cat([states[:, :1], means], 1), torch.cat([mask[:, :1], inside.any(1)], 1)
@@ -265,16 +282,16 @@ class SemanticExpert(nn.Module):
 
     def forward(self, sequences: dict[str, ModalitySequence]) -> torch.Tensor:
         """-> (B, M, K, d)."""
-        sums = {name: self.summarize(name, sequence) for name, sequence in sequences.items()}
+        summaries = {name: self.summarize(name, sequence) for name, sequence in sequences.items()}
         latents = []
-        for name, latent in sums.items():
-            heard = [self.nothing.expand(len(latent), 1, -1)]
-            heard_mask = [sequences[name].mask[:, :1]]
+        for name, latent in summaries.items():
+            keys = [self.nothing.expand(len(latent), 1, -1)]
+            key_mask = [sequences[name].mask[:, :1]]
             for other, sequence in sequences.items():
                 if other != name:
-                    heard.append(sums[other])
-                    heard_mask.append(sequence.present[:, None].expand(-1, latent.shape[1]))
-            attended = self.cross_attention(latent, torch.cat(heard, 1), torch.cat(heard_mask, 1))
+                    keys.append(summaries[other])
+                    key_mask.append(sequence.present[:, None].expand(-1, latent.shape[1]))
+            attended = self.cross_attention(latent, torch.cat(keys, 1), torch.cat(key_mask, 1))
             own, others = self.own(latent), self.others(attended)
             relation = self.relation(torch.cat([own, others, own * others, (own - others).abs()], dim=-1))
             latents.append(latent + relation)
@@ -297,11 +314,11 @@ class GlobalLayer(nn.Module):
 
 
 class GlobalExpert(nn.Module):
-    """Global context expert: how the whole clip runs, in all modalities at once.
+    """Global context expert: models how the whole clip develops, over all modalities jointly.
 
-    Of each modality it reads the lowest cosine components over the clip (those of a discrete cosine transform: its
-    mean, its rise or fall, and so on), so that a slow change is one token however noisy the frames are and a brief
-    event hardly shows. A transformer relates the components of all modalities.
+    For each modality it computes the lowest components of a discrete cosine transform over the clip (the mean, the
+    rise or fall, and so on). One token thus represents a slow change even if the frames are noisy, and a brief event
+    has little effect. A transformer relates the components of all modalities.
     """
 
     def __init__(self, config: EGMFConfig):
@@ -313,18 +330,18 @@ class GlobalExpert(nn.Module):
         self.pooling = LatentPooling(config)
 
     def components(self, name: str, sequence: ModalitySequence) -> tuple[torch.Tensor, torch.Tensor]:
-        """State token and components with their mask: (B, 1 + C, d), (B, 1 + C)."""
+        """The state token and the C cosine components, (B, 1 + C, d), with their mask (B, 1 + C)."""
         mask = sequence.mask[:, 1:, None]
         orders = torch.arange(len(self.component_embedding), device=mask.device)
-        # The 2 / T of the transform, 1 / T of the mean.
+        # The transform scales its components by 2 / T, and the mean (order 0) by 1 / T.
         weights = torch.where(orders > 0, 2.0, 1.0) / mask.sum(1, keepdim=True).clamp(min=1)
         waves = (math.pi * sequence.fractions.unsqueeze(-1) * orders).cos() * weights * mask  # (B, T, C)
         frames = sequence.content[:, 1:].masked_fill(~mask, 0.0)
         components = torch.einsum("btc,btd->bcd", waves.to(frames), frames)
         components = self.proj[name](components) + self.component_embedding
         states = torch.cat([sequence.content[:, :1], components], 1)
-        there = sequence.present[:, None].expand(-1, len(orders))
-        return states, torch.cat([sequence.mask[:, :1], there], 1)
+        component_mask = sequence.present[:, None].expand(-1, len(orders))
+        return states, torch.cat([sequence.mask[:, :1], component_mask], 1)
 
     def forward(self, sequences: dict[str, ModalitySequence]) -> torch.Tensor:
         """-> (B, M, K, d)."""
@@ -341,10 +358,11 @@ EXPERT_CLASSES = {"local": LocalExpert, "semantic": SemanticExpert, "global": Gl
 
 
 class HierarchicalGate(nn.Module):
-    """Mixes the experts' latents (B, E, M, K, d) into K tokens (B, K, d), given the context and the prompt.
+    """Mixes the experts' latents (B, E, M, K, d) into K tokens (B, K, d), conditioned on the context and the prompt.
 
-    Level 1 weighs the modalities inside an expert (one weight per expert and modality), level 2 the experts (one
-    weight per pseudo token and expert). Both see the fused context, the mean of all latents, and the prompt.
+    Level 1 weights the modalities inside each expert (one weight per expert and modality). Level 2 weights the experts
+    (one weight per pseudo token and expert). The condition of both levels is the fused context, which is the mean of
+    all latents, and the prompt.
     """
 
     def __init__(self, config: EGMFConfig):
@@ -354,7 +372,7 @@ class HierarchicalGate(nn.Module):
         self.context = nn.Linear(size, size)
         self.prompt = nn.Linear(config.text_embedding_size, size)
         self.norm = nn.LayerNorm(size)
-        # One scorer per level; a flat gate has one level. A softmax knows no bias.
+        # One scorer per level; a flat gate has one level. A bias would cancel out in the softmax.
         self.modality_score = nn.Linear(size, 1, bias=False) if config.gating == "hierarchical" else None
         self.expert_score = nn.Linear(size, 1, bias=False) if config.gating != "mean" else None
         self.expert_embedding = nn.Parameter(torch.empty(len(config.experts), size))
@@ -367,49 +385,55 @@ class HierarchicalGate(nn.Module):
     def forward(
         self, latents: torch.Tensor, present: torch.Tensor, prompt: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        """`latents` (B, E, M, K, d), `present` (B, M) bool, `prompt` (B, H).
+        """Mixes the latents over modalities and experts.
 
-        Returns the mix (B, K, d), each expert by itself (B, E, K, d), of which that is the mix, and the weights by
-        level.
+        Args:
+            latents: (B, E, M, K, d).
+            present: (B, M) bool.
+            prompt: (B, H).
+
+        Returns:
+            The mix of all experts (B, K, d), the output of each single expert (B, E, K, d), and the weights
+            `modality` (B, E, M) and `expert` (B, K, E).
         """
         num_experts, num_tokens = latents.shape[1], latents.shape[3]
         available = present[:, None, :].expand(-1, num_experts, -1)  # (B, E, M)
         if self.gating == "mean":
             modality = masked_softmax(torch.zeros_like(available, dtype=torch.float32), available)
-            alone = torch.einsum("bem,bemkd->bekd", modality.to(latents), latents)
+            by_expert = torch.einsum("bem,bemkd->bekd", modality.to(latents), latents)
             expert = latents.new_full((len(latents), num_tokens, num_experts), 1 / num_experts).float()
         else:
             condition = self.context(latents.mean((1, 2, 3))) + self.prompt(prompt)  # (B, d)
             names = self.expert_embedding[:, None, :] + self.modality_embedding[None, :, :]  # (E, M, d)
             mix = self.mix_flat if self.gating == "flat" else self.mix_by_level
-            alone, modality, expert = mix(latents, available, condition, names)
-        mixed = torch.einsum("bke,bekd->bkd", expert.to(alone), alone)
-        return mixed, alone, {"modality": modality, "expert": expert}
+            by_expert, modality, expert = mix(latents, available, condition, names)
+        mixed = torch.einsum("bke,bekd->bkd", expert.to(by_expert), by_expert)
+        return mixed, by_expert, {"modality": modality, "expert": expert}
 
     def mix_by_level(self, latents, available, condition, names):
-        """-> each expert by itself (B, E, K, d), weights of modalities (B, E, M) and of experts (B, K, E)."""
-        where = condition[:, None, None] + names
-        modality = masked_softmax(self.score(self.modality_score, latents.mean(3), where), available)
-        alone = torch.einsum("bem,bemkd->bekd", modality.to(latents), latents)
-        where = condition[:, None, None] + self.expert_embedding[:, None, :]
-        scores = self.score(self.expert_score, alone, where)  # (B, E, K)
-        return alone, modality, scores.float().softmax(1).transpose(1, 2)
+        """Returns each expert's output (B, E, K, d), the modality weights (B, E, M), the expert weights (B, K, E)."""
+        pair_condition = condition[:, None, None] + names
+        modality = masked_softmax(self.score(self.modality_score, latents.mean(3), pair_condition), available)
+        by_expert = torch.einsum("bem,bemkd->bekd", modality.to(latents), latents)
+        expert_condition = condition[:, None, None] + self.expert_embedding[:, None, :]
+        scores = self.score(self.expert_score, by_expert, expert_condition)  # (B, E, K)
+        return by_expert, modality, scores.float().softmax(1).transpose(1, 2)
 
     def mix_flat(self, latents, available, condition, names):
-        """The same from one softmax over all pairs of expert and modality, for each pseudo token."""
-        where = condition[:, None, None, None] + names[None, :, :, None]
-        scores = self.score(self.expert_score, latents, where).permute(0, 3, 1, 2)  # (B, K, E, M)
+        """Like `mix_by_level`, with one softmax over all expert-modality pairs per pseudo token."""
+        pair_condition = condition[:, None, None, None] + names[None, :, :, None]
+        scores = self.score(self.expert_score, latents, pair_condition).permute(0, 3, 1, 2)  # (B, K, E, M)
         pairs = available[:, None].expand(-1, scores.shape[1], -1, -1)
         weights = masked_softmax(scores.flatten(2), pairs.flatten(2)).view_as(scores)
         expert, tiny = weights.sum(-1), torch.finfo(torch.float32).tiny
         inside = weights / expert.unsqueeze(-1).clamp(min=tiny)
-        alone = torch.einsum("bkem,bemkd->bekd", inside.to(latents), latents)
+        by_expert = torch.einsum("bkem,bemkd->bekd", inside.to(latents), latents)
         share = weights.sum(1)  # (B, E, M), over the pseudo tokens
-        return alone, share / share.sum(-1, keepdim=True).clamp(min=tiny), expert
+        return by_expert, share / share.sum(-1, keepdim=True).clamp(min=tiny), expert
 
 
 class PseudoTokenProjector(nn.Module):
-    """Mixed latents (B, K, d) -> pseudo tokens (B, K, H) with the root mean square of the LLM's own embeddings."""
+    """Projects mixed latents (B, K, d) to pseudo tokens (B, K, H) with the root mean square of LLM embeddings."""
 
     def __init__(self, config: EGMFConfig):
         super().__init__()
@@ -422,20 +446,21 @@ class PseudoTokenProjector(nn.Module):
             nn.Linear(size, size),
         )
         self.norm = nn.RMSNorm(size, elementwise_affine=False, eps=1e-6)
-        self.embedding_rms = nn.Parameter(torch.empty(1))  # FSDP divides no scalars
+        self.embedding_rms = nn.Parameter(torch.empty(1))  # FSDP cannot shard a scalar
 
     def forward(self, latents: torch.Tensor) -> torch.Tensor:
-        # The token's own embedding keeps the K tokens apart, also where no modality is present.
+        # The token embedding keeps the K tokens distinct even if no modality is present.
         return self.norm(self.layers(latents + self.token_embedding)) * self.embedding_rms
 
 
 class FeatureNorm(nn.Module):
-    """Standardises precomputed features (..., size) by their training split's statistics, which travel with the model.
+    """Standardises precomputed features (..., size) with the statistics of their training split.
 
-    A layer norm would take the level out of every frame, and with it what a loud voice or an open mouth says.
+    The statistics are saved with the model. A layer norm would remove the level of each frame, and with it
+    information such as a loud voice or an open mouth.
     """
 
-    LIMIT = 5.0  # standard deviations; extractors are prone to outliers
+    LIMIT = 5.0  # standard deviations; feature extractors tend to produce outliers
 
     def __init__(self, size: int):
         super().__init__()
@@ -459,10 +484,10 @@ class LayerMix(nn.Module):
 
 
 class ClipStatistics(nn.Module):
-    """A clip as a whole: mean and standard deviation over time of each of a modality's layers -> d.
+    """Projects the mean and the standard deviation over time of each of a modality's layers to d.
 
-    Speech says much of what is felt in how it sounds throughout, and few clips are enough to learn that: this is what
-    a linear probe reads. The statistics are standardised by those of the training split, which travel with the model.
+    The overall sound of a voice carries much of the emotion and can be learned from few clips. A linear probe uses the
+    same statistics. They are standardised with the statistics of the training split, which are saved with the model.
     """
 
     def __init__(self, num_layers: int, width: int, config: EGMFConfig):
@@ -473,19 +498,19 @@ class ClipStatistics(nn.Module):
 
     @staticmethod
     def measure(layers: tuple[torch.Tensor, ...], mask: torch.Tensor) -> torch.Tensor:
-        """(B, T, width) each, (B, T) mask -> (B, 2 * layers * width) in float32: the means, then the deviations."""
+        """(B, T, width) per layer and mask (B, T) -> (B, 2 * layers * width) in float32: means, then deviations."""
         mask = mask.bool()
         frames = torch.cat(layers, -1).float().masked_fill(~mask.unsqueeze(-1), 0.0)
         mean = masked_mean(frames, mask)
         variance = masked_mean((frames - mean.unsqueeze(1)).square(), mask)
-        return torch.cat([mean, (variance + 1e-6).sqrt()], -1)  # the root has a gradient where nothing varies
+        return torch.cat([mean, (variance + 1e-6).sqrt()], -1)  # a root of 0 would have an infinite gradient
 
     def forward(self, layers: tuple[torch.Tensor, ...], mask: torch.Tensor) -> torch.Tensor:
         return self.proj(self.dropout(self.norm(self.measure(layers, mask))))
 
 
 class EGMFFusion(nn.Module):
-    """All that EGMF adds to the LLM and the towers: modality sequences in, K pseudo tokens and gate weights out."""
+    """The parts that EGMF adds to the LLM and the towers: computes K pseudo tokens and gate weights per sample."""
 
     def __init__(self, config: EGMFConfig):
         super().__init__()
@@ -519,15 +544,15 @@ class EGMFFusion(nn.Module):
 
     @torch.no_grad()
     def set_feature_statistics(self, name: str, mean: torch.Tensor, std: torch.Tensor) -> None:
-        """Sets what the precomputed features of a modality are standardised by: (feature size,) each.
+        """Sets the mean and standard deviation, (feature size,) each, of a modality's precomputed features.
 
-        A feature that never varies (deviation 0) is centred and left at that.
+        They standardise the features. A constant feature (deviation 0) is only centred.
         """
         self._set_statistics(self.input_norm[name], mean, std)
 
     @torch.no_grad()
     def set_clip_statistics(self, name: str, mean: torch.Tensor, std: torch.Tensor) -> None:
-        """Sets what a modality's [`ClipStatistics`] are standardised by: their mean and deviation over clips."""
+        """Sets the mean and standard deviation over clips that standardise a modality's [`ClipStatistics`]."""
         self._set_statistics(self.clip_statistics[name].norm, mean, std)
 
     @staticmethod
@@ -538,14 +563,19 @@ class EGMFFusion(nn.Module):
     def sequence(
         self, name: str, features, mask: torch.Tensor | None, times: torch.Tensor | None, span: torch.Tensor
     ) -> ModalitySequence:
-        """(B, T, width) features (or a tower's hidden layers) with mask and times -> the modality's sequence.
+        """Builds the sequence of one modality.
 
-        `span` is what [`clip_span`] gives for all modalities.
+        Args:
+            name: The modality.
+            features: (B, T, width), or a tower's hidden layers as a tuple, or None if the batch lacks the modality.
+            mask: (B, T).
+            times: (B, T) seconds, NaN if unknown, or None.
+            span: (B, 2), the result of [`clip_span`] for all modalities.
         """
         index, batch_size = list(self.widths).index(name), len(span)
         weight = self.input_proj[name].weight
         if features is None and self.training and torch.is_grad_enabled():
-            # All parameters are used in every step: processes that hold parts of them have to agree on which.
+            # In distributed training every process must use the same parameters in a step.
             layers = self.layer_mix[name].weights.numel() if name in self.layer_mix else 0
             mask = torch.zeros(batch_size, 1, dtype=torch.bool, device=weight.device)
             blank = weight.new_zeros(batch_size, 1, self.widths[name])
@@ -555,20 +585,20 @@ class EGMFFusion(nn.Module):
             mask = torch.ones(batch_size, 1, dtype=torch.bool, device=weight.device)
             return ModalitySequence(state, torch.zeros_like(state), state.new_zeros(batch_size, 0), mask, ~mask[:, 0])
         mask, layers = mask.bool(), features if name in self.layer_mix else (features,)
-        here, present = self.present_embedding[index].expand(batch_size, -1), mask.any(1)
-        if name in self.clip_statistics:  # every position of the modality knows the clip as a whole
-            here = here + self.clip_statistics[name](layers, mask)
+        state_embedding, present = self.present_embedding[index].expand(batch_size, -1), mask.any(1)
+        if name in self.clip_statistics:  # every position of the modality receives the statistics of the clip
+            state_embedding = state_embedding + self.clip_statistics[name](layers, mask)
         if name in self.layer_mix:
             features = self.layer_mix[name](features)
-        # Padding may hold anything, NaN too: it must not reach a sum, where 0 * NaN is NaN.
+        # Padding may contain NaN. It must not reach a sum, because 0 * NaN is NaN.
         features = features.to(weight.dtype).masked_fill(~mask.unsqueeze(-1), 0.0)
         if name in self.frame_pooling:
             features, mask, times = average_frames(features, mask, times, self.frame_pooling[name])
         features = self.input_norm[name](features)
         if self.training and self.feature_noise.get(name):
             features = features + self.feature_noise[name] * torch.randn_like(features)
-        frames = self.dropout(self.input_proj[name](features) + here.unsqueeze(1))
-        state = torch.where(present[:, None], here, self.absent_embedding[index])
+        frames = self.dropout(self.input_proj[name](features) + state_embedding.unsqueeze(1))
+        state = torch.where(present[:, None], state_embedding, self.absent_embedding[index])
         fractions = clip_fractions(mask, times, span)
         content = torch.cat([state.unsqueeze(1).to(frames), frames], 1)
         clock = F.pad(self.clock(fractions, times).to(frames), (0, 0, 1, 0))
@@ -580,24 +610,32 @@ class EGMFFusion(nn.Module):
         prompt: torch.Tensor,
         each_expert: bool = False,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """`inputs` by modality: features (B, T, width) or None, mask (B, T), times (B, T) in seconds or None.
+        """Computes the pseudo tokens.
 
-        `prompt` is (B, H), the mean embedding of the tokens before the pseudo tokens. Returns the pseudo tokens
-        (B, K, H) and the gate weights; with `each_expert` the pseudo tokens are (B, 1 + E, K, H), the mix of the
-        experts first and then what each of them gives by itself.
+        Args:
+            inputs: By modality: features (B, T, width) or None, mask (B, T), times (B, T) in seconds or None.
+            prompt: (B, H), the mean embedding of the tokens before the pseudo tokens.
+            each_expert: Whether to return the pseudo tokens of every single expert as well.
+
+        Returns:
+            The pseudo tokens (B, K, H) and the gate weights. With `each_expert` the pseudo tokens are
+            (B, 1 + E, K, H): those of the mixed experts, followed by those of each single expert.
         """
         span = clip_span(((mask, times) for _, mask, times in inputs.values()), like=prompt)
         sequences = {name: self.sequence(name, *inputs[name], span) for name in self.widths}
         latents = torch.stack([expert(sequences) for expert in self.experts.values()], 1)  # (B, E, M, K, d)
         present = torch.stack([sequence.present for sequence in sequences.values()], 1)  # (B, M)
-        mixed, alone, weights = self.gate(latents, present, prompt.to(latents.dtype))
+        mixed, by_expert, weights = self.gate(latents, present, prompt.to(latents.dtype))
         if each_expert:
-            mixed = torch.cat([mixed.unsqueeze(1), alone], 1)
+            mixed = torch.cat([mixed.unsqueeze(1), by_expert], 1)
         return self.projector(mixed), weights
 
 
 def init_fusion_weights(module: nn.Module, embedding_rms: float) -> bool:
-    """Initialises a module of this file; False if it is none. `embedding_rms` is the size of pseudo tokens."""
+    """Initialises a module of this file and returns True; returns False for any other module.
+
+    `embedding_rms` is the root mean square of the pseudo tokens.
+    """
     if isinstance(module, ClockEmbedding):
         init.copy_(module.frequencies, module.compute_frequencies())
     elif isinstance(module, FeatureNorm):

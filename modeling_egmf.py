@@ -1,7 +1,7 @@
 """EGMF, Expert-Guided Multimodal Fusion with large language models (arXiv 2601.07565), as a transformers model.
 
-The experts, the gate and the projector live in `fusion_egmf.py`, what reads sound and pictures in `towers_egmf.py`,
-the scoring of answers in `scoring_egmf.py`; here they are put around a causal LLM.
+This file combines a causal LLM with the experts, the gate and the projector (`fusion_egmf.py`), the audio and vision
+encoders (`towers_egmf.py`) and the scoring of answers (`scoring_egmf.py`).
 
 Shape letters: B samples, L prompt positions, T frames of a modality, F video frames, M modalities, E experts, K pseudo
 tokens, H the LLM's hidden size.
@@ -38,13 +38,13 @@ from .towers_egmf import (
 )
 
 
-if TYPE_CHECKING:  # never at run time: what is imported here is saved with every checkpoint
+if TYPE_CHECKING:  # not imported at run time; transformers saves the imported file with every checkpoint
     from .pipeline_egmf import AffectRecognitionPipeline  # noqa: F401
 
 
-# What a tower reads, and the modality that it is.
+# The fields of a batch that a tower reads, and their modality.
 TOWER_INPUTS = {"input_features": "audio", "input_values": "audio", "pixel_values": "vision"}
-# Fields of a batch that are sound or pictures: features, or what a tower reads, with mask and times.
+# All audio and vision fields of a batch: features or tower inputs, masks and times.
 MEDIA_INPUTS = (
     *("audio_features", "audio_mask", "audio_times", "vision_features", "vision_mask", "vision_times"),
     *TOWER_INPUTS,
@@ -56,10 +56,10 @@ class EGMFOutput(ModelOutput):
     """
     Args:
         loss: Scalar cross-entropy over the answer positions, when `labels` are given.
-        logits: (B, L, vocab), or (number of answer tokens, vocab) when `labels` are given: nothing else is computed.
+        logits: (B, L, vocab). With `labels`, logits are computed for the answer tokens only: (answer tokens, vocab).
         last_hidden_state: (B, L, H), from `EGMFModel` only.
         gate_weights: `{"modality": (B, E, M), "expert": (B, K, E)}`, axes in the order of `config.experts` and
-            `config.modalities`. An absent modality weighs exactly 0; the others sum to 1.
+            `config.modalities`. The weight of an absent modality is exactly 0; the other weights sum to 1.
     """
 
     loss: torch.Tensor | None = None
@@ -86,7 +86,7 @@ class EGMFPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
-        # Loading makes new parameters, which train: the towers are frozen again.
+        # Loading creates new parameters, which require gradients. Freeze the towers again.
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.base_model.freeze_towers()
@@ -102,10 +102,11 @@ class EGMFPreTrainedModel(PreTrainedModel):
 
 
 class EGMFModel(EGMFPreTrainedModel):
-    """The LLM's body, the towers and the fusion; no head.
+    """The LLM without its head, the towers and the fusion.
 
-    Text goes through the LLM's input embeddings; audio and vision come as features or through a tower. The fusion
-    turns the three into K pseudo tokens, which replace the K placeholders of each prompt, and the LLM reads on.
+    Text passes through the LLM's input embeddings. Audio and vision are precomputed features or the output of a tower.
+    The fusion maps the three modalities to K pseudo tokens. They replace the K placeholders of each prompt, and the
+    LLM processes the resulting sequence.
     """
 
     def __init__(self, config: EGMFConfig):
@@ -119,7 +120,7 @@ class EGMFModel(EGMFPreTrainedModel):
         self.freeze_towers()
 
     def freeze_towers(self) -> None:
-        """Keeps the towers as they are; `tower.requires_grad_()` trains one."""
+        """Freezes the towers. Call `tower.requires_grad_()` to train one."""
         for tower in (self.audio_tower, self.vision_tower):
             if tower is not None:
                 tower.requires_grad_(False)
@@ -131,7 +132,7 @@ class EGMFModel(EGMFPreTrainedModel):
         self.language_model.set_input_embeddings(value)
 
     def train(self, mode: bool = True):
-        # A frozen tower gives the same features in training and in use: no dropout, no layer drop.
+        # A frozen tower gives the same features in training and inference: no dropout, no layer drop.
         super().train(mode)
         for tower in (self.audio_tower, self.vision_tower):
             if tower is not None and not is_trained(tower):
@@ -149,11 +150,14 @@ class EGMFModel(EGMFPreTrainedModel):
         return read_frames(self.vision_tower, frames, mask)
 
     def encode_media(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Runs the towers on a processor's batch, once. A gradient reaches those that learn.
+        """Replaces the tower inputs of a processor's batch with the towers' hidden layers.
 
-        Returns the batch with the towers' hidden layers (B, T, layers + 1, size) in place of their inputs, as
-        `audio_features` and `vision_features` with mask and times: scoring and generating then need no tower any
-        more, and what a frozen tower gives can be kept. A batch without tower inputs comes back as it is.
+        Scoring and generation of the returned batch run no tower, and the hidden layers of a frozen tower can be
+        cached. Gradients flow through towers that are trained.
+
+        Returns:
+            The batch with the hidden layers (B, T, layers + 1, size) as `audio_features` and `vision_features`, with
+            masks and times. A batch without tower inputs is returned unchanged.
         """
         encoded = dict(inputs)
         for field in TOWER_INPUTS:
@@ -165,32 +169,32 @@ class EGMFModel(EGMFPreTrainedModel):
         return encoded
 
     def _modalities(self, **media) -> dict[str, tuple]:
-        """`MEDIA_INPUTS` -> by modality (features or hidden layers, mask, times), each None where it is absent."""
+        """Maps `MEDIA_INPUTS` to (features or hidden layers, mask, times) by modality, each None if absent."""
         return {name: self.read_modality(name, **media) for name in ("audio", "vision")}
 
     def read_modality(self, name: str, **media) -> tuple:
-        """Of a batch's `MEDIA_INPUTS`, one modality's features or hidden layers, mask (B, T) and times (B, T)."""
+        """Selects one modality from a batch's `MEDIA_INPUTS`: features or hidden layers, mask (B, T), times (B, T)."""
         features, mask, times = (media.get(f"{name}_{part}") for part in ("features", "mask", "times"))
-        tower_inputs = (media.get(field) for field, modality in TOWER_INPUTS.items() if modality == name)
-        read = next((value for value in tower_inputs if value is not None), None)
-        return self._modality(name, features, read, mask, times)
+        candidates = (media.get(field) for field, modality in TOWER_INPUTS.items() if modality == name)
+        tower_inputs = next((value for value in candidates if value is not None), None)
+        return self._modality(name, features, tower_inputs, mask, times)
 
     def _modality(self, name: str, features, tower_inputs, mask, times):
-        """Checks one modality's inputs and brings them to (features or hidden layers, mask, times)."""
+        """Checks one modality's inputs and converts them to (features or hidden layers, mask, times)."""
         if features is None and tower_inputs is None:
             return None, None, None
         if name not in self.config.modalities:
             raise ValueError(f"{name}_features: got values, wanted None: the model has no {name} modality")
         tower = getattr(self, f"{name}_tower")
         if features is not None and tower_inputs is not None or (tower is None and features is None):
-            wanted = "one of features and the tower's input" if tower is not None else "precomputed features alone"
+            wanted = "one of features and the tower's input" if tower is not None else "precomputed features only"
             raise ValueError(f"{name}_features: got a tower's input, wanted {wanted}")
         if mask is None:
             raise ValueError(f"{name}_mask: got None, wanted the mask that goes with {name}_features")
         if features is not None:
             if tower is None:
                 sizes = (getattr(self.config, f"{name}_feature_size"),)
-            else:  # what `get_audio_features` gave, computed beforehand
+            else:  # precomputed hidden layers of the tower
                 sizes = (tower_num_states(tower.config), tower_size(tower.config))
             if features.ndim != 2 + len(sizes) or features.shape[2:] != sizes:
                 wanted = ", ".join(map(str, ("batch", "frames", *sizes)))
@@ -208,7 +212,10 @@ class EGMFModel(EGMFPreTrainedModel):
             return self.get_vision_features(tower_inputs, mask), mask, times
 
     def _text(self, inputs_embeds: torch.Tensor, utterance_mask: torch.Tensor):
-        """The utterance's embeddings, brought together on the left: (B, T, H) and mask (B, T), or nothing."""
+        """Gathers the utterance's embeddings on the left: (B, T, H), mask (B, T) and no times.
+
+        All three are None if no sample has text.
+        """
         utterance_mask = utterance_mask.bool()
         length = int(utterance_mask.sum(1).max())
         if not length:
@@ -218,7 +225,7 @@ class EGMFModel(EGMFPreTrainedModel):
         return embeds, utterance_mask.gather(1, order), None
 
     def get_placeholder_mask(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """(B, L) -> (B, L) bool, checked to hold K placeholders in every row."""
+        """Marks the placeholders: (B, L) -> (B, L) bool. Checks that every row has exactly K of them."""
         mask = input_ids == self.config.pseudo_token_id
         wanted = self.config.num_pseudo_tokens
         counts = mask.sum(1)
@@ -239,14 +246,17 @@ class EGMFModel(EGMFPreTrainedModel):
         inputs: dict,
         each_expert: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        """Prompt with pseudo tokens in place (B, L, H), pseudo tokens (B, K, H), gate weights.
+        """Computes the pseudo tokens and inserts them into the prompt.
 
-        With `each_expert` the pseudo tokens are those of [`EGMFFusion.forward`], and none is in the prompt.
+        Returns:
+            The prompt's embeddings with the pseudo tokens (B, L, H), the pseudo tokens (B, K, H) and the gate weights.
+            With `each_expert` the pseudo tokens are (B, 1 + E, K, H) as in [`EGMFFusion.forward`], and the prompt
+            keeps its placeholders.
         """
         placeholders = self.get_placeholder_mask(input_ids)
         embeds = self.get_input_embeddings()(input_ids)
         inputs = {"text": self._text(embeds, utterance_mask & padding_mask), **inputs}
-        # What stands before the pseudo tokens is the prompt the gate sees; the answer, after them, cannot leak.
+        # The gate sees only the prompt before the pseudo tokens. The answer comes after them and cannot leak.
         before = padding_mask.bool() & (placeholders.cumsum(1) == 0) & ~utterance_mask.bool()
         pseudo_tokens, gate_weights = self.fusion(inputs, masked_mean(embeds, before), each_expert)
         if not each_expert:
@@ -261,9 +271,9 @@ class EGMFModel(EGMFPreTrainedModel):
         each_expert: bool = False,
         **media,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The pseudo tokens of a processor's batch, and the gate weights; the LLM's layers are not run.
+        """Computes the pseudo tokens and the gate weights of a processor's batch without running the LLM's layers.
 
-        They are (B, K, H), or with `each_expert` those of [`EGMFFusion.forward`].
+        The pseudo tokens are (B, K, H), or (B, 1 + E, K, H) with `each_expert` as in [`EGMFFusion.forward`].
         """
         inputs = self._modalities(**media)
         _, tokens, gate_weights = self.fuse(input_ids, attention_mask, utterance_mask, inputs, each_expert)
@@ -288,7 +298,7 @@ class EGMFModel(EGMFPreTrainedModel):
         gate_weights = None
         if utterance_mask is not None:
             if inputs_embeds is not None:
-                raise ValueError("inputs_embeds: got values beside utterance_mask, wanted input_ids with placeholders")
+                raise ValueError("inputs_embeds: got values with utterance_mask, wanted input_ids with placeholders")
             if padding_mask is None:
                 padding_mask = attention_mask if attention_mask is not None else torch.ones_like(input_ids)
             if padding_mask.shape != input_ids.shape or utterance_mask.shape != input_ids.shape:
@@ -300,12 +310,12 @@ class EGMFModel(EGMFPreTrainedModel):
             inputs_embeds, _, gate_weights = self.fuse(input_ids, padding_mask, utterance_mask, inputs)
         else:
             if any(value is not None for value in media.values()):
-                raise ValueError("utterance_mask: got None beside audio or vision, wanted the processor's mask")
+                raise ValueError("utterance_mask: got None with audio or vision, wanted the processor's mask")
             if inputs_embeds is None:
                 inputs_embeds = self.get_input_embeddings()(input_ids)
 
         if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
-            # Left padding must not move the positions of what remains.
+            # Left padding must not shift the positions of the other tokens.
             position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, -inputs_embeds.shape[1] :]
         if accepts_position_ids(self.language_model):
             kwargs["position_ids"] = position_ids
@@ -327,14 +337,17 @@ class EGMFModel(EGMFPreTrainedModel):
 
 
 class EGMFForConditionalGeneration(EGMFPreTrainedModel, ScoringMixin, GenerationMixin):
-    """EGMF with the LLM's head: `generate()` returns the answer as text, `score_labels()` its distribution."""
+    """EGMF with the LLM's head.
+
+    `generate()` generates the answer as text. `score_labels()` computes the distribution over all legal answers.
+    """
 
     def __init__(self, config: EGMFConfig):
         super().__init__(config)
         self.model = EGMFModel(config)
         text_config = config.text_config
         self.lm_head = nn.Linear(config.text_embedding_size, text_config.vocab_size, bias=config.lm_head_bias)
-        # Every LLM names its embeddings differently, so the tie is looked up rather than written down.
+        # Each LLM names its embeddings differently, so find the name of the tied weight.
         embeddings = self.model.get_input_embeddings()
         name = next(name for name, module in self.model.named_modules() if module is embeddings)
         self._tied_weights_keys = {"lm_head.weight": f"model.{name}.weight"}
@@ -348,17 +361,17 @@ class EGMFForConditionalGeneration(EGMFPreTrainedModel, ScoringMixin, Generation
         vision_tower: str | PreTrainedModel | None = None,
         **config_kwargs,
     ) -> "EGMFForConditionalGeneration":
-        """Assembles a model from a pretrained causal LLM and pretrained towers; only the fusion is new.
+        """Builds a model from a pretrained causal LLM and pretrained towers. Only the fusion is new.
 
         Args:
-            language_model: A causal LLM, or what `AutoModelForCausalLM.from_pretrained` takes. Its weights are
-                shared, not copied. Its embeddings grow by what is missing if `pseudo_token_id` lies beyond them.
-            audio_tower: A speech encoder (or encoder-decoder), or the folder or Hub id of one.
-            vision_tower: An image encoder, likewise.
+            language_model: A causal LLM, or its folder or Hub id. The weights are shared, not copied. If
+                `pseudo_token_id` exceeds the embeddings of the LLM, they are resized to include it.
+            audio_tower: A speech encoder (or encoder-decoder), or its folder or Hub id.
+            vision_tower: An image encoder, or its folder or Hub id.
             **config_kwargs: Fields of [`EGMFConfig`].
 
         Raises:
-            ValueError: If the LLM's logits are not those of its body and a linear head, in a way this model knows.
+            ValueError: If this model cannot reproduce the LLM's logits from the LLM's body and linear head.
         """
         if isinstance(language_model, str):
             language_model = AutoModelForCausalLM.from_pretrained(language_model)
@@ -378,7 +391,7 @@ class EGMFForConditionalGeneration(EGMFPreTrainedModel, ScoringMixin, Generation
             text_config=language_model.config, lm_head_bias=getattr(head, "bias", None) is not None, **config_kwargs
         )
         config.dtype = language_model.dtype
-        config._attn_implementation = attention  # making a config forgets that of its parts
+        config._attn_implementation = attention  # creating a config drops this setting of its sub-configs
         with torch.device("meta"):
             model = cls(config)
         if type(model.model.language_model) is not type(language_model.base_model):
@@ -393,16 +406,16 @@ class EGMFForConditionalGeneration(EGMFPreTrainedModel, ScoringMixin, Generation
         fusion = model.model.fusion.to_empty(device=language_model.device).float()
         fusion.apply(model._init_weights)
         with torch.no_grad():
-            # Some LLMs (Gemma 3) scale what they look up, so the table's own size would mislead.
+            # Some LLMs (Gemma 3) scale their embeddings after the lookup, so measure the output, not the weights.
             embeddings = language_model.get_input_embeddings()
             sample = torch.arange(0, embeddings.num_embeddings, embeddings.num_embeddings // 4096 + 1)
             scale = embeddings(sample.to(language_model.device)).float().square().mean().sqrt()
             fusion.projector.embedding_rms.copy_(scale)
         model.generation_config = copy.deepcopy(language_model.generation_config)
-        # A generated placeholder would be taken for one of the prompt's when generating without a cache.
+        # Without a cache, a generated placeholder would count as a placeholder of the prompt.
         model.generation_config.suppress_tokens = [config.pseudo_token_id]
         if "past_key_values" not in inspect.signature(language_model.base_model.forward).parameters:
-            # A state-space model's own kind of cache (Mamba): it reads the whole sequence at every step instead.
+            # State-space models (Mamba) have another kind of cache. Each step processes the whole sequence instead.
             model.generation_config.use_cache = False
         model.train(language_model.training)
         model._check_head(language_model)
@@ -416,25 +429,26 @@ class EGMFForConditionalGeneration(EGMFPreTrainedModel, ScoringMixin, Generation
         audio_tower: str | PreTrainedModel | None = None,
         vision_tower: str | PreTrainedModel | None = None,
     ) -> "EGMFForConditionalGeneration":
-        """What the adapter of a trained model is put on: the LLM and the towers that were trained, and a new fusion.
+        """Builds the base model for the adapter of a trained model: its LLM, its towers and a new fusion.
 
         Args:
-            config: The trained model's.
-            language_model, audio_tower, vision_tower: As in [`from_language_model`]. A tower of the config that is
-                not given is new as well; an adapter that needs no other has it whole.
+            config: Config of the trained model.
+            language_model, audio_tower, vision_tower: As in [`from_language_model`]. A tower that is in the config
+                but not given has random weights; in this case the adapter must contain the whole tower.
         """
-        found = {"lm_head_bias", "tie_word_embeddings", *config.sub_configs}  # in the parts themselves
-        fields = {name: getattr(config, name) for name in EGMFConfig.__annotations__.keys() - found}
+        # These fields come from the LLM and the towers.
+        derived = {"lm_head_bias", "tie_word_embeddings", *config.sub_configs}
+        fields = {name: getattr(config, name) for name in EGMFConfig.__annotations__.keys() - derived}
         for name, tower in (("audio", audio_tower), ("vision", vision_tower)):
-            described = getattr(config, f"{name}_config")
-            if tower is None and described is not None:
-                tower = build_tower(described)
+            tower_config = getattr(config, f"{name}_config")
+            if tower is None and tower_config is not None:
+                tower = build_tower(tower_config)
             fields[f"{name}_tower"] = tower
         return cls.from_language_model(language_model, **fields)
 
     @torch.no_grad()
     def _check_head(self, language_model: PreTrainedModel) -> None:
-        """Compares this model's text-only logits with the LLM's own: some LLMs do more than a linear head."""
+        """Compares this model's text-only logits with the LLM's, because some LLMs do more than a linear head."""
         training, self_training = language_model.training, self.training
         language_model.eval(), self.eval()
         probe = torch.arange(4, device=language_model.device).unsqueeze(0)
@@ -445,13 +459,13 @@ class EGMFForConditionalGeneration(EGMFPreTrainedModel, ScoringMixin, Generation
         difference = (got - wanted).abs().max().item()
         if difference > 1e-3 * max(1.0, wanted.abs().max().item()):
             raise ValueError(
-                f"language_model: {type(language_model).__name__} computes logits in a way EGMF does not know "
-                f"(largest difference to its body and head {difference:.3g})"
+                f"language_model: {type(language_model).__name__} computes logits in a way EGMF does not support "
+                f"(largest difference from the logits of its body and head {difference:.3g})"
             )
 
     @torch.no_grad()
     def encode_media(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The processor's batch with the towers' hidden layers in place of their inputs; see [`EGMFModel`]."""
+        """Replaces the tower inputs of a processor's batch with hidden layers; see [`EGMFModel.encode_media`]."""
         return self.model.encode_media(inputs)
 
     def get_output_embeddings(self) -> nn.Module:
@@ -461,7 +475,7 @@ class EGMFForConditionalGeneration(EGMFPreTrainedModel, ScoringMixin, Generation
         self.lm_head = value
 
     def _finish_logits(self, logits: torch.Tensor) -> torch.Tensor:
-        """What some LLMs do after the head: scale (Cohere, Granite) and soft-cap (Gemma) the logits."""
+        """Scales (Cohere, Granite) or soft-caps (Gemma) the logits, as some LLMs do after the head."""
         text_config = self.config.text_config
         if getattr(text_config, "logit_scale", None):
             logits = logits * text_config.logit_scale
@@ -499,22 +513,21 @@ class EGMFForConditionalGeneration(EGMFPreTrainedModel, ScoringMixin, Generation
         """
         Args:
             input_ids: (B, L), each row with `config.num_pseudo_tokens` placeholders when `utterance_mask` is given.
-            attention_mask: (B, L), 1 where a token stands; 4-D from a static cache.
-            utterance_mask: (B, L), 1 on the utterance's own tokens. Given with a prompt, absent in later steps.
-            audio_features, vision_features: (B, T, feature size), or of a model with a tower its hidden layers,
-                computed beforehand: (B, T, layers + 1, tower size). `*_mask` (B, T), all 0 for an absent modality;
-                `*_times` (B, T) seconds on the clip's clock, NaN where not known.
+            attention_mask: (B, L), 1 for a token and 0 for padding; 4-D with a static cache.
+            utterance_mask: (B, L), 1 for the tokens of the utterance. Required with a prompt, absent in later steps.
+            audio_features, vision_features: (B, T, feature size), or precomputed hidden layers of a model's tower,
+                (B, T, layers + 1, tower size). `*_mask` is (B, T), all 0 for an absent modality. `*_times` is (B, T),
+                seconds on a clock that the modalities share, NaN if unknown.
             input_features, input_values: The audio tower's input, with `audio_mask` (B, positions). A fixed window
-                (Whisper) is read whole: its padding is what the tower's feature extractor puts there.
+                (Whisper) is processed whole, including the padding of the tower's feature extractor.
             pixel_values: (B, F, 3, height, width) frames, with `vision_mask` and `vision_times` (B, F).
-            padding_mask: (B, L), the 2-D `attention_mask` when that one is 4-D.
-            labels: (B, L), -100 everywhere but on the answer's tokens and EOS. The loss, and the logits, are
-                computed there alone.
-            logits_to_keep: Without labels: how many last positions, or which, get logits; 0 for all.
-            num_items_in_batch: Number of labels the summed loss is divided by, over a whole accumulated batch.
+            padding_mask: (B, L), the 2-D mask if `attention_mask` is 4-D.
+            labels: (B, L), -100 except on the answer's tokens and EOS. Loss and logits are computed only there.
+            logits_to_keep: Without labels: the number of last positions with logits (0 for all), or their indices.
+            num_items_in_batch: Divisor of the summed loss: the number of labels in the whole accumulated batch.
 
         Raises:
-            ValueError: Naming the field, what came and what was wanted.
+            ValueError: If a field is invalid. The message gives the field, its value and the valid values.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -564,8 +577,8 @@ class EGMFForConditionalGeneration(EGMFPreTrainedModel, ScoringMixin, Generation
         cache = kwargs.get("past_key_values")
         if isinstance(cache, StaticCache):
             check_static_cache(self.model.language_model)
-        # The modalities are in the cache after the prompt, be it of `score_labels()`; without a cache every step is a
-        # prompt again.
+        # After the prompt (or `score_labels()`) the cache contains the modalities. Without a cache every step
+        # processes the prompt again.
         is_prompt = (is_first_iteration and (cache is None or not int(cache.get_seq_length()))) or not use_cache
         modalities = {name: kwargs.pop(name, None) for name in ("utterance_mask", *MEDIA_INPUTS)}
         inputs = super().prepare_inputs_for_generation(

@@ -231,7 +231,7 @@ def test_unknown_head_is_refused(llm_folder, assemble):
             outputs.logits = 2 * outputs.logits
             return outputs
 
-    with pytest.raises(ValueError, match="Doubling computes logits in a way EGMF does not know"):
+    with pytest.raises(ValueError, match="Doubling computes logits in a way EGMF does not support"):
         assemble(Doubling.from_pretrained(llm_folder()))
 
 
@@ -352,7 +352,7 @@ def test_modality_the_model_lacks(assemble, processor):
 def test_missing_masks(egmf, processor):
     batch = processor(text="so", audio_features=torch.zeros(3, 5), task="mosi")
     without = {name: value for name, value in batch.items() if name != "utterance_mask"}
-    with pytest.raises(ValueError, match="utterance_mask: got None beside audio or vision"):
+    with pytest.raises(ValueError, match="utterance_mask: got None with audio or vision"):
         egmf(**without)
     without = {name: value for name, value in batch.items() if name != "audio_mask"}
     with pytest.raises(ValueError, match="audio_mask: got None, wanted the mask"):
@@ -371,7 +371,7 @@ def test_exactly_one_kind_of_input(egmf):
 def test_precomputed_features_for_a_tower_and_the_reverse(egmf, processor):
     batch = processor(text="so", audio_features=torch.zeros(3, 5), task="mosi")
     batch["input_features"] = batch.pop("audio_features")
-    with pytest.raises(ValueError, match="audio_features: got a tower's input, wanted precomputed features alone"):
+    with pytest.raises(ValueError, match="audio_features: got a tower's input, wanted precomputed features only"):
         egmf(**batch)
 
 
