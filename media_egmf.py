@@ -1,28 +1,28 @@
-"""Audio and video files to arrays, decoded in a disposable process: no file crashes, hangs or fills the caller.
+"""Decodes audio and video files to arrays in a worker process, so that no file can crash, hang or exhaust the caller.
 
-`load_audio` gives mono sound, from an audio file or from a video's sound track, `load_video` a few frames with the
-times at which they are shown. Both give what can be recovered, with `warnings` that say what is missing, or raise a
-`MediaError` whose `kind` says why. Time 0 is the start of the file's earliest stream, for sound and pictures alike.
+`load_audio` returns mono sound from an audio file or the sound track of a video. `load_video` returns a few frames
+with their times. Both return everything they can recover, with `warnings` about missing parts, or raise a `MediaError`
+whose `kind` gives the reason. For sound and pictures, time 0 is the start of the file's earliest stream.
 
-What reads what was decided by measurement (PyAV 18.1.0, decord2 3.4.0, soundfile 0.14.0):
+Measurements with PyAV 18.1.0, decord2 3.4.0 and soundfile 0.14.0 determined the choice of decoders:
 
-- Pictures: PyAV, then decord if PyAV's worker dies or gets no picture out of a video stream. decord's frames are the
-  same bytes as PyAV's in 8-bit h264, hevc, vp9 and mpeg4, at the same cost within 20 %. But in MPEG program streams
-  (all GRID clips) decord gives wrong pictures and times near -1e14 without a word, 10-bit video comes out wrong, it
-  refuses transport streams, counts times from the first frame instead of the file's start, refuses many damaged files
-  that PyAV recovers (and not the other way round), and one corrupt `stts` count aborts its process.
-- Sound: soundfile for what it knows, and PyAV for containers and for what soundfile finds damaged (it gives up a cut
-  FLAC as a whole). decord's AudioReader returned 1.5 of 10 s without a word, and is not used.
+- Pictures: PyAV first, then decord if PyAV's worker dies or decodes no picture of a video stream. In 8-bit h264, hevc,
+  vp9 and mpeg4 both return identical bytes, and their cost differs by at most 20 %. decord has these faults: in MPEG
+  program streams (all GRID clips) it silently returns wrong pictures and times near -1e14; it decodes 10-bit video
+  wrongly; it rejects transport streams; it counts times from the first frame instead of the start of the file; it
+  rejects many damaged files that PyAV recovers (never the reverse); one corrupt `stts` count aborts its process.
+- Sound: soundfile for the formats it supports; PyAV for containers and for files that soundfile finds damaged
+  (soundfile recovers nothing of a cut FLAC). decord's AudioReader silently returned 1.5 of 10 s and is not used.
 
-A cut is noticed where the file states its length: mp4, mkv, webm, avi, wav, aiff, flac, most mp3 (Xing header), Ogg
-(its last page is marked). MPEG program and transport streams, fragmented mp4 and mp3 without that header state none.
-Damage that decodes to plausible sound or pictures cannot be seen. Frames are the bytes of PyAV's
-`to_ndarray(format="rgb24")`, turned upright where the file says that the camera (a phone) was held on its side.
+Truncation is detected if the file states its length: mp4, mkv, webm, avi, wav, aiff, flac, most mp3 (Xing header) and
+Ogg (its last page is marked). MPEG program and transport streams, fragmented mp4, and mp3 without that header state no
+length. Damage that decodes to plausible sound or pictures cannot be detected. Frames are the bytes of PyAV's
+`to_ndarray(format="rgb24")`, rotated upright if the file says that the camera (a phone) was rotated.
 
-The worker is this very file, run as a script by the same Python and spoken to through pipes, so it needs neither
-`multiprocessing` nor a guarded `__main__`. It is kept for the next call, by threads one each; a process that was
-forked starts its own. It sees contents only, never names, and opens nothing but the file: no suffix decides, and no
-playlist makes it read other files or the network. On Linux it may hold 4 GiB.
+The worker is this file, run as a script by the same Python. It communicates through pipes and needs neither
+`multiprocessing` nor a guarded `__main__`. A worker is reused by later calls; concurrent threads use one worker each,
+and a forked process starts its own. The worker never uses the file's name, so the suffix does not affect decoding. It
+opens only this file, so a playlist cannot make it read other files or the network. On Linux it may map 4 GiB.
 """
 
 import atexit
@@ -49,21 +49,24 @@ import numpy as np
 SILENCE = 1e-4  # a track that stays below is silent: codecs turn silence into a little noise
 FULL_SCALE = 8.0  # samples beyond are damage; lossy codecs exceed 1.0 a little, and limiters of players expect that
 TOLERANCE = 0.1  # seconds that may be missing without a warning: codec delays, the last packet's padding
-STARTING = 300.0  # seconds that a worker may take to start, on a very busy machine; no call's time limit counts them
-LARGEST_RESULT = 1 << 30  # bytes of samples or frames that one call gives
-LARGEST_WORKER = 4 << 30  # bytes that a worker may have mapped
-UNKNOWN_SIZE = 0x7FFFF000  # a wav that was written to a pipe states this many bytes or more
+STARTING = 300.0  # seconds a worker may take to start on a very busy machine; time limits of calls exclude them
+LARGEST_RESULT = 1 << 30  # maximum bytes of samples or frames that one call returns
+LARGEST_WORKER = 4 << 30  # maximum bytes that a worker may map
+UNKNOWN_SIZE = 0x7FFFF000  # a wav file written to a pipe states this size or more
 LARGEST_JUNK = 1 << 16  # bytes in front of a FLAC header
 GUESSED_LENGTHS = {"aac", "ac3", "amr", "dts", "eac3", "h264", "hevc", "loas", "m4v", "mp3", "mpegvideo"}
 THIS_FILE = os.path.abspath(__file__)
 
 
 class MediaError(RuntimeError):
-    """A file that gives nothing.
+    """A file from which nothing can be decoded.
 
-    `kind` is `"not readable"` (no such file, not a regular one, no permission, empty), `"not media"`, `"no audio"`,
-    `"no video"`, `"damaged"`, `"too large"`, `"time limit"` or `"crash"`. `reason` is for people; `salvaged` says what
-    could be had nevertheless, such as `"0 of 75 frames"`, or nothing.
+    Args:
+        path: The file.
+        kind: `"not readable"` (missing, not a regular file, no permission, empty), `"not media"`, `"no audio"`,
+            `"no video"`, `"damaged"`, `"too large"`, `"time limit"` or `"crash"`.
+        reason: The reason in words.
+        salvaged: How much was decoded, such as `"0 of 75 frames"`, or `""`.
     """
 
     def __init__(self, path: Any, kind: str, reason: str, salvaged: str = ""):
@@ -76,7 +79,7 @@ class MediaError(RuntimeError):
 
 @dataclass(frozen=True, eq=False)
 class AudioClip:
-    """Mono sound: `samples` `(N,)` float32 at `sampling_rate`, and what is missing, in words."""
+    """Mono sound: `samples` `(N,)` float32 at `sampling_rate` Hz, and `warnings` about missing parts."""
 
     samples: np.ndarray
     sampling_rate: int
@@ -84,13 +87,13 @@ class AudioClip:
 
     @property
     def duration(self) -> float:
-        """Seconds."""
+        """Length in seconds."""
         return len(self.samples) / self.sampling_rate
 
 
 @dataclass(frozen=True, eq=False)
 class VideoClip:
-    """`frames` `(F, H, W, 3)` uint8 RGB, `times` `(F,)` in seconds, the video's end, and what is missing, in words."""
+    """`frames` `(F, H, W, 3)` uint8 RGB, `times` `(F,)` and the end of the video in seconds, and `warnings`."""
 
     frames: np.ndarray
     times: np.ndarray
@@ -99,10 +102,18 @@ class VideoClip:
 
 
 def load_audio(path: str | os.PathLike, sampling_rate: int, time_limit: float = 60.0) -> AudioClip:
-    """The sound of an audio file or of a video's sound track, mono (the channels' mean), resampled by soxr.
+    """Decodes an audio file or the sound track of a video to mono (mean of the channels), resampled by soxr.
 
-    A sound track that starts later than the pictures, and sound that was lost in between, is silence, so that time
-    stays right. `time_limit` is for the whole call, in seconds. No sound track is a MediaError of kind `"no audio"`.
+    Silence replaces lost sound, and precedes a sound track that starts later than the pictures, so that times stay
+    correct.
+
+    Args:
+        path: The file.
+        sampling_rate: Sampling rate of the result in Hz.
+        time_limit: Limit of the whole call in seconds.
+
+    Raises:
+        MediaError: If no sound can be decoded; the kind is `"no audio"` if the file has no sound track.
     """
     if sampling_rate < 1:
         raise ValueError(f"`sampling_rate` must be positive, got {sampling_rate!r}.")
@@ -115,12 +126,12 @@ def load_audio(path: str | os.PathLike, sampling_rate: int, time_limit: float = 
             error = raised
             if raised.kind in ("time limit", "too large"):
                 break
-        # What soundfile finds damaged, PyAV may recover better.
+        # PyAV may recover more of a file that soundfile finds damaged.
         if found and not _audio_warnings(found[0][0]):
             break
     if not found:
         raise error
-    # The reader that got more; soundfile if it is about the same. Neither's complaint is forgotten.
+    # Use the reader that decoded more, soundfile if about equal. Keep the warnings of both.
     best, samples = max(found, key=lambda one: one[0]["seconds"] + TOLERANCE * (one is found[0]))
     best["claimed"] = max(one["claimed"] for one, _ in found)
     best["faults"] = best["faults"] or found[0][0]["faults"]
@@ -128,16 +139,23 @@ def load_audio(path: str | os.PathLike, sampling_rate: int, time_limit: float = 
 
 
 def _audio_warnings(answer: dict[str, Any]) -> list[str]:
-    """What is missing from the sound that a reader found, and which of a file's tracks it is."""
+    """Warnings about missing sound, and which track is read if the file has several."""
     return answer["notes"] + _shortfall("audio", answer["seconds"], answer["claimed"], answer["faults"])
 
 
 def load_video(path: str | os.PathLike, num_frames: int, time_limit: float = 60.0) -> VideoClip:
-    """The frames at the centres of `num_frames` equal parts of the clip, in full size, with the times they have in it.
+    """Decodes the frames at the centres of `num_frames` equal parts of the video, in full size, with their times.
 
-    A clip with fewer frames gives all of them once. `time_limit` is for the whole call, in seconds: a long video is
-    decoded from its start up to the last frame wanted. No pictures (a cover is none) is a MediaError of kind
-    `"no video"`.
+    A long video is decoded from its start up to the last selected frame.
+
+    Args:
+        path: The file.
+        num_frames: Number of frames; a video with fewer frames gives each of them once.
+        time_limit: Limit of the whole call in seconds.
+
+    Raises:
+        MediaError: If no picture can be decoded; the kind is `"no video"` if the file has no video stream. A cover
+            picture does not count.
     """
     if num_frames < 1:
         raise ValueError(f"`num_frames` must be positive, got {num_frames!r}.")
@@ -154,11 +172,11 @@ def load_video(path: str | os.PathLike, num_frames: int, time_limit: float = 60.
     return VideoClip(frames, np.array(found["times"]), found["duration"], found["warnings"])
 
 
-# The caller's side: files that no decoder should see, and the workers.
+# The caller's side: checks of the file, and the workers.
 
 
 def _regular_file(path: Any) -> str:
-    """The absolute path of a regular file with something in it that may be read. Opens nothing that could block."""
+    """Returns the absolute path of a readable, non-empty regular file. Never opens a file that could block."""
     name = os.path.abspath(os.fsdecode(path))
     try:
         status = os.stat(name)
@@ -176,11 +194,11 @@ def _regular_file(path: Any) -> str:
 
 
 class _Worker:
-    """A process that decodes, and the pipes to it. Ready when made."""
+    """A decoding process and its pipes. The constructor returns once the process is ready."""
 
     def __init__(self):
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-        # -P keeps this file's folder off the worker's path; PYTHONPATH and the virtual environment stay.
+        # -P removes this file's folder from the worker's path but keeps PYTHONPATH and the virtual environment.
         self.process = subprocess.Popen(
             [sys.executable, "-P", THIS_FILE],
             stdin=subprocess.PIPE,
@@ -189,7 +207,7 @@ class _Worker:
             env=environment,
             bufsize=0,
         )
-        try:  # a larger pipe is faster, where there is such a thing
+        try:  # a larger pipe is faster, on platforms that support it
             import fcntl
 
             fcntl.fcntl(self.process.stdout, fcntl.F_SETPIPE_SZ, 1 << 20)
@@ -217,7 +235,7 @@ class _Worker:
             timer.cancel()
 
     def ask(self, request: dict[str, Any], deadline: float) -> tuple[dict[str, Any], np.ndarray | None] | None:
-        """The worker's answer, or None if it died of the request or of the deadline; then it is gone."""
+        """Returns the worker's answer, or None if the worker died or reached the deadline; it is then closed."""
         try:
             with self._killed_at(deadline):
                 self.process.stdin.write(json.dumps(request).encode() + b"\n")
@@ -231,7 +249,7 @@ class _Worker:
         except (OSError, EOFError):
             self.close()
             return None
-        except BaseException:  # such as KeyboardInterrupt: an answer is under way that nobody will read
+        except BaseException:  # such as KeyboardInterrupt: the unread answer would stay in the pipe
             self.close()
             raise
 
@@ -245,13 +263,13 @@ class _Worker:
         return target
 
     def close(self) -> None:
-        """Kills the process and forgets it."""
+        """Kills the process and closes the pipes."""
         self.process.kill()
         self.process.wait()
         self.forget()
 
     def forget(self) -> None:
-        """Closes this process's ends of the pipes."""
+        """Closes the caller's ends of the pipes without killing the process."""
         self.process.stdin.close()
         self.process.stdout.close()
         _workers.discard(self)
@@ -262,9 +280,9 @@ _idle: list[_Worker] = []
 
 
 def _forget_workers() -> None:
-    """In a forked child: the workers are the parent's, and end with it, so their pipes must not stay open here."""
+    """Drops the parent's workers in a forked child. A worker ends only if no other process keeps its pipes open."""
     for worker in list(_workers):
-        worker.process.returncode = 0  # so that nobody here waits for it
+        worker.process.returncode = 0  # the child must not wait for the parent's process
         worker.forget()
     _idle.clear()
 
@@ -282,22 +300,25 @@ if hasattr(os, "register_at_fork"):
 def _decode(
     reader: str, path: Any, file: str, wanted: int, deadline: float, fresh: bool = False
 ) -> tuple[dict[str, Any], np.ndarray]:
-    """What `reader` finds in the file. A worker that served before and dies now gets one successor, to be sure that
-    it was the file; with `fresh`, the worker serves this once."""
+    """Decodes a file with one of `READERS` in a worker.
+
+    If a reused worker dies, the request is repeated in a new worker, to make sure that this file is the cause. With
+    `fresh`, the worker serves only this call.
+    """
     request = {"reader": reader, "file": file, "wanted": wanted}
     while True:
-        begun = time.monotonic()
+        start = time.monotonic()
         try:
             worker, served = (_Worker(), False) if fresh else (_idle.pop(), True)
         except IndexError:
             worker, served = _Worker(), False
-        deadline += time.monotonic() - begun
-        # A worker whose caller was killed has nobody to end it: its own alarm does.
-        answered = worker.ask({**request, "alarm": math.ceil(max(deadline - time.monotonic(), 0.0)) + 1}, deadline)
-        if answered:
+        deadline += time.monotonic() - start
+        # The alarm ends the worker if its caller has been killed.
+        response = worker.ask({**request, "alarm": math.ceil(max(deadline - time.monotonic(), 0.0)) + 1}, deadline)
+        if response:
             break
         if time.monotonic() >= deadline:
-            raise MediaError(path, "time limit", "decoding took longer than the time limit, and was stopped")
+            raise MediaError(path, "time limit", "decoding exceeded the time limit and was stopped")
         if not served:
             raise MediaError(path, "crash", "it crashes the decoder")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -305,7 +326,7 @@ def _decode(
         worker.close()
     else:
         _idle.append(worker)
-    answer, array = answered
+    answer, array = response
     if "missing" in answer:
         raise ImportError(f"Reading audio and video needs av, soundfile and soxr: {answer['missing']}.")
     if "error" in answer:
@@ -313,14 +334,14 @@ def _decode(
     return answer, array
 
 
-# The worker's side. Readers raise MediaErrors without a path; the caller knows it.
+# The worker's side. Readers raise MediaErrors without a path; the caller adds it.
 
 
 def import_readers() -> ImportError | None:
-    """Imports what decodes, and returns what is missing. Callers never do.
+    """Imports the decoding packages; returns the error if one is missing. Only workers import them.
 
-    In a `try`, because transformers scans this file and makes every user of a checkpoint install what is imported
-    anywhere else, in functions too.
+    The imports are inside a `try` because transformers scans this file. It requires every user of a checkpoint to
+    install all packages that are imported outside of a `try`, even inside functions.
     """
     global av, soundfile, soxr
     try:
@@ -333,15 +354,15 @@ def import_readers() -> ImportError | None:
 
 
 def _serve() -> None:
-    """Answers requests from standard input until it ends, with nothing else on standard output."""
+    """Answers requests from standard input until it is closed. Standard output contains only the answers."""
     try:
         import resource
 
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         resource.setrlimit(resource.RLIMIT_AS, (LARGEST_WORKER, resource.getrlimit(resource.RLIMIT_AS)[1]))
-    except (ImportError, ValueError, OSError):  # not here, or less is allowed anyway
+    except (ImportError, ValueError, OSError):  # not on this platform, or a lower limit is set already
         pass
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the caller, who then kills this process
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the caller handles Ctrl-C and kills this process
     with open(os.dup(1), "wb") as answers, open(os.devnull, "wb") as nowhere:
         os.dup2(nowhere.fileno(), 1)
         missing = import_readers()
@@ -362,9 +383,9 @@ def _serve() -> None:
             except ImportError as error:
                 answer = {"missing": str(error)}
             except MemoryError:
-                answer = {"error": ("too large", "decoding it takes more memory than a decoder may have")}
+                answer = {"error": ("too large", "decoding needs more memory than the limit of a worker")}
             except Exception as error:
-                answer = {"error": ("damaged", f"no reader makes sense of it ({type(error).__name__}: {error})")}
+                answer = {"error": ("damaged", f"it cannot be decoded ({type(error).__name__}: {error})")}
             header = json.dumps(answer).encode()
             answers.write(struct.pack("<I", len(header)) + header)
             if array is not None:
@@ -375,7 +396,7 @@ def _serve() -> None:
 
 
 class _Contents:
-    """A file from `start` on, without its name: FFmpeg judges by suffix what it cannot judge by content."""
+    """A file from byte `start` on, without its name: FFmpeg would fall back to the suffix to guess the format."""
 
     def __init__(self, file, start: int):
         self.file, self.start, self.read = file, start, file.read
@@ -390,7 +411,7 @@ class _Contents:
 
 @contextmanager
 def _container(file: str) -> Iterator[Any]:
-    """The file as PyAV's container, which may open nothing else. Bytes in front of a FLAC header are skipped."""
+    """Opens the file as a PyAV container that cannot open other files. Skips bytes in front of a FLAC header."""
     with open(file, "rb") as handle:
         for start in (0, handle.read(LARGEST_JUNK).find(b"fLaC")):
             try:
@@ -400,19 +421,27 @@ def _container(file: str) -> Iterator[Any]:
             except av.FFmpegError:
                 pass
         else:
-            raise MediaError("", "not media", "it is no audio or video file, or its index is lost")
+            raise MediaError("", "not media", "it is not an audio or video file, or its index is lost")
         with container:
             yield container
 
 
 class _Track:
-    """A container's stream of a kind, demuxed: all packets, none decoded.
+    """The demuxed packets of one audio or video stream, not yet decoded.
 
-    Of several streams it is the one that a player would take: pictures that move rather than a still cover, then the
-    one that is marked as the default, then the longest. `order` names another: 1 for the next best.
+    If there are several streams, the track is the one that a player would choose: moving pictures before a still
+    cover, then the stream marked as default, then the longest.
 
-    `start` is what the container calls second 0, `claimed` the second at which the stream ends as the file states it,
-    or 0.0, `faults` what went wrong so far, and `notes` which stream it is, where there are several.
+    Args:
+        container: The PyAV container.
+        kind: `"audio"` or `"video"`.
+        order: Rank of the stream: 0 for the best, 1 for the next best.
+
+    Attributes:
+        start: Start of the container on the clock of its time stamps, in seconds.
+        claimed: The end of the stream in seconds as the file states it, or 0.0 if it states none.
+        faults: Descriptions of the errors so far.
+        notes: Which stream is read, if there are several.
     """
 
     def __init__(self, container: Any, kind: str, order: int = 0):
@@ -423,7 +452,7 @@ class _Track:
         self.stream, self.start, self.count = streams[0], (container.start_time or 0) / 1e6, len(streams)
         packets: dict[int, list] = {stream.index: [] for stream in streams}
         self.faults, seen = [], 0.0
-        for _ in range(100):  # damage ends the demuxer's loop: it is stepped over
+        for _ in range(100):  # damage ends the demuxer's loop; continue after it
             try:
                 for packet in container.demux():
                     if packet.pts is not None:
@@ -456,25 +485,25 @@ class _Track:
     def _claimed(self, container: Any, seen: float) -> float:
         if container.format.name in GUESSED_LENGTHS:
             return 0.0
-        stream, own, whole = self.stream, 0.0, (container.duration or 0) / 1e6 - self.start
+        stream, stream_end, file_end = self.stream, 0.0, (container.duration or 0) / 1e6 - self.start
         parts = re.fullmatch(r"(\d+):(\d+):(\d+\.?\d*)", stream.metadata.get("DURATION", ""))  # Matroska's
-        if container.format.name == "avi":  # FFmpeg guesses the length of one that is cut
-            whole = max(
+        if container.format.name == "avi":  # FFmpeg only guesses the length of a truncated file
+            file_end = max(
                 (float(v.frames / v.average_rate) for v in container.streams.video if v.average_rate), default=0
             )
         elif stream.duration:
-            own = self.seconds((stream.start_time or 0) + stream.duration)
+            stream_end = self.seconds((stream.start_time or 0) + stream.duration)
         elif parts:
-            own = 3600 * int(parts[1]) + 60 * int(parts[2]) + float(parts[3]) - self.start
-        # In a file that is whole, one stream may end before the others: then `seen` reaches what the file states.
-        return max(own, whole if whole > seen + TOLERANCE else 0.0)
+            stream_end = 3600 * int(parts[1]) + 60 * int(parts[2]) + float(parts[3]) - self.start
+        # A stream may end before the others. The file is complete if the last packet of any stream reaches its end.
+        return max(stream_end, file_end if file_end > seen + TOLERANCE else 0.0)
 
     def seconds(self, stamp: int | None, clock: Any = None) -> float | None:
-        """A time stamp of this stream, or of another `clock`, in seconds since the container's start."""
+        """Converts a time stamp of this stream, or of another `clock`, to seconds since the container's start."""
         return None if stamp is None else float(stamp * (clock or self.stream).time_base) - self.start
 
     def frames(self) -> Iterator[Any]:
-        """What decodes of the packets; the rest is noted in `faults`."""
+        """Decodes the packets. Adds an entry to `faults` for each packet or frame that is damaged."""
         for packet in self.packets:
             try:
                 frames = packet.decode()
@@ -486,20 +515,23 @@ class _Track:
 
 
 def _shortfall(what: str, seconds: float, claimed: float, faults: list[str]) -> list[str]:
-    """Warnings: how much of what is claimed is there, and the number of faults."""
+    """Warnings about missing seconds and about damaged places."""
     short = [f"{what}: {seconds:.1f} of {claimed:.1f} seconds decoded"] if claimed > seconds + TOLERANCE else []
     return short + ([f"{what}: {len(faults)} damaged places, the first: {faults[0]}"] if faults else [])
 
 
 def _spread(frames: int, count: int) -> list[int]:
-    """The frames at the centres of `count` equal parts; all of them if there are no more."""
+    """Indices of the frames at the centres of `count` equal parts; all frames if there are at most `count`."""
     count = min(frames, count)
     return [(2 * i + 1) * frames // (2 * count) for i in range(count)]
 
 
 def _read_video(file: str, count: int) -> tuple[dict[str, Any], np.ndarray]:
-    """Frames by PyAV. The packets of a whole file give all times, and it is decoded once, as far as frames are wanted.
-    A damaged or unusual file is decoded from end to end to learn which frames it has, and again to fetch them."""
+    """Reads frames by PyAV.
+
+    The packets of an intact file contain all times. It is decoded once, up to the last selected frame. A damaged or
+    unusual file is decoded completely to find its frames, and again to read the selected ones.
+    """
     with _container(file) as container:
         track = _Track(container, "video")
         rate = float(track.stream.average_rate or 25)
@@ -511,15 +543,15 @@ def _read_video(file: str, count: int) -> tuple[dict[str, Any], np.ndarray]:
         if stamps and len(stamps) == len(shown) and not track.faults and not any(p.is_corrupt for p in filled):
             wanted = {stamps[i] for i in _spread(len(stamps), count)}
             pictures = _rgb(islice((f for f in track.frames() if f.pts in wanted), len(wanted)), len(wanted))
-            whole = len(pictures) == len(wanted) and not track.faults
+            intact = len(pictures) == len(wanted) and not track.faults
         else:
-            whole = False
+            intact = False
         times = [track.seconds(stamp) for stamp in stamps]
-        last = max(shown, key=lambda packet: packet.pts).duration if whole else None
+        last = max(shown, key=lambda packet: packet.pts).duration if intact else None
         clock = track.stream.time_base
         length = float(last * clock) if last else 1 / rate
     warnings = []
-    if not whole:
+    if not intact:
         with _container(file) as container:
             track = _Track(container, "video")
             times = [track.seconds(frame.pts) for frame in track.frames()]
@@ -530,16 +562,17 @@ def _read_video(file: str, count: int) -> tuple[dict[str, Any], np.ndarray]:
             frames = enumerate(_Track(container, "video").frames())
             pictures = _rgb((frame for i, frame in frames if i in chosen), len(chosen))
         if None in times or any(a >= b for a, b in pairwise(times)):
-            warnings = ["video: time stamps are missing or damaged, times are by the average rate"]
+            warnings = ["video: time stamps are missing or damaged, times follow from the average frame rate"]
             times = [i / rate for i in range(len(times))]
     if len(times) < stated - 1:
         warnings.append(f"video: {len(times)} of {stated} frames decoded")
-    # Where frames are not counted, a hole shows in the packets' times (as a picture that stands still may).
+    # Without a stated number of frames, only a gap in the packets' times shows lost frames. A still picture may cause
+    # such a gap as well.
     ends = sorted((packet.pts, packet.duration or 0) for packet in shown if packet.pts is not None)
     holes = [float((b[0] - sum(a)) * clock) for a, b in pairwise(ends) if a[1]]
     lost = sum(hole for hole in holes if hole > TOLERANCE)
     if lost and not stated:
-        warnings.append(f"video: no pictures for {lost:.1f} seconds in between")
+        warnings.append(f"video: {lost:.1f} seconds without pictures")
     end = times[-1] + length
     warnings = track.notes + warnings
     warnings += _shortfall("video", end - max(times[0] - first, 0.0), track.claimed, track.faults)
@@ -547,7 +580,7 @@ def _read_video(file: str, count: int) -> tuple[dict[str, Any], np.ndarray]:
 
 
 def _rgb(frames: Iterable[Any], count: int) -> np.ndarray:
-    """`(F, H, W, 3)` of at most `count` frames, upright, all in the size of the first."""
+    """Converts at most `count` frames to RGB `(F, H, W, 3)`, upright and in the size of the first frame."""
     pictures, size = [], {}
     for frame in frames:
         if not size:
@@ -562,7 +595,7 @@ def _rgb(frames: Iterable[Any], count: int) -> np.ndarray:
 
 
 def _read_video_by_decord(file: str, count: int) -> tuple[dict[str, Any], np.ndarray]:
-    """Frames by decord, for files of which PyAV gets nothing. Any frame that decord makes up is a reason to refuse."""
+    """Reads frames by decord, for files that PyAV cannot read. Fails if decord would have to replace a frame."""
     try:
         import decord
     except ImportError as error:
@@ -570,15 +603,15 @@ def _read_video_by_decord(file: str, count: int) -> tuple[dict[str, Any], np.nda
     reader = decord.VideoReader(file, num_threads=1, fault_tol=1e-9)
     spans = reader.get_frame_timestamp(list(range(len(reader))))  # (n, 2): from, to
     if not ((np.diff(spans[:, 0]) > 0).all() and -1 < spans[0, 0] and spans[-1, 1] < 1e6):
-        raise MediaError("", "damaged", "its time stamps make no sense")
+        raise MediaError("", "damaged", "its time stamps are invalid")
     chosen = _spread(len(reader), count)
     frames = reader.get_batch(chosen).asnumpy()
-    warnings = ["video: PyAV cannot read it; frames and times are decord's, and what is missing is not known"]
+    warnings = ["video: PyAV cannot read it, frames and times are decord's, parts may be missing"]
     return {"times": spans[chosen, 0].tolist(), "duration": float(spans[-1, 1]), "warnings": warnings}, frames
 
 
 def mono(samples: np.ndarray) -> np.ndarray:
-    """`(N,)` float32 in -1..1 of `(N, channels)` in floats or integers of the widths that files have."""
+    """Averages the channels of `(N, channels)` to `(N,)` float32. Integers are scaled by their type to -1..1."""
     if samples.dtype.kind in "iu":
         limits = np.iinfo(samples.dtype)
         middle = (int(limits.max) + int(limits.min) + 1) // 2
@@ -595,7 +628,17 @@ def _audio(
     faults: list[str],
     notes: list[str],
 ) -> tuple[dict[str, Any], np.ndarray]:
-    """What the audio readers answer: the pieces as one, resampled, and how much of it was decoded (not `silent`)."""
+    """Joins and resamples the pieces of an audio reader, and builds its answer.
+
+    Args:
+        pieces: Consecutive mono samples at `native_rate`.
+        silent: Number of these samples that replace lost sound.
+        native_rate: Sampling rate of the file in Hz.
+        rate: Sampling rate of the result in Hz.
+        claimed: Length that the file states in seconds, or 0.0.
+        faults: Descriptions of the errors so far.
+        notes: Which track is read, if there are several.
+    """
     count = sum(map(len, pieces))
     if count == silent:
         raise MediaError("", "damaged", "no sound can be decoded", f"0 of {claimed:.1f} seconds" if claimed else "")
@@ -604,7 +647,7 @@ def _audio(
     samples = np.concatenate(pieces)
     if not np.isfinite(samples).all():
         samples = np.nan_to_num(samples, copy=False, nan=0.0, posinf=0.0, neginf=0.0)
-        faults.append("samples that are no numbers")
+        faults.append("NaN or infinite samples")
     if (beyond := np.abs(samples) > FULL_SCALE).any():
         if 2 * beyond.sum() > np.count_nonzero(samples):
             raise MediaError("", "damaged", "most of its samples are far beyond full scale")
@@ -619,12 +662,12 @@ def _audio(
 
 
 def _read_audio_by_soundfile(file: str, rate: int) -> tuple[dict[str, Any], np.ndarray]:
-    """Sound by soundfile, held against the length that the file's header states."""
-    handle = os.open(file, os.O_RDONLY)  # not by name: libsndfile would take a suffix for a format
+    """Reads sound by soundfile, and the length that the file's header states."""
+    handle = os.open(file, os.O_RDONLY)  # not by name: libsndfile would use the suffix as the format
     try:
         sound = soundfile.SoundFile(handle)
     except soundfile.LibsndfileError:
-        raise MediaError("", "not media", "it is no audio file") from None
+        raise MediaError("", "not media", "it is not an audio file") from None
     pieces, faults = [], []
     with sound:
         claimed = _stated_frames(file, sound) / sound.samplerate
@@ -634,24 +677,24 @@ def _read_audio_by_soundfile(file: str, rate: int) -> tuple[dict[str, Any], np.n
         except soundfile.LibsndfileError as error:
             faults.append(error.error_string.strip(" .") or "unreadable sound")
         if sound.format == "OGG" and not _ogg_end(file)[1]:
-            faults.append("the mark of the end is missing")
+            faults.append("the end-of-stream mark is missing")
         native_rate = sound.samplerate
     return _audio(pieces, 0, native_rate, rate, claimed, faults, [])
 
 
 def _stated_frames(file: str, sound: Any) -> float:
-    """Frames by the header. libsndfile shortens a cut file's length without a word, except in its log."""
+    """Number of frames that the header states. Only libsndfile's log has it: its length omits lost frames."""
     if sound.format == "OGG":
         return _ogg_end(file)[0] * sound.samplerate / (48000 if sound.subtype == "OPUS" else sound.samplerate)
     stated = re.search(r"^ *(?:data|SSND) : (\d+)(?: \(should be (\d+)\))?", sound.extra_info, re.MULTILINE)
     if not stated or int(stated[1]) >= UNKNOWN_SIZE:
         return sound.frames
-    there = int(stated[2] or os.path.getsize(file))
-    return sound.frames * max(int(stated[1]) / there, 1.0) if there else sound.frames
+    available = int(stated[2] or os.path.getsize(file))
+    return sound.frames * max(int(stated[1]) / available, 1.0) if available else sound.frames
 
 
 def _ogg_end(file: str) -> tuple[int, bool]:
-    """The last page's position in samples, and whether it is marked as the last."""
+    """Position of the last page in samples, and whether the page is marked as the last."""
     with open(file, "rb") as handle:
         handle.seek(max(os.path.getsize(file) - (1 << 17), 0))
         tail = handle.read()

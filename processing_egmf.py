@@ -1,11 +1,11 @@
-"""EGMF's processor: a question about an utterance becomes model inputs, generated tokens become labels or scores.
+"""EGMF's processor: converts utterances to model inputs, and generated tokens to labels or scores.
 
-`EGMFProcessor` lays out one utterance with its context, its sound and its pictures (files, arrays, or features made
-beforehand), for a task of `tasks_egmf.py`, and offers everything that reads answers: the candidates that the model
-scores, a logits processor that admits legal answers only, and the reading of generated text and of distributions.
+`EGMFProcessor` builds the input sequence of a task (`tasks_egmf.py`) from an utterance, its context, its sound and its
+pictures (files, arrays or precomputed features). It also processes answers: it lists the candidates that the model
+scores, constrains generation to legal answers, parses generated text and summarises distributions.
 
-The paper (arXiv 2601.07565) asks an LLM with a prompt and pseudo tokens; the layout and the wording below are this
-implementation's own choice.
+The paper (arXiv 2601.07565) prompts an LLM with a text prompt and pseudo tokens. This implementation chooses the
+layout and the wording.
 """
 
 import warnings
@@ -24,21 +24,21 @@ from .media_inputs_egmf import MediaInputsMixin, as_array
 from .tasks_egmf import BUILTIN_TASKS, AffectTask, AnswerConstraint, AnswerDistribution, AnswerText
 
 
-# How each language writes a line: what follows a name, what follows a colon, and the head of the later lines.
+# By language: the colon after a name, the space after a colon, and the heading of the following lines.
 COLON = {"en": ":", "zh": "："}
 SPACE = {"en": " ", "zh": ""}
 FOLLOWING = {"en": "Afterwards:\n", "zh": "之后：\n"}
 
-# Spare special tokens, by what their names contain; the first pattern that matches wins.
+# Name patterns of unused special tokens, in order of preference.
 SPARE_TOKENS = ("pseudo", "reserved", "unused", "placeholder", "extra", "empty_output", "_pad")
 NEW_PSEUDO_TOKEN = "<|pseudo|>"
 
 
 class TextWarning(UserWarning):
-    """A text does not fit into the LLM's context, and a part of it is left out.
+    """A text exceeds the LLM's context length, and part of it is left out.
 
     Args:
-        index: Place of the sample in its batch.
+        index: Index of the sample in its batch.
         message: What is left out.
     """
 
@@ -48,32 +48,34 @@ class TextWarning(UserWarning):
 
 
 class EGMFProcessor(MediaInputsMixin, ProcessorMixin):
-    """Turns utterances into the inputs of EGMF, and its answers into labels and scores.
+    """Converts utterances to the inputs of EGMF, and answers of EGMF to labels and scores.
 
     One sample becomes one sequence:
 
         [bos] prompt \\n context lines [following lines] K x pseudo token \\n [Speaker:] utterance \\n cue [answer eos]
 
-    What stands in front of the pseudo tokens conditions the gate. The utterance comes after them, so that the LLM
-    reads it with the fused modalities in view. The pieces are tokenised one by one, and special tokens inside a user's
-    text stay plain text, so nobody can write a placeholder. White space in a text, line ends included, is folded.
+    The gate is conditioned on the part before the pseudo tokens. The utterance follows the pseudo tokens, so the LLM
+    can attend to the fused modalities when it reads the utterance. The pieces are tokenised separately. Special tokens
+    inside a user's text remain plain text, so that no text can contain a placeholder. Consecutive white space in a
+    text, including line ends, becomes one space.
 
-    A sequence and its answer have at most `tokenizer.model_max_length` tokens. What does not fit is left out with a
-    [`TextWarning`]: the farthest lines of the context first, then the beginning of the utterance.
+    A sequence with its answer has at most `tokenizer.model_max_length` tokens. Text beyond this limit is left out with
+    a [`TextWarning`]: the farthest lines of the context first, then the beginning of the utterance.
 
     Args:
         tokenizer: The LLM's tokenizer.
-        feature_extractor: The audio tower's, None where the model has no audio tower.
-        image_processor: The vision tower's, likewise, with the PIL backend.
-        pseudo_token: The placeholder of the pseudo tokens. None takes a spare special token of the tokenizer, or else
-            adds `"<|pseudo|>"` to it; the LLM's embeddings then have to be resized to `len(tokenizer)`.
+        feature_extractor: The audio tower's feature extractor, or None if the model has no audio tower.
+        image_processor: The vision tower's image processor (PIL backend), or None if the model has no vision tower.
+        pseudo_token: The placeholder of the pseudo tokens. With None, the processor selects an unused special token of
+            the tokenizer, or adds `"<|pseudo|>"` to the tokenizer if there is none. In the latter case, resize the
+            LLM's embeddings to `len(tokenizer)`.
         num_pseudo_tokens: Number K of placeholders per sample.
-        num_frames: How many frames of a video are read, spread evenly over it.
-        tasks: The user's own tasks, `{name: AffectTask or dict of its fields}`, beside the built-in ones.
-        max_context_tokens: Budget of the context and following lines together. While they exceed it, the utterance
-            farthest from the one in question is dropped whole (of two equally far ones, the following one).
-        default_task: What is asked where no task is named: the one that the model was trained on.
-        chat_template: Kept for the tokenizer's sake; EGMF's own sequences do not use it.
+        num_frames: Number of frames sampled evenly from a video.
+        tasks: Additional tasks, `{name: AffectTask or dict of its fields}`.
+        max_context_tokens: Maximum number of tokens of the context and following lines together. If they exceed it,
+            whole utterances are dropped, starting with the farthest (the following one of two equally far ones).
+        default_task: The task that is used if a call names none: the one that the model was trained on.
+        chat_template: Kept for the tokenizer; the sequences of EGMF do not use it.
     """
 
     text_kwargs = {"padding_side": "left"}
@@ -99,7 +101,7 @@ class EGMFProcessor(MediaInputsMixin, ProcessorMixin):
             raise ValueError(
                 f"EGMF needs an `eos_token` and a `pseudo_token` ({self.pseudo_token!r}) apart from {used}."
             )
-        # A token that is there already keeps its id; being special is what keeps users' texts clear of it.
+        # An existing token keeps its id. Only a special token is never encoded from a user's text.
         tokenizer.add_tokens([self.pseudo_token], special_tokens=True)
         self.feature_extractor = _sub_processor("feature_extractor", feature_extractor)
         self.image_processor = _sub_processor("image_processor", image_processor)
@@ -120,33 +122,33 @@ class EGMFProcessor(MediaInputsMixin, ProcessorMixin):
         self._special_ids -= {tokenizer.unk_token_id} - {tokenizer.eos_token_id, self.pseudo_token_id}
         self._pieces: dict[str, list[int]] = {}
         self._answer_ids: dict[AffectTask, list[list[int]]] = {}
-        # What the tokenizer puts in front of a text by default: often bos, often nothing.
+        # The tokens that the tokenizer adds before a text by default: bos or nothing.
         letter, full = self._piece("a"), tokenizer("a")["input_ids"]
         self._start_ids = full[: full.index(letter[0])] if letter and letter[0] in full else []
 
     @classmethod
     def get_attributes(cls) -> list[str]:
-        # The other two may be None, which ProcessorMixin does not foresee; processor_config.json holds them as well.
+        # ProcessorMixin does not support None for the other two. processor_config.json contains them as well.
         return ["tokenizer"]
 
     @classmethod
     def _load_tokenizer_from_pretrained(cls, sub_processor_type, pretrained_model_name_or_path, **kwargs):
-        # tokenizer_config.json names the tokenizer's class. Without a config here, AutoTokenizer would load the
-        # checkpoint's, and ask whether to run its code: the code that the caller has imported already.
+        # tokenizer_config.json names the tokenizer's class. Without a config argument, AutoTokenizer would load the
+        # checkpoint's config and ask whether to trust its code, which the caller has already imported.
         return super()._load_tokenizer_from_pretrained(
             sub_processor_type, pretrained_model_name_or_path, config=PreTrainedConfig(), **kwargs
         )
 
     @staticmethod
     def find_pseudo_token(tokenizer) -> str | None:
-        """A spare special token that `tokenizer` already has, never one it uses itself; None if there is none."""
+        """Returns a special token of `tokenizer` that the tokenizer does not use, or None if there is none."""
         used = _used_tokens(tokenizer)
         special = [token.content for _, token in sorted(tokenizer.added_tokens_decoder.items()) if token.special]
         spare = (token for pattern in SPARE_TOKENS for token in special if pattern in token and token not in used)
         return next(spare, None)
 
     def limit_length(self, text_config: PreTrainedConfig) -> None:
-        """Lowers `tokenizer.model_max_length` to the positions that the LLM of a config has, if it has a number."""
+        """Lowers `tokenizer.model_max_length` to the LLM's `max_position_embeddings`, if its config has a value."""
         positions = getattr(text_config, "max_position_embeddings", None)
         if positions:
             self.tokenizer.model_max_length = min(self.tokenizer.model_max_length, positions)
@@ -182,40 +184,43 @@ class EGMFProcessor(MediaInputsMixin, ProcessorMixin):
         return_tensors: str | None = "pt",
         **kwargs,
     ) -> BatchFeature:
-        """Model inputs of one sample, or of a batch if `text` (without text: media or features) is a list of samples.
+        """Prepares the model inputs of one sample, or of a batch if `text` is a list of samples.
 
-        In a batch every argument is None or a list with one entry per sample; a single `task` serves all samples.
-        A missing modality is None (for text also ""), and always legal.
+        Without text, media or features determine whether the input is a batch. In a batch every argument is None or a
+        list with one entry per sample; a single `task` applies to all samples. A missing modality is None (for text
+        also ""); any modality may be missing.
 
         Args:
             text: The utterance.
             context: Per sample the preceding utterances, oldest first: strings or `{"speaker", "text"}` dicts.
-            following: Per sample the utterances after it, nearest first, in the same form.
-            speaker: Who says the utterance.
+            following: Per sample the utterances after this one, nearest first, in the same form.
+            speaker: The name of the speaker.
             audio: Per sample a file with sound, an [`AudioClip`], or `{"array", "sampling_rate"}`: (samples,),
                 (samples, channels) or (channels, samples), floats from -1 to 1 or integers; channels are averaged.
             video: Per sample a file with pictures, a [`VideoClip`], or an array of RGB frames (F, height, width, 3),
-                uint8. The sound track of a video file is the sample's audio unless one is given.
+                uint8. The sound track of a video file is used as the sample's audio if `audio` is None.
             audio_features, vision_features: Per sample an array `(T, D)` of finite numbers, `T` >= 1; for a model with
                 a tower the tower's hidden layers `(T, layers + 1, D)`.
-            audio_times, vision_times: Per sample the seconds `(T,)` of the features' rows; NaN where unknown.
+            audio_times, vision_times: Per sample the times `(T,)` of the features' rows in seconds, NaN if unknown.
             task: Name of a task in `tasks`, or an `AffectTask`; by default `default_task`.
             answer: The label or score to learn; adds `labels`, and the answer and EOS to the sequence.
             return_tensors: `"pt"`, or `"np"` or None for numpy arrays.
-            sound_track: Whether a video file's own sound is used; True by default.
-            padding_side: `"left"` (default, what generation needs) or `"right"`; also inside `text_kwargs`.
+            sound_track: Whether to use the sound track of a video file; True by default.
+            padding_side: `"left"` (default, required for generation) or `"right"`; also inside `text_kwargs`.
 
         Returns:
-            Padded to the longest sequence L, clip T: `input_ids`, `attention_mask`, `utterance_mask` (1 on the tokens
-            of the utterance, a space in front of it included) and, given answers, `labels` (-100 except on the answer
-            and EOS), all `(B, L)` int64; where the batch has audio, `audio_features` `(B, T, D)` float32 padded with
-            zeros on the right, `audio_mask` `(B, T)` int64, `audio_times` `(B, T)` float32 (NaN: unknown or padding);
-            the same for vision. Media come as what the towers read, `input_features` or `input_values` with
-            `audio_mask`, and `pixel_values` `(B, F, 3, height, width)` with `vision_mask` and `vision_times` `(B, F)`.
+            A batch, padded to the longest sequence L and the longest clip T:
+
+            - `input_ids`, `attention_mask`, `utterance_mask` (1 on the tokens of the utterance, including a space in
+              front of it) and, given answers, `labels` (-100 except on the answer and EOS): `(B, L)` int64.
+            - With audio features: `audio_features` `(B, T, D)` float32 padded with zeros on the right, `audio_mask`
+              `(B, T)` int64, `audio_times` `(B, T)` float32 (NaN if unknown or padding). The same for vision.
+            - With media: the towers' inputs, which are `input_features` or `input_values` with `audio_mask`, and
+              `pixel_values` `(B, F, 3, height, width)` with `vision_mask` and `vision_times` `(B, F)`.
 
         Raises:
-            ValueError: If an argument is not as described; the message names it, what it got and what it wanted.
-            MediaError: If a file cannot be read. What is missing from one that can be is a `MediaWarning`.
+            ValueError: If an argument is invalid. The message gives the argument, its value and the valid values.
+            MediaError: If a file cannot be read. Missing parts of a readable file cause a `MediaWarning`.
         """
         options = {**self.text_kwargs, **kwargs.pop("text_kwargs", {}), **kwargs}
         padding_side, sound_track = options.pop("padding_side"), options.pop("sound_track", True)
@@ -242,7 +247,7 @@ class EGMFProcessor(MediaInputsMixin, ProcessorMixin):
             rows["attention_mask"].append([1] * len(before + utterance + after))
             rows["utterance_mask"].append([0] * len(before) + [1] * len(utterance) + [0] * len(after))
 
-        # Padding is masked, so that EOS will do where there is no token for it.
+        # Padding is masked, so EOS can replace a missing padding token.
         no_pad = self.tokenizer.pad_token_id is None
         fill = {"input_ids": self.tokenizer.eos_token_id if no_pad else self.tokenizer.pad_token_id, "labels": -100}
         data = {name: _pad(values, fill.get(name, 0), padding_side) for name, values in rows.items()}
@@ -252,14 +257,14 @@ class EGMFProcessor(MediaInputsMixin, ProcessorMixin):
         media = self.media_inputs([self.load_media(*clip, sound_track, f"[{i}]") for i, clip in enumerate(clips)])
         if both := media.keys() & data.keys():
             name = min(both).replace("mask", "features")
-            raise ValueError(f"`{name}` got values beside media, wanted one of the two in a batch.")
+            raise ValueError(f"`{name}` got values in addition to media, wanted one of the two in a batch.")
         return BatchFeature({**data, **media}, tensor_type=return_tensors)
 
     def candidates(self, task: str | AffectTask) -> list[list[int]]:
-        """Token ids of every legal answer, in task order, none a prefix of another.
+        """Token ids of every legal answer, in task order. No candidate is a prefix of another.
 
-        EOS closes an answer only where it is a proper prefix of another one ("calm", "calm down"), so that comparing
-        the candidates needs no EOS elsewhere.
+        EOS is appended only to an answer that is a proper prefix of another one ("calm", "calm down"). The other
+        candidates are distinct without it.
         """
         task = self._task(task)
         trie = self._trie(task)
@@ -268,19 +273,21 @@ class EGMFProcessor(MediaInputsMixin, ProcessorMixin):
         ]
 
     def answer_ids(self, task: str | AffectTask, answer: Any) -> list[int]:
-        """Token ids of a legal answer text, label or score as it follows the cue, without EOS."""
+        """Token ids of an answer after the cue, without EOS. `answer` is a legal answer text, a label or a score."""
         task = self._task(task)
         text = answer if isinstance(answer, str) and answer in task.answers else task.format(answer)
         return list(self._all_answer_ids(task)[task.answers.index(text)])
 
     def max_answer_tokens(self, task: str | AffectTask) -> int:
-        """Length of the longest legal answer and its EOS: what `max_new_tokens` has to allow."""
+        """Number of tokens of the longest legal answer with EOS, the minimum for `max_new_tokens`."""
         return max(len(ids) for ids in self._all_answer_ids(self._task(task))) + 1
 
     def logits_processor(self, task: "str | AffectTask | Sequence", inputs: dict[str, Any]) -> LogitsProcessorList:
-        """For `generate(**inputs, logits_processor=...)`: admits only legal answers of `task` (or of a task per row).
+        """Constrains generation to legal answers, for `generate(**inputs, logits_processor=...)`.
 
-        `inputs` are the processor's own, left-padded and without answers.
+        Args:
+            task: One task, or a list with one task per row.
+            inputs: The output of this processor, left-padded and without answers.
         """
         size, prompt_length = inputs["input_ids"].shape
         tasks = self._tasks(task, size)
@@ -289,9 +296,11 @@ class EGMFProcessor(MediaInputsMixin, ProcessorMixin):
         return LogitsProcessorList([AnswerConstraint([tries[one] for one in tasks], prompt_length, ended)])
 
     def decode_answers(self, generated_ids: Any, task: "str | AffectTask | Sequence") -> list[AnswerText]:
-        """The answers in newly generated tokens, `generated[:, inputs["input_ids"].shape[1]:]`, of shape `(B, N)`.
+        """Decodes the answers in newly generated tokens.
 
-        An answer ends at EOS or padding. `task` is one task or one per row (`num_return_sequences` included).
+        Args:
+            generated_ids: `(B, N)`, `generated[:, inputs["input_ids"].shape[1]:]`. An answer ends at EOS or padding.
+            task: One task, or a list with one task per generated row.
         """
         rows = generated_ids.tolist() if hasattr(generated_ids, "tolist") else generated_ids
         ends = {self.tokenizer.eos_token_id, self.tokenizer.pad_token_id}
@@ -300,9 +309,14 @@ class EGMFProcessor(MediaInputsMixin, ProcessorMixin):
         return [AnswerText(text, one.parse(text)) for text, one in zip(texts, tasks, strict=True)]
 
     def summarize(self, log_probs: Any, task: str | AffectTask) -> list[AnswerDistribution]:
-        """The distributions in `log_probs` `(B, C)`, natural logarithms over `task.answers`, normalised or not.
+        """Summarises the distributions over `task.answers`, one per row.
 
-        ValueError if the shape is another, or a row holds NaN, +inf or nothing but -inf.
+        Args:
+            log_probs: `(B, C)` natural logarithms, normalised or not.
+            task: The task whose C legal answers the columns represent.
+
+        Raises:
+            ValueError: If the shape is wrong, or a row contains NaN or +inf, or only -inf.
         """
         task = self._task(task)
         scores = torch.as_tensor(log_probs).detach().double().cpu()
@@ -331,12 +345,12 @@ class EGMFProcessor(MediaInputsMixin, ProcessorMixin):
         """Token ids of one or more plain texts."""
         plain = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
         rows = self.tokenizer(texts, return_attention_mask=False, **plain)["input_ids"]
-        # Unigram and word-level vocabularies hold special tokens as ordinary pieces and match them in spite of
-        # `split_special_tokens`; those are left out.
+        # Unigram and word-level vocabularies contain special tokens as ordinary pieces and match them despite
+        # `split_special_tokens`. Remove these.
         return [[i for i in row if i not in self._special_ids] for row in rows]
 
     def _piece(self, text: str) -> list[int]:
-        """Token ids of a constant piece of text, tokenised once."""
+        """Token ids of a constant piece of text, cached."""
         if text not in self._pieces:
             self._pieces[text] = self._encode([text])[0]
         return self._pieces[text]
@@ -345,7 +359,7 @@ class EGMFProcessor(MediaInputsMixin, ProcessorMixin):
         return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False).strip()
 
     def _layout(self, i: int, columns: dict[str, list], task: AffectTask) -> tuple[list[int], list[int], list[int]]:
-        """Token ids of sample `i`: up to the utterance, the utterance, and from there to the cue."""
+        """Token ids of sample `i` in three parts: before the utterance, the utterance, after it up to the cue."""
         colon, space = COLON[task.language], SPACE[task.language]
         context = _lines(f"context[{i}]", columns["context"][i], colon + space)
         following = _lines(f"following[{i}]", columns["following"][i], colon + space)
@@ -363,7 +377,7 @@ class EGMFProcessor(MediaInputsMixin, ProcessorMixin):
         lines = self._fit(context, following, marker, self.max_context_tokens)
         limit = self.tokenizer.model_max_length
         fixed = sum(map(len, (prompt, pseudo, name, end)))
-        # An answer is shorter than half of any context.
+        # Answers are tokenised only for long sequences: an answer is shorter than half of any context length.
         room = limit - fixed - (self.max_answer_tokens(task) if 2 * (fixed + len(lines + utterance)) > limit else 0)
         if (excess := len(lines) + len(utterance) - room) > 0:
             shorter = self._fit(context, following, marker, max(0, len(lines) - excess))
@@ -377,7 +391,7 @@ class EGMFProcessor(MediaInputsMixin, ProcessorMixin):
 
     @staticmethod
     def _fit(context: list[list[int]], following: list[list[int]], marker: list[int], budget: int) -> list[int]:
-        """The context lines, then marker and following lines, less the farthest ones that exceed the budget."""
+        """Joins context lines, marker and following lines; drops the farthest lines until they fit the budget."""
         while True:
             lines = sum(context + [marker] * bool(following) + following, [])
             if not lines or len(lines) <= budget:
@@ -388,13 +402,13 @@ class EGMFProcessor(MediaInputsMixin, ProcessorMixin):
                 context = context[1:]
 
     def _all_answer_ids(self, task: AffectTask) -> list[list[int]]:
-        """Token ids of every legal answer, checked to decode to the answer (so no two are the same)."""
+        """Token ids of every legal answer. Checks that they decode to the answer, which makes them distinct."""
         if task not in self._answer_ids:
             cue, space = self._piece(task.cue), SPACE[task.language]
             joined = self._encode([task.cue + space + answer for answer in task.answers])
-            alone = self._encode([space + answer for answer in task.answers])
-            # Where the tokenizer merges cue and answer, the answer is spelled as it stands alone.
-            rows = [a[len(cue) :] if a[: len(cue)] == cue else b for a, b in zip(joined, alone, strict=True)]
+            separate = self._encode([space + answer for answer in task.answers])
+            # If the tokenizer merges the end of the cue with the answer, use the tokens of the answer without the cue.
+            rows = [a[len(cue) :] if a[: len(cue)] == cue else b for a, b in zip(joined, separate, strict=True)]
             for answer, ids in zip(task.answers, rows, strict=True):
                 if (spelled := self._decode(ids)) != answer:
                     raise ValueError(f"Task {task.name!r}: the tokenizer turns answer {answer!r} into {spelled!r}.")
@@ -402,7 +416,7 @@ class EGMFProcessor(MediaInputsMixin, ProcessorMixin):
         return self._answer_ids[task]
 
     def _trie(self, task: AffectTask) -> dict[tuple[int, ...], list[int]]:
-        """From each prefix of a legal answer and its EOS to the ids that may follow."""
+        """Maps each token prefix of the legal answers (with EOS) to the token ids that may follow."""
         trie: dict[tuple[int, ...], list[int]] = {}
         for ids in self._all_answer_ids(task):
             path = (*ids, self.tokenizer.eos_token_id)
@@ -414,11 +428,14 @@ class EGMFProcessor(MediaInputsMixin, ProcessorMixin):
 
 
 def _sub_processor(kind: str, value: Any):
-    """A feature extractor or image processor from what `processor_config.json` holds; anything else as it is."""
+    """Builds a feature extractor or image processor from its dict in `processor_config.json`.
+
+    Any other value is returned unchanged.
+    """
     if not isinstance(value, dict):
         return value
     name = value.get(f"{kind}_type", "")
-    # The PIL form of an image processor: the same pixels with and without torchvision.
+    # The PIL version of an image processor gives the same pixels with and without torchvision.
     found = getattr(transformers, f"{name}Pil", None) or getattr(transformers, name, None)
     if found is None:
         raise ValueError(f"`{kind}` got the type {name!r}, wanted the name of a class in transformers.")
@@ -426,13 +443,13 @@ def _sub_processor(kind: str, value: Any):
 
 
 def _used_tokens(tokenizer) -> set[str]:
-    """The special tokens that have a part in the tokenizer."""
+    """The special tokens with a role in the tokenizer, such as bos or eos."""
     names = ("bos", "eos", "unk", "pad", "sep", "cls", "mask")
     return {getattr(tokenizer, f"{name}_token", None) for name in names} - {None}
 
 
 def _fold(name: str, text: str | None) -> str:
-    """One line of text, "" for None."""
+    """Joins the words of a text with single spaces; "" for None. Checks that the text is valid."""
     if text is not None and not isinstance(text, str):
         raise ValueError(f"`{name}` must be a string or None, got {type(text).__name__} {text!r}.")
     if text and not text.isascii():
@@ -445,7 +462,7 @@ def _fold(name: str, text: str | None) -> str:
 
 
 def _lines(name: str, items: Any, colon: str) -> list[str]:
-    """The lines of context utterances, empty ones left out."""
+    """Formats the non-empty context utterances as lines."""
     wanted = "a list of strings or {'speaker', 'text'} dicts"
     if not isinstance(items, list | tuple | None):
         raise ValueError(f"`{name}` must be {wanted}, got {items!r}.")
@@ -461,7 +478,7 @@ def _lines(name: str, items: Any, colon: str) -> list[str]:
 
 
 def _ndim(value: Any) -> int:
-    """Array dimensions of nested lists or an array; a missing sample counts as a 2-D one."""
+    """Number of dimensions of an array or of nested lists; a missing sample counts as 2-D."""
     if hasattr(value, "ndim"):
         return value.ndim
     if isinstance(value, list | tuple):
@@ -479,7 +496,7 @@ def _is_batch(columns: dict[str, Any]) -> bool:
 
 
 def _as_columns(columns: dict[str, Any]) -> dict[str, list]:
-    """Every argument as a list with one entry per sample; a single task serves all samples."""
+    """Converts every argument to a list with one entry per sample; a single task applies to all samples."""
     lists = {}
     for name, value in columns.items():
         single = isinstance(value, str | dict | AffectTask) or not hasattr(value, "__len__")
@@ -496,7 +513,7 @@ def _as_columns(columns: dict[str, Any]) -> dict[str, list]:
 
 
 def _pad(rows: list[list[int]], fill: int, side: str) -> np.ndarray:
-    """`(B, L)` int64, each row padded to the longest."""
+    """Pads the rows to the longest one: `(B, L)` int64."""
     padded = np.full((len(rows), max(map(len, rows))), fill, dtype=np.int64)
     for target, row in zip(padded, rows, strict=True):
         target[len(target) - len(row) if side == "left" else 0 :][: len(row)] = row
@@ -504,7 +521,7 @@ def _pad(rows: list[list[int]], fill: int, side: str) -> np.ndarray:
 
 
 def _features(name: str, value: Any) -> np.ndarray:
-    """One sample's features `(T, D)`, or a tower's hidden layers `(T, layers, D)`, checked."""
+    """Converts and checks one sample's features `(T, D)` or tower hidden layers `(T, layers, D)`."""
     layers = _ndim(value) == 3
     wanted = "an array (frames, layers, features)" if layers else "an array (frames, features)"
     array = as_array(name, value, 2 + layers, wanted)
@@ -518,7 +535,7 @@ def _features(name: str, value: Any) -> np.ndarray:
 
 
 def _stack(modality: str, features: list, times: list) -> dict[str, np.ndarray]:
-    """A modality's features, mask and times, padded on the right; nothing if no sample has it."""
+    """Stacks a modality's features, mask and times, padded on the right; empty if no sample has the modality."""
     arrays = {i: _features(f"{modality}_features[{i}]", x) for i, x in enumerate(features) if x is not None}
     untimed = [i for i, seconds in enumerate(times) if seconds is not None and i not in arrays]
     if untimed:

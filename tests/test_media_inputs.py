@@ -281,7 +281,7 @@ def test_media_without_a_tower(processor, files):
 
 def test_media_beside_features(llm_folder, files):
     features = [None, np.zeros((3, 3, 16))]
-    with pytest.raises(ValueError, match="`audio_features` got values beside media"):
+    with pytest.raises(ValueError, match="`audio_features` got values in addition to media"):
         build_processor(llm_folder())(
             text=["a", "b"], audio=[files["wav"], None], audio_features=features, task="meld"
         )
