@@ -1,7 +1,7 @@
 """Configuration of EGMF, Expert-Guided Multimodal Fusion with large language models (arXiv 2601.07565).
 
-The paper fixes three experts, a hierarchical dynamic gate, pseudo tokens in front of a causal LLM and LoRA. Sizes,
-kernels, layers and every other field below are this implementation's own choice; the paper does not say.
+The paper specifies three experts, a hierarchical dynamic gate, pseudo tokens in front of a causal LLM and LoRA. It
+does not specify sizes, kernels, layers or the other fields below; this implementation chooses them.
 """
 
 import copy
@@ -13,7 +13,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 
 EXPERTS = ("local", "semantic", "global")
-# How `pipeline()` finds what travels with the checkpoint.
+# Registers the pipeline that is saved with the checkpoint, for `pipeline()`.
 PIPELINES = {
     "affect-recognition": {
         "impl": "pipeline_egmf.AffectRecognitionPipeline",
@@ -28,18 +28,18 @@ class EGMFConfig(PreTrainedConfig):
     r"""
     Configuration of [`EGMFForConditionalGeneration`].
 
-    A modality is part of the model when it has a tower (`audio_config`, `vision_config`) or a feature width
-    (`audio_feature_size`, `vision_feature_size`), not both. Text always is.
+    Text is always a modality of the model. Audio or vision is one if it has a tower (`audio_config`, `vision_config`)
+    or a feature width (`audio_feature_size`, `vision_feature_size`), but not both.
 
     Args:
         text_config: Config of the causal LLM; any decoder-only model that `AutoModelForCausalLM` loads.
-        audio_config: Config of a speech encoder (of an encoder-decoder, the encoder is used), or None.
+        audio_config: Config of a speech encoder, or None. Of an encoder-decoder, only the encoder is used.
         vision_config: Config of an image encoder, applied frame by frame, or None.
-        audio_feature_size: Width of precomputed audio features, when there is no audio tower.
-        vision_feature_size: Width of precomputed vision features, when there is no vision tower.
+        audio_feature_size: Width of precomputed audio features, if there is no audio tower.
+        vision_feature_size: Width of precomputed vision features, if there is no vision tower.
         audio_input_rate: Positions per second of the audio tower's input (16000 for waveforms at 16 kHz, 100 for
-            mel frames every 10 ms); gives the tower's frames their times in seconds.
-        pseudo_token_id: Token id whose occurrences in `input_ids` are replaced by the pseudo tokens.
+            mel frames every 10 ms). It determines the times of the tower's frames in seconds.
+        pseudo_token_id: Token id of the placeholders in `input_ids` that the pseudo tokens replace.
         num_pseudo_tokens: Number K of pseudo tokens per utterance, and of latents per expert and modality.
         fusion_hidden_size: Width d of the experts and the gate.
         fusion_num_attention_heads: Attention heads in the experts.
@@ -47,18 +47,19 @@ class EGMFConfig(PreTrainedConfig):
         fusion_dropout: Dropout on the projected modality sequences and inside the experts.
         experts: Experts in use, a subset of `("local", "semantic", "global")`; order is kept.
         local_kernel_sizes: Odd kernel widths, in frames, of the local expert's time scales.
-        semantic_num_stretches: Stretches of the clip in which the semantic expert sums up voice and face.
-        global_num_components: Cosine components over the clip that the global expert reads of each modality.
+        semantic_num_stretches: Number of stretches of the clip over which the semantic expert averages audio and
+            vision.
+        global_num_components: Number of cosine components over the clip in the global expert, per modality.
         global_num_layers: Transformer layers of the global expert.
         gating: `"hierarchical"` (over modalities inside an expert, then over experts per pseudo token), `"flat"`
             (one softmax over all expert-modality pairs per pseudo token) or `"mean"` (no gate).
-        lm_head_bias: Whether the LLM's head has a bias (`from_language_model` finds out).
-        feature_noise: Gaussian noise added in training to precomputed features, by modality name, in units of their
-            standard deviation; regularises weak or contaminated features.
-        clip_statistics: Modalities, audio or vision, whose every position is also told the mean and the standard
-            deviation of the clip's frames, of a tower layer by layer.
-        frame_pooling: Consecutive frames of a modality, audio or vision, that are averaged to one before the fusion
-            reads them, by modality name; clip statistics are those of the frames before that.
+        lm_head_bias: Whether the LLM's head has a bias. `from_language_model` sets it.
+        feature_noise: Standard deviation of Gaussian noise that training adds to precomputed features, by modality
+            name, in units of the features' standard deviation. It regularises weak or contaminated features.
+        clip_statistics: The modalities (audio, vision) that add the mean and the standard deviation of the clip's
+            frames to every position. For a tower, the statistics are computed for each layer.
+        frame_pooling: Number of consecutive frames that are averaged before the fusion, by modality name (audio,
+            vision). Clip statistics use the frames before averaging.
         initializer_range: Standard deviation of new embeddings, and of a new head's weights.
     """
 
@@ -98,7 +99,7 @@ class EGMFConfig(PreTrainedConfig):
                 setattr(self, name, CONFIG_MAPPING[value["model_type"]](**value))
         if self.text_config is None:
             self.text_config = CONFIG_MAPPING["llama"]()
-        # Tying is honoured only if the top-level config says so; the LLM's config is what knows.
+        # transformers ties weights only if the top-level config says so. The LLM's config has the value.
         self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
         self.feature_noise = dict(self.feature_noise or {})
         self.frame_pooling = dict(self.frame_pooling or {})
@@ -127,7 +128,7 @@ class EGMFConfig(PreTrainedConfig):
                 getattr(self, f"{modality}_config") is not None
                 and getattr(self, f"{modality}_feature_size") is not None
             ):
-                raise ValueError(f"{modality}_feature_size: got a value beside {modality}_config, wanted one of them")
+                raise ValueError(f"{modality}_feature_size: got a value with {modality}_config, wanted one of them")
             tower = getattr(self, f"{modality}_config")
             if tower is not None and not hasattr(tower, "hidden_size") and not hasattr(tower, "hidden_sizes"):
                 raise ValueError(
@@ -151,22 +152,22 @@ class EGMFConfig(PreTrainedConfig):
 
     def to_dict(self) -> dict:
         fields = super().to_dict()
-        fields["custom_pipelines"] = copy.deepcopy(PIPELINES)  # `pipeline()` puts classes into its config's own
+        fields["custom_pipelines"] = copy.deepcopy(PIPELINES)  # `pipeline()` writes classes into the attribute
         for name in self.sub_configs:
             part = fields.get(name) or {}
-            # A name on the Hub is worth keeping; a folder on the disk of whoever trained is nobody's business.
+            # Keep a Hub id, but not a private folder of the machine that trained the model.
             if os.path.isdir(part.get("_name_or_path") or ""):
                 part["_name_or_path"] = ""
         return fields
 
     @property
     def text_embedding_size(self) -> int:
-        """Width H of the LLM's input embeddings and of what its head reads; OPT-350m's differs from its layers'."""
+        """Width H of the LLM's input embeddings and of its head's input. OPT-350m's layers have another width."""
         return getattr(self.text_config, "word_embed_proj_dim", None) or self.text_config.hidden_size
 
     @property
     def modalities(self) -> list[str]:
-        """Names of the modalities this model takes, in the order of the gate's modality axis."""
+        """Names of the model's modalities, in the order of the gate's modality axis."""
         present = ["text"]
         for name in ("audio", "vision"):
             if getattr(self, f"{name}_config") is not None or getattr(self, f"{name}_feature_size") is not None:

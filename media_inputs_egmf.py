@@ -1,7 +1,7 @@
-"""From clips to what the towers read: the part of EGMF's processor that takes sound and pictures.
+"""Converts clips to tower inputs: the part of EGMF's processor for sound and pictures.
 
-Files are decoded by `media_egmf.py`; clips go through the audio tower's feature extractor and the vision tower's image
-processor, one by one, and are put together to batches.
+`media_egmf.py` decodes the files. The audio tower's feature extractor and the vision tower's image processor then
+process each clip separately, and the results are stacked to batches.
 """
 
 import os
@@ -23,11 +23,11 @@ RATES = 1, 10_000_000  # Hz that an array of samples may have; soxr hangs at rat
 
 
 class MediaWarning(UserWarning):
-    """Something of a file is missing from what the model is given."""
+    """A part of a file is missing from the model's input."""
 
 
 class Media(NamedTuple):
-    """One sample's decoded sound and pictures; None where there are none."""
+    """One sample's decoded sound and pictures, each None if the sample has none."""
 
     audio: "AudioClip | TowerInput | None" = None
     video: "VideoClip | TowerInput | None" = None
@@ -35,12 +35,12 @@ class Media(NamedTuple):
 
 @dataclass(frozen=True)
 class TowerInput:
-    """What a tower reads of one clip, made beforehand.
+    """A tower's input for one clip.
 
     Args:
-        values: as the feature extractor or the image processor makes it, of video frames (F, 3, height, width).
-        mask: (positions,), 1 where there is something; None: everywhere.
-        times: (F,) seconds of the frames; of sound None.
+        values: Output of the feature extractor or of the image processor; for a video (F, 3, height, width).
+        mask: (positions,), 1 at valid positions; None if all are valid.
+        times: (F,) times of the video frames in seconds; None for sound.
     """
 
     values: np.ndarray
@@ -49,13 +49,17 @@ class TowerInput:
 
 
 class MediaInputsMixin:
-    """Sound and pictures, for a processor with `feature_extractor`, `image_processor` (or None) and `num_frames`."""
+    """Sound and pictures for a processor with `feature_extractor`, `image_processor` (or None) and `num_frames`."""
 
-    # What this code raises and gives: a checkpoint's code and a clone's are loaded apart, with classes of their own.
+    # For callers: the copy of this code in a checkpoint defines its own exception and warning classes.
     media_error, media_warning = MediaError, MediaWarning
 
     def load_file(self, path: str | os.PathLike) -> Media:
-        """A file's sound and pictures, whichever it has and the model takes; a MediaError if that is nothing."""
+        """Loads the sound and the pictures of a file, as far as the file has them and the model supports them.
+
+        Raises:
+            MediaError: If the file cannot be read or has neither.
+        """
         loaders = {"audio": self._audio_clip, "video": self._video_clip}
         if self.feature_extractor is None:
             loaders.pop("audio")
@@ -74,14 +78,17 @@ class MediaInputsMixin:
         return Media(**found)
 
     def media_inputs(self, media: list[Media], return_tensors: str | None = None) -> BatchFeature:
-        """What the towers read of loaded clips, without a prompt; empty if there is neither sound nor picture."""
+        """Builds the tower inputs of a batch of loaded clips, without a prompt; empty if all samples lack media."""
         media = [self.tower_inputs(clip) for clip in media]
         inputs = self._audio_inputs([clip.audio for clip in media])
         inputs.update(self._vision_inputs([clip.video for clip in media]))
         return BatchFeature(inputs, tensor_type=return_tensors)
 
     def blank_media(self, modality: str) -> BatchFeature:
-        """What the tower of a modality ("audio", "vision") reads of one clip, all masked: for shapes alone."""
+        """Builds a fully masked input of one clip for the tower of a modality ("audio", "vision").
+
+        It provides the right shapes to a batch without this modality.
+        """
         if modality == "audio":
             rate = self.feature_extractor.sampling_rate
             inputs = self.media_inputs([Media(audio=AudioClip(np.zeros(rate, np.float32), rate, []))])
@@ -92,18 +99,18 @@ class MediaInputsMixin:
         return inputs.convert_to_tensors("pt")
 
     def load_media(self, audio: Any = None, video: Any = None, sound_track: bool = True, index: str = "") -> Media:
-        """One sample's `audio` and `video`, as `__call__` takes them, decoded; it takes the clips in their place."""
-        heard = sound_track and is_path(video) and self.feature_extractor is not None
+        """Decodes one sample's `audio` and `video` arguments of `__call__`, which accepts the clips instead."""
+        use_sound_track = sound_track and is_path(video) and self.feature_extractor is not None
         if audio is not None and self.feature_extractor is None:
             raise ValueError(f"`audio{index}` got a value, wanted None: the processor has no `feature_extractor`.")
-        if video is not None and self.image_processor is None and not heard:
+        if video is not None and self.image_processor is None and not use_sound_track:
             raise ValueError(f"`video{index}` got a value, wanted None: the processor has no `image_processor`.")
         pictures = self._video_clip(f"video{index}", video)
-        if audio is None and heard:
+        if audio is None and use_sound_track:
             try:
                 return Media(self._audio_clip(f"audio{index}", video), pictures)
             except MediaError as error:
-                if error.kind != "no audio":  # that is legal, and nothing is missing
+                if error.kind != "no audio":  # a video without sound is valid
                     warnings.warn(MediaWarning(str(error)), stacklevel=3)
         return Media(self._audio_clip(f"audio{index}", audio), pictures)
 
@@ -116,11 +123,11 @@ class MediaInputsMixin:
         else:
             value = _as_clip(name, value)
         if value.sampling_rate != rate:
-            try:  # transformers makes users install what is imported outside of one
+            try:  # transformers requires users to install packages that are imported outside of a `try`
                 import soxr
             except ImportError as error:
                 raise ImportError(
-                    f"`{name}` is at {value.sampling_rate} Hz, the model hears {rate}: needs soxr"
+                    f"`{name}` has {value.sampling_rate} Hz and the model reads {rate} Hz: resampling needs soxr"
                 ) from error
             count = len(value.samples) * rate / value.sampling_rate
             if not 1 <= count <= LARGEST_RESULT // 4:
@@ -129,7 +136,7 @@ class MediaInputsMixin:
                 raise ValueError(f"`{name}` got {got}, {count:.3g} samples at the model's {rate} Hz, wanted {wanted}.")
             value = AudioClip(soxr.resample(value.samples, value.sampling_rate, rate), rate, value.warnings)
         if value.duration > self.audio_window + 0.1:
-            message = f"{name}: the model hears the first {self.audio_window:.1f} of {value.duration:.1f} seconds"
+            message = f"{name}: the model reads only the first {self.audio_window:.1f} of {value.duration:.1f} seconds"
             warnings.warn(MediaWarning(message), stacklevel=4)
         return value
 
@@ -149,14 +156,14 @@ class MediaInputsMixin:
 
     @cached_property
     def audio_input_rate(self) -> float:
-        """Positions per second of what the feature extractor makes, the model's `config.audio_input_rate`."""
+        """Positions per second in the feature extractor's output: the model's `config.audio_input_rate`."""
         rate = self.feature_extractor.sampling_rate
         short, long = (self._extract(np.zeros(quarters * rate // 4, np.float32)).mask.sum() for quarters in (1, 3))
         return 2.0 * float(long - short)
 
     @cached_property
     def audio_window(self) -> float:
-        """Seconds that the model hears at the most: a fixed window, or infinity."""
+        """Maximum length of sound that the model reads in seconds: a fixed window, or infinity."""
         mask = self._extract(np.zeros(self.feature_extractor.sampling_rate // 4, np.float32)).mask
         return float("inf") if mask.all() else len(mask) / self.audio_input_rate
 
@@ -170,7 +177,7 @@ class MediaInputsMixin:
         return TowerInput(made[self.feature_extractor.model_input_names[0]][0], made["attention_mask"][0])
 
     def tower_inputs(self, media: Media) -> Media:
-        """A loaded sample with what the towers read in place of its clips; `media_inputs` takes it as well."""
+        """Replaces the clips of a loaded sample by tower inputs. `media_inputs` accepts both."""
         audio, video = media
         if audio is not None and not isinstance(audio, TowerInput):
             audio = self._extract(audio.samples)
@@ -180,31 +187,31 @@ class MediaInputsMixin:
         return Media(audio, video)
 
     def _audio_inputs(self, clips: list[TowerInput | None]) -> dict[str, np.ndarray]:
-        """The audio tower's input and mask; nothing if no sample has sound."""
-        made = {i: clip for i, clip in enumerate(clips) if clip is not None}
-        if not made:
+        """Batches the audio tower's inputs with their mask; empty if no sample has sound."""
+        present = {i: clip for i, clip in enumerate(clips) if clip is not None}
+        if not present:
             return {}
-        # A fixed window has its positions last.
-        axis = next(-1 if clip.mask.shape == clip.values.shape[-1:] else 0 for clip in made.values())
-        longest = max(len(clip.mask) for clip in made.values())
-        shape = list(next(clip.values.shape for clip in made.values()))
+        # In a fixed window the positions are the last axis.
+        axis = next(-1 if clip.mask.shape == clip.values.shape[-1:] else 0 for clip in present.values())
+        longest = max(len(clip.mask) for clip in present.values())
+        shape = list(next(clip.values.shape for clip in present.values()))
         shape[axis] = longest
         inputs = np.zeros((len(clips), *shape), np.float32)
         masks = np.zeros((len(clips), longest), np.int64)
-        for i, clip in made.items():
+        for i, clip in present.items():
             masks[i, : len(clip.mask)] = clip.mask
             inputs[(i, ..., slice(len(clip.mask))) if axis else (i, slice(len(clip.mask)))] = clip.values
         return {self.feature_extractor.model_input_names[0]: inputs, "audio_mask": masks}
 
     def _vision_inputs(self, clips: list[TowerInput | None]) -> dict[str, np.ndarray]:
-        """The vision tower's input, mask and times; nothing if no sample has pictures."""
-        seen = {i: clip for i, clip in enumerate(clips) if clip is not None}
-        if not seen:
+        """Batches the vision tower's inputs with mask and times; empty if no sample has pictures."""
+        present = {i: clip for i, clip in enumerate(clips) if clip is not None}
+        if not present:
             return {}
-        shape = (len(clips), max(len(clip.values) for clip in seen.values()))
-        pixels = np.zeros((*shape, *next(iter(seen.values())).values.shape[1:]), np.float32)
+        shape = (len(clips), max(len(clip.values) for clip in present.values()))
+        pixels = np.zeros((*shape, *next(iter(present.values())).values.shape[1:]), np.float32)
         mask, times = np.zeros(shape, np.int64), np.full(shape, np.nan, np.float32)
-        for i, clip in seen.items():
+        for i, clip in present.items():
             frames = len(clip.values)
             pixels[i, :frames], mask[i, :frames], times[i, :frames] = clip.values, 1, clip.times
         return {"pixel_values": pixels, "vision_mask": mask, "vision_times": times}
@@ -215,7 +222,7 @@ def is_path(value: Any) -> bool:
 
 
 def _reported(path: str | os.PathLike, clip):
-    """The clip, once its warnings have been given."""
+    """Issues the warnings of a clip and returns the clip."""
     for warning in clip.warnings:
         warnings.warn(MediaWarning(f"{os.fspath(path)}: {warning}"), stacklevel=5)
     return clip
@@ -239,15 +246,15 @@ def _as_clip(name: str, value: Any) -> AudioClip:
 
 
 def as_samples(name: str, value: Any) -> np.ndarray:
-    """Mono sound (N,) float32 of an array in one of the forms that audio libraries give.
+    """Converts an array in a form that audio libraries return to mono sound (N,) float32.
 
     Args:
-        name: For messages.
-        value: (samples,), or with up to `MOST_CHANNELS` channels, which are averaged, on either axis: (samples,
-            channels) or (channels, samples). Floats from -1 to 1; integers are scaled by their type, as in a file.
+        name: Name of the array in error messages.
+        value: (samples,), (samples, channels) or (channels, samples), with at most `MOST_CHANNELS` channels, which are
+            averaged. Floats from -1 to 1, or integers, which are scaled by their type as in a file.
 
     Raises:
-        ValueError: If it is not, or if it cannot be said which axis is which.
+        ValueError: If the array has another form, or if the axis of the channels is ambiguous.
     """
     if isinstance(value, torch.Tensor):
         value = value.detach().cpu()
@@ -279,7 +286,7 @@ def as_samples(name: str, value: Any) -> np.ndarray:
 
 
 def as_array(name: str, value: Any, ndim: int, wanted: str) -> np.ndarray:
-    """`value` as a float32 array of `ndim` dimensions."""
+    """Converts `value` to a float32 array with `ndim` dimensions; `wanted` describes it in error messages."""
     try:
         array = np.asarray(value.detach().float().cpu() if isinstance(value, torch.Tensor) else value, np.float32)
     except (TypeError, ValueError) as error:

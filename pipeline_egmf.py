@@ -1,4 +1,4 @@
-"""EGMF as a transformers pipeline: a clip in, an answer out, with the code that travels with the checkpoint.
+"""EGMF as a transformers pipeline: answers a task for a clip, with the code that is saved with the checkpoint.
 
 recognize = pipeline("affect-recognition", model="DIR or Hub id", trust_remote_code=True)
 recognize("clip.mp4", text="That is just great.")
@@ -20,22 +20,25 @@ FIELDS = {"file", "audio", "video", "text", "speaker", "context"}
 
 @contextmanager
 def _collected(category: type[Warning], messages: list[Warning]) -> Iterator[None]:
-    """Adds the warnings of a category to `messages`; all others are given as they would have been."""
+    """Adds the warnings of a category to `messages` instead of issuing them. Other warnings are issued as usual."""
     caught: list[warnings.WarningMessage] = []
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", category)
             yield
     finally:
-        for one in caught:
-            if one.category is category:
-                messages.append(one.message)
+        for warning in caught:
+            if warning.category is category:
+                messages.append(warning.message)
             else:
-                warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+                warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
 def gate_names(weights: dict[str, torch.Tensor], experts: list[str], modalities: list[str]) -> list[dict]:
-    """Gate weights by sample: `modality` by expert and modality, `expert` by expert (mean over pseudo tokens)."""
+    """Names the gate weights of each sample.
+
+    `modality` has one weight per expert and modality, `expert` one per expert (mean over the pseudo tokens).
+    """
     return [
         {
             "modality": {
@@ -49,20 +52,22 @@ def gate_names(weights: dict[str, torch.Tensor], experts: list[str], modalities:
 
 
 class AffectRecognitionPipeline(Pipeline):
-    """What a speaker expresses in a clip: a label or a score, with its distribution.
+    """Recognises the emotion or sentiment of a speaker in a clip: a label or a score, with its distribution.
 
-    A sample is a file (its sound and its pictures, whichever it has and the model takes), or a mapping with some of
-    `file`, `audio`, `video`, `text`, `speaker` and `context` (see [`EGMFProcessor`]). A list of samples is answered
-    with a list, `batch_size` at a time; a sample's answer does not depend on the others.
+    A sample is a file, or a mapping with some of the keys `file`, `audio`, `video`, `text`, `speaker` and `context`
+    (see [`EGMFProcessor`]). The model uses the sound and the pictures of a file if the file has them and the model
+    supports them. For a list of samples the pipeline returns a list. It processes `batch_size` samples at a time; the
+    answer to a sample does not depend on the other samples.
 
     An answer is a dict:
 
     - `label` (classification) or `score` (regression: the mean of the distribution);
-    - `probabilities` of all legal answers; `median` and `interval` (5 to 95 %) of a score, else None;
-    - `gate_weights`: what the gate mixed, by expert and modality, and by expert;
-    - `seconds`: of sound or pictures, whichever is longer, that were decoded (None without media);
-    - `warnings`: what is missing from what the model was given: parts of a file, of a long text, or everything;
-    - `error`: with `on_error="report"`, why a sample could not be answered; all else is then None or empty.
+    - `probabilities` of all legal answers; `median` and `interval` (5 to 95 %) of a score, otherwise None;
+    - `gate_weights`: the weights of the gate, by expert and modality, and by expert;
+    - `seconds`: the length of the decoded sound or pictures, whichever is longer (None without media);
+    - `warnings`: missing input, such as parts of a file, parts of a long text, or all modalities;
+    - `error`: the reason if a sample could not be answered with `on_error="report"`. The other values are then None or
+      empty.
     """
 
     _load_processor = True
@@ -76,15 +81,15 @@ class AffectRecognitionPipeline(Pipeline):
         self.processor.limit_length(self.model.config.text_config)
 
     def __call__(self, inputs: Any, batch_size: int | None = None, **kwargs) -> dict | list[dict]:
-        """The answer to one sample, or to each of a list.
+        """Answers one sample or each sample of a list.
 
         Args:
             inputs: A sample or a list of samples.
-            batch_size: How many samples go through the model at a time; 8 by default.
-            text, speaker, context: For all samples that do not bring their own.
-            task: Name of a task of the processor; by default the one the model was trained on.
-            on_error: `"raise"` (default) a MediaError for a file that cannot be read and a ValueError for an argument
-                that is not as described; or `"report"` what is wrong with a sample as its `error` and go on.
+            batch_size: Number of samples that the model processes at a time; 8 by default.
+            text, speaker, context: Defaults for samples without these values.
+            task: Name of a task of the processor; by default the task that the model was trained on.
+            on_error: `"raise"` (default) raises a MediaError for a file that cannot be read and a ValueError for an
+                invalid argument. `"report"` returns the reason as the sample's `error` and continues.
         """
         steps = self._sanitize_parameters(**kwargs)
         before, forward, after = (
@@ -113,16 +118,16 @@ class AffectRecognitionPipeline(Pipeline):
                     raise
                 if len(chunk) == 1:
                     answers.append(self._failed(str(error) or type(error).__name__, self.processor.tasks[task]))
-                else:  # one of them is at fault: each is answered by itself
+                else:  # find the failing sample: answer each one separately
                     answers += self(chunk, batch_size=1, **kwargs)
         return answers if isinstance(inputs, list) else answers[0]
 
     @staticmethod
     def _failed(error: str, task: Any) -> dict[str, Any]:
-        """The answer to a sample that could not be answered."""
+        """The result for a sample that could not be answered."""
         value = "label" if task.kind == "classification" else "score"
-        nothing = dict.fromkeys((value, "probabilities", "median", "interval", "gate_weights", "seconds"))
-        return {**nothing, "warnings": [], "error": error}
+        empty = dict.fromkeys((value, "probabilities", "median", "interval", "gate_weights", "seconds"))
+        return {**empty, "warnings": [], "error": error}
 
     def _sanitize_parameters(self, task=None, on_error=None, **shared):
         if unknown := shared.keys() - {"text", "speaker", "context"}:
@@ -170,7 +175,7 @@ class AffectRecognitionPipeline(Pipeline):
         batch = {name: [column.get(name) for column in columns] for name in names}
         cut: list[Warning] = []
         with warnings.catch_warnings(), _collected(self.processor.text_warning, cut):
-            warnings.simplefilter("ignore", self.processor.media_warning)  # they have been taken down
+            warnings.simplefilter("ignore", self.processor.media_warning)  # the reports contain them already
             inputs = self.processor(task=task, **batch)
         for warning in cut:
             answered[warning.index]["warnings"].append(str(warning))
@@ -180,18 +185,18 @@ class AffectRecognitionPipeline(Pipeline):
         inputs, scores = model_inputs.pop("inputs"), None
         if inputs is not None:
             scores = dict(self.model.score_labels(self.processor.candidates(model_inputs["task"]), **inputs))
-            scores.pop("past_key_values", None)  # nothing is generated from here
+            scores.pop("past_key_values", None)  # only generation would need the cache
         return {**model_inputs, "scores": scores}
 
     def postprocess(self, outputs: dict[str, Any]) -> list[dict[str, Any]]:
         task, scores, config = outputs["task"], outputs["scores"], self.model.config
-        found = iter(())
+        results = iter(())
         if scores is not None:
             gates = gate_names(scores["gate_weights"], config.experts, config.modalities)
-            found = zip(self.processor.summarize(scores["log_probs"], task), gates, strict=True)
+            results = zip(self.processor.summarize(scores["log_probs"], task), gates, strict=True)
         answers = []
         for report in outputs["reports"]:
-            distribution, gate = (None, None) if report["error"] else next(found)
+            distribution, gate = (None, None) if report["error"] else next(results)
             value = distribution and (distribution.top if task.kind == "classification" else distribution.expected)
             answers.append(
                 {

@@ -257,7 +257,7 @@ class EGMFProcessor(MediaInputsMixin, ProcessorMixin):
         media = self.media_inputs([self.load_media(*clip, sound_track, f"[{i}]") for i, clip in enumerate(clips)])
         if both := media.keys() & data.keys():
             name = min(both).replace("mask", "features")
-            raise ValueError(f"`{name}` got values in addition to media, wanted one of the two in a batch.")
+            raise ValueError(f"`{name}` got values together with media, wanted one of the two in a batch.")
         return BatchFeature({**data, **media}, tensor_type=return_tensors)
 
     def candidates(self, task: str | AffectTask) -> list[list[int]]:

@@ -1,6 +1,6 @@
-"""Scoring of answers: the distribution over every legal answer, from one prefill and one tree-masked forward.
+"""Scoring of answers: the distribution over all legal answers, from one prefill and one tree-masked forward pass.
 
-The first functions say what an LLM takes (positions, tree masks, static caches), or raise where answers would change.
+The first functions check what an LLM supports (positions, tree masks) and reject static caches that change answers.
 
 Shape letters: B samples, C candidate answers, H the LLM's hidden size.
 """
@@ -17,27 +17,27 @@ from transformers.modeling_outputs import ModelOutput
 
 
 def accepts_position_ids(language_model: PreTrainedModel) -> bool:
-    """Whether an LLM takes positions at all (ALiBi and state-space models do not)."""
+    """Whether an LLM accepts position ids (ALiBi and state-space models do not)."""
     return "position_ids" in inspect.signature(language_model.forward).parameters
 
 
 def uses_cache_index(language_model: PreTrainedModel) -> bool:
-    """Whether an LLM goes by the places of cached tokens rather than by their positions: ALiBi, GPT-Neo's windows."""
+    """Whether an LLM uses the cache index of tokens instead of their position ids (ALiBi, GPT-Neo's windows)."""
     config = language_model.config
     by_index = "local" in getattr(config, "attention_layers", ())
     return by_index or getattr(config, "alibi", False) or not accepts_position_ids(language_model)
 
 
 def check_static_cache(language_model: PreTrainedModel) -> None:
-    """Raises a ValueError if the LLM would answer otherwise, or not at all, with a static cache."""
+    """Raises a ValueError if the LLM would fail or give other answers with a static cache."""
     implementation = language_model.config._attn_implementation
     if implementation == "flex_attention" or uses_cache_index(language_model):
         got = f"a static one for {type(language_model).__name__} with {implementation} attention"
-        raise ValueError(f"past_key_values: got {got}, whose masks do not fit it; wanted a dynamic cache")
+        raise ValueError(f"past_key_values: got {got}, whose masks do not fit this cache; wanted a dynamic cache")
 
 
 def uncompiled_on_cpu(language_model: PreTrainedModel) -> AbstractContextManager:
-    """Runs flex attention uncompiled on a CPU, where what torch 2.13 compiles fails at a second length."""
+    """Runs flex attention uncompiled on a CPU: the code that torch 2.13 compiles fails for a second length."""
     is_flex = language_model.config._attn_implementation == "flex_attention"
     if is_flex and language_model.device.type == "cpu" and not torch.compiler.is_compiling():
         return torch.compiler.set_stance("force_eager")
@@ -48,11 +48,11 @@ def uncompiled_on_cpu(language_model: PreTrainedModel) -> AbstractContextManager
 class LabelScores(ModelOutput):
     """
     Args:
-        log_probs: (B, C) log-probability of each candidate answer; they sum to one over the candidates.
+        log_probs: (B, C) log-probabilities of the candidate answers. The probabilities of the candidates sum to one.
         gate_weights: As in [`EGMFOutput`].
-        past_key_values: The prompts' cache but for their last token: `generate(**inputs, past_key_values=...)` on the
-            same inputs does not read them again. None where the inputs are padded on the right, or the LLM's cache is
-            of another kind. It serves once.
+        past_key_values: The cache of the prompts without their last token. `generate(**inputs, past_key_values=...)`
+            on the same inputs reuses it and does not process the prompts again. It can be used only once. None if the
+            inputs are padded on the right or the LLM has another kind of cache.
     """
 
     log_probs: torch.Tensor | None = None
@@ -61,15 +61,17 @@ class LabelScores(ModelOutput):
 
 
 class AnswerTrie:
-    """The prefix tree of a set of answers, reduced to the nodes where something is decided.
+    """The prefix tree of a set of answers, reduced to the nodes that decisions need.
+
+    A decision is a node with more than one continuation.
 
     Args:
-        candidates: Token ids of each answer; no answer may be a prefix of another (the processor appends EOS there).
+        candidates: Token ids of each answer. No answer may be a prefix of another one (the processor appends EOS).
 
     Attributes:
-        paths: For each inner node after the root (node 0), the token ids that lead to it. A node whose continuation
-            is certain, like the "." of "+0.", is kept only on the way to a later decision.
-        token_ids: The distinct ids that some decision chooses between.
+        paths: The token ids that lead to each node; node 0 is the root, with an empty path. A node with a single
+            continuation, such as "+0" before ".", is kept only on the path to a later decision.
+        token_ids: The distinct ids of the continuations at all decisions.
         allowed: (nodes, token_ids) bool, the continuations of each node.
         decisions: For each candidate, the (node, index into token_ids) pairs whose log-probabilities it sums.
     """
@@ -106,15 +108,15 @@ class AnswerTrie:
         ]
 
     def ancestors(self) -> torch.Tensor:
-        """(nodes - 1, nodes - 1) bool: which inner nodes a node sees, itself included."""
+        """(nodes - 1, nodes - 1) bool: True if the column's node is the row's node or one of its ancestors."""
         inner = self.paths[1:]
         return torch.tensor([[row[: len(seen)] == seen for seen in inner] for row in inner], dtype=torch.bool)
 
     def log_probs(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits of every node (B, nodes, token_ids) -> log-probability of every candidate (B, C)."""
+        """Logits of every node (B, nodes, token_ids) -> log-probabilities of the candidates (B, C)."""
         allowed = self.allowed.to(logits.device)
         steps = logits.float().masked_fill(~allowed, -torch.inf)
-        # A node with one continuation has no column of its own; its row of -inf is never summed.
+        # A node with one continuation has no allowed column. Its row is -inf and never summed.
         steps = torch.where(allowed, steps.log_softmax(-1), 0.0)
         start = steps.new_zeros(len(steps))
         return torch.stack([sum((steps[:, row, col] for row, col in path), start) for path in self.decisions], dim=1)
@@ -131,17 +133,21 @@ class ScoringMixin:
         attention_mask: torch.Tensor | None = None,
         **inputs,
     ) -> LabelScores:
-        """Log-probability of every legal answer, from one prefill and at most one further forward.
+        """Computes the log-probability of every legal answer with one prefill and at most one more forward pass.
 
-        The answers' token trie is laid out as one sequence behind the prompt, with a tree attention mask and depth
-        positions; only its inner nodes are run (an LLM that takes no such mask reads them as a batch of sequences).
         The probability of an answer is the product over its tokens of the softmax over the legal continuations,
-        p(answer) = prod_t exp(z[a_t]) / sum_{v legal after a_<t} exp(z[v]): what `generate()` samples from under the
-        processor's logits processor. The head is evaluated for the ids that some decision chooses between.
+
+            p(answer) = prod_t exp(z[a_t]) / sum_{v legal after a_<t} exp(z[v]).
+
+        `generate()` with the processor's logits processor samples from the same distribution.
+
+        The inner nodes of the answers' token trie follow the prompt as one sequence, with a tree attention mask and
+        their depths as positions. An LLM that does not support this mask processes the branches as a batch of
+        sequences. The head is evaluated only for the token ids that a decision chooses between.
 
         Args:
             candidates: Token ids of every legal answer, from `processor.candidates(task)`.
-            input_ids, attention_mask, **inputs: What the processor returns for prompts without an answer.
+            input_ids, attention_mask, **inputs: Output of the processor for prompts without answers.
 
         Returns:
             [`LabelScores`] with `log_probs` (B, C) in the order of the candidates.
@@ -149,7 +155,7 @@ class ScoringMixin:
         trie = AnswerTrie(candidates)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        # The answer follows the prompt directly: padding goes to the left.
+        # The answer must directly follow the prompt, so move the padding to the left.
         order = attention_mask.bool().long().argsort(dim=1, stable=True)
         is_left_padded = torch.equal(order, torch.arange(order.shape[1], device=order.device).expand_as(order))
         input_ids, attention_mask = input_ids.gather(1, order), attention_mask.gather(1, order)
@@ -182,7 +188,7 @@ class ScoringMixin:
         )
 
     def _tree_states(self, trie: AnswerTrie, attention_mask: torch.Tensor, cache: Cache) -> torch.Tensor:
-        """Hidden states of the trie's inner nodes (B, nodes - 1, H), one forward behind the cached prompt."""
+        """Hidden states of the trie's inner nodes (B, nodes - 1, H), from one forward pass after the cached prompt."""
         device, batch_size = attention_mask.device, attention_mask.shape[0]
         tokens = torch.tensor([path[-1] for path in trie.paths[1:]], device=device).expand(batch_size, -1)
         depths = torch.tensor([len(path) for path in trie.paths[1:]], device=device)
@@ -207,12 +213,12 @@ class ScoringMixin:
         return outputs.last_hidden_state
 
     def _batch_states(self, trie: AnswerTrie, input_ids, attention_mask, inputs: dict) -> torch.Tensor:
-        """As `_tree_states`, for an LLM that takes no tree mask: every branch of the trie as a sequence of its own."""
+        """Like `_tree_states` for an LLM that supports no tree mask: each branch of the trie is a sequence."""
         inner = trie.paths[1:]
         branches = [path for path in inner if not any(other[:-1] == path for other in inner)]
         length, batch_size, prompt_length = max(map(len, branches)), *input_ids.shape
         tokens = torch.tensor([list(path) + [path[-1]] * (length - len(path)) for path in branches])
-        stands = torch.tensor([[1] * len(path) + [0] * (length - len(path)) for path in branches])
+        branch_mask = torch.tensor([[1] * len(path) + [0] * (length - len(path)) for path in branches])
         repeated = {
             name: value.repeat_interleave(len(branches), 0) if torch.is_tensor(value) else value
             for name, value in inputs.items()
@@ -220,19 +226,19 @@ class ScoringMixin:
         if repeated.get("utterance_mask") is not None:
             repeated["utterance_mask"] = F.pad(repeated["utterance_mask"], (0, length))
 
-        def behind(prompt: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
+        def append_branches(prompt: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
             branch = branch.to(prompt).repeat(batch_size, 1)
             return torch.cat([prompt.repeat_interleave(len(branches), 0), branch], 1)
 
         outputs = self.model(
-            input_ids=behind(input_ids, tokens),
-            attention_mask=behind(attention_mask, stands),
+            input_ids=append_branches(input_ids, tokens),
+            attention_mask=append_branches(attention_mask, branch_mask),
             use_cache=False,
             **repeated,
         )
         states = outputs.last_hidden_state[:, prompt_length:].unflatten(0, (batch_size, len(branches)))
-        where = [
+        places = [
             next((row, len(path) - 1) for row, branch in enumerate(branches) if branch[: len(path)] == path)
             for path in inner
         ]
-        return torch.stack([states[:, row, depth] for row, depth in where], 1)
+        return torch.stack([states[:, row, depth] for row, depth in places], 1)

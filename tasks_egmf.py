@@ -1,7 +1,7 @@
-"""Affect tasks: what is asked about an utterance, which answers are legal, and what a distribution over them says.
+"""Affect tasks: the question about an utterance, its legal answers, and summaries of distributions over the answers.
 
-The paper (arXiv 2601.07565) answers classification and regression in text; the wording of the prompts and the form of
-the answers are this implementation's own choice.
+In the paper (arXiv 2601.07565) the LLM answers classification and regression tasks as text. This implementation
+chooses the wording of the prompts and the format of the answers.
 """
 
 import math
@@ -15,7 +15,7 @@ import torch
 from transformers import LogitsProcessor
 
 
-# Prompt and cue of a task that brings none.
+# Default prompt and cue by kind and language.
 DEFAULTS = {
     ("classification", "en"): ("Which emotion does the last speaker express?", "Emotion:"),
     ("classification", "zh"): ("最后一位说话人表达了哪种情绪？", "情绪："),
@@ -25,7 +25,7 @@ DEFAULTS = {
 
 
 def _number(value: Any) -> Decimal | None:
-    """A finite real number with the decimal digits that it prints with, or None."""
+    """Converts a finite real number to a Decimal with the digits of its printed form; None for anything else."""
     value = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
     if isinstance(value, bool | str | np.bool_):
         return None
@@ -36,25 +36,28 @@ def _number(value: Any) -> Decimal | None:
 
 
 def _tenths(value: Any) -> int | None:
-    """`value` in tenths, None if it is no multiple of 0.1."""
+    """Converts `value` to a number of tenths; None if it is not a multiple of 0.1."""
     number = _number(value)
     return int(number * 10) if number is not None and number * 10 == int(number * 10) else None
 
 
 @dataclass(frozen=True)
 class AffectTask:
-    """What is asked about an utterance, and which answers are legal.
+    """The question about an utterance and its legal answers.
 
     Args:
         name: Key of the task in `EGMFProcessor.tasks`.
-        kind: `"classification"` (one of `labels`) or `"regression"` (a score from `low` to `high` in `step`s).
-        labels: The legal labels, in the order in which distributions are reported. Classification only.
-        low, high, step: The legal scores, all in tenths, `low` and `high` multiples of `step`. Regression only.
-        language: `"en"` or `"zh"`, the language of the prompt, and how lines are written; labels may be in another.
-        prompt: The instruction in front of the sequence. Constant, so that its prefix is computed once.
-        cue: What the answer follows, such as `"Emotion:"`. Prompt and cue have a default for each kind and language.
+        kind: `"classification"` (one of `labels`) or `"regression"` (a score from `low` to `high` in steps of `step`).
+        labels: The legal labels, in the order of reported distributions. Classification only.
+        low, high, step: Range and spacing of the legal scores. All three are multiples of 0.1, and `low` and `high`
+            are multiples of `step`. Regression only.
+        language: `"en"` or `"zh"`, the language of the prompt and the punctuation of lines. Labels may be in another
+            language.
+        prompt: The instruction at the start of the sequence. It is constant, so its prefix is computed only once.
+        cue: The text before the answer, such as `"Emotion:"`. Prompt and cue have a default per kind and language.
 
-    Fields that do not describe a task are a ValueError.
+    Raises:
+        ValueError: If the fields do not describe a valid task.
     """
 
     name: str
@@ -90,32 +93,34 @@ class AffectTask:
 
     @cached_property
     def answers(self) -> tuple[str, ...]:
-        """All legal answer texts: the labels, or the scores from low to high as `"-3.0"`, ..., `"+0.0"`, `"+3.0"`."""
+        """All legal answer texts: the labels, or the scores from low to high, such as `"-3.0"`, `"+0.0"`, `"+3.0"`."""
         if self.kind == "classification":
             return self.labels
         low, high, step = (_tenths(value) for value in (self.low, self.high, self.step))
         return tuple(f"{tenth / 10:+.1f}" for tenth in range(low, high + 1, step))
 
     def parse(self, text: str) -> str | float | None:
-        """The label or score that `text` is, outer white space aside; None if it is not exactly a legal answer."""
+        """Converts a legal answer text to its label or score, ignoring outer white space; None for any other text."""
         text = text.strip()
         if text not in self.answers:
             return None
         return text if self.kind == "classification" else float(text)
 
     def format(self, value: Any) -> str:
-        """The legal answer text of a label or of a score.
+        """Converts a label or a score to its legal answer text.
 
-        A score is rounded to the nearest multiple of `step`, a tie to the even one, on its decimal digits as printed
-        (with a step of 0.1, 0.25 is "+0.2" and 0.35 is "+0.4"). ValueError if `value` is no label of the task, no
-        finite number, or outside `[low, high]`.
+        A score is rounded to the nearest multiple of `step`, ties to the even multiple. Rounding uses the decimal
+        digits of the printed number (with a step of 0.1, 0.25 becomes "+0.2" and 0.35 becomes "+0.4").
+
+        Raises:
+            ValueError: If `value` is not a label of the task, not a finite number, or outside `[low, high]`.
         """
         if self.kind == "classification":
             if not isinstance(value, str) or value not in self.labels:
                 raise ValueError(f"Task {self.name!r}: got the label {value!r}, wanted one of {list(self.labels)}.")
             return value
         number = _number(value)
-        # The tolerance lets a label through that left float32 a hair outside the scale.
+        # The tolerance accepts labels that float32 rounding moved slightly outside the scale.
         if number is None or not self.low - 1e-6 <= number <= self.high + 1e-6:
             wanted = f"a finite number in [{self.low}, {self.high}]"
             raise ValueError(f"Task {self.name!r}: got the score {value!r}, wanted {wanted}.")
@@ -124,14 +129,14 @@ class AffectTask:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "AffectTask":
-        """A task from its fields; a ValueError names a field that does not exist or is missing."""
+        """Builds a task from its fields; raises a ValueError for an unknown or missing field."""
         try:
             return cls(**fields)
         except TypeError as error:
             raise ValueError(f"Task {fields.get('name')!r}: {error}.") from error
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields that are set, in a form that JSON holds."""
+        """The fields that are set, as JSON-compatible values."""
         fields = {name: value for name, value in asdict(self).items() if value is not None}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
 
@@ -153,7 +158,7 @@ _TASKS = (
     AffectTask("avatars_score", "regression", low=-1.0, high=1.0, step=0.1),
     AffectTask("avatars_zh", "classification", _AVATARS_ZH, language="zh"),
     AffectTask("avatars_score_zh", "regression", low=-1.0, high=1.0, step=0.1, language="zh"),
-    # The four benchmarks with a prompt in the other language; the labels stay the data set's own.
+    # The four benchmarks with a prompt in the other language. The labels keep the language of the data set.
     AffectTask("meld_zh", "classification", _MELD, language="zh"),
     AffectTask("cherma_en", "classification", _CHERMA),
     AffectTask("mosei_zh", "regression", low=-3.0, high=3.0, step=0.1, language="zh"),
@@ -163,7 +168,7 @@ BUILTIN_TASKS = {task.name: task for task in _TASKS}
 
 
 class AnswerText(NamedTuple):
-    """A generated answer: its text, and the label or score that it is (None if it is no legal answer)."""
+    """A generated answer: its text, and its label or score (None if the text is not a legal answer)."""
 
     text: str
     value: str | float | None
@@ -173,10 +178,15 @@ class AnswerText(NamedTuple):
 class AnswerDistribution:
     """A distribution over a task's legal answers.
 
-    `probabilities` maps every legal answer text to its probability, in task order, and `top` is the most probable
-    one. The rest is for scores only, None otherwise: `expected` is the mean, which is best for correlation; `median`
-    is best for the mean absolute error; `interval` holds the 5 % and the 95 % quantile, so at least 90 % of the mass
-    lies in it. The q-quantile is the smallest legal score whose cumulative probability is at least q.
+    Attributes:
+        probabilities: Probability of every legal answer text, in task order.
+        top: The most probable answer text.
+        expected: The mean score, which is best for correlation.
+        median: The median score, which is best for the mean absolute error.
+        interval: The 5 % and the 95 % quantile. The interval contains at least 90 % of the probability.
+
+    The last three are None for classification. The q-quantile is the smallest legal score whose cumulative probability
+    is at least q.
     """
 
     probabilities: dict[str, float]
@@ -187,25 +197,29 @@ class AnswerDistribution:
 
     @classmethod
     def over(cls, task: AffectTask, probabilities: np.ndarray) -> "AnswerDistribution":
-        """The summary of `probabilities` `(C,)` over `task.answers`."""
+        """Summarises `probabilities` `(C,)` over `task.answers`."""
         by_answer = dict(zip(task.answers, probabilities.tolist(), strict=True))
         top = max(by_answer, key=by_answer.get)
         if task.kind == "classification":
             return cls(by_answer, top)
         scores = np.array([float(answer) for answer in task.answers])
-        # The tolerance keeps rounding in the sum from skipping a score whose cumulative probability is exactly q.
+        # Without the tolerance, a rounding error could skip a score whose cumulative probability is exactly q.
         ranks = np.searchsorted(probabilities.cumsum() + 1e-12, (0.05, 0.5, 0.95))
         low, median, high = scores[ranks].tolist()
         return cls(by_answer, top, float(probabilities @ scores), median, (low, high))
 
 
 class AnswerConstraint(LogitsProcessor):
-    """Admits only the legal continuations of what has been generated: a task's answers, then EOS, then EOS or padding.
+    """Allows only tokens that continue a legal answer of the task, then EOS, then EOS or padding.
 
-    Rows are independent, so it holds for greedy search, sampling and beams; beams beyond the number of legal answers
-    score -inf. `tries` has one dict per input, from a generated prefix to the token ids that may follow (row `r` of a
-    generation with `n` rows per input belongs to input `r // n`); `prompt_length` is the number of tokens in front of
-    the generated ones, padding included; `ended` are the ids that may follow a finished answer.
+    Rows are independent, so the constraint works for greedy search, sampling and beam search. Beams beyond the number
+    of legal answers score -inf.
+
+    Args:
+        tries: One dict per input, from a generated prefix to the token ids that may follow. With `n` rows per input,
+            row `r` belongs to input `r // n`.
+        prompt_length: Number of tokens before the generated ones, including padding.
+        ended: The token ids that may follow a finished answer.
     """
 
     def __init__(self, tries: list[dict[tuple[int, ...], list[int]]], prompt_length: int, ended: list[int]):
@@ -214,7 +228,7 @@ class AnswerConstraint(LogitsProcessor):
         self.ended = ended
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        """Scores `(rows, vocabulary)` with -inf wherever a token may not follow `input_ids` `(rows, length)`."""
+        """Sets scores `(rows, vocabulary)` to -inf for tokens that may not follow `input_ids` `(rows, length)`."""
         constrained = torch.full_like(scores, -math.inf)
         repeats = len(input_ids) // len(self.tries)
         for row, generated in enumerate(input_ids[:, self.prompt_length :].tolist()):

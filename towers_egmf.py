@@ -1,7 +1,7 @@
-"""Towers: pretrained (or new) speech and image encoders inside the model, read layer by layer.
+"""Towers: the pretrained (or new) speech and image encoders inside the model.
 
-A tower gives all its hidden layers; which of them matter, the fusion learns. What a clip gives does not depend on what
-it is batched with, nor on how far it was padded.
+A tower returns all its hidden layers; the fusion learns their weights. The result of a clip does not depend on the
+other clips of the batch or on the length of its padding.
 
 Shape letters: B samples, T frames of a tower's output, F video frames.
 """
@@ -20,20 +20,20 @@ OPTIONS = {"output_hidden_states": True, "return_dict": True}
 
 
 def build_tower(config: PreTrainedConfig) -> PreTrainedModel:
-    """The tower of a config with random weights; of an encoder-decoder, the encoder."""
+    """Builds a tower with random weights from its config. For an encoder-decoder, returns the encoder."""
     tower = AutoModel.from_config(config)
     return tower.get_encoder() if getattr(config, "is_encoder_decoder", False) else tower
 
 
 def load_tower(name: str) -> PreTrainedModel:
-    """A pretrained tower from a local folder or the Hub, in its own dtype.
+    """Loads a pretrained tower from a local folder or the Hub, in the dtype of its checkpoint.
 
     Raises:
-        ValueError: If the checkpoint lacks weights that the hidden layers are made with: they would be random.
+        ValueError: If the checkpoint lacks weights that the hidden layers need. These weights would be random.
     """
     config = AutoConfig.from_pretrained(name)
     loader = AutoModel
-    # A lone encoder of an encoder-decoder has its names without the "encoder." that AutoModel's class looks for.
+    # A checkpoint with only the encoder of an encoder-decoder lacks the prefix "encoder." that AutoModel expects.
     family = sys.modules[MODEL_MAPPING[type(config)].__module__]
     for architecture in config.architectures or ():
         if architecture.endswith("Encoder") and hasattr(family, architecture):
@@ -47,42 +47,42 @@ def load_tower(name: str) -> PreTrainedModel:
 
 
 def encoder_of(tower: PreTrainedModel, modality: str) -> PreTrainedModel:
-    """The part of a model that is the tower: of CLIP and the like the image part, or the encoder if it has one."""
+    """Selects the tower inside a model: the image model of a CLIP-like one, the encoder of an encoder-decoder."""
     tower = getattr(tower, f"{modality}_model", tower)
     return tower.get_encoder() if tower.config.is_encoder_decoder and hasattr(tower, "decoder") else tower
 
 
 def is_pyramid(config: PreTrainedConfig) -> bool:
-    """Whether a tower is one (ResNet, ConvNeXt), whose layers differ in width: its last one alone is read."""
+    """Whether the layers of a tower differ in width (ResNet, ConvNeXt). Only the last layer of these is read."""
     return not hasattr(config, "hidden_size") and hasattr(config, "hidden_sizes")
 
 
 def tower_size(config: PreTrainedConfig) -> int:
-    """Hidden size of what is read of a tower."""
+    """Hidden size of the layers that are read from a tower."""
     return config.hidden_sizes[-1] if is_pyramid(config) else config.hidden_size
 
 
 def tower_num_states(config: PreTrainedConfig) -> int:
-    """How many hidden states of a tower are read: its input and every layer's, of a pyramid the last one."""
+    """Number of hidden states that are read from a tower: its input and every layer, or the last of a pyramid."""
     return 1 if is_pyramid(config) else 1 + (getattr(config, "encoder_layers", None) or config.num_hidden_layers)
 
 
 def is_trained(tower: nn.Module) -> bool:
-    """Whether any of a tower's parameters learns."""
+    """Whether any parameter of a tower requires gradients."""
     return any(parameter.requires_grad for parameter in tower.parameters())
 
 
 def is_window(inputs: torch.Tensor, mask: torch.Tensor) -> bool:
-    """Whether audio inputs are fixed windows (B, size, positions), as Whisper has them: positions last."""
+    """Whether audio inputs are fixed windows (B, size, positions), with the positions last, as for Whisper."""
     return inputs.shape[:2] != mask.shape and (inputs.shape[0], inputs.shape[-1]) == tuple(mask.shape)
 
 
 def check_positions(name: str, values: torch.Tensor, mask: torch.Tensor, window: bool = False) -> None:
-    """A ValueError where `mask` (B, positions) does not fit `values`, or where values in use are not finite."""
+    """Raises a ValueError if `mask` (B, positions) does not fit `values`, or if unmasked values are not finite."""
     if mask.shape != values.shape[:2] and not window:
         raise ValueError(f"{name}_mask: got {tuple(mask.shape)}, wanted {tuple(values.shape[:2])}")
     used, finite = mask.bool(), torch.isfinite(values)
-    if window:  # it is read whole, padding included
+    if window:  # the tower reads the whole window, including padding
         used, finite = used.any(1), finite.flatten(1).all(1)
     elif values.ndim > 2:
         finite = finite.flatten(2).all(2)
@@ -92,15 +92,15 @@ def check_positions(name: str, values: torch.Tensor, mask: torch.Tensor, window:
 def read_audio(
     tower: PreTrainedModel, inputs: torch.Tensor, mask: torch.Tensor, input_rate: float
 ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor, torch.Tensor]:
-    """Audio through a speech encoder.
+    """Encodes audio with a speech encoder.
 
-    A fixed window is read whole, padding included. Where the positions come first, every clip is read on its own,
-    without padding: group norms and convolutions of wav2vec2-like encoders do not honour a mask.
+    A fixed window is encoded whole, including its padding. In the other layouts each clip is encoded separately and
+    without padding, because group norms and convolutions of wav2vec2-like encoders ignore the mask.
 
     Args:
         tower: The encoder.
-        inputs: What its feature extractor makes: (B, size, positions), (B, positions) or (B, positions, size).
-        mask: (B, positions), 1 where there is sound.
+        inputs: Output of its feature extractor: (B, size, positions), (B, positions) or (B, positions, size).
+        mask: (B, positions), 1 at positions with sound.
         input_rate: Positions per second.
 
     Returns:
@@ -113,32 +113,32 @@ def read_audio(
         seconds = (centres / input_rate).expand(mask.shape[0], -1)
         return layers, mask[:, centres.long()], seconds
     clips = []
-    for clip, heard in zip(inputs, mask.bool(), strict=True):
-        # An absent clip reads as silence, for the shapes; its mask stays 0.
-        clip = clip[heard] if heard.any() else torch.zeros_like(clip)
+    for clip, clip_mask in zip(inputs, mask.bool(), strict=True):
+        # An absent clip is encoded as silence to obtain the shapes; its mask stays 0.
+        clip = clip[clip_mask] if clip_mask.any() else torch.zeros_like(clip)
         layers = torch.stack(tower(clip.unsqueeze(0).to(dtype), **OPTIONS).hidden_states)
         centres = _frame_centres(layers.shape[2], clip.shape[0], mask.device)
-        clips.append((layers[:, 0].transpose(0, 1), centres, heard.any().expand(len(centres))))
+        clips.append((layers[:, 0].transpose(0, 1), centres, clip_mask.any().expand(len(centres))))
     layers, centres, mask = (pad_sequence(column, batch_first=True) for column in zip(*clips, strict=True))
     return layers.unbind(2), mask, centres / input_rate
 
 
 def _frame_centres(frames: int, positions: int, device: torch.device) -> torch.Tensor:
-    """Where a tower's frames are centred among its input positions: (frames,)."""
+    """Centres of a tower's frames in input positions: (frames,)."""
     return (torch.arange(frames, device=device) + 0.5) / frames * positions
 
 
 def read_frames(tower: PreTrainedModel, frames: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Video frames through an image encoder, one by one.
+    """Encodes each video frame with an image encoder.
 
     Args:
         tower: The encoder.
-        frames: (B, F, 3, height, width), as its image processor makes them.
-        mask: (B, F), 1 where there is a frame; nothing else is read.
+        frames: (B, F, 3, height, width), output of its image processor.
+        mask: (B, F), 1 for a frame. Masked frames are not encoded.
 
     Returns:
-        Hidden layers (of a pyramid the last), averaged over an image's patches: (B, F, size) each, 0 where there is
-        no frame.
+        Hidden layers (of a pyramid only the last), averaged over the patches of an image: (B, F, size) each, 0 for
+        masked frames.
     """
     mask = mask.bool()
     if not mask.any():
@@ -146,7 +146,7 @@ def read_frames(tower: PreTrainedModel, frames: torch.Tensor, mask: torch.Tensor
             return tuple(
                 frames.new_zeros(*mask.shape, tower_size(tower.config)) for _ in range(tower_num_states(tower.config))
             )
-        # A process that trains uses all parameters in every step; what it reads here stays masked.
+        # In distributed training every process must use all parameters in a step, so encode one masked frame.
         mask = F.one_hot(torch.zeros(1, dtype=torch.long, device=mask.device), mask.numel()).bool().view_as(mask)
     pictures = frames[mask].to(next(tower.parameters()).dtype)
     if is_pyramid(tower.config):

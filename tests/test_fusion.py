@@ -345,7 +345,7 @@ def test_fusion_reads_pooled_frames_as_if_they_were_given_pooled():
         ({"local_kernel_sizes": [3, 4]}, r"local_kernel_sizes: got \[3, 4\], wanted odd positive"),
         ({"local_kernel_sizes": []}, r"local_kernel_sizes: got \[\], wanted"),
         ({"fusion_hidden_size": 30, "fusion_num_attention_heads": 4}, "fusion_hidden_size: got 30, wanted a multiple"),
-        ({"audio_feature_size": 4, "audio_config": TEXT}, "audio_feature_size: got a value beside audio_config"),
+        ({"audio_feature_size": 4, "audio_config": TEXT}, "audio_feature_size: got a value with audio_config"),
         ({"audio_config": TEXT}, "audio_input_rate: got nothing, wanted"),
         (
             {"vision_config": MobileNetV2Config()},

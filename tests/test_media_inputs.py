@@ -179,7 +179,7 @@ def test_a_listening_model_takes_a_video(llm_folder, files):
 
 def test_what_a_window_cuts_off_is_said(llm_folder):
     processor = build_processor(llm_folder(), "whisper")
-    with pytest.warns(MediaWarning, match=r"audio\[0\]: the model hears the first 1.0 of 1.5 seconds"):
+    with pytest.warns(MediaWarning, match=r"audio\[0\]: the model reads only the first 1.0 of 1.5 seconds"):
         batch = processor(text="so", audio={"array": tone(1.5), "sampling_rate": 16000}, task="meld")
     assert batch["audio_mask"].sum() == 100  # positions, 10 ms each
 
@@ -281,7 +281,7 @@ def test_media_without_a_tower(processor, files):
 
 def test_media_beside_features(llm_folder, files):
     features = [None, np.zeros((3, 3, 16))]
-    with pytest.raises(ValueError, match="`audio_features` got values in addition to media"):
+    with pytest.raises(ValueError, match="`audio_features` got values together with media"):
         build_processor(llm_folder())(
             text=["a", "b"], audio=[files["wav"], None], audio_features=features, task="meld"
         )
