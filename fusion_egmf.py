@@ -250,7 +250,7 @@ class SemanticExpert(nn.Module):
 
     Each modality is first summarised in K latents. Text is pooled over all tokens; audio and vision are averaged over
     stretches of the clip and pooled without order, so that neither a single moment nor the course of time dominates.
-    Each latent is then compared with the result of its cross-attention to the other modalities. The comparison sees
+    Each latent is then compared with the result of its cross-attention to the other modalities. The comparison uses
     both vectors, their product (agreement) and their absolute difference (disagreement).
     """
 
@@ -575,7 +575,7 @@ class EGMFFusion(nn.Module):
         index, batch_size = list(self.widths).index(name), len(span)
         weight = self.input_proj[name].weight
         if features is None and self.training and torch.is_grad_enabled():
-            # In distributed training every process must use the same parameters in a step.
+            # In distributed training every process must use all parameters in a step, so use a masked blank frame.
             layers = self.layer_mix[name].weights.numel() if name in self.layer_mix else 0
             mask = torch.zeros(batch_size, 1, dtype=torch.bool, device=weight.device)
             blank = weight.new_zeros(batch_size, 1, self.widths[name])

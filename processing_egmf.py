@@ -99,7 +99,7 @@ class EGMFProcessor(MediaInputsMixin, ProcessorMixin):
         if tokenizer.eos_token is None or self.pseudo_token in _used_tokens(tokenizer):
             used = _used_tokens(tokenizer)
             raise ValueError(
-                f"EGMF needs an `eos_token` and a `pseudo_token` ({self.pseudo_token!r}) apart from {used}."
+                f"EGMF needs an `eos_token` and a `pseudo_token` ({self.pseudo_token!r}) other than {used}."
             )
         # An existing token keeps its id. Only a special token is never encoded from a user's text.
         tokenizer.add_tokens([self.pseudo_token], special_tokens=True)

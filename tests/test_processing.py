@@ -512,7 +512,7 @@ def test_pseudo_token_is_a_spare_one_or_a_new_one():
 
 
 def test_unfit_tokenizers_and_tasks():
-    with pytest.raises(ValueError, match="`pseudo_token` \\('<pad>'\\) apart from"):
+    with pytest.raises(ValueError, match="`pseudo_token` \\('<pad>'\\) other than"):
         EGMFProcessor(byte_tokenizer(), pseudo_token="<pad>")
     tokenizer = byte_tokenizer()
     tokenizer.eos_token = None
