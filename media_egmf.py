@@ -19,62 +19,34 @@ Ogg (its last page is marked). MPEG program and transport streams, fragmented mp
 length. Damage that decodes to plausible sound or pictures cannot be detected. Frames are the bytes of PyAV's
 `to_ndarray(format="rgb24")`, rotated upright if the file says that the camera (a phone) was rotated.
 
-The worker is this file, run as a script by the same Python. It communicates through pipes and needs neither
-`multiprocessing` nor a guarded `__main__`. A worker is reused by later calls; concurrent threads use one worker each,
-and a forked process starts its own. The worker never uses the file's name, so the suffix does not affect decoding. It
-opens only this file, so a playlist cannot make it read other files or the network. On Linux it may map 4 GiB.
+The worker is `media_readers_egmf.py`, run as a script by the same Python. It communicates through pipes and needs
+neither `multiprocessing` nor a guarded `__main__`. A worker is reused by later calls; concurrent threads use one
+worker each, and a forked process starts its own. The worker never uses the file's name, so the suffix does not affect
+decoding. It opens only this file, so a playlist cannot make it read other files or the network. On Linux it may map
+4 GiB.
 """
 
 import atexit
 import json
 import math
 import os
-import re
-import signal
 import stat
 import struct
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice, pairwise
 from typing import Any
 
 import numpy as np
 
+from .media_readers_egmf import TOLERANCE, WORKER_FILE, MediaError, shortfall
 
-SILENCE = 1e-4  # a track that stays below is silent: codecs turn silence into a little noise
-FULL_SCALE = 8.0  # samples beyond are damage; lossy codecs exceed 1.0 a little, and limiters of players expect that
-TOLERANCE = 0.1  # seconds that may be missing without a warning: codec delays, the last packet's padding
+
 STARTING = 300.0  # seconds a worker may take to start on a very busy machine; time limits of calls exclude them
-LARGEST_RESULT = 1 << 30  # maximum bytes of samples or frames that one call returns
-LARGEST_WORKER = 4 << 30  # maximum bytes that a worker may map
-UNKNOWN_SIZE = 0x7FFFF000  # a wav file written to a pipe states this size or more
-LARGEST_JUNK = 1 << 16  # bytes in front of a FLAC header
-GUESSED_LENGTHS = {"aac", "ac3", "amr", "dts", "eac3", "h264", "hevc", "loas", "m4v", "mp3", "mpegvideo"}
-THIS_FILE = os.path.abspath(__file__)
-
-
-class MediaError(RuntimeError):
-    """A file from which nothing can be decoded.
-
-    Args:
-        path: The file.
-        kind: `"not readable"` (missing, not a regular file, no permission, empty), `"not media"`, `"no audio"`,
-            `"no video"`, `"damaged"`, `"too large"`, `"time limit"` or `"crash"`.
-        reason: The reason in words.
-        salvaged: How much was decoded, such as `"0 of 75 frames"`, or `""`.
-    """
-
-    def __init__(self, path: Any, kind: str, reason: str, salvaged: str = ""):
-        super().__init__(path, kind, reason, salvaged)
-        self.path, self.kind, self.reason, self.salvaged = path, kind, reason, salvaged
-
-    def __str__(self) -> str:
-        return f"Cannot read {str(self.path)!r}: {self.reason}{f' ({self.salvaged})' if self.salvaged else ''}."
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,7 +112,7 @@ def load_audio(path: str | os.PathLike, sampling_rate: int, time_limit: float = 
 
 def _audio_warnings(answer: dict[str, Any]) -> list[str]:
     """Warnings about missing sound, and which track is read if the file has several."""
-    return answer["notes"] + _shortfall("audio", answer["seconds"], answer["claimed"], answer["faults"])
+    return answer["notes"] + shortfall("audio", answer["seconds"], answer["claimed"], answer["faults"])
 
 
 def load_video(path: str | os.PathLike, num_frames: int, time_limit: float = 60.0) -> VideoClip:
@@ -200,7 +172,7 @@ class _Worker:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         # -P removes this file's folder from the worker's path but keeps PYTHONPATH and the virtual environment.
         self.process = subprocess.Popen(
-            [sys.executable, "-P", THIS_FILE],
+            [sys.executable, "-P", WORKER_FILE],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -219,7 +191,7 @@ class _Worker:
                 self._receive(bytearray(1))
         except EOFError:
             self.close()
-            raise RuntimeError(f"{sys.executable} cannot run {THIS_FILE}, which decodes audio and video.") from None
+            raise RuntimeError(f"{sys.executable} cannot run {WORKER_FILE}, which decodes audio and video.") from None
         except BaseException:
             self.close()
             raise
@@ -332,432 +304,3 @@ def _decode(
     if "error" in answer:
         raise MediaError(path, *answer["error"])
     return answer, array
-
-
-# The worker's side. Readers raise MediaErrors without a path; the caller adds it.
-
-
-def import_readers() -> ImportError | None:
-    """Imports the decoding packages; returns the error if one is missing. Only workers import them.
-
-    The imports are inside a `try` because transformers scans this file. It requires every user of a checkpoint to
-    install all packages that are imported outside of a `try`, even inside functions.
-    """
-    global av, soundfile, soxr
-    try:
-        import av
-        import soundfile
-        import soxr
-    except ImportError as error:
-        return error
-    return None
-
-
-def _serve() -> None:
-    """Answers requests from standard input until it is closed. Standard output contains only the answers."""
-    try:
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        resource.setrlimit(resource.RLIMIT_AS, (LARGEST_WORKER, resource.getrlimit(resource.RLIMIT_AS)[1]))
-    except (ImportError, ValueError, OSError):  # not on this platform, or a lower limit is set already
-        pass
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the caller handles Ctrl-C and kills this process
-    with open(os.dup(1), "wb") as answers, open(os.devnull, "wb") as nowhere:
-        os.dup2(nowhere.fileno(), 1)
-        missing = import_readers()
-        answers.write(b"!")
-        answers.flush()
-        for line in sys.stdin.buffer:
-            request = json.loads(line)
-            if hasattr(signal, "alarm"):
-                signal.alarm(request["alarm"])
-            array = None
-            try:
-                if missing:
-                    raise missing
-                answer, array = READERS[request["reader"]](request["file"], request["wanted"])
-                answer |= {"shape": array.shape, "dtype": array.dtype.str}
-            except MediaError as error:
-                answer = {"error": error.args[1:]}
-            except ImportError as error:
-                answer = {"missing": str(error)}
-            except MemoryError:
-                answer = {"error": ("too large", "decoding needs more memory than the limit of a worker")}
-            except Exception as error:
-                answer = {"error": ("damaged", f"it cannot be decoded ({type(error).__name__}: {error})")}
-            header = json.dumps(answer).encode()
-            answers.write(struct.pack("<I", len(header)) + header)
-            if array is not None:
-                answers.write(np.ascontiguousarray(array).data)
-            answers.flush()
-            if hasattr(signal, "alarm"):
-                signal.alarm(0)
-
-
-class _Contents:
-    """A file from byte `start` on, without its name: FFmpeg would fall back to the suffix to guess the format."""
-
-    def __init__(self, file, start: int):
-        self.file, self.start, self.read = file, start, file.read
-        self.seek(0)
-
-    def seek(self, position: int, whence: int = 0) -> int:
-        return self.file.seek(position + (self.start if whence == 0 else 0), whence) - self.start
-
-    def tell(self) -> int:
-        return self.file.tell() - self.start
-
-
-@contextmanager
-def _container(file: str) -> Iterator[Any]:
-    """Opens the file as a PyAV container that cannot open other files. Skips bytes in front of a FLAC header."""
-    with open(file, "rb") as handle:
-        for start in (0, handle.read(LARGEST_JUNK).find(b"fLaC")):
-            try:
-                contents = _Contents(handle, max(start, 0))
-                container = av.open(contents, options={"protocol_whitelist": "none"}, metadata_errors="replace")
-                break
-            except av.FFmpegError:
-                pass
-        else:
-            raise MediaError("", "not media", "it is not an audio or video file, or its index is lost")
-        with container:
-            yield container
-
-
-class _Track:
-    """The demuxed packets of one audio or video stream, not yet decoded.
-
-    If there are several streams, the track is the one that a player would choose: moving pictures before a still
-    cover, then the stream marked as default, then the longest.
-
-    Args:
-        container: The PyAV container.
-        kind: `"audio"` or `"video"`.
-        order: Rank of the stream: 0 for the best, 1 for the next best.
-
-    Attributes:
-        start: Start of the container on the clock of its time stamps, in seconds.
-        claimed: The end of the stream in seconds as the file states it, or 0.0 if it states none.
-        faults: Descriptions of the errors so far.
-        notes: Which stream is read, if there are several.
-    """
-
-    def __init__(self, container: Any, kind: str, order: int = 0):
-        cover, default = av.stream.Disposition.attached_pic, av.stream.Disposition.default
-        streams = [s for s in getattr(container.streams, kind) if not s.disposition & cover]
-        if not streams:
-            raise MediaError("", f"no {kind}", f"it has no {'sound' if kind == 'audio' else 'video'}")
-        self.stream, self.start, self.count = streams[0], (container.start_time or 0) / 1e6, len(streams)
-        packets: dict[int, list] = {stream.index: [] for stream in streams}
-        self.faults, seen = [], 0.0
-        for _ in range(100):  # damage ends the demuxer's loop; continue after it
-            try:
-                for packet in container.demux():
-                    if packet.pts is not None:
-                        seen = max(seen, self.seconds(packet.pts + (packet.duration or 0), packet))
-                    if packet.stream_index in packets:
-                        packets[packet.stream_index].append(packet)
-                break
-            except av.FFmpegError as error:
-                self.faults.append(error.strerror)
-
-        ranks, lengths = {}, {}
-        for stream in streams:
-            own = [packet for packet in packets[stream.index] if packet.size]
-            stamps = [packet.pts for packet in own if packet.pts is not None]
-            ranks[stream.index] = kind == "video" and len(own) > 1, bool(stream.disposition & default)
-            lengths[stream.index] = float((max(stamps) - min(stamps)) * stream.time_base) if stamps else 0.0
-        rest = list(ranks)
-        for _ in range(order + 1):
-            best = max(ranks[index] for index in rest)
-            longest = max(lengths[index] for index in rest if ranks[index] == best)
-            # Of about the same length, the first: tracks of one film differ by a few packets.
-            chosen = next(index for index in rest if ranks[index] == best and lengths[index] >= 0.9 * longest)
-            rest.remove(chosen)
-        self.stream = next(stream for stream in streams if stream.index == chosen)
-        self.packets = packets[self.stream.index]
-        place = streams.index(self.stream) + 1
-        self.notes = [f"{kind}: track {place} of {self.count} is read"] if self.count > 1 else []
-        self.claimed = self._claimed(container, seen)
-
-    def _claimed(self, container: Any, seen: float) -> float:
-        if container.format.name in GUESSED_LENGTHS:
-            return 0.0
-        stream, stream_end, file_end = self.stream, 0.0, (container.duration or 0) / 1e6 - self.start
-        parts = re.fullmatch(r"(\d+):(\d+):(\d+\.?\d*)", stream.metadata.get("DURATION", ""))  # Matroska's
-        if container.format.name == "avi":  # FFmpeg only guesses the length of a truncated file
-            file_end = max(
-                (float(v.frames / v.average_rate) for v in container.streams.video if v.average_rate), default=0
-            )
-        elif stream.duration:
-            stream_end = self.seconds((stream.start_time or 0) + stream.duration)
-        elif parts:
-            stream_end = 3600 * int(parts[1]) + 60 * int(parts[2]) + float(parts[3]) - self.start
-        # A stream may end before the others. The file is complete if the last packet of any stream reaches its end.
-        return max(stream_end, file_end if file_end > seen + TOLERANCE else 0.0)
-
-    def seconds(self, stamp: int | None, clock: Any = None) -> float | None:
-        """Converts a time stamp of this stream, or of another `clock`, to seconds since the container's start."""
-        return None if stamp is None else float(stamp * (clock or self.stream).time_base) - self.start
-
-    def frames(self) -> Iterator[Any]:
-        """Decodes the packets. Adds an entry to `faults` for each packet or frame that is damaged."""
-        for packet in self.packets:
-            try:
-                frames = packet.decode()
-            except av.FFmpegError as error:
-                self.faults.append(error.strerror)
-                continue
-            self.faults += ["a corrupt frame" for frame in frames if frame.is_corrupt]
-            yield from frames
-
-
-def _shortfall(what: str, seconds: float, claimed: float, faults: list[str]) -> list[str]:
-    """Warnings about missing seconds and about damaged places."""
-    short = [f"{what}: {seconds:.1f} of {claimed:.1f} seconds decoded"] if claimed > seconds + TOLERANCE else []
-    return short + ([f"{what}: {len(faults)} damaged places, the first: {faults[0]}"] if faults else [])
-
-
-def _spread(frames: int, count: int) -> list[int]:
-    """Indices of the frames at the centres of `count` equal parts; all frames if there are at most `count`."""
-    count = min(frames, count)
-    return [(2 * i + 1) * frames // (2 * count) for i in range(count)]
-
-
-def _read_video(file: str, count: int) -> tuple[dict[str, Any], np.ndarray]:
-    """Reads frames by PyAV.
-
-    The packets of an intact file contain all times. It is decoded once, up to the last selected frame. A damaged or
-    unusual file is decoded completely to find its frames, and again to read the selected ones.
-    """
-    with _container(file) as container:
-        track = _Track(container, "video")
-        rate = float(track.stream.average_rate or 25)
-        filled = [packet for packet in track.packets if packet.size]
-        shown = [packet for packet in filled if not packet.is_discard]  # an edit list hides the others
-        stated = track.stream.frames - len(filled) + len(shown) if track.stream.frames else 0
-        stamps = sorted({packet.pts for packet in shown if packet.pts is not None})
-        first = track.seconds(stamps[0]) if stamps else 0.0
-        if stamps and len(stamps) == len(shown) and not track.faults and not any(p.is_corrupt for p in filled):
-            wanted = {stamps[i] for i in _spread(len(stamps), count)}
-            pictures = _rgb(islice((f for f in track.frames() if f.pts in wanted), len(wanted)), len(wanted))
-            intact = len(pictures) == len(wanted) and not track.faults
-        else:
-            intact = False
-        times = [track.seconds(stamp) for stamp in stamps]
-        last = max(shown, key=lambda packet: packet.pts).duration if intact else None
-        clock = track.stream.time_base
-        length = float(last * clock) if last else 1 / rate
-    warnings = []
-    if not intact:
-        with _container(file) as container:
-            track = _Track(container, "video")
-            times = [track.seconds(frame.pts) for frame in track.frames()]
-        if not times:
-            raise MediaError("", "damaged", "no picture can be decoded", f"0 of {stated} frames" if stated > 0 else "")
-        chosen = set(_spread(len(times), count))
-        with _container(file) as container:
-            frames = enumerate(_Track(container, "video").frames())
-            pictures = _rgb((frame for i, frame in frames if i in chosen), len(chosen))
-        if None in times or any(a >= b for a, b in pairwise(times)):
-            warnings = ["video: time stamps are missing or damaged, times follow from the average frame rate"]
-            times = [i / rate for i in range(len(times))]
-    if len(times) < stated - 1:
-        warnings.append(f"video: {len(times)} of {stated} frames decoded")
-    # Without a stated number of frames, only a gap in the packets' times shows lost frames. A still picture may cause
-    # such a gap as well.
-    ends = sorted((packet.pts, packet.duration or 0) for packet in shown if packet.pts is not None)
-    holes = [float((b[0] - sum(a)) * clock) for a, b in pairwise(ends) if a[1]]
-    lost = sum(hole for hole in holes if hole > TOLERANCE)
-    if lost and not stated:
-        warnings.append(f"video: {lost:.1f} seconds without pictures")
-    end = times[-1] + length
-    warnings = track.notes + warnings
-    warnings += _shortfall("video", end - max(times[0] - first, 0.0), track.claimed, track.faults)
-    return {"times": [times[i] for i in _spread(len(times), count)], "duration": end, "warnings": warnings}, pictures
-
-
-def _rgb(frames: Iterable[Any], count: int) -> np.ndarray:
-    """Converts at most `count` frames to RGB `(F, H, W, 3)`, upright and in the size of the first frame."""
-    pictures, size = [], {}
-    for frame in frames:
-        if not size:
-            size = {"width": frame.width, "height": frame.height}
-            if 3 * count * frame.width * frame.height > LARGEST_RESULT:
-                what = f"{count} frames of {frame.width} x {frame.height} pixels"
-                raise MediaError("", "too large", f"{what} exceed {LARGEST_RESULT >> 30} GiB")
-        turns = round(frame.rotation / 90)
-        picture = frame.to_ndarray(format="rgb24", **size)
-        pictures.append(np.rot90(picture, turns) if turns else picture)
-    return np.stack(pictures) if pictures else np.empty((0, 0, 0, 3), dtype=np.uint8)
-
-
-def _read_video_by_decord(file: str, count: int) -> tuple[dict[str, Any], np.ndarray]:
-    """Reads frames by decord, for files that PyAV cannot read. Fails if decord would have to replace a frame."""
-    try:
-        import decord
-    except ImportError as error:
-        raise MediaError("", "damaged", str(error)) from None
-    reader = decord.VideoReader(file, num_threads=1, fault_tol=1e-9)
-    spans = reader.get_frame_timestamp(list(range(len(reader))))  # (n, 2): from, to
-    if not ((np.diff(spans[:, 0]) > 0).all() and -1 < spans[0, 0] and spans[-1, 1] < 1e6):
-        raise MediaError("", "damaged", "its time stamps are invalid")
-    chosen = _spread(len(reader), count)
-    frames = reader.get_batch(chosen).asnumpy()
-    warnings = ["video: PyAV cannot read it, frames and times are decord's, parts may be missing"]
-    return {"times": spans[chosen, 0].tolist(), "duration": float(spans[-1, 1]), "warnings": warnings}, frames
-
-
-def mono(samples: np.ndarray) -> np.ndarray:
-    """Averages the channels of `(N, channels)` to `(N,)` float32. Integers are scaled by their type to -1..1."""
-    if samples.dtype.kind in "iu":
-        limits = np.iinfo(samples.dtype)
-        middle = (int(limits.max) + int(limits.min) + 1) // 2
-        samples = (samples.astype(np.float32) - middle) / (int(limits.max) - middle + 1)
-    return samples.mean(axis=1, dtype=np.float32)
-
-
-def _audio(
-    pieces: list[np.ndarray],
-    silent: int,
-    native_rate: int,
-    rate: int,
-    claimed: float,
-    faults: list[str],
-    notes: list[str],
-) -> tuple[dict[str, Any], np.ndarray]:
-    """Joins and resamples the pieces of an audio reader, and builds its answer.
-
-    Args:
-        pieces: Consecutive mono samples at `native_rate`.
-        silent: Number of these samples that replace lost sound.
-        native_rate: Sampling rate of the file in Hz.
-        rate: Sampling rate of the result in Hz.
-        claimed: Length that the file states in seconds, or 0.0.
-        faults: Descriptions of the errors so far.
-        notes: Which track is read, if there are several.
-    """
-    count = sum(map(len, pieces))
-    if count == silent:
-        raise MediaError("", "damaged", "no sound can be decoded", f"0 of {claimed:.1f} seconds" if claimed else "")
-    if 4 * count * max(rate / native_rate, 1.0) > LARGEST_RESULT:
-        raise MediaError("", "too large", f"{count / native_rate:.0f} s of sound exceed {LARGEST_RESULT >> 30} GiB")
-    samples = np.concatenate(pieces)
-    if not np.isfinite(samples).all():
-        samples = np.nan_to_num(samples, copy=False, nan=0.0, posinf=0.0, neginf=0.0)
-        faults.append("NaN or infinite samples")
-    if (beyond := np.abs(samples) > FULL_SCALE).any():
-        if 2 * beyond.sum() > np.count_nonzero(samples):
-            raise MediaError("", "damaged", "most of its samples are far beyond full scale")
-        samples[beyond] = np.sign(samples[beyond])
-        faults.append("samples far beyond full scale")
-    if native_rate != rate:
-        samples = np.clip(soxr.resample(samples, native_rate, rate), -FULL_SCALE, FULL_SCALE)
-    if not len(samples):
-        raise MediaError("", "damaged", "its sound is too short for one sample")
-    answer = {"seconds": (count - silent) / native_rate, "claimed": claimed, "faults": faults, "notes": notes}
-    return answer, samples
-
-
-def _read_audio_by_soundfile(file: str, rate: int) -> tuple[dict[str, Any], np.ndarray]:
-    """Reads sound by soundfile, and the length that the file's header states."""
-    handle = os.open(file, os.O_RDONLY)  # not by name: libsndfile would use the suffix as the format
-    try:
-        sound = soundfile.SoundFile(handle)
-    except soundfile.LibsndfileError:
-        raise MediaError("", "not media", "it is not an audio file") from None
-    pieces, faults = [], []
-    with sound:
-        claimed = _stated_frames(file, sound) / sound.samplerate
-        try:
-            while len(block := sound.read(1 << 16, dtype="float32", always_2d=True)):
-                pieces.append(mono(block))
-        except soundfile.LibsndfileError as error:
-            faults.append(error.error_string.strip(" .") or "unreadable sound")
-        if sound.format == "OGG" and not _ogg_end(file)[1]:
-            faults.append("the end-of-stream mark is missing")
-        native_rate = sound.samplerate
-    return _audio(pieces, 0, native_rate, rate, claimed, faults, [])
-
-
-def _stated_frames(file: str, sound: Any) -> float:
-    """Number of frames that the header states. Only libsndfile's log has it: its length omits lost frames."""
-    if sound.format == "OGG":
-        return _ogg_end(file)[0] * sound.samplerate / (48000 if sound.subtype == "OPUS" else sound.samplerate)
-    stated = re.search(r"^ *(?:data|SSND) : (\d+)(?: \(should be (\d+)\))?", sound.extra_info, re.MULTILINE)
-    if not stated or int(stated[1]) >= UNKNOWN_SIZE:
-        return sound.frames
-    available = int(stated[2] or os.path.getsize(file))
-    return sound.frames * max(int(stated[1]) / available, 1.0) if available else sound.frames
-
-
-def _ogg_end(file: str) -> tuple[int, bool]:
-    """Position of the last page in samples, and whether the page is marked as the last."""
-    with open(file, "rb") as handle:
-        handle.seek(max(os.path.getsize(file) - (1 << 17), 0))
-        tail = handle.read()
-    page = tail.rfind(b"OggS\0", 0, len(tail) - 22)
-    if page < 0:
-        return 0, False
-    flags, position = struct.unpack_from("<Bq", tail, page + 5)
-    return max(position, 0), bool(flags & 4)
-
-
-def _read_audio_by_pyav(file: str, rate: int) -> tuple[dict[str, Any], np.ndarray]:
-    """Sound by PyAV; of several tracks, where the first choice is silent or cannot be decoded, the next."""
-    found, error, order, count = None, None, 0, 1
-    while order < count:
-        with _container(file) as container:
-            track = _Track(container, "audio", order)
-            order, count = order + 1, track.count
-            try:
-                answer, samples = _sound(track, rate)
-            except MediaError as raised:
-                error = error or raised
-                continue
-        if np.abs(samples).max() > SILENCE:
-            return answer, samples
-        found = found or (answer, samples)
-    if found is None:
-        raise error
-    return found
-
-
-def _sound(track: _Track, rate: int) -> tuple[dict[str, Any], np.ndarray]:
-    """A track's sound, laid out by its time stamps: what is missing at the start or in between is silence."""
-    pieces, position, silent, native_rate = [], 0, 0, 0
-    for frame in track.frames():
-        native_rate = native_rate or frame.sample_rate
-        if frame.sample_rate != native_rate:
-            track.faults.append("another sampling rate")
-            continue
-        at = track.seconds(frame.pts)
-        gap = 0 if at is None else round(at * native_rate) - position
-        # A little is rounding, unless it is the start; what leads past the stated end is damage.
-        if gap > (TOLERANCE * native_rate if pieces else 0) and not 0 < track.claimed < at:
-            if 4 * (position + gap) > LARGEST_RESULT:
-                raise MediaError("", "too large", "its time stamps span more than memory holds")
-            # A track that begins late lacks nothing.
-            late = 0 if pieces else round((track.seconds(track.stream.start_time) or 0.0) * native_rate)
-            silent += max(gap - late, 0)
-            pieces.append(np.zeros(gap, dtype=np.float32))
-            position += gap
-        channels = frame.to_ndarray()  # (channels, n), or (1, n * channels) if they alternate
-        samples = channels.T if frame.format.is_planar else channels.reshape(-1, frame.layout.nb_channels)
-        pieces.append(mono(samples))
-        position += len(samples)
-    return _audio(pieces, silent, native_rate, rate, track.claimed, track.faults, track.notes)
-
-
-READERS = {
-    "audio_by_soundfile": _read_audio_by_soundfile,
-    "audio_by_pyav": _read_audio_by_pyav,
-    "video_by_pyav": _read_video,
-    "video_by_decord": _read_video_by_decord,
-}
-
-
-if __name__ == "__main__":
-    _serve()

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from transformers.feature_extraction_utils import BatchFeature
 
-from .media_egmf import FULL_SCALE, LARGEST_RESULT, AudioClip, MediaError, VideoClip, load_audio, load_video, mono
+from .media_egmf import AudioClip, VideoClip, load_audio, load_video
+from .media_readers_egmf import FULL_SCALE, LARGEST_RESULT, MediaError, mono
 
 
 MOST_CHANNELS = 8  # of an array of samples: 7.1 surround

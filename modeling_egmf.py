@@ -22,7 +22,8 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.utils import can_return_tuple, torch_compilable_check
 
 from .configuration_egmf import EGMFConfig
-from .fusion_egmf import EGMFFusion, init_fusion_weights, masked_mean
+from .experts_egmf import masked_mean
+from .fusion_egmf import EGMFFusion, init_fusion_weights
 from .scoring_egmf import ScoringMixin, accepts_position_ids, check_static_cache, uncompiled_on_cpu
 from .towers_egmf import (
     build_tower,

@@ -20,7 +20,7 @@ import av
 import numpy as np
 import soxr
 
-from egmf import media_egmf
+from egmf import media_egmf, media_readers_egmf
 
 
 CLIPS = {1: 4, 3: 2, 10: 1}  # seconds: clips in one measurement
@@ -68,11 +68,11 @@ def plain(path: str) -> None:
 
 
 def unguarded(path: str) -> None:
-    media_egmf._read_video(path, FRAMES)
+    media_readers_egmf._read_video(path, FRAMES)
     try:
-        media_egmf._read_audio_by_soundfile(path, WANTED_RATE)
+        media_readers_egmf._read_audio_by_soundfile(path, WANTED_RATE)
     except media_egmf.MediaError:
-        media_egmf._read_audio_by_pyav(path, WANTED_RATE)
+        media_readers_egmf._read_audio_by_pyav(path, WANTED_RATE)
 
 
 def guarded(path: str) -> None:
@@ -106,7 +106,7 @@ def measure(pool: ProcessPoolExecutor, processes: int, way: str, path: str, coun
 
 
 def main() -> None:
-    media_egmf.import_readers()
+    media_readers_egmf.import_readers()
     print("# Reading clips: speed, and the cost of the guard\n")
     print(f"Command: `python -m bench.media > results/media.md`. {os.cpu_count()} cores, load average before the run")
     print(f"{os.getloadavg()[0]:.1f} (what exceeds 0 is other programs). Medians (lowest to highest) of {REPETITIONS}")

@@ -20,9 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from egmf.evaluation.robustness import summarize
-
-
-RESULTS = Path(__file__).resolve().parents[1] / "results"
+from experiments.pages import README, RESULTS, fill_readme, spread, table
 
 
 RECIPES = {"towers": "recipes/avatars_towers.yaml", "model": "recipes/avatars_smollm2.yaml"}
@@ -130,13 +128,7 @@ def expert_weights(predictions: Path) -> dict[str, dict[str, float]]:
     }
 
 
-def spread(values: list[float], digits: int) -> str:
-    """Mean and, of several seeds, standard deviation."""
-    mean = f"{np.mean(values):.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.{digits}f}"
-
-
-def table(runs: list[dict], figure: str, scale: float, digits: int) -> str:
+def table_by_variant(runs: list[dict], figure: str, scale: float, digits: int) -> str:
     """One row per variant that has it: a figure over all clips and by kind, or by condition."""
     runs = [entry for entry in runs if figure in entry]
     groups = list(runs[0][figure]) if runs else []
@@ -146,11 +138,11 @@ def table(runs: list[dict], figure: str, scale: float, digits: int) -> str:
         if own:
             cells = [spread([scale * entry[figure][group] for entry in own], digits) for group in groups]
             rows.append([name, str(len(own)), *cells])
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return table(rows[0], rows[2:])
 
 
 def main_table(runs: list[dict]) -> str:
-    return table(runs, "accuracy_distribution", 100, 1)
+    return table_by_variant(runs, "accuracy_distribution", 100, 1)
 
 
 def render(runs: list[dict]) -> str:
@@ -177,12 +169,12 @@ def render(runs: list[dict]) -> str:
         main_table(runs),
         "The text of plain `generate()`; "
         f"{unparsable} answers of all runs and both tasks together were not a legal answer.",
-        table(runs, "accuracy_greedy", 100, 1),
+        table_by_variant(runs, "accuracy_greedy", 100, 1),
         "The best that can be done with what is seen, by the corpus's own rules (`ceiling`):",
-        "\n".join("| " + " | ".join(row) + " |" for row in limits),
+        table(limits[0], limits[2:]),
         "## Sentiment score: mean absolute error",
         "Scores run from -1 to 1. The median of the distribution.",
-        table(runs, "mae_median", 1, 3),
+        table_by_variant(runs, "mae_median", 1, 3),
         *gate_section(runs),
         *missing_section(runs),
         "## Commands",
@@ -208,7 +200,7 @@ def gate_section(runs: list[dict]) -> list[str]:
     return [
         "## Weights of the experts in the gate, in percent",
         text,
-        "\n".join("| " + " | ".join(row) + " |" for row in rows),
+        table(rows[0], rows[2:]),
     ]
 
 
@@ -220,7 +212,7 @@ def missing_section(runs: list[dict]) -> list[str]:
     best = {name: ceiling(tuple(letters[letter] for letter in name))["all"] for name in CONDITIONS if name != "mean"}
     best["mean"] = float(np.mean([value for name, value in best.items() if name != "AVT"]))
     limit = ["the best that can be done", "", *(f"{100 * best[name]:.1f}" for name in CONDITIONS)]
-    figures = table(runs, "missing", 100, 1) + "\n| " + " | ".join(limit) + " |"
+    figures = table_by_variant(runs, "missing", 100, 1) + "\n| " + " | ".join(limit) + " |"
     text = (
         "The six conditions of MMIN ([`robustness.py`](../robustness.py)): every clip with these modalities alone (A "
         "audio, V vision, T text), by one model. *AVT* is the intact clip, *mean* that of the six conditions. One "
@@ -262,8 +254,6 @@ def main(arguments: list[str]) -> None:
     else:
         runs = json.loads(file.read_text(encoding="utf-8"))
         (RESULTS / "avatars.md").write_text(render(runs), encoding="utf-8")
-        from experiments.make_tables import README, fill_readme
-
         readme = fill_readme(README.read_text(encoding="utf-8"), "avatars", main_table(runs))
         README.write_text(readme, encoding="utf-8")
 

@@ -19,11 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
+from experiments.pages import README, RESULTS, fill_readme, percent, spread, table
 
-RESULTS = Path(__file__).resolve().parents[1] / "results"
 
-
-README = RESULTS.parent / "README.md"
 ANSWERS = ("distribution", "greedy")
 RESAMPLES, BOOTSTRAP_SEED = 10_000, 0
 MEASURES = ("accuracy", "weighted_f1")
@@ -254,7 +252,7 @@ def render(name: str, data: dict) -> str:
         test_set = data["test_set"]
         parts.append(
             f"{test_set['samples']} test utterances of {test_set['clusters']} {benchmark.clusters}; always answering "
-            f"the most frequent class has accuracy {_percent(test_set['majority_accuracy'])}. Figures are percent, "
+            f"the most frequent class has accuracy {percent(test_set['majority_accuracy'])}. Figures are percent, "
             "mean ± standard deviation over seeds. *Greedy* is the text of plain `generate()`, and an unparsable text "
             "is a wrong answer; *distribution* is the most probable legal answer of `score_labels()`."
         )
@@ -262,7 +260,7 @@ def render(name: str, data: dict) -> str:
             "Made with models whose merged weights were rounded to bfloat16; `train.py` now saves them in float32."
         )
     parts.append(main_table(name, data))
-    parts += ["## Published", _table(["model", "input", benchmark.measure, "source"], benchmark.published)]
+    parts += ["## Published", table(["model", "input", benchmark.measure, "source"], benchmark.published)]
     if tests:
         parts += ["## Full model against text only", *_test_tables(benchmark, tests)]
     if runs:
@@ -284,11 +282,13 @@ def main_table(name: str, data: dict) -> str:
             answer: [r for r in data["runs"] if (r["variant"], r["answer"]) == (variant, answer)] for answer in ANSWERS
         }
         if runs["greedy"]:
-            cells = [_spread([r[measure] for r in runs[answer]]) for answer in ANSWERS for measure in MEASURES]
+            cells = [
+                spread([100 * run[measure] for run in runs[answer]], 2) for answer in ANSWERS for measure in MEASURES
+            ]
             unparsable = sum(run["unparsable"] for run in runs["greedy"])
             rows.append((words, str(len(runs["greedy"])), *cells, str(unparsable)))
     head = ["model", "seeds"] + [f"{answer}: {m}" for answer in ANSWERS for m in ("accuracy", "weighted F1")]
-    return _table([*head, "unparsable, all seeds"], rows)
+    return table([*head, "unparsable, all seeds"], rows)
 
 
 def _test_tables(benchmark: Benchmark, tests: list[dict]) -> list[str]:
@@ -306,30 +306,15 @@ def _test_tables(benchmark: Benchmark, tests: list[dict]) -> list[str]:
         "McNemar's exact test on the same samples. It takes them for independent: it ignores "
         f"{benchmark.clusters}, and over several seeds it counts every sample once per seed. The bootstrap below does "
         "neither.",
-        _table(["answer", "seeds", "only the full model right", "only text right", "p"], counts),
+        table(["answer", "seeds", "only the full model right", "only text right", "p"], counts),
         f"Bootstrap over {benchmark.clusters} ({RESAMPLES:,} resamples) of the difference in accuracy, averaged over "
         "the seeds that both have.",
-        _table(["answer", "seeds", "difference, points", "95 % interval", "p"], means),
+        table(["answer", "seeds", "difference, points", "95 % interval", "p"], means),
     ]
-
-
-def _table(head: list[str], rows) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.2f}"
 
 
 def _points(share: float) -> str:
     return f"{100 * share:+.2f}"
-
-
-def _spread(shares: list[float]) -> str:
-    """Mean and sample standard deviation in percent; of one seed, its value."""
-    deviation = f" ± {_percent(np.std(shares, ddof=1))}" if len(shares) > 1 else ""
-    return _percent(np.mean(shares)) + deviation
 
 
 def _seeds(test: dict) -> str:
@@ -338,15 +323,6 @@ def _seeds(test: dict) -> str:
 
 def _p(test: dict) -> str:
     return f"{test['p_value']:.4f}" if test["p_value"] >= 1e-4 else "< 0.0001"
-
-
-def fill_readme(text: str, name: str, table: str) -> str:
-    """README text with what stands between the markers of a benchmark replaced by its table."""
-    start, end = f"<!-- results/{name}.md -->", f"<!-- end of results/{name}.md -->"
-    pattern = re.escape(start) + ".*?" + re.escape(end)
-    if len(re.findall(pattern, text, re.DOTALL)) != 1:
-        raise ValueError(f"README.md: wanted one pair of markers {start} and {end}")
-    return re.sub(pattern, lambda _: f"{start}\n{table}\n{end}", text, flags=re.DOTALL)
 
 
 def main(arguments: list[str]) -> None:

@@ -7,19 +7,13 @@ python -m experiments.performance
 
 import json
 import statistics
-from pathlib import Path
 
-
-RESULTS = Path(__file__).resolve().parents[1] / "results"
+from experiments.pages import RESULTS, table
 
 
 WAYS = ("plain", "floor", "egmf")
 ALL_LAYERS = 28  # of Qwen3-0.6B and of Qwen3-1.7B
 GOALS = {"time to plain": 0.85, "time to floor": 1.10, "memory to plain": 0.60, "7 labels": 1.15, "61 scores": 1.35}
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *rows])
 
 
 def spread(values: list[float], digits: int = 2) -> str:

@@ -19,8 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-
-RESULTS = Path(__file__).resolve().parents[1] / "results"
+from experiments.pages import README, RESULTS, fill_readme, percent, table
 
 
 RECIPE = "recipes/ravdess_smollm2.yaml"
@@ -137,14 +136,6 @@ def collect(runs_dir: Path) -> tuple[dict, list[dict]]:
     return {"test_set": test_set, "runs": runs, "pooled": pooled}, answers
 
 
-def table(head: list[str], rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *rows])
-
-
-def percent(share: float) -> str:
-    return f"{100 * share:.2f}"
-
-
 def main_table(data: dict) -> str:
     """One row per kind of answer."""
     rows = []
@@ -216,8 +207,6 @@ def main(arguments: list[str]) -> None:
             writer.writeheader()
             writer.writerows(answers)
     else:
-        from experiments.make_tables import README, fill_readme
-
         data = json.loads(file.read_text(encoding="utf-8"))
         (RESULTS / "ravdess.md").write_text(render(data), encoding="utf-8")
         readme = fill_readme(README.read_text(encoding="utf-8"), "ravdess", main_table(data))

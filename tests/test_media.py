@@ -24,7 +24,7 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers.dynamic_module_utils import get_imports
 
-from egmf import media_egmf
+from egmf import media_egmf, media_readers_egmf
 from egmf.media_egmf import MediaError, load_audio, load_video
 
 
@@ -524,13 +524,14 @@ def test_no_permission(clips, tmp_path):
 
 def test_no_user_of_features_is_asked_for_decoders():
     """transformers requires all packages that a checkpoint file imports, also those imported inside functions."""
-    found = set(get_imports(media_egmf.__file__))
+    files = (media_egmf.__file__, media_readers_egmf.__file__)
+    found = {name for file in files for name in get_imports(file)}
     assert found - sys.stdlib_module_names == {"numpy"} and not {"fcntl", "resource"} & found
 
 
 def test_a_missing_reader_is_an_import_error(clips, tmp_path):
     (tmp_path / "soxr.py").write_text("raise ImportError('no soxr here')")
-    code = f"import media_egmf; media_egmf.load_audio({str(clips['sound.wav'])!r}, 16000)"
+    code = f"from egmf import media_egmf; media_egmf.load_audio({str(clips['sound.wav'])!r}, 16000)"
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.stderr.splitlines()[-1].startswith("ImportError: ") and "no soxr here" in done.stderr
@@ -669,7 +670,7 @@ def test_datasets_map_with_two_processes(clips, worker_pid):
 # Run from standard input: what guards `__main__` must not be needed. Says the worker's process id, then waits.
 CALLER = """
 import os, sys, time
-import media_egmf
+from egmf import media_egmf
 assert not {"av", "decord", "soundfile", "soxr"} & set(sys.modules)
 for path in sys.argv[2:]:
     try:

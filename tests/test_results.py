@@ -8,7 +8,8 @@ import pytest
 
 from egmf.evaluation.significance import mcnemar
 from experiments import make_tables
-from experiments.make_tables import BENCHMARKS, cluster_bootstrap, collect, fill_readme, main, main_table, render
+from experiments.make_tables import BENCHMARKS, cluster_bootstrap, collect, main, main_table, render
+from experiments.pages import fill_readme
 
 
 RESULTS = make_tables.RESULTS

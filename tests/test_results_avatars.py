@@ -6,7 +6,7 @@ import pytest
 
 from corpora.avatars import KINDS
 from experiments import avatars
-from experiments.make_tables import README, fill_readme
+from experiments.pages import README, fill_readme
 
 
 def write_run(folder, accuracy: float, mae: float) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from experiments import ravdess
-from experiments.make_tables import README, fill_readme
+from experiments.pages import README, fill_readme
 
 
 EMOTIONS = ("neutral", "calm", "happy", "sad", "angry", "fearful", "disgust", "surprised")

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from egmf import media_egmf, media_inputs_egmf, towers_egmf
+from egmf import media_egmf, media_inputs_egmf, media_readers_egmf, towers_egmf
 from egmf.files import writing
 from egmf.media_egmf import AudioClip
 from egmf.media_inputs_egmf import Media, TowerInput
@@ -81,7 +81,7 @@ class TowerCache:
         names = self.frozen | self.trained
         self.folders = {name: root / f"{name}-{self._fingerprint(name)}" for name in sorted(names)}
         self.errors: dict[tuple[str, str], str] = {}
-        self._hashes: dict[str, str] = {}
+        self._hashes: dict[str, str] = inputs._hashes if inputs else {}  # files are hashed once
 
     def _tower(self, modality: str) -> PreTrainedModel:
         return getattr(self.model.base_model, f"{modality}_tower")
@@ -91,7 +91,7 @@ class TowerCache:
         settings["packages"] = {name: _version(name) for name in PACKAGES}
         if modality == "vision":
             settings["num_frames"] = self.processor.num_frames
-        code, weights = [media_egmf, media_inputs_egmf, _Files], []
+        code, weights = [media_egmf, media_readers_egmf, media_inputs_egmf, _Files], []
         if modality in self.frozen:
             tower = self._tower(modality)
             settings |= {"class": type(tower).__name__, "config": tower.config.to_dict()}

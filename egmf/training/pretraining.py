@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.utils import ModelOutput
 
-from egmf.fusion_egmf import masked_mean
+from egmf.experts_egmf import masked_mean
 from egmf.modeling_egmf import EGMFForConditionalGeneration
 from egmf.processing_egmf import AffectTask, EGMFProcessor
 from egmf.towers_egmf import tower_size

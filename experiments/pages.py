@@ -1,0 +1,40 @@
+"""Functions that the pages in `results/` share: where they are, and how tables and figures are written."""
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+README = RESULTS.parent / "README.md"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *rows])
+
+
+def percent(share: float) -> str:
+    """A share in percent, with two decimals."""
+    return f"{100 * share:.2f}"
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """The mean and, for several seeds, the standard deviation."""
+    mean = f"{np.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.{digits}f}"
+
+
+def fill_readme(text: str, name: str, filled: str) -> str:
+    """The README's text with the table between the markers of a page replaced.
+
+    Raises:
+        ValueError: If there is no single pair of markers.
+    """
+    start, end = f"<!-- results/{name}.md -->", f"<!-- end of results/{name}.md -->"
+    pattern = re.escape(start) + ".*?" + re.escape(end)
+    if len(re.findall(pattern, text, re.DOTALL)) != 1:
+        raise ValueError(f"README.md: wanted one pair of markers {start} and {end}")
+    return re.sub(pattern, lambda _: f"{start}\n{filled}\n{end}", text, flags=re.DOTALL)
