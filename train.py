@@ -3,13 +3,13 @@
     python train.py recipes/mosi_smollm2.yaml --corpus_dir DIR [--any_field value ...]
     accelerate launch --config_file recipes/accelerate/ddp.yaml train.py recipes/mosi_smollm2.yaml --corpus_dir DIR
 
-A recipe with `tower_epochs` first trains each tower alone, one with `fusion_epochs` the fusion without the LLM, and
-these towers with it, then the fusion and the LLM with LoRA. Writes to `output_dir`: a folder of checkpoints per phase
-(the same command goes on from the last one), `log.jsonl` and `training.png`, the trained towers in `towers/`, for the
-`audio_tower` and `vision_tower` of other recipes, and `model/`: merged and self-contained, in float32, for
-`AutoModel.from_pretrained(..., trust_remote_code=True)`, with the recipe's fields and the packages' versions in
-`recipe.json`; `adapter/` is what of it was trained last, for `publish.py --adapter_only`. With `num_train_epochs: 0`
-the towers are all that is made.
+Phases: each tower from scratch (`tower_epochs`), the fusion without the LLM (`fusion_epochs`), the fusion and the LLM
+with LoRA. `num_train_epochs: 0` stops after the towers.
+
+Writes to `output_dir`: checkpoints in a folder per phase (repeat the command to resume), `log.jsonl`, `training.png`,
+trained towers in `towers/` (for `audio_tower` and `vision_tower` of other recipes), `model/` (merged, in float32, for
+`AutoModel.from_pretrained(..., trust_remote_code=True)`; `recipe.json` in it has the recipe's fields and the packages'
+versions) and `adapter/` (the weights trained last, for `publish.py --adapter_only`).
 """
 
 import copy
@@ -56,22 +56,22 @@ from egmf.training.shrinking import shrink
 from egmf.training.trainer import AffectTrainer, RunTrainer, check_media, check_reporters, metrics_of
 
 
-# What a trained model may depend on; their versions are kept with it.
+# Packages whose versions are recorded with the model.
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "safetensors", "numpy")
 
 
 def pretrain(
     recipe: Recipe, module, collator: AffectCollator, rows, output: Path, epochs: int, rate: float, mixture=None
 ) -> None:
-    """A phase without the LLM: see `pretraining.py`. An interrupted one goes on, a finished one is read.
+    """Runs or resumes a phase without the LLM (`egmf/training/pretraining.py`), or loads a finished one.
 
     Args:
-        module: What learns.
-        collator: For scoring: prompts alone, and the places of task and answer.
-        rows: The training split, asked.
+        module: The module to train.
+        collator: A collator for scoring: prompts, with the indices of task and answer.
+        rows: The training split, repeated for each task.
         output: Folder of the phase's checkpoints.
-        epochs, rate: How long, and the highest learning rate.
-        mixture: See [`RunTrainer`].
+        epochs, rate: Number of epochs and peak learning rate.
+        mixture: See [`MixtureTrainer`].
     """
     own = dataclasses.replace(
         recipe.training,
@@ -89,7 +89,7 @@ def pretrain(
         activation_checkpointing=False,  # a method of whole models only
         gradient_checkpointing=None,
     )
-    set_seed(own.seed)  # whatever was finished or interrupted before, a phase begins alike
+    set_seed(own.seed)  # a phase starts with the same random state whether or not earlier ones were resumed
     trainer = RunTrainer(
         module,
         own,
@@ -100,7 +100,7 @@ def pretrain(
         phase=output.name,
     )
     trainer.train_or_resume()
-    if own.world_size > 1:  # the averages of batch normalisation are each process's own after the last step
+    if own.world_size > 1:  # running averages of batch normalisation differ between processes
         broadcast([*module.buffers()])
 
 
@@ -114,7 +114,7 @@ def autocast_of(training: TrainingArguments) -> torch.dtype | None:
 def fill_cache(
     recipe: Recipe, model, processor, towers: dict[str, tuple], trained: list[str], corpus, inputs: TowerCache | None
 ) -> TowerCache:
-    """What training needs of every clip that it sees; one that gives nothing is named, and missing."""
+    """Caches the clips of train and validation. Logs files that cannot be read; they count as missing modalities."""
     training = recipe.training
     frozen = towers.keys() - trained
     inputs = inputs or TowerCache(model, processor, frozen=(), trained=towers)
@@ -127,12 +127,12 @@ def fill_cache(
 
 
 def with_lengths(rows: Dataset, collator: AffectCollator) -> Dataset:
-    """Rows with the number of tokens of each one's prompt, by which Trainer groups them."""
+    """Adds a column `length`, the number of prompt tokens, by which rows are grouped."""
     return rows.add_column("length", prompt_lengths(rows, collator))
 
 
 def check_sharding(recipe: Recipe) -> None:
-    """Raises a ValueError if a recipe has what models that are divided among processes cannot do."""
+    """Raises a ValueError if a recipe uses features that FSDP and DeepSpeed do not support."""
     epochs = {name: getattr(recipe.phases, name) for name in ("tower_epochs", "fusion_epochs")}
     for name, count in epochs.items() if are_sharded() else ():
         if count:
@@ -143,17 +143,17 @@ def check_sharding(recipe: Recipe) -> None:
 
 
 def save_tower(model: EGMFForConditionalGeneration, modality: str, preprocessor, folder: Path) -> None:
-    """A tower as a model of its own, with its feature extractor or image processor."""
+    """Saves a tower as a separate model, with its feature extractor or image processor."""
     with writing(folder):
-        # A copy: saving writes into the configuration, by which the processes find what is cached of a tower.
+        # A copy, because saving changes the configuration, which is part of the cache's key.
         copy.deepcopy(getattr(model.model, f"{modality}_tower")).save_pretrained(folder)
         preprocessor.save_pretrained(folder)
 
 
 def save_model(recipe: Recipe, model: EGMFForConditionalGeneration, processor: EGMFProcessor, folder: Path) -> None:
-    """The merged model, self-contained, with the recipe's fields in `recipe.json`."""
+    """Saves the merged model with its processor, code and `recipe.json`."""
     fields = recipe.record()
-    del fields["corpus_dir"]  # a path of this machine is nobody else's business
+    del fields["corpus_dir"]  # a local path
     for name in ("language_model", "audio_tower", "vision_tower"):
         if isinstance(fields[name], str) and os.path.isdir(fields[name]):
             fields[name] = Path(fields[name]).name
@@ -175,7 +175,7 @@ def main(arguments: list[str]) -> None:
     output.mkdir(parents=True, exist_ok=True)
     set_seed(training.seed)
 
-    with in_turns():  # what is not there yet is made
+    with in_turns():  # creates generated corpora, shrunk models and the converted LLM
         corpora = load_corpora(data.parts)
         if recipe.model.shrink != 1:
             shrink(recipe.model, output / "shrunk")
@@ -202,7 +202,7 @@ def main(arguments: list[str]) -> None:
     speeds = tuple(data.audio_speeds)
     if recipe.phases.tower_epochs:
         for modality in towers:
-            set_seed(training.seed)  # for the readout: whatever was computed or read before, it begins alike
+            set_seed(training.seed)  # the readout starts with the same weights whether or not the cache was filled
             alone = TowerPretraining(model, modality, tasks[0]).requires_grad_()
             collator = AffectCollator(
                 processor, tasks[:1], [modality], with_answers=False, cache=inputs, speeds=speeds
@@ -250,7 +250,7 @@ def main(arguments: list[str]) -> None:
         for name in part.tasks if len(rows["validation"]) else ():
             key = f"{part.name}_{name}" if data.corpora else name
             validation[key] = with_lengths(expand_by_task(rows["validation"], [processor.tasks[name]]), learning)
-    set_seed(training.seed)  # whatever was read and not computed until here, the last phase begins alike
+    set_seed(training.seed)  # the last phase starts alike whether earlier ones were trained or loaded
     model = add_lora(recipe, model, learns_on)
     if PartialState().is_main_process:
         model.print_trainable_parameters()
@@ -267,7 +267,7 @@ def main(arguments: list[str]) -> None:
         mixture=mixture,
         run_folder=output,
     )
-    # Under autocast LoRA's own cast of its input to float32 and back is a quarter of a step's time, for nothing.
+    # Under autocast, LoRA's cast of its input to float32 takes a quarter of a step and has no effect.
     with disable_input_dtype_casting(model, active=training.mixed_precision == "bf16"):
         trainer.train_or_resume()
 

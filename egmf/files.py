@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and the error that says why a run had to stop."""
+"""Writing files completely or not at all, digests, and the error that stops a run with a message."""
 
 import errno
 import hashlib
@@ -10,17 +10,17 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 
-# What torch's RuntimeErrors and tokenizers' plain Exceptions say, where a file cannot be written.
+# Texts of torch's RuntimeErrors and tokenizers' Exceptions for a file that cannot be written.
 OF_WRITERS = ("PytorchStreamWriter", "inline_container", "unexpected pos", "(os error ")
 FULL = {errno.ENOSPC: "no space left", errno.EDQUOT: "quota used up", errno.EFBIG: "file larger than is allowed"}
 
 
 class RunStopped(RuntimeError):
-    """A run that cannot go on, or was told not to, for a reason that its user can change. The message says which.
+    """Stops a run for a reason that its user can change.
 
     Args:
-        message: What happened, where, and what makes the run go on.
-        status: What the command exits with.
+        message: What happened, where, and how to continue.
+        status: Exit status of the command.
     """
 
     def __init__(self, message: str, status: int = 1):
@@ -29,7 +29,7 @@ class RunStopped(RuntimeError):
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a text file that is there as a whole or, if that is interrupted, as it was before."""
+    """Writes a text file atomically: an interrupted call leaves the old file."""
     scratch = path.with_name(path.name + ".tmp")
     with scratch.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -49,12 +49,12 @@ def _sync_folder(folder: Path) -> None:
 
 @contextmanager
 def writing(path: Path, wanted: int | None = None, remedy: str = "make room, and start the same command again"):
-    """Turns what libraries raise when a file cannot be written into a message that says where and what is missing.
+    """Converts errors of libraries that cannot write a file into a message with the path and the missing space.
 
     Args:
-        path: The file or folder that is written.
-        wanted: About how many bytes it takes, if that is known.
-        remedy: What the run's user can do.
+        path: File or folder that is written.
+        wanted: Approximate number of bytes, if known.
+        remedy: What the user can do.
 
     Raises:
         RunStopped: With the message.
@@ -75,7 +75,7 @@ def writing(path: Path, wanted: int | None = None, remedy: str = "make room, and
 
 
 def weights_digest(folder: Path) -> str:
-    """SHA-256 of a model folder's weights, by which a report of figures says what it measured."""
+    """SHA-256 of a model folder's weights; reports name the weights that they measured by it."""
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
         with path.open("rb") as stream:

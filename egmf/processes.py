@@ -1,6 +1,6 @@
-"""What the processes of one run, started by `accelerate launch` or `torchrun`, have to agree on.
+"""Coordination of the processes that `accelerate launch` or `torchrun` starts for one run.
 
-The work itself is divided by Trainer, `TowerCache.fill` and `Predictor`; a run of one process takes the same path.
+Trainer, `TowerCache.fill` and `Predictor` divide the work; a single process takes the same path.
 """
 
 import logging
@@ -14,7 +14,10 @@ from transformers.utils import logging as transformers_logging
 
 @contextmanager
 def in_turns() -> Iterator[None]:
-    """The main process goes first, then one of each other machine, then all others: what the first make, they find."""
+    """Runs a block on the main process first, then on one process of each machine, then on all others.
+
+    The first ones create files (caches, copies of code) that the others then find.
+    """
     state = PartialState()
     with state.main_process_first(), state.local_main_process_first():
         yield
@@ -26,12 +29,12 @@ def available_cores() -> int:
 
 
 def are_sharded() -> bool:
-    """Whether processes are to hold parts of the model's weights, or of what its optimizer keeps (FSDP, DeepSpeed)."""
+    """Whether the weights or the optimizer states are divided among the processes (FSDP, DeepSpeed)."""
     return any(os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true" for name in ("FSDP", "DEEPSPEED"))
 
 
 def silence_other_ranks() -> None:
-    """No log lines and progress bars of the other processes, errors excepted."""
+    """Disables log lines, except errors, and progress bars on all but the main process."""
     if not PartialState().is_main_process:
         logging.disable(logging.WARNING)
         transformers_logging.disable_progress_bar()

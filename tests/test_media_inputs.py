@@ -377,7 +377,7 @@ def test_cache_is_filled_once_and_tells_files_apart(media, files, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.safetensors")} == entries
     soundfile.write(copy, tone(0.3, 500.0), 16000)  # another content under a known name
     fresh = TowerCache(model, processor, ["audio"], folder=tmp_path / "cache")
-    with pytest.raises(OSError, match="copy.wav: what is kept of it"):
+    with pytest.raises(OSError, match="copy.wav: its cache entry"):
         fresh.load("audio", str(copy))
     fresh.fill([{"audio": str(copy)}], torch.device("cpu"))
     assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 2

@@ -408,7 +408,7 @@ def test_the_command_ends_with_143(tmp_path):
         time.sleep(0.01)
     process.terminate()
     _, said = process.communicate(timeout=60)
-    assert process.returncode == 143 and "The same command goes on from there" in said
+    assert process.returncode == 143 and "Repeat the command to resume" in said
 
 
 def test_a_loss_that_is_no_number_names_its_rows(tmp_path):
@@ -465,7 +465,7 @@ def test_a_run_that_diverges_ends_with_a_message_and_a_clean_log(tmp_path):
 def test_a_log_that_a_full_disk_cut_off_is_mended(half, whole, caplog):
     with (half.folder / "log.jsonl").open("a") as file:
         file.write('{"step": 5, "lo')
-    assert "a line that was not written to its end is removed" in half.finish()
+    assert "an incomplete line is removed" in half.finish()
     assert_alike(half, whole)
 
 
@@ -507,7 +507,11 @@ def test_sigterm_in_any_phase(phases, clips, tmp_path, owner, method, count, sav
     run = Run(tmp_path, [*PHASES, "--corpus_dir", str(clips)], hub=tmp_path / "hub")
     status, said = run(At(owner, method, count, terminate))
     assert status == 143 and "Stopped by SIGTERM: " in said
-    assert "nothing of this part" in said if saved is None else f"{run.folder / saved} was written" in said
+    assert (
+        "this part of the run had nothing to save" in said
+        if saved is None
+        else f"{run.folder / saved} was written" in said
+    )
     run.finish()
     assert_alike(run, phases)
 
@@ -527,13 +531,13 @@ def test_a_file_that_is_gone_is_named_and_nothing_is_trained_on_without_it(phase
     status, said = run(At(RunTrainer, "training_step", 3, _Gone(tmp_path / "hub")))
     last = said.strip().splitlines()[-1]
     assert status == 1 and "Traceback" not in said
-    assert re.search(rf"^{own}/train/\w+\.(mp4|wav): what is kept of it in {tmp_path}/hub/.* cannot be read", last)
+    assert re.search(rf"^{own}/train/\w+\.(mp4|wav): its cache entry {tmp_path}/hub/.* cannot be read", last)
     assert "Put it back" in last and damage_of(run.folder / "audio_tower" / "checkpoint-4") is None
     clip = next((own / "train").glob("*.mp4"))
     content = clip.read_bytes()
     clip.write_bytes(content[:100])
     status, said = run()
-    assert status == 1 and "files were read when this run began and give nothing now" in said and str(clip) in said
+    assert status == 1 and "files were readable when this run began and are not now" in said and str(clip) in said
     assert damage_of(run.folder / "audio_tower" / "checkpoint-4") is None
     clip.write_bytes(content)
     run.finish()

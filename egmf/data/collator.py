@@ -1,4 +1,4 @@
-"""From rows to figures: batches for the model, its answers, and what they are worth by a corpus's own measures."""
+"""From rows of the corpus schema to the processor's batches."""
 
 import logging
 import warnings
@@ -53,32 +53,32 @@ def gold_answer(row: dict, task: AffectTask) -> str | float:
 
 
 def expand_by_task(rows: Dataset, tasks: list[AffectTask]) -> Dataset:
-    """Every row once for each task, whose name is in the new column `task`."""
+    """Repeats every row for each task; the new column `task` has the task's name."""
     return concatenate_datasets([rows.add_column("task", [task.name] * len(rows)) for task in tasks])
 
 
 @dataclass
 class AffectCollator:
-    """Rows of the corpus schema, with what is asked of each (see [`expand_by_task`]) -> the processor's batch.
+    """Converts rows of the corpus schema with a column `task` (see [`expand_by_task`]) to the processor's batch.
 
     Args:
         processor: The processor.
-        tasks: The tasks that may be asked.
-        modalities: What the model may see; the columns of others are left out, with the text its context too.
-        with_answers: True for training: answers are appended and `labels` returned. False for scoring: prompts alone,
-            `task_index` (B,), the task's place in `tasks`, and `answer_index` (B,), the gold answer's in its answers.
-            None: prompts alone; the rows' labels, which may be those of another task, are not looked at.
-        cache: What is known of the rows' files; media that are not in it are decoded.
-        augmented: Modalities whose tower inputs are changed at random, for training; they have to be in the cache.
-        distort: Called with modality, row id and decoded clip of each file; what it returns takes the clip's place.
-        speeds: Speeds at which the cache has the rows' sound, for training: a random one each time that a row comes.
-        modality_dropout: Probability, by modality, that a row comes without it, for training; it keeps one modality
-            that it has. Without its text a row comes without context and speaker too, as one that never had a text.
-        blanks: Whether a batch without sound or pictures has masked ones for towers that are trained: each of several
-            processes then uses the same parameters.
+        tasks: The tasks that rows may name.
+        modalities: Modalities that the model may see. Without "text", context and speaker are left out too.
+        with_answers: True for training: answers are appended, and `labels` are returned. False for scoring: prompts,
+            `task_index` (B,), the index of the task in `tasks`, and `answer_index` (B,), the index of the gold answer.
+            None: prompts only; labels, which may belong to another task, are ignored.
+        cache: Cache of the rows' files. Without one, files are decoded.
+        augmented: Modalities whose cached tower inputs are augmented, for training.
+        distort: Called with modality, row id and decoded clip of each file; its result replaces the clip.
+        speeds: Speeds of audio in the cache, for training; each use of a row draws one.
+        modality_dropout: Probability, by modality, of hiding it from a row, for training. A row keeps at least one of
+            its modalities. Hiding the text also hides context and speaker, as in a row that has no text.
+        blanks: Whether to add masked inputs for trained towers that have none in a batch, so that all processes use
+            the same parameters.
 
     Attributes:
-        errors: Why a row's file gave nothing, by row id; it counts as a missing modality. (In this process only.)
+        errors: Errors of files that could not be read, by row id (in this process only). Such a modality is missing.
     """
 
     processor: EGMFProcessor
@@ -132,7 +132,7 @@ class AffectCollator:
 
     def _batch(self, rows: list[dict]):
         columns = {}
-        # In order: what is drawn at random for the modalities must not change places from run to run.
+        # In a fixed order, so that random draws are the same in every run.
         for modality in (name for name in self.modalities if name != "text"):
             if getattr(self.processor, PREPROCESSORS[modality]) is None:
                 names = (f"{modality}_features", f"{modality}_times")
@@ -147,7 +147,7 @@ class AffectCollator:
                         columns.setdefault(name, []).append(value)
             else:
                 columns[COLUMNS[modality]] = [self._load(modality, row) for row in rows]
-        columns["sound_track"] = False  # what is to be heard, the rows say
+        columns["sound_track"] = False  # a row names its audio
         text = [None] * len(rows)
         if "text" in self.modalities:
             text = [row["text"] for row in rows]
@@ -166,7 +166,7 @@ class AffectCollator:
         return batch
 
     def _load(self, modality: str, row: dict) -> AudioClip | VideoClip | None:
-        """The row's clip; None where there is none, or where its file gives nothing."""
+        """The row's clip; None if there is none or its file cannot be read."""
         file = {COLUMNS[modality]: row[COLUMNS[modality]]}
         try:
             media = self.processor.load_media(**file, sound_track=False)

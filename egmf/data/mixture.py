@@ -1,4 +1,4 @@
-"""Several corpora at once: what is asked of each one's rows, and how often they come, by weights."""
+"""Mixtures of corpora: loading, checks, and a sampler that draws rows by weights."""
 
 import logging
 from collections.abc import Iterator
@@ -23,7 +23,11 @@ def load_corpora(parts: list[CorpusPart]) -> list[DatasetDict]:
 def check_corpora(
     parts: list[CorpusPart], corpora: list[DatasetDict], processor: EGMFProcessor, modalities: list[str]
 ) -> None:
-    """Raises a ValueError if a corpus has labels that are not answers of its own tasks; tells of what is not read."""
+    """Checks that each corpus's labels are answers of its tasks, and logs features and clips that will not be used.
+
+    Raises:
+        ValueError: If a label is not an answer.
+    """
     for part, corpus in zip(parts, corpora, strict=True):
         for split in ("train", "validation"):
             for name in part.tasks:
@@ -39,13 +43,13 @@ def check_corpora(
 
 
 def _has_any(rows: Dataset, column: str) -> bool:
-    """Whether a column has anything but nulls. Its values, which may be many, become no Python objects."""
+    """Whether a column has a value other than null. Values are not converted to Python objects."""
     tables = rows.select_columns([column]).with_format("arrow").iter(1000)
     return any(table.column(column).null_count < len(table) for table in tables)
 
 
 def expand_parts(parts: list[CorpusPart], corpora: list[DatasetDict], processor: EGMFProcessor, split: str) -> Dataset:
-    """All rows of a split, corpus by corpus, each once for each of its corpus's tasks (see [`expand_by_task`])."""
+    """All rows of a split, corpus by corpus, each repeated for each task of its corpus ([`expand_by_task`])."""
     return concatenate_datasets(
         [
             expand_by_task(corpus[split], [processor.tasks[name] for name in part.tasks])
@@ -55,19 +59,18 @@ def expand_parts(parts: list[CorpusPart], corpora: list[DatasetDict], processor:
 
 
 class MixtureSampler(Sampler[int]):
-    """Draws rows of several corpora that lie one after the other, by weights; for `set_epoch` of Trainer.
+    """Draws rows of several corpora, which follow each other in the dataset, by weights.
 
-    An epoch has as many rows as all corpora together, of which each corpus has the share that its weight has in all
-    weights. A corpus goes on in the next epoch where it was: each of its rows comes once before any comes again, in
-    an order that is drawn anew every time. What an epoch brings is a function of its number and the seed, so that an
-    interrupted run goes on alike.
+    An epoch has as many rows as all corpora together; the share of each corpus is its weight divided by the sum of the
+    weights. Across epochs, each row of a corpus is drawn once before any is drawn again, in a new random order each
+    round. The rows of an epoch depend only on its number and the seed, so a resumed run draws the same rows.
 
     Args:
-        sizes: Rows of each corpus.
-        weights: Their weights.
-        seed: Of the order.
-        lengths: By row; rows of like lengths then come together, in random groups.
-        batch_size: Of these groups.
+        sizes: Number of rows of each corpus.
+        weights: Weight of each corpus.
+        seed: Seed of the order.
+        lengths: Length of each row; rows of similar lengths are then grouped at random.
+        batch_size: Size of these groups.
     """
 
     def __init__(
@@ -80,7 +83,7 @@ class MixtureSampler(Sampler[int]):
     ):
         self.sizes, self.seed, self.lengths, self.batch_size = sizes, seed, lengths, batch_size
         self.epoch = 0
-        # Rounded so that the shares add up: the borders between them are.
+        # Rounding the borders, not the shares, makes the shares add up.
         borders = [round(len(self) * sum(weights[:place]) / sum(weights)) for place in range(len(weights) + 1)]
         self.shares = [after - before for before, after in zip(borders, borders[1:], strict=False)]
 
@@ -110,7 +113,7 @@ class MixtureSampler(Sampler[int]):
         return iter(indices)
 
     def _generator(self, *place: int) -> torch.Generator:
-        """A generator of its own for each corpus and round: equal numbers on every process."""
+        """A generator for each corpus and round, with equal numbers on every process."""
         seed = self.seed
         for number in place:
             seed = (seed * 1_000_003 + number + 1) % 2**63
@@ -118,7 +121,7 @@ class MixtureSampler(Sampler[int]):
 
 
 def mixture_of(parts: list[CorpusPart], corpora: list[DatasetDict]) -> tuple[list[int], list[float]] | None:
-    """What [`MixtureTrainer`] draws by from [`expand_parts`]'s training rows; None where there is one corpus."""
+    """(sizes, weights) of the corpora for [`MixtureTrainer`]; None for a single corpus."""
     if len(parts) == 1:
         return None
     sizes = [len(part.tasks) * len(corpus["train"]) for part, corpus in zip(parts, corpora, strict=True)]

@@ -1,7 +1,4 @@
-"""What training needs of a corpus's clips, computed once and kept on disk.
-
-Of a frozen tower that is its hidden layers, of a trained one what it reads.
-"""
+"""Cache on disk for the clips of a corpus: hidden layers of frozen towers, inputs of trained towers."""
 
 import hashlib
 import inspect
@@ -25,7 +22,8 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from egmf import media_egmf, media_inputs_egmf, media_readers_egmf, towers_egmf
+import egmf.media_readers_egmf as media_readers_egmf
+from egmf import media_egmf, media_inputs_egmf, towers_egmf
 from egmf.files import writing
 from egmf.media_egmf import AudioClip
 from egmf.media_inputs_egmf import Media, TowerInput
@@ -42,7 +40,7 @@ PACKAGES += ("transformers",)
 
 
 class TowerCache:
-    """Hidden layers of frozen towers, and what trained towers read: one file per clip on disk, computed once.
+    """Hidden layers of frozen towers and inputs of trained towers: one file per clip, computed once.
 
     An entry's name contains a digest of the file and of everything else that its values depend on: the code and the
     packages that decode and preprocess; for a frozen tower also its class, config, weights and attention
@@ -118,13 +116,13 @@ class TowerCache:
         return self.folders[modality] / content[:2] / f"{content}.safetensors"
 
     def fill(self, rows: Iterable[dict], device: torch.device, speeds: Iterable[float] = (1.0,)) -> None:
-        """Computes what is missing for the rows' files; they are read in as many processes as there are cores.
+        """Computes the missing entries of the rows' files, reading with one worker per available core.
 
-        Sound is heard at each of the `speeds`: at 1.1, tempo and pitch are a tenth higher. Of several training
-        processes each computes its share, and waits for the others'; then all know of every error.
+        Audio is stored at each of the `speeds`; at 1.1, tempo and pitch are a tenth higher. Each training process
+        computes a share and waits for the others; all then know every error.
 
         Raises:
-            FileNotFoundError: If an entry that another process made is not to be found here.
+            FileNotFoundError: If an entry that another process wrote cannot be found here.
         """
         wanted = {}
         for row in rows:
@@ -134,8 +132,8 @@ class TowerCache:
                     if path is not None:
                         wanted[modality, path, speed] = None
         state = PartialState()
-        # Shares of all entries, not of those that are missing: what is missing changes while others fill. By modality,
-        # as sound and pictures take unlike times.
+        # Each process takes a share of all entries, because the set of missing ones changes while others fill. The
+        # entries are sorted by modality, because audio and vision take different times.
         share = sorted(wanted, key=lambda key: key[0])[state.process_index :: state.num_processes]
         self._compute([key for key in share if not self.has(*key)], device)
         for errors, hashes in gather_object([(self.errors, self._hashes)]):
@@ -150,7 +148,7 @@ class TowerCache:
             )
 
     def _compute(self, todo: list[tuple[str, str, float]], device: torch.device) -> None:
-        """Makes the entries of files (modality, path, speed)."""
+        """Computes and writes the entries of files (modality, path, speed)."""
         if not todo:
             return
         beside = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes of this run on this machine
@@ -168,7 +166,7 @@ class TowerCache:
                 self._write(self._entry(modality, path, speed), self._tensors(modality, made, device))
 
     def has(self, modality: str, path: str, speed: float = 1.0) -> bool:
-        """Whether a file's entry is there; of a file that cannot be opened there is none."""
+        """Whether a file's entry exists; False if the file cannot be opened."""
         try:
             return self._entry(modality, path, speed).exists()
         except OSError:
@@ -176,7 +174,7 @@ class TowerCache:
 
     @torch.no_grad()
     def _tensors(self, modality: str, made: dict, device: torch.device) -> dict[str, torch.Tensor]:
-        """What is kept of a clip, from what its tower reads."""
+        """The tensors of a clip's entry, from its tower's input."""
         if modality in self.trained:
             tensors = {name: torch.as_tensor(value) for name, value in made.items() if value is not None}
             half = tensors["values"].half()
@@ -198,10 +196,11 @@ class TowerCache:
                 os.replace(Path(scratch) / entry.name, entry)
 
     def load(self, modality: str, path: str | None, speed: float = 1.0) -> dict:
-        """The processor's arguments for a filled-in file (at one of the speeds), each None if it gave nothing.
+        """The processor's arguments for a cached file (at one of the speeds); None for a file that cannot be read.
 
-        Hidden layers `{modality}_features` (T, layers + 1, size) and their seconds `{modality}_times` (T,) of a
-        frozen tower, of a trained one `audio` or `video`.
+        For a frozen tower: hidden layers `{modality}_features` (T, layers + 1, size) and their times
+            `{modality}_times` (T,)
+        in seconds. For a trained tower: `audio` or `video`.
         """
         there = path is not None and (modality, path) not in self.errors
         tensors = {}
@@ -211,7 +210,7 @@ class TowerCache:
                 with safe_open(entry, "pt") as file:
                     tensors = {name: file.get_tensor(name) for name in file.keys()}
             except (OSError, SafetensorError) as error:
-                raise OSError(f"{path}: what is kept of it in {entry} cannot be read: {error}") from error
+                raise OSError(f"{path}: its cache entry {entry} cannot be read: {error}") from error
         if modality in self.frozen:
             return {f"{modality}_{name}": tensors.get(name) for name in ("features", "times")}
         made = {name: value.float().numpy() if name == "values" else value.numpy() for name, value in tensors.items()}
@@ -220,7 +219,7 @@ class TowerCache:
 
 @dataclass
 class _Files(torch.utils.data.Dataset):
-    """By place in `files`, (modality, path, speed): the fields of what the tower reads, or why it is nothing."""
+    """For each of `files` (modality, path, speed): the fields of the tower's input, or the error as a string."""
 
     processor: EGMFProcessor
     files: list[tuple[str, str, float]]

@@ -1,4 +1,4 @@
-"""The measures of each task: what a corpus's own protocol says of answers."""
+"""The metrics of each task, by the protocol of its corpus."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -10,7 +10,7 @@ from metrics.sentiment.measures import mosei_metrics, sims_metrics
 
 
 def measure_of(task: AffectTask) -> Callable[[Sequence, Sequence], dict[str, Any]]:
-    """What a task's answers are judged by, called with gold labels and answers.
+    """The metric function of a task, called with gold labels and answers.
 
     Classes: [`emotion_metrics`]. Scores from -3 to 3: the protocol of MOSI and MOSEI, [`mosei_metrics`]; from -1 to 1:
     that of SIMS, [`sims_metrics`]; on any other scale, [`regression_metrics`].
@@ -21,7 +21,7 @@ def measure_of(task: AffectTask) -> Callable[[Sequence, Sequence], dict[str, Any
 
 
 def metrics_of(predictions: list[dict], task: AffectTask) -> dict[str, dict]:
-    """Figures by kind of answer, for predictions whose labels are those of `task`."""
+    """Metrics by kind of answer, for predictions with labels of `task`."""
     gold, measure = [row["gold"] for row in predictions], measure_of(task)
     return {
         answer: measure(gold, [row["answers"][answer] for row in predictions]) for answer in predictions[0]["answers"]
@@ -29,12 +29,12 @@ def metrics_of(predictions: list[dict], task: AffectTask) -> dict[str, dict]:
 
 
 def classification_metrics(gold: Sequence[str], predicted: Sequence[str | None]) -> dict[str, float]:
-    """What training watches of classes: `accuracy`, `weighted_f1` and `unparsable` of [`emotion_metrics`]."""
+    """Metrics of classes during training: `accuracy`, `weighted_f1` and `unparsable` of [`emotion_metrics`]."""
     metrics = emotion_metrics(gold, predicted)
     return {name: metrics[name] for name in ("accuracy", "weighted_f1", "unparsable")}
 
 
 def regression_metrics(gold: Sequence[float], predicted: Sequence[float | None]) -> dict[str, float | None]:
-    """What means the same on every scale: `mae`, `corr` and `unparsable` of [`mosei_metrics`], which clips neither."""
+    """Metrics that are valid on every scale: `mae`, `corr` and `unparsable` of [`mosei_metrics`], without clipping."""
     metrics = mosei_metrics(gold, predicted)
     return {name: metrics[name] for name in ("mae", "corr", "unparsable")}

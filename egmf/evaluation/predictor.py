@@ -22,13 +22,13 @@ Change = Callable[[dict[str, torch.Tensor], list[str]], dict[str, torch.Tensor]]
 
 @dataclass
 class Predictor:
-    """Asks a model one task about rows.
+    """Predicts a task's answers for rows of a corpus.
 
     Args:
         model, processor: The model in eval mode, and its processor.
-        task: What is asked.
-        label_map: Where the rows have labels of another task, from the answers to those.
-        batch_size: Rows at a time; it changes no answer.
+        task: The task that the model answers.
+        label_map: Maps answers to the labels of another task, if the rows have those.
+        batch_size: Rows in a batch; it does not change answers.
         device: Where the model is.
     """
 
@@ -41,7 +41,7 @@ class Predictor:
 
     @property
     def label_task(self) -> AffectTask:
-        """The task that the rows' labels and the predictions' `answers` belong to."""
+        """The task of the rows' labels and of the predictions' `answers`."""
         return self.task if self.label_map is None else self.label_map.target
 
     @torch.no_grad()
@@ -52,21 +52,21 @@ class Predictor:
         distort: Callable[[str, str, Any], Any] | None = None,
         changes: Sequence[Change | None] = (None,),
     ) -> list[list[dict]]:
-        """One prediction per row, in the rows' order, for every one of `changes`.
+        """Returns one prediction per row, in the rows' order, for each of `changes`.
 
-        Of several processes (`accelerate launch`) each takes its share of the batches, and all return all predictions.
-        The batches are those of one process, and so are the numbers.
+        Several processes (`accelerate launch`) share the batches, and all return all predictions. Batches are the same
+        as with one process, and so are the predictions.
 
         Args:
             rows: Of the corpus schema, with labels of `label_task`.
             modalities: What the model may see.
             distort: See [`AffectCollator`].
-            changes: Each makes other inputs from those of a batch, whose towers have run, and the rows' ids; it leaves
-                those that it is given as they are. None: no change.
+            changes: Functions of a batch's inputs (after the towers) and the rows' ids that return changed inputs and
+                do not modify their argument. None: no change.
         """
         collator = AffectCollator(self.processor, [self.task], modalities, with_answers=None, distort=distort)
         asked = expand_by_task(rows, [self.task])
-        # Alike lengths together: less padding, the same numbers.
+        # Rows of similar lengths together need less padding.
         order = sorted(range(len(asked)), key=prompt_lengths(asked, collator).__getitem__)
         batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
         state = PartialState()
@@ -91,7 +91,7 @@ class Predictor:
         return [[predictions[place] for place in range(len(order))] for predictions in everything]
 
     def _answers(self, inputs: dict[str, torch.Tensor]) -> list[dict]:
-        """What the model says of each row of a batch."""
+        """The model's answers to each row of a batch."""
         model, processor, task = self.model, self.processor, self.task
         scores = model.score_labels(candidates=processor.candidates(task), **inputs)
         read = {"past_key_values": scores.past_key_values} if scores.past_key_values is not None else {}

@@ -1,8 +1,8 @@
-"""Checkpoints that are known to be whole: what a run goes on from after a kill, a full disk or a damaged file.
+"""Valid checkpoints: a run resumes from them after a kill, a full disk or a damaged file.
 
-Trainer writes a checkpoint file by file, and nothing in it says whether that came to its end, or what a file was
-when it was written. Here a list of the files, with sizes and digests, is written last, once all of them are on the
-disk; only then may an older checkpoint go. A run goes on from the newest checkpoint whose list is there and true.
+Trainer writes a checkpoint file by file, without a mark that it is complete. A checkpoint is valid only once its
+manifest (file names, sizes and SHA-256 digests) has been written, after all files are on the disk. Only then may an
+older checkpoint be deleted. A run resumes from the newest checkpoint whose files match its manifest.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ MANIFEST = "manifest.json"
 
 
 def seal(folder: Path) -> None:
-    """Brings a checkpoint's files to the disk and then writes the list of them, which makes it whole."""
+    """Flushes a checkpoint's files to the disk, then writes the manifest, which makes the checkpoint valid."""
     files = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST):
         with path.open("rb") as file:
@@ -33,7 +33,7 @@ def seal(folder: Path) -> None:
 
 
 def size_of(folder: Path) -> int | None:
-    """Bytes of a checkpoint that has its list of files; None for one without."""
+    """Size of a checkpoint in bytes, by its manifest; None without one."""
     try:
         return sum(entry["bytes"] for entry in json.loads((folder / MANIFEST).read_text(encoding="utf-8")).values())
     except (OSError, ValueError):
@@ -41,7 +41,7 @@ def size_of(folder: Path) -> int | None:
 
 
 def damage_of(folder: Path) -> str | None:
-    """What is wrong with a checkpoint that was written to its end; None if nothing is."""
+    """How a checkpoint's files differ from its manifest; None if they match."""
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         for name, entry in files.items():
@@ -50,7 +50,7 @@ def damage_of(folder: Path) -> str | None:
                 return f"{name} has {size} bytes, wanted {entry['bytes']}"
             with (folder / name).open("rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
-                    return f"{name} is not what was written"
+                    return f"{name} has changed since it was written"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -59,14 +59,13 @@ def damage_of(folder: Path) -> str | None:
 
 
 def last_whole_checkpoint(folder: Path, with_best: bool = False) -> str | None:
-    """The newest checkpoint that was written to its end and is still what was written; None if there is none.
+    """The newest valid checkpoint; None if there is none.
 
-    A later one that was not written to its end is removed: nobody can go on from it, and its place is needed. One that
-    was damaged since is kept under another name. Either is said.
+    An incomplete checkpoint is removed, a damaged one is renamed to `damaged-...`. Both are logged.
 
     Args:
-        folder: Where the checkpoints are.
-        with_best: The best checkpoint that it names has to be whole too: what the run made would be another model.
+        folder: Folder of the checkpoints.
+        with_best: Whether the best checkpoint that it names must be valid too, because the run ends with its weights.
     """
     numbered = ((steps_of(path), path) for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*[0-9]"))
     for _, path in sorted(numbered, reverse=True):
@@ -92,5 +91,5 @@ def last_whole_checkpoint(folder: Path, with_best: bool = False) -> str | None:
 
 
 def steps_of(checkpoint: str | Path | None) -> int:
-    """How many steps led to a checkpoint."""
+    """Number of steps of a checkpoint, 0 for None."""
     return int(str(checkpoint).rpartition("-")[2]) if checkpoint else 0

@@ -1,4 +1,4 @@
-"""SIGTERM: a run that a scheduler stops writes a checkpoint first."""
+"""SIGTERM: a training run writes a checkpoint before it exits."""
 
 import logging
 import signal
@@ -13,14 +13,14 @@ TERMINATED = 128 + signal.SIGTERM  # what a shell says of a process that SIGTERM
 
 
 class Termination:
-    """SIGTERM, which schedulers send some time before they kill.
+    """Handler of SIGTERM, which schedulers send before they kill a job.
 
-    Where a checkpoint can be written, during training, it is noted, and [`RunTrainer`] stops at the end of the step.
-    Anywhere else it stops the command at once.
+    During training, it records the signal, and [`RunTrainer`] writes a checkpoint and stops after the current step. At
+    any other time it stops the command at once.
 
     Attributes:
-        asked: Whether it has come.
-        can_wait: Whether it is noted only.
+        asked: Whether the signal has arrived.
+        can_wait: Whether training runs, so that the signal is only recorded.
     """
 
     def __init__(self):
@@ -31,18 +31,18 @@ class Termination:
             return
         self.asked = True
         if not self.can_wait:
-            raise self.stop("nothing of this part of the run had to be saved")
-        logging.warning("SIGTERM: the run stops as soon as this step and its checkpoint are finished")
+            raise self.stop("this part of the run had nothing to save")
+        logging.warning("SIGTERM: the run stops after this step and its checkpoint")
 
     def stop(self, saved: str) -> RunStopped:
-        return RunStopped(f"Stopped by SIGTERM: {saved}. The same command goes on from there.", TERMINATED)
+        return RunStopped(f"Stopped by SIGTERM: {saved}. Repeat the command to resume.", TERMINATED)
 
 
 termination = Termination()
 
 
 def run_command(main: Callable[[list[str]], None], arguments: list[str]) -> None:
-    """Runs a command that trains: ends by SIGTERM with status 143, and with a message alone where one says it all."""
+    """Runs a training command. SIGTERM ends it with status 143, a [`RunStopped`] with its message and no traceback."""
     signal.signal(signal.SIGTERM, termination)
     try:
         main(arguments)
@@ -50,7 +50,7 @@ def run_command(main: Callable[[list[str]], None], arguments: list[str]) -> None
         print(stop, file=sys.stderr)
         sys.exit(stop.status)
     except Exception:
-        # Schedulers signal every process: those that read for this one may be gone before it knows of it itself.
+        # Schedulers signal every process, so data loader workers may end before this process handles its own signal.
         if not termination.asked:
             raise
         print(termination.stop("nothing was saved since the last checkpoint"), file=sys.stderr)

@@ -1,12 +1,13 @@
-"""The phases of training before the LLM listens: towers from scratch alone, then experts, gate and projector.
+"""The training phases before the LLM: first each tower from scratch, then the fusion (experts, gate and projector).
 
-A step of the LLM costs many times a step of all the rest, and from random pseudo tokens it learns little at first. So
-the fusion is taught before: each pseudo token is compared with the LLM's own embeddings of the legal answers, and the
-right answer has to be the nearest one. Then the LLM starts with tokens that already speak of what is seen and heard,
-in its own words. Towers from scratch learn before that, each by itself: behind the fusion, where every other modality
-explains the answers sooner, a tower of random weights is not found out about for very long. Then they learn on with
-the fusion, from inputs that are changed at random (see `augmentation.py`). These phases are this implementation's
-choice; the paper (arXiv 2601.07565) does not have them.
+A step of the LLM costs many times a step of the rest, and the LLM learns little from random pseudo tokens. The fusion
+is therefore trained first: its pseudo tokens are compared with the LLM's embeddings of the legal answers, and the
+correct answer must be the nearest. The LLM then starts with pseudo tokens that already lie near the words of the
+answers.
+
+Towers from scratch are trained separately before that. Behind the fusion, other modalities explain the answers sooner,
+and a random tower would receive hardly any gradient. They then continue to train with the fusion on augmented inputs
+(`egmf/data/augmentation.py`). These phases are our own choice; the paper (arXiv 2601.07565) does not describe them.
 """
 
 import math
@@ -44,9 +45,9 @@ def score_targets(task: AffectTask) -> torch.Tensor:
 
 
 class TowerPretraining(nn.Module):
-    """A tower with a small readout of its own, for `Trainer`: it learns what its modality alone says of a task.
+    """A tower with a small readout, for `Trainer`: it learns one task from its modality only.
 
-    The logits of the frames, from the tower's last hidden state, are averaged over the clip.
+    The readout computes logits for each frame from the tower's last hidden state; they are averaged over the clip.
 
     Args:
         model: The model; the tower is shared, not copied.
@@ -55,7 +56,7 @@ class TowerPretraining(nn.Module):
     """
 
     accepts_loss_kwargs = False  # Trainer divides the loss by the number of accumulated steps
-    FRAMES = 8  # of a video, random ones in each step: neighbours say much the same, and cost as much
+    FRAMES = 8  # random frames of a video in each step: neighbouring frames are redundant
 
     def __init__(self, model: EGMFForConditionalGeneration, modality: str, task: AffectTask):
         super().__init__()
@@ -64,7 +65,7 @@ class TowerPretraining(nn.Module):
         size = tower_size(self.tower.config)
         layers = [nn.LayerNorm(size), nn.Linear(size, size), nn.GELU(), nn.Linear(size, len(task.answers))]
         self.readout = nn.Sequential(*layers)
-        self._whole = [model.model]  # in a list, so that the rest of it is not part of what is trained and saved
+        self._whole = [model.model]  # a list hides the rest of the model from `parameters()` and `state_dict()`
 
     def forward(self, answer_index: torch.Tensor, **inputs) -> ModelOutput:
         """A batch with the places (B,) of the gold answers -> loss over the clips with the modality, and logits."""
@@ -83,7 +84,7 @@ class TowerPretraining(nn.Module):
 
 
 class FusionPretraining(nn.Module):
-    """A model without its LLM's layers and head, for `Trainer`: its fusion, and the towers that are to learn with it.
+    """The fusion and its towers, without the LLM's layers and head, for `Trainer`.
 
     An answer's probability is a softmax over the task's answers of the scaled cosine between a pseudo token and the
     answer's prototype, averaged over the K pseudo tokens. A prototype is the mean of the LLM's embeddings of the
@@ -93,10 +94,10 @@ class FusionPretraining(nn.Module):
     The target of a label is that label. Scores know their order: the target of a score falls off with the distance of
     the other scores, to 1 / e at a twentieth of the range (`score_targets`). All of this is our choice.
 
-    The loss is that of the mix plus the mean over the experts of each one's by itself. Without the second part, the
-    gate soon gives nearly all its weight to whichever expert is first to be of use, and the others learn little. It
-    teaches the experts alone: a tower that had to help each expert by itself to every answer would tell in its frames
-    what an expert is built not to see, such as how the clip goes on.
+    The loss is that of the gated mix plus the mean of the losses of each expert without the others. Without the second
+    part, the gate soon gives nearly all weight to the first useful expert, and the others learn little. The second
+    part trains only the experts: a tower that had to serve each expert separately would encode in its frames what an
+    expert is designed not to see, such as temporal order.
 
     Args:
         model: The model; its fusion and towers are shared, not copied.
@@ -121,7 +122,7 @@ class FusionPretraining(nn.Module):
             tower for tower in (model.model.audio_tower, model.model.vision_tower) if tower is not None
         )
         self.scale = nn.Parameter(torch.tensor(math.log(20.0)))
-        self._whole = [model.model]  # in a list, so that the LLM is not part of what is moved, trained and saved
+        self._whole = [model.model]  # a list hides the LLM from `parameters()` and `state_dict()`
         model.model.language_model.requires_grad_(False)
         embeddings = model.get_input_embeddings()
         sizes = [len(task.answers) for task in tasks]
@@ -142,7 +143,7 @@ class FusionPretraining(nn.Module):
         return self
 
     def pseudo_tokens(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """(B, 1 + E, K, H), of the mix first, then of each expert by itself, which teaches no tower."""
+        """Pseudo tokens (B, 1 + E, K, H): of the mix, then of each expert, without gradient to the towers."""
         model = self._whole[0]
         read = model.encode_media(inputs)
         taught = [name for name, value in read.items() if value is not None and value.requires_grad]

@@ -1,4 +1,4 @@
-"""What is seen of a run: its log file and its progress."""
+"""The log file and the progress display of a training run."""
 
 import json
 import logging
@@ -25,7 +25,7 @@ class JsonLinesLog(TrainerCallback):
                 file.write(line)
 
     def cut(self, step: int) -> None:
-        """Takes out what this phase logged after a step: it is to come again. And a line that a full disk cut off."""
+        """Removes this phase's entries after a step, which will be logged again, and incomplete lines."""
         if not self.path.exists():
             return
         lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -37,15 +37,15 @@ class JsonLinesLog(TrainerCallback):
         try:
             entry = json.loads(line)
         except ValueError:
-            logging.warning("%s: a line that was not written to its end is removed: %s", self.path, line.strip())
+            logging.warning("%s: an incomplete line is removed: %s", self.path, line.strip())
             return False
         return entry.get("phase") != self.fields.get("phase") or 0 < entry["step"] <= step
 
 
 class Progress(ProgressCallback):
-    """How a phase gets on: its loss, learning rate, speed and the time that is left.
+    """Shows a phase's loss, learning rate, speed and remaining time.
 
-    A bar on a terminal; a line for each log entry where there is none, or where `disable_tqdm` is set.
+    On a terminal this is a bar; without one, or with `disable_tqdm`, a line for each log entry.
     """
 
     def __init__(self, phase: str):
@@ -55,7 +55,7 @@ class Progress(ProgressCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self.first, self.begun, self.current_step = state.global_step, time.monotonic(), state.global_step
         if state.is_world_process_zero and sys.stderr.isatty() and not args.disable_tqdm:
-            # Of the whole time, or what validation takes would not be in what is left.
+            # smoothing=0 averages over the whole run, so that the remaining time includes validation.
             self.training_bar = tqdm(
                 desc=self.phase, total=state.max_steps, initial=self.first, smoothing=0, dynamic_ncols=True
             )

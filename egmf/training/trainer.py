@@ -1,8 +1,8 @@
-"""What every phase of a training run shares: its Trainer, its log, what is seen of it, and how it survives.
+"""The Trainer of all phases of a training run: sampling, seeds, checkpoints, resuming and validation.
 
-A phase goes on from its last whole checkpoint (`checkpoints.py`) as if nothing had been. It ends with one clear
-message, and with its checkpoints as they were, when a checkpoint cannot be written, when a loss is no number, when a
-file that it reads is gone, and when a scheduler asks it to (SIGTERM): then it first writes a checkpoint.
+A phase resumes from its last valid checkpoint (`checkpoints.py`). It stops with one clear message, and keeps its
+checkpoints, if a checkpoint cannot be written, if a loss is NaN or infinite, or if a file that it reads has
+disappeared. If a scheduler stops it (SIGTERM), it first writes a checkpoint.
 """
 
 import hashlib
@@ -40,13 +40,13 @@ from egmf.training.progress import JsonLinesLog, Progress
 
 STATE = "trainer_state.json"
 RUNNING_LOSS = "running_loss.json"
-UNCHECKED = 64  # losses that stay on an accelerator before they are looked at, at most
+UNCHECKED = 64  # at most so many losses wait on an accelerator before they are checked
 
 
 class PerRankSeed(TrainerCallback):
-    """Gives each of several processes random numbers of its own: dropout and changes to inputs must not be alike.
+    """Seeds each process differently, so that dropout and augmentation differ between processes.
 
-    Done when the model is there and its rows are in order, both of which have to be the same on all.
+    This happens after the model has been built and the rows have been ordered: both must be equal on all processes.
     """
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -55,12 +55,17 @@ class PerRankSeed(TrainerCallback):
 
 
 def data_seed_of(args: TrainingArguments) -> int:
-    """The seed of everything random about the data: `data_seed`, or `seed` where that is not set."""
+    """The seed of sampling and augmentation: `data_seed`, or `seed` if it is not set."""
     return args.seed if args.data_seed is None else args.data_seed
 
 
 class MixtureTrainer(Trainer):
-    """Trainer that draws its rows by `mixture`, (sizes, weights) of the corpora in them; None: as Trainer does."""
+    """Trainer whose training rows may be a mixture of corpora.
+
+    Args:
+        mixture: (sizes, weights) of the corpora, whose rows follow each other in the training set. None: one corpus.
+        args, kwargs: See `transformers.Trainer`.
+    """
 
     def __init__(self, *args, mixture: tuple[list[int], list[float]] | None = None, **kwargs):
         super().__init__(*args, **kwargs)
@@ -92,14 +97,14 @@ def check_reporters(names: list[str]) -> None:
 
 
 def check_media(record: Path, errors: dict[tuple[str, str], str]) -> None:
-    """Sees to it that a run goes on with the files that it began with.
+    """Checks that a resumed run can read all files that it could read when it began.
 
     Args:
-        record: Where the files are noted that gave nothing when the run began.
-        errors: Why files give nothing now, by modality and path.
+        record: JSON file with the files that were unreadable when the run began. It is written by the first call.
+        errors: Why files are unreadable now, by modality and path.
 
     Raises:
-        RunStopped: If one of them gave something then: its rows would silently be trained on without it.
+        RunStopped: If a file was readable then and is not now: its rows would silently lose a modality.
     """
     if not record.exists():
         write_whole(record, json.dumps([[*key, why] for key, why in errors.items()], indent=2) + "\n")
@@ -108,18 +113,24 @@ def check_media(record: Path, errors: dict[tuple[str, str], str]) -> None:
     gone = [why for key, why in errors.items() if key not in known]
     if gone:
         raise RunStopped(
-            f"{len(gone)} files were read when this run began and give nothing now: {' '.join(gone[:10])} Put them "
-            f"back, and the same command goes on; or begin another run in another output_dir ({record} has those "
-            "that never gave anything)."
+            f"{len(gone)} files were readable when this run began and are not now: {' '.join(gone[:10])} Put them "
+            f"back and repeat the command, or begin another run in another output_dir ({record} lists the files that "
+            "were never readable)."
         )
 
 
 @dataclass
 class SeededCollator:
-    """A collator's batches, and beside them what is told of them: the rows' ids, and how much they are.
+    """Wraps a collator: makes its randomness repeatable, and adds the rows' ids and the batch's amount to each batch.
 
-    What is random in a batch is a function of seed, epoch and rows: batches are made ahead of their steps, and a run
-    that goes on in the middle of an epoch could not know how far.
+    Random numbers in a batch depend only on the seed, the epoch and the rows' ids. Batches are built ahead of their
+    steps, so a run that resumes within an epoch could not restore a global random state.
+
+    Args:
+        collator: The collator.
+        unit: "tokens" or "rows": what `amount` counts.
+        seed: Seed of the data.
+        epoch: The current epoch.
     """
 
     collator: AffectCollator
@@ -131,34 +142,35 @@ class SeededCollator:
         ids = [row["id"] for row in rows]
         digest = hashlib.sha256(json.dumps([self.seed, self.epoch, ids]).encode()).digest()
         before = torch.get_rng_state()
-        torch.default_generator.manual_seed(int.from_bytes(digest[:7]))  # no accelerator's
+        torch.default_generator.manual_seed(int.from_bytes(digest[:7]))  # of the CPU only
         try:
             batch = self.collator(rows)
         except OSError as error:
             raise RunStopped(
-                f"{error}. One of the rows {', '.join(ids)} needs it, and it was there when the run began: nothing is "
-                "trained on without it. Put it back, and the same command goes on from the last checkpoint."
+                f"{error}. One of the rows {', '.join(ids)} needs this file, which was there when the run began. Put "
+                "it back and repeat the command: the run resumes from the last checkpoint."
             ) from error
         finally:
             torch.set_rng_state(before)
         batch["row_ids"] = ids
-        # Counted here, where no accelerator has to be waited for.
+        # Counted on the CPU, so that no step waits for the accelerator.
         batch["amount"] = int(batch["attention_mask"].sum()) if self.unit == "tokens" else len(rows)
         return batch
 
 
 def _begin_worker(worker: int, begin: Callable[[int], None]) -> None:
-    """A process that reads batches outlives SIGTERM, as the step is to be finished; it ends with the main process."""
+    """Lets a data loader's worker ignore SIGTERM: the main process needs its batches to finish the step."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     begin(worker)
 
 
 class CheckpointCallback(TrainerCallback):
-    """Asks for checkpoints when a run has to stop, and has those of an epoch's end written last."""
+    """Requests a checkpoint when the run must stop, and writes checkpoints at an epoch's end after validation."""
 
     def __init__(self, trainer: "RunTrainer"):
         self.trainer, self.stopping = trainer, False
-        self.at_end, self.put_off = False, False  # of an epoch or the run; a checkpoint until all else is done there
+        self.at_end = False  # of an epoch or of the run
+        self.put_off = False  # a checkpoint, until validation at the epoch's end is done
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer.restore_running_loss()
@@ -189,7 +201,7 @@ class CheckpointCallback(TrainerCallback):
     def _decide(self, control) -> None:
         control.should_save = control.should_save or self._has_to_stop()
         if self.at_end and control.should_save:
-            # What is due at the end of an epoch comes after this; a run that went on from here would not do it.
+            # Validation follows at the end of an epoch; a run that resumed from here would skip it.
             control.should_save, self.put_off = False, True
 
     def _has_to_stop(self) -> bool:
@@ -207,7 +219,7 @@ class RunTrainer(MixtureTrainer):
 
     Args:
         run_folder: The run's folder, where `log.jsonl` is.
-        phase: The phase's name; of the last, None.
+        phase: Name of the phase; None for the last one.
         args, kwargs: See [`MixtureTrainer`].
     """
 
@@ -215,7 +227,7 @@ class RunTrainer(MixtureTrainer):
 
     def __init__(self, *args, run_folder: Path, phase: str | None = None, **kwargs):
         super().__init__(*args, **kwargs)
-        # It hides losses that are no numbers, and waits for the accelerator in every step.
+        # The filter hides NaN losses and waits for the accelerator in every step.
         self.args.logging_nan_inf_filter = False
         self.log_file = JsonLinesLog(run_folder / "log.jsonl", **({"phase": phase} if phase else {}))
         self.remove_callback(PrinterCallback)
@@ -228,13 +240,13 @@ class RunTrainer(MixtureTrainer):
 
     @property
     def checkpoint(self) -> Path:
-        """Where a checkpoint of this step is, or will be."""
+        """Path of this step's checkpoint."""
         return Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
 
     def train_or_resume(self) -> None:
-        """Trains from the last whole checkpoint, or from the beginning; of what is finished, reads what it learned.
+        """Trains, resuming from the last valid checkpoint. Of a finished phase, loads the weights.
 
-        Then draws what the log says of all phases until this one, in `training.png` beside it.
+        Then draws the log of all phases so far to `training.png`.
         """
         self._resume_or_train()
         if self.is_world_process_zero():
@@ -271,7 +283,7 @@ class RunTrainer(MixtureTrainer):
         self.train(resume_from_checkpoint=checkpoint)
 
     def _report_after(self, step: int) -> None:
-        """Has the curves that `report_to` asks for go on after a step, under the name that they began with."""
+        """Continues the curves of `report_to` after a step, under their first name."""
         name = self.args.run_name or f"{self.log_file.path.parent.resolve().name}-{self.begun}"
         self.args.run_name = f"{name}-{self.phase}" if self.phase else name
         for callback in self.callback_handler.callbacks if self.is_world_process_zero() else ():
@@ -283,7 +295,7 @@ class RunTrainer(MixtureTrainer):
                 callback.tb_writer = SummaryWriter(callback.logging_dir, purge_step=step + 1)
 
     def restore_running_loss(self) -> None:
-        """Sets the loss that was not logged yet when the checkpoint was written, which Trainer forgets."""
+        """Restores the loss that was not logged yet when the checkpoint was written; Trainer drops it."""
         if self._restored is not None:
             self._tr_loss += self._restored["loss"]
             self._globalstep_last_logged = self._restored["logged_step"]
@@ -317,7 +329,7 @@ class RunTrainer(MixtureTrainer):
     def _maybe_log_save_evaluate(self, *args, **kwargs):
         control = self.control
         due = control.should_log or control.should_evaluate or control.should_save or control.should_training_stop
-        # To look at a loss is to wait for the accelerator: it is done where that is done anyway.
+        # Reading a loss waits for the accelerator, so it is done when something else waits anyway.
         if due or self.args.device.type == "cpu" or len(self._unchecked) >= UNCHECKED:
             self.check_losses()
         pauses = control.should_evaluate or control.should_save
@@ -326,19 +338,19 @@ class RunTrainer(MixtureTrainer):
             self._clock, self._amount = time.perf_counter(), 0  # training alone is measured
 
     def check_losses(self) -> None:
-        """Raises a RunStopped, which names the rows, if a loss or a gradient since the last look was no number."""
+        """Raises a RunStopped that names the rows if a loss or gradient norm is NaN or infinite."""
         unchecked, self._unchecked = self._unchecked, []
         if not unchecked:
             return
         device = self.args.device
-        # Of an FSDP2 model the gradient norm is in parts, on all processes, which all look at the same steps.
+        # FSDP2 divides the gradient norm among the processes, which all check the same steps.
         gathered = [value.full_tensor() if isinstance(value, DTensor) else value for _, _, value in unchecked]
         values = torch.stack([value.detach().to(device, torch.float32).reshape(()) for value in gathered])
         for (step, ids, _), value in zip(unchecked, values.tolist(), strict=True):
             if math.isfinite(value):
                 continue
             what = "the gradients' norm" if ids is None else "the loss"
-            # Of a norm, the batches of its step.
+            # For a gradient norm, the rows of its step.
             rows = ids or [name for other, names, _ in unchecked if other == step for name in names or ()]
             folder = Path(self.args.output_dir)
             whole = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*[0-9]") if (path / MANIFEST).exists()]
@@ -346,7 +358,7 @@ class RunTrainer(MixtureTrainer):
             raise RunStopped(
                 f"step {step}: {what} is {value}. The rows of its batch: {', '.join(rows)}. Nothing was saved since; "
                 + (f"the last checkpoint is {last}. " if last else "there is no checkpoint yet. ")
-                + "Look at these rows, or train at a lower learning_rate: unchanged, the run comes here again."
+                + "Check these rows or lower the learning_rate: unchanged, the run would stop here again."
             )
 
     def log(self, logs, start_time=None):
@@ -354,12 +366,12 @@ class RunTrainer(MixtureTrainer):
             seconds = time.perf_counter() - self._clock
             logs[f"{self.unit}_per_second"] = round(self._amount * self.accelerator.num_processes / seconds, 1)
             self._clock, self._amount = time.perf_counter(), 0
-        if "train_loss" in logs:  # Trainer's own is that of the steps since the run was last started
+        if "train_loss" in logs:  # Trainer's own counts only the steps since the last start
             logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model, trial):
-        """As Trainer does, but an older one goes only when this one is whole."""
+        """Saves a checkpoint as Trainer does, but deletes older ones only after this one is valid."""
         # Kept out of `training_args.bin` thereby, which no run reads.
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         unlogged = nested_gather(self._tr_loss, self.args.parallel_mode).mean().item()
