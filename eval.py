@@ -1,4 +1,4 @@
-"""Evaluates a trained EGMF model on a split of a corpus, compares two evaluations, and takes modalities away.
+"""Evaluates a trained EGMF model on a split of a corpus, compares two evaluations, and removes modalities.
 
     python eval.py runs/mosi/model --corpus mosi --corpus_dir DIR --split test --output runs/mosi/test
     python eval.py ... --compare runs/other/test/predictions.jsonl

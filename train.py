@@ -178,7 +178,7 @@ def main(arguments: list[str]) -> None:
     with in_turns():  # creates generated corpora, shrunk models and the converted LLM
         corpora = load_corpora(data.parts)
         if recipe.model.shrink != 1:
-            shrink(recipe.model, output / "shrunk")
+            recipe = dataclasses.replace(recipe, model=shrink(recipe.model, output / "shrunk"))
         language_model = resolve_language_model(recipe.model.language_model)
     corpus = {split: concatenate_datasets([part[split] for part in corpora]) for split in ("train", "validation")}
     towers = build_towers(recipe)

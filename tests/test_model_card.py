@@ -110,7 +110,7 @@ def test_languages_and_modalities(card_of):
     card = card_of(run)
     assert card.data.language == ["zh"] and card.data.pipeline_tag == "video-text-to-text"
     assert 'recognize("clip.mp4", text="真是太好了。")' in card.text and "`me/hubert` and `me/clip`" in card.text
-    assert "A model that reads words, sound and pictures, and answers with an emotion" in card.text
+    assert "A model that reads words, sound and pictures and answers with an emotion" in card.text
     heard = run_of("ravdess", "ravdess", config={"audio_config": {"hidden_size": 4}})
     data = card_data(heard, "me/model", None, False)
     assert (data.language, data.pipeline_tag, data.base_model_relation) == (["en"], "audio-text-to-text", "finetune")

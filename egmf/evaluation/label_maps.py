@@ -1,4 +1,4 @@
-"""Answers in one corpus's labels as labels of another: a model trained on MELD judged on CHERMA, MOSEI on SIMS-V2.
+"""Maps answers to the labels of another corpus, to evaluate a MELD model on CHERMA or a MOSEI model on SIMS-V2.
 
 Both emotion corpora have seven labels, which `MELD_TO_CHERMA` maps one to one. The words are translations of each
 other but for one: MELD's `neutral` is no emotion, CHERMA's 平静 is calm. And other people annotated other scenes by
@@ -25,7 +25,7 @@ MELD_TO_CHERMA = {
 
 @dataclass(frozen=True)
 class LabelMap:
-    """From the answers of tasks like `source` to those of `target`; called with an answer, it gives the other.
+    """Maps answers of tasks like `source` to answers of `target`, when called with an answer.
 
     Args:
         source, target: Tasks of the same kind.

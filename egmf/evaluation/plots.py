@@ -86,7 +86,7 @@ def plot_gates(rows: list[dict], groups: list[str], path: Path) -> None:
 def plot_conditions(
     table: dict[str, dict[str, list[float]]], measures: tuple[str, ...], title: str, path: Path
 ) -> None:
-    """A model's figures under conditions, one panel for each measure; bars and points with the spread over seeds.
+    """Draws a model's metrics by condition, one panel per metric, with the spread over seeds.
 
     Args:
         table: By condition and measure, one value per seed. Conditions that are numbers are drawn as a line.
@@ -112,7 +112,7 @@ def plot_conditions(
 
 
 def plot_training(log: Path, path: Path) -> None:
-    """A run's loss in each of its phases, and under it what validation said, from its `log.jsonl`.
+    """Draws a run's loss in each phase, and the validation metrics below it, from its `log.jsonl`.
 
     Args:
         log: The log; entries without a `phase` are those of the last one.

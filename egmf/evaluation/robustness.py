@@ -1,4 +1,4 @@
-"""What a model loses when modalities are missing or noisy, by the protocols of the field (`eval.py --robustness`).
+"""Robustness to missing or noisy modalities, by published protocols (`eval.py --robustness`).
 
 `mmin` (Zhao, Li and Jin 2021, ACL): whole modalities. Every sample under every choice of modalities: A, V, T, AV, AT,
 VT, and all three.
@@ -98,7 +98,7 @@ PROTOCOLS = {"mmin": mmin, "lnln": lnln, "noise": noise}
 
 
 def run(protocol: str, predict: Predictor, rows: Dataset, modalities: list[str]) -> dict[str, Any]:
-    """A protocol's `conditions`: for each condition and seed, the figures of every kind of answer.
+    """Runs a protocol; `conditions` has the metrics of every kind of answer for each condition and seed.
 
     Raises:
         ValueError: If the model has too few modalities for the protocol.
@@ -112,10 +112,10 @@ def run(protocol: str, predict: Predictor, rows: Dataset, modalities: list[str])
 
 
 def summarize(report: dict[str, Any], kind: str) -> dict[str, dict[str, list[float]]]:
-    """By condition, the shown answer's figures, one value per seed; figures that are not defined are left out.
+    """Metrics of the shown answer by condition, one value per seed, without undefined ones.
 
-    The last condition, "mean", is over the others' means: of `mmin` and `noise` without the intact condition, of
-    `lnln` over all rates, as the papers have it.
+    The last condition, "mean", is the mean over the other conditions, as in the papers: without the intact condition
+    for `mmin` and `noise`, over all rates for `lnln`.
     """
     answer, _ = SHOWN[kind]
     table: dict[str, dict[str, list[float]]] = {}

@@ -1,4 +1,4 @@
-"""How sure a figure is, and whether two runs differ: a bootstrap over clusters, and McNemar's test.
+"""Confidence intervals and paired tests: a bootstrap over clusters, and McNemar's test.
 
 Utterances of one video, dialogue or actor have speaker, topic and microphone in common. The bootstrap therefore draws
 whole clusters; single utterances would give intervals that are too narrow. McNemar's test ignores clusters: where
@@ -17,7 +17,7 @@ Measure = Callable[[Sequence, Sequence], dict[str, Any]]
 
 
 def resample(clusters: Sequence[str]) -> list[np.ndarray]:
-    """`RESAMPLES` bootstrap samples, the same every time: places of rows, by whole clusters drawn with replacement.
+    """`RESAMPLES` bootstrap samples with a fixed seed: row indices of whole clusters, drawn with replacement.
 
     `clusters` has the one of each row, see `corpora.clusters_of`.
 
@@ -48,7 +48,7 @@ def intervals(
 def paired_differences(
     measure: Measure, gold: Sequence, first: Sequence, second: Sequence, samples: list[np.ndarray]
 ) -> dict[str, dict[str, float] | None]:
-    """First run less second, for every figure: `difference`, its 95 % interval `low` to `high`, and `p_value`.
+    """For every metric, first run minus second: `difference`, its 95 % interval `low` to `high`, and `p_value`.
 
     Both runs are measured on the same resamples. The two-sided p-value is twice the smaller share of resamples on
     either side of 0, counting the observed sample in (Davison and Hinkley 1997, sections 4.2 and 4.4). None where the

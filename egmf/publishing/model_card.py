@@ -1,12 +1,13 @@
-"""The model card of a trained run: what was measured, how it was trained, what it may be used for. See `publish.py`.
+"""The model card of a trained run, from the template `card.md` and the run's files. See `publish.py`.
 
-Nothing in a card is typed by hand for a model: figures come from `eval.py`'s `metrics.json`, settings and versions
-from the run's `recipe.json`, losses from its `log.jsonl`, and the words on use and misuse from the README.
+Metrics come from `metrics.json` of `eval.py`, settings and versions from `recipe.json`, losses from `log.jsonl`, and
+the section on use and misuse from the README.
 """
 
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from string import Template
 from typing import Any, NamedTuple
 
 import yaml
@@ -17,7 +18,8 @@ from egmf.recipe import default_record
 
 
 README = Path(__file__).resolve().parents[2] / "README.md"
-PAPER = "https://arxiv.org/abs/2601.07565"
+TEMPLATE = Path(__file__).with_name("card.md")
+ANSWERS = {"classification": "an emotion", "regression": "a sentiment score"}
 DEFAULT_LICENSE = "base-model-and-corpora"
 
 
@@ -71,7 +73,7 @@ KINDS = {"classification": "emotion-recognition", "regression": "sentiment-analy
 
 @dataclass
 class Run:
-    """What is known of a run; see `publishing.read_run`.
+    """A finished run; see `repository.read_run`.
 
     Args:
         folder: Where it is.
@@ -229,27 +231,28 @@ def card_data(run: Run, repo_id: str, license: str | None, adapter_only: bool) -
 
 
 def write_card(folder: Path, run: Run, repo_id: str, license: str | None, adapter_only: bool) -> ModelCard:
-    """Writes the card, and gives it as it is read back."""
+    """Fills the template `card.md`, writes the card and returns it as it is read back."""
     data = card_data(run, repo_id, license, adapter_only)
-    parts = {
-        "": _about(run),
-        "Use": _use(run, repo_id, adapter_only),
-        "Training": _training(run),
-        "Evaluation": _evaluation(run),
-        "Limits": _limits(run),
-        "Use and misuse": section("Use and misuse"),
-        "Licence": _licence(run, license),
-        "Citation": section("Citation"),
-    }
-    body = "\n".join(f"## {title}\n\n{text}\n" if title else f"{text}\n" for title, text in parts.items())
-    content = f"---\n{data.to_yaml()}\n---\n\n# {repo_id.partition('/')[2]}\n\n{body}"
+    body = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
+        title=repo_id.partition("/")[2],
+        inputs=_inputs(run),
+        answers=" or ".join(dict.fromkeys(ANSWERS[task.kind] for task in run.tasks)),
+        tasks="\n".join(f"| `{task.name}` | {_answers(task)} | {task.language} |" for task in run.tasks),
+        use=_use(run, repo_id, adapter_only),
+        training=_training(run),
+        evaluation=_evaluation(run),
+        limits=_limits(run),
+        misuse=section("Use and misuse"),
+        licence=_licence(run, license),
+        citation=section("Citation"),
+    )
     path = folder / "README.md"
-    path.write_text(content, encoding="utf-8")
+    path.write_text(f"---\n{data.to_yaml()}\n---\n\n{body}", encoding="utf-8")
     return check_card(path, data)
 
 
 def check_card(path: Path, data: ModelCardData) -> ModelCard:
-    """Reads a card and checks what can be checked here: that it says what was meant, figure by figure.
+    """Reads a card and checks that its front matter, with every metric, is what was written.
 
     Raises:
         ValueError: If its front matter is not what was written, or has a model-index that does not parse.
@@ -260,26 +263,13 @@ def check_card(path: Path, data: ModelCardData) -> ModelCard:
     return card
 
 
-def _about(run: Run) -> str:
-    kinds = {"classification": "an emotion", "regression": "a sentiment score"}
-    answers = " or ".join(kinds[kind] for kind in dict.fromkeys(task.kind for task in run.tasks))
+def _inputs(run: Run) -> str:
+    """What the model reads, as a list in words."""
     inputs = ["words"]
     for name, medium in (("audio", "sound"), ("vision", "pictures")):
         if name in modalities(run.config):
             inputs.append(medium if name in run.towers else f"{name} features")
-    listed = " and ".join([", ".join(inputs[:-1]), inputs[-1]] if len(inputs) > 1 else inputs)
-    tasks = "\n".join(f"| `{task.name}` | {_answers(task)} | {task.language} |" for task in run.tasks)
-    return f"""\
-A model that reads {listed}, and answers with {answers}, in text.
-
-Three experts (a local one, a semantic correlation one, a global one) and a hierarchical gate make pseudo tokens of the
-modalities, and a causal language model, fine-tuned with LoRA, reads these with the words: EGMF, an independent
-implementation of [*A Unified Framework for Emotion Recognition and Sentiment Analysis via Expert-Guided Multimodal
-Fusion with Large Language Models*]({PAPER}). It is not the authors' code or model.
-
-| task | answers | language |
-| --- | --- | --- |
-{tasks}"""
+    return " and ".join([", ".join(inputs[:-1]), inputs[-1]] if len(inputs) > 1 else inputs)
 
 
 def _answers(task: AffectTask) -> str:

@@ -1,7 +1,7 @@
-"""From the output of `train.py` and `eval.py` to a folder that is ready for the Hub, and from there to the Hub.
+"""Builds a repository folder for the Hub from the output of `train.py` and `eval.py`, and uploads it.
 
-What is published is the merged model, or with `adapter_only` what was trained and the way to put it onto the language
-model that is on the Hub already. No path of the machine that trained is in any of the files.
+The folder has the merged model, or with `adapter_only` the trained weights and instructions for loading them onto the
+language model on the Hub. No file contains a path of the machine that trained.
 """
 
 import fnmatch
@@ -54,7 +54,7 @@ def check_repo_id(repo_id: str) -> None:
 
 
 def read_run(folder: Path, base_model: str | None = None) -> Run:
-    """What is known of the run in a folder.
+    """Reads the run in a folder.
 
     Args:
         folder: An `output_dir` of `train.py`.
@@ -138,7 +138,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def build_folder(run: Run, repo_id: str, license: str | None, adapter_only: bool, max_shard_size: str) -> Path:
-    """Writes `hub/` in the run's folder, in place of an earlier one.
+    """Writes `hub/` in the run's folder and replaces an earlier one.
 
     Raises:
         ValueError: If there are files in it that this function does not write, a local path is in one of those that it
@@ -202,7 +202,7 @@ def write_adapter(run: Run, folder: Path) -> None:
 
 
 def check_adapter(run: Run, folder: Path) -> None:
-    """Puts an adapter onto the models of the Hub, as its card says, and compares what comes out with the merged model.
+    """Loads an adapter onto the models of the Hub, as its card describes, and compares it with the merged model.
 
     Raises:
         ValueError: If it is another model.
@@ -248,7 +248,7 @@ def is_replaced(name: str) -> bool:
 
 
 def upload(folder: Path, repo_id: str, private: bool) -> CommitInfo:
-    """Makes the repository's files those of a folder, in one commit.
+    """Uploads a folder in one commit, and deletes files of an earlier publication that it does not have.
 
     An upload that broke off is started again from where it was: what the Hub has of the files is not sent again, and
     nothing is to be seen in the repository before all of it is there. Weights, adapters and code of an earlier

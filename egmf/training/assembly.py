@@ -34,7 +34,7 @@ from egmf.towers_egmf import encoder_of, load_tower
 
 
 def cut_window(tower: PreTrainedModel, extractor: Any, seconds: int) -> tuple[PreTrainedModel, Any]:
-    """A speech encoder that reads fixed windows, such as Whisper's, with windows of the first `seconds` only.
+    """Shortens the fixed window of a speech encoder such as Whisper's to the first `seconds`.
 
     A window is read whole, silence included, so that short clips cost what the longest one costs.
 
@@ -54,7 +54,7 @@ def cut_window(tower: PreTrainedModel, extractor: Any, seconds: int) -> tuple[Pr
 
 
 def build_tower(modality: str, tower: str | dict[str, Any]) -> tuple[PreTrainedModel, Any]:
-    """The tower that a recipe names or describes, and its feature extractor or image processor.
+    """Loads or builds the tower of a recipe, with its feature extractor or image processor.
 
     Raises:
         ValueError: If a description is not `{"config": {"model_type", ...}, "feature_extractor" (of vision:
@@ -76,7 +76,7 @@ def build_tower(modality: str, tower: str | dict[str, Any]) -> tuple[PreTrainedM
 
 
 def build_towers(recipe: Recipe) -> dict[str, tuple]:
-    """Tower and preprocessor by modality, of those that the recipe names and the model may see.
+    """The recipe's towers and preprocessors, for the modalities that the model may see.
 
     Raises:
         ValueError: If a recipe without an audio tower sets what only a tower can do.
@@ -151,7 +151,7 @@ def _sum_on(total: np.ndarray | None, frames: np.ndarray) -> np.ndarray:
 
 
 def set_clip_statistics(model: EGMFForConditionalGeneration, corpus, cache: TowerCache | None) -> None:
-    """Sets what the fusion's clip statistics are standardised by: those of the training split's clips.
+    """Sets the mean and standard deviation of the fusion's clip statistics from the training split.
 
     Raises:
         ValueError: If a modality has no clips, or a tower that is still to learn.
@@ -173,15 +173,15 @@ def set_clip_statistics(model: EGMFForConditionalGeneration, corpus, cache: Towe
 
 
 def start_speech_tower(tower: PreTrainedModel, clips: list[TowerInput]) -> None:
-    """Draws the convolutions of a new speech tower so that they see quick changes of loudness; this is our choice.
+    """Initialises the convolutions of a new speech tower so that they respond to quick changes of loudness.
 
-    transformers draws all weights with a deviation of 0.02. What follows a convolution over log mel bands is then all
-    but linear in them, and the mean over time of what is linear is the same for a rough voice and a smooth one. Here
-    the deviation is 1 / sqrt(fan in), and the first convolution starts on bands standardised by the clips.
+    transformers initialises all weights with a standard deviation of 0.02. The convolutions over log mel bands are
+    then nearly linear, and the mean over time of a linear function is the same for a rough and a smooth voice. Here
+    the deviation is 1 / sqrt(fan in), and the first convolution reads bands standardised by the clips.
 
     Args:
-        tower: One that reads fixed windows, as Whisper's encoder; any other is left as it is.
-        clips: Some of what it will be trained on.
+        tower: A tower with fixed windows, such as Whisper's encoder; others are not changed.
+        clips: Some of the training clips.
     """
     convolutions = [module for module in tower.modules() if isinstance(module, nn.Conv1d)]
     if not convolutions or not clips or clips[0].values.shape != (convolutions[0].in_channels, len(clips[0].mask)):
@@ -204,7 +204,7 @@ def trained_towers(recipe: Recipe, towers: dict[str, tuple]) -> list[str]:
 
 
 def load_language_model(recipe: Recipe, folder: str) -> PreTrainedModel:
-    """The recipe's LLM; with `load_in_4bit` its layers are rounded to 4 bits (NF4) while they are read.
+    """Loads the recipe's LLM; with `load_in_4bit`, its layers are quantised to 4 bits (NF4).
 
     Raises:
         ValueError: If the recipe wants 4 bits and there is no bitsandbytes.
@@ -278,7 +278,7 @@ def add_lora(recipe: Recipe, model: EGMFForConditionalGeneration, trained: list[
 
 
 def gather_trained_model(recipe: Recipe, trainer: Trainer, trained: list[str]) -> PeftModel | None:
-    """The trained model with LoRA still on it, in one piece and with plain weights; None but on the main process.
+    """The complete trained model with its LoRA layers and unquantised weights; None on all but the main process.
 
     Where processes hold parts of it (FSDP, DeepSpeed), these are put together; weights of 4 bits become what they
     stand for, in the precision of the LLM's others. All processes have to call it.
@@ -314,7 +314,7 @@ def gather_trained_model(recipe: Recipe, trainer: Trainer, trained: list[str]) -
 
 
 def merge_lora(model: PeftModel) -> EGMFForConditionalGeneration:
-    """A trained model with LoRA added to the LLM's weights, all in float32, on the CPU.
+    """Merges LoRA into the LLM's weights in float32 on the CPU.
 
     What LoRA adds to a weight is often less than half of its last bit in bfloat16: rounded to that, it would be lost.
     The weights are those of `model` itself, which is not to be used any more.

@@ -82,7 +82,7 @@ def resolve_language_model(name: str) -> str:
 
 
 def why_unreachable(name: str, field: str) -> Exception | None:
-    """Why the Hub cannot be asked for `name`, that `field` of a recipe has; None: it was, and knows it.
+    """The error with which the Hub cannot be reached for `name`, the value of a recipe's `field`; None if it can.
 
     Raises:
         ValueError: `name` is no id.

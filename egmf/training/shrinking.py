@@ -1,15 +1,16 @@
-"""Dry runs: `train.py RECIPE --shrink 16` trains on random models, the recipe's own but so many times smaller.
+"""Dry runs: `train.py RECIPE --shrink 16` trains smaller random models with the recipe's configurations.
 
 Each model that the recipe names (the LLM and the towers) is built with random weights from its configuration, with
-layers, widths and attention heads divided by the number: everything is loaded, stepped, saved and evaluated as in a
-real run, in seconds on a CPU, and what it answers means nothing. Vocabulary, head size, picture size, and the kernels
-and strides that make frames of sound, stay as they are, and so do tokenizer and preprocessors.
+layers, widths and attention heads divided by the number. Everything is loaded, stepped, saved and evaluated as in a
+real run, in seconds on a CPU; the answers are meaningless. Vocabulary, head size, picture size, kernels and strides of
+audio frames, tokenizer and preprocessors stay unchanged.
 
-A configuration comes from the folder or the Hub's repository that the recipe names. Where the Hub cannot be reached,
-it comes from `recipes/published_configs.json`, with a tokenizer of bytes in the LLM's place for its own, and the log
-says so; a model that is not in there is an error. Nothing but a dry run ever reads that file.
+A configuration comes from the folder or the Hub repository that the recipe names. If the Hub cannot be reached, it
+comes from `recipes/published_configs.json`, with a byte tokenizer instead of the LLM's, and the log says so. A model
+that is not in this file is an error. Only dry runs read the file.
 """
 
+import dataclasses
 import json
 import logging
 from pathlib import Path
@@ -40,8 +41,8 @@ _DIVIDED |= {"num_attention_heads", "num_key_value_heads"}
 _PREPROCESSORS = {"audio_tower": "feature_extractor", "vision_tower": "image_processor"}
 
 
-def shrink(model: ModelArguments, folder: Path) -> None:
-    """Puts small random models, written into `folder`, in the place of those that a recipe names.
+def shrink(model: ModelArguments, folder: Path) -> ModelArguments:
+    """Builds small random models in `folder` and returns the arguments with these instead of the recipe's models.
 
     Raises:
         ValueError: A `shrink` that is none of 2, 4, 8 and 16, or a model whose layers and widths are not known.
@@ -49,16 +50,18 @@ def shrink(model: ModelArguments, folder: Path) -> None:
     """
     if model.shrink not in DIVISORS:
         raise ValueError(f"shrink: got {model.shrink}, wanted one of {', '.join(map(str, DIVISORS))}")
+    small: dict[str, Any] = {}
     for field in ("language_model", *_PREPROCESSORS):
         name = getattr(model, field)
-        if name and isinstance(name, str):  # a tower that the recipe describes is small as it is
+        if name and isinstance(name, str):  # a tower that the recipe describes is small already
             target = folder / f"{Path(name).name}-shrunk-{model.shrink}"
             build_once(target, lambda place, field=field, name=name: _build(field, name, model.shrink, place))
-            setattr(model, field, str(target))
+            small[field] = str(target)
+    return dataclasses.replace(model, **small)
 
 
 def shrunk(config: PreTrainedConfig, divisor: int) -> PreTrainedConfig:
-    """A configuration with layers, widths and heads divided, rounded up; of CLIP and the like, those of both parts.
+    """A configuration with layers, widths and heads divided, rounded up; for CLIP, those of both parts.
 
     Raises:
         ValueError: If it has no `hidden_size` and `num_hidden_layers` of its own, nor parts that have.
