@@ -144,6 +144,7 @@ def first_phase(command: list[str], clips: Path, *fields: str, **options) -> tup
     language_model, towers = resolve_language_model("tiny-random"), build_towers(recipe)
     processor = build_processor(recipe, language_model, towers)
     corpus = load_corpus("avatars", clips, **CLIPS)
+    torch.manual_seed(0)
     model = build_model(recipe, language_model, processor, towers, corpus["train"])
     tasks = [processor.tasks[name] for name in recipe.data.tasks]
     rows = expand_by_task(corpus["train"], tasks).select([0, 7, 30, 47])
@@ -164,7 +165,10 @@ def test_pretraining_learns_fusion_and_towers_alone(command, clips):
         optimizer.zero_grad()
         output.loss.backward()
         optimizer.step()
-    assert losses[-1] < 0.5 * losses[0]
+    # The loss of the mix and that of the experts cannot fall below the entropy of the scores' soft targets.
+    targets = phase.targets[batch["task_index"], batch["answer_index"]]
+    floor = 2 * torch.special.entr(targets).sum(-1).mean().item()
+    assert losses[-1] - floor < 0.5 * (losses[0] - floor)
     # Of the four answers of the first task, the other columns are no answers.
     legal = torch.isfinite(output.logits).sum(1).tolist()
     assert legal == [len(tasks[place].answers) for place in batch["task_index"]]
