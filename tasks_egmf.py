@@ -144,8 +144,11 @@ class AffectTask:
 _MELD = ("neutral", "surprise", "fear", "sadness", "joy", "disgust", "anger")
 _CHERMA = ("愤怒", "厌恶", "恐惧", "高兴", "平静", "悲伤", "惊奇")
 _RAVDESS = ("neutral", "calm", "happy", "sad", "angry", "fearful", "disgust", "surprised")
+_CASIA = ("愤怒", "恐惧", "高兴", "平静", "悲伤", "惊奇")
+_MVSA = ("positive", "neutral", "negative")
 _AVATARS = ("joy", "sadness", "anger", "surprise")
 _AVATARS_ZH = ("高兴", "悲伤", "愤怒", "惊奇")
+_MVSA_PROMPT = "Which sentiment does the last speaker's post express?"
 _MOSI_PROMPT = "Is the last speaker's opinion negative or positive?"
 _TASKS = (
     AffectTask("mosi", "classification", ("negative", "positive"), prompt=_MOSI_PROMPT, cue="Opinion:"),
@@ -154,6 +157,8 @@ _TASKS = (
     AffectTask("cherma", "classification", _CHERMA, language="zh"),
     AffectTask("simsv2", "regression", low=-1.0, high=1.0, step=0.1, language="zh"),
     AffectTask("ravdess", "classification", _RAVDESS),
+    AffectTask("casia", "classification", _CASIA, language="zh"),
+    AffectTask("mvsa", "classification", _MVSA, prompt=_MVSA_PROMPT, cue="Sentiment:"),
     AffectTask("avatars", "classification", _AVATARS),
     AffectTask("avatars_score", "regression", low=-1.0, high=1.0, step=0.1),
     AffectTask("avatars_zh", "classification", _AVATARS_ZH, language="zh"),

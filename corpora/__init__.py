@@ -18,7 +18,7 @@ from datasets import DatasetDict
 from corpora.converted import is_converted, load_converted
 
 
-CORPORA = ("avatars", "cherma", "generated", "meld", "mosei", "mosi", "ravdess", "simsv2")
+CORPORA = ("avatars", "casia", "cherma", "generated", "meld", "mosei", "mosi", "mvsa", "ravdess", "simsv2")
 
 
 def load_corpus(name: str, source: str | os.PathLike | None = None, **options) -> DatasetDict:

@@ -1,16 +1,24 @@
-"""RAVDESS (Livingstone and Russo 2018): 24 actors speak two sentences in eight emotions. Only the speech is read.
+"""RAVDESS (Livingstone and Russo 2018): 24 actors speak two sentences in eight emotions. Speech and faces are read.
 
 The names of the published audio files encode all labels: `03-01-06-01-02-01-12.wav` is modality (03: audio only),
 channel (01: speech), emotion, intensity, statement, repetition and actor. Other audio formats are accepted, and the
 folders `Actor_01` to `Actor_24` are not required. Other modalities and songs are ignored.
 
-There are six folds of four actors: 1-4, 5-8 and so on. One fold is the test split. The next fold is the validation
-split or, once all settings are chosen, part of the training split.
+One fold of actors is the test split. The next fold is the validation split or, once all settings are chosen, part of
+the training split. There are two sets of folds: `"ordered"`, six folds of four actors (1-4, 5-8 and so on), and
+`"published"`, the five folds of Luna-Jimenez et al. 2022 (Applied Sciences 12, 327), on which speech and faces were
+fused.
+
+Faces come as OpenFace action units: a file `openface_action_units.csv` in the folder, with a column `id` (the name of
+the audio file without its suffix) and one column per action unit, the mean over the clip's video. Each clip then has
+one frame of vision features. Without the file, rows have no vision.
 """
 
 import os
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 from datasets import DatasetDict
 
 from corpora.reading import part_of_id
@@ -19,42 +27,61 @@ from corpora.schema import build_split
 
 EMOTIONS = ("neutral", "calm", "happy", "sad", "angry", "fearful", "disgust", "surprised")  # 01 to 08
 STATEMENTS = ("Kids are talking by the door.", "Dogs are sitting by the door.")
-FOLDS, ACTORS = 6, 24
-
-
+ACTORS = 24
+FOLDS = {
+    "ordered": tuple(tuple(range(first, first + 4)) for first in range(1, ACTORS, 4)),
+    "published": ((2, 5, 14, 15, 16), (3, 6, 7, 13, 18), (10, 11, 12, 19, 20), (8, 17, 21, 23, 24), (1, 4, 9, 22)),
+}
+ACTION_UNITS = "openface_action_units.csv"
 CLUSTERS = ("actors", part_of_id(r".+-(\d+)"))
 
 
-def load(source: str | os.PathLike, fold: int = 1, validation: bool = True) -> DatasetDict:
+def load(source: str | os.PathLike, fold: int = 1, validation: bool = True, folds: str = "ordered") -> DatasetDict:
     """Load RAVDESS as emotion classification over `EMOTIONS`.
 
     Args:
         source: the folder that contains the audio files, at any depth.
-        fold: 1 to 6; the fold whose four actors are the test split.
+        fold: 1 to 6 (of the published folds 5); the fold whose actors are the test split.
         validation: whether to make a validation split. If False, it is empty and all other actors are in train.
+
+        folds: "ordered" or "published", see above.
 
     Raises:
         FileNotFoundError: if the folder does not exist or contains no RAVDESS speech.
-        ValueError: if `fold` is out of range, or a file name has codes that RAVDESS does not define (the message
-            names the file).
+        ValueError: if `folds` or `fold` is unknown, a file name has codes that RAVDESS does not define (the message
+            names the file), or the action units lack a clip.
     """
-    if not isinstance(fold, int) or isinstance(fold, bool) or not 1 <= fold <= FOLDS:
-        raise ValueError(f"fold: got {fold!r}, expected an integer from 1 to {FOLDS}")
+    if folds not in FOLDS:
+        raise ValueError(f"folds: got {folds!r}, expected one of {', '.join(FOLDS)}")
+    count = len(FOLDS[folds])
+    if not isinstance(fold, int) or isinstance(fold, bool) or not 1 <= fold <= count:
+        raise ValueError(f"fold: got {fold!r}, expected an integer from 1 to {count}")
     files = sorted(path for path in Path(source).rglob("03-01-*") if path.is_file())
     if not files:
         raise FileNotFoundError(f"{source}: no files 03-01-*, expected the folder with the audio files of RAVDESS")
-    held_out = {"test": fold - 1} | ({"validation": fold % FOLDS} if validation else {})
+    units = _action_units(Path(source))
+    held_out = {"test": fold - 1} | ({"validation": fold % count} if validation else {})
     rows: dict[str, list[dict]] = {"train": [], "validation": [], "test": []}
     for path in files:
         emotion, statement, actor = _codes(path)
-        group = (actor - 1) // (ACTORS // FOLDS)
+        group = next(number for number, actors in enumerate(FOLDS[folds]) if actor in actors)
         split = next((name for name, number in held_out.items() if number == group), "train")
         row = {"id": path.stem, "text": STATEMENTS[statement - 1], "language": "en", "audio": str(path)}
+        if units is not None:
+            if path.stem not in units.index:
+                raise ValueError(f"{ACTION_UNITS}: got no row {path.stem}, expected one for each audio file")
+            row["vision_features"] = units.loc[[path.stem]].to_numpy(np.float32)
         rows[split].append({**row, "emotion": EMOTIONS[emotion - 1]})
     empty = [split for split in ("train", *held_out) if not rows[split]]
     if empty:
         raise ValueError(f"{source}: no files of the actors of {', '.join(empty)}, expected all {ACTORS} actors")
     return DatasetDict({split: build_split(found) for split, found in rows.items()})
+
+
+def _action_units(folder: Path) -> pd.DataFrame | None:
+    """Action units by clip; None if the folder has no such file."""
+    path = folder / ACTION_UNITS
+    return pd.read_csv(path, index_col="id") if path.is_file() else None
 
 
 def _codes(path: Path) -> tuple[int, int, int]:

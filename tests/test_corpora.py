@@ -4,6 +4,7 @@ Checks on the published files read them from `$EGMF_SHARED/data`, by default `..
 and skip where they are absent; everything else runs on small files of the same layout.
 """
 
+import csv
 import logging
 import os
 import random
@@ -12,10 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from corpora import CORPORA, generated, load_corpus, meld, mosi, ravdess
+from corpora import CORPORA, casia, clusters_of, generated, load_corpus, meld, mosi, ravdess
 from corpora.schema import FEATURES
+from egmf.tasks_egmf import BUILTIN_TASKS
 
 
 SHARED = Path(os.environ.get("EGMF_SHARED", Path(__file__).resolve().parents[2] / "shared")) / "data"
@@ -478,3 +482,92 @@ def test_ravdess_published_folds():
     folder = published("ravdess")
     ids = [row_id for fold in range(1, 7) for row_id in load_corpus("ravdess", folder, fold=fold)["test"]["id"]]
     assert len(ids) == len(set(ids)) == 360
+
+
+def test_ravdess_has_the_published_folds_and_faces(tmp_path):
+    write_ravdess(tmp_path)
+    names = sorted(path.stem for path in tmp_path.rglob("03-01-*"))
+    lines = [f"{name},0.5,{number}" for number, name in enumerate(names)]
+    (tmp_path / "openface_action_units.csv").write_text("\n".join(["id,AU01_r,AU02_r", *lines]))
+    splits = load_corpus("ravdess", tmp_path, fold=5, folds="published")
+    actors = {name: {int(row_id[-2:]) for row_id in split["id"]} for name, split in splits.items()}
+    assert actors["test"] == {1, 4, 9, 22} and actors["validation"] == {2, 5, 14, 15, 16}
+    row = splits["test"][1]
+    assert row["vision_features"] == [[0.5, names.index(row["id"])]]
+    (tmp_path / "openface_action_units.csv").write_text("\n".join(["id,AU01_r,AU02_r", *lines[1:]]))
+    with pytest.raises(ValueError, match=f"openface_action_units.csv: got no row {names[0]}"):
+        load_corpus("ravdess", tmp_path)
+    with pytest.raises(ValueError, match="fold: got 6, expected an integer from 1 to 5"):
+        load_corpus("ravdess", tmp_path, fold=6, folds="published")
+    with pytest.raises(ValueError, match="folds: got 'random', expected one of ordered, published"):
+        load_corpus("ravdess", tmp_path, folds="random")
+
+
+def test_published_ravdess_with_faces_has_the_folds_of_its_table():
+    folder = published("ravdess_av")
+    with (folder / "metadata.csv").open(encoding="utf-8") as file:
+        table = {row["file"][:-5]: int(row["fold"]) for row in csv.DictReader(file)}
+    for fold in range(1, 6):
+        splits = load_corpus("ravdess", folder, fold=fold, folds="published", validation=False)
+        assert set(splits["test"]["id"]) == {name for name, number in table.items() if number == fold}
+        assert len(splits["test"][0]["vision_features"][0]) == 35
+
+
+# --- CASIA -----------------------------------------------------------------------------------------------------------
+
+
+def test_casia_holds_out_a_speaker(tmp_path):
+    rows = ["file,speaker,emotion_zh"]
+    for speaker in range(1, 5):
+        for number, emotion in enumerate(casia.EMOTIONS):
+            (tmp_path / f"{speaker}_{number}.flac").touch()
+            rows.append(f"{speaker}_{number}.flac,{speaker},{emotion}")
+    (tmp_path / "metadata.csv").write_text("\n".join(rows), encoding="utf-8")
+    splits = load_corpus("casia", tmp_path, fold=4)
+    assert {row_id[0] for row_id in splits["test"]["id"]} == {"4"}
+    assert {row_id[0] for row_id in splits["validation"]["id"]} == {"1"} and splits["train"].num_rows == 12
+    assert set(splits["train"]["emotion"]) == set(casia.EMOTIONS) == set(BUILTIN_TASKS["casia"].labels)
+    assert clusters_of("casia", ["4_201"], [None]) == ("speakers", ["4"])
+    (tmp_path / "1_0.flac").unlink()
+    with pytest.raises(FileNotFoundError, match="1_0.flac: no such file"):
+        load_corpus("casia", tmp_path)
+    (tmp_path / "1_0.flac").touch()
+    (tmp_path / "metadata.csv").write_text("\n".join([*rows, "1_1.flac,5,高兴"]), encoding="utf-8")
+    with pytest.raises(ValueError, match="got speaker 5 and emotion '高兴', expected 1 to 4"):
+        load_corpus("casia", tmp_path)
+
+
+def test_published_casia():
+    splits = load_corpus("casia", published("casia"), fold=2)
+    assert {name: split.num_rows for name, split in splits.items()} == {"train": 600, "validation": 300, "test": 300}
+
+
+# --- MVSA ------------------------------------------------------------------------------------------------------------
+
+
+def test_mvsa_as_published_and_as_parquet(tmp_path):
+    (tmp_path / "data").mkdir()
+    labels = ["positive,positive", "neutral,negative", "positive,negative", "neutral,neutral"] * 10
+    for number in range(40):
+        (tmp_path / "data" / f"{number}.txt").write_text(f"tweet {number // 2}\n", encoding="utf-8")
+        (tmp_path / "data" / f"{number}.jpg").touch()
+    table = "".join(f"{number}\t{label}\n" for number, label in enumerate(labels))
+    (tmp_path / "labelResultAll.txt").write_text("ID\ttext,image\n" + table)
+    folds = [load_corpus("mvsa", tmp_path, fold=fold)["test"] for fold in range(1, 6)]
+    rows = {row["id"]: (row, fold) for fold, rows in enumerate(folds) for row in rows}
+    assert len(rows) == 30 and "2" not in rows  # contradictory labels are left out
+    assert rows["0"][0]["emotion"] == "positive" and rows["1"][0]["emotion"] == "negative"
+    assert rows["0"][1] == rows["1"][1]  # the same text
+    assert rows["3"][0]["video"].endswith("3.jpg") and rows["3"][0]["text"] == "tweet 1"
+    columns = {"id": [7, 8], "text": ["so", "no"], "sentiment": ["neutral", "positive"], "fold": [1, 3]}
+    columns["vision_features"] = [[0.5] * 2560, [1.0] * 2560]
+    pq.write_table(pa.table(columns), tmp_path / "mvsa.parquet")
+    splits = load_corpus("mvsa", tmp_path, fold=3)
+    assert splits["test"]["id"][:] == ["8"] and splits["train"]["emotion"][:] == ["neutral"]
+    assert np.asarray(splits["test"][0]["vision_features"]).shape == (2, 1280)
+
+
+def test_published_mvsa():
+    splits = load_corpus("mvsa", published("mvsa"), fold=1)
+    assert sum(split.num_rows for split in splits.values()) == 4000
+    assert set(splits["test"]["emotion"]) == set(BUILTIN_TASKS["mvsa"].labels)

@@ -1,0 +1,55 @@
+"""CASIA (Institute of Automation, Chinese Academy of Sciences): four actors speak Mandarin sentences in six emotions.
+
+The sentences are the same in every emotion, so only the voice carries it. The folder contains the audio files and
+`metadata.csv` with the columns `file`, `speaker` (1 to 4) and `emotion_zh`. Labels are the words of CHERMA's label
+set, without disgust. Rows have no text.
+
+There are four folds, one per speaker. One is the test split; the next is the validation split or, once all settings
+are chosen, part of the training split.
+"""
+
+import os
+from pathlib import Path
+
+import pandas as pd
+from datasets import DatasetDict
+
+from corpora.reading import part_of_id
+from corpora.schema import build_split
+
+
+EMOTIONS = ("愤怒", "恐惧", "高兴", "平静", "悲伤", "惊奇")
+SPEAKERS = 4
+CLUSTERS = ("speakers", part_of_id(r"(\d+)_.+"))
+
+
+def load(source: str | os.PathLike, fold: int = 1, validation: bool = True) -> DatasetDict:
+    """Load CASIA as emotion classification over `EMOTIONS`.
+
+    Args:
+        source: the folder with `metadata.csv` and the audio files.
+        fold: 1 to 4; the speaker that is the test split.
+        validation: whether to make a validation split. If False, it is empty and all other speakers are in train.
+
+    Raises:
+        FileNotFoundError: if the table or an audio file does not exist.
+        ValueError: if `fold` is out of range, a column is missing, or a speaker or an emotion is unknown.
+    """
+    if not isinstance(fold, int) or isinstance(fold, bool) or not 1 <= fold <= SPEAKERS:
+        raise ValueError(f"fold: got {fold!r}, expected an integer from 1 to {SPEAKERS}")
+    table = pd.read_csv(Path(source) / "metadata.csv")
+    if missing := {"file", "speaker", "emotion_zh"} - set(table.columns):
+        raise ValueError(f"metadata.csv: got no column {', '.join(sorted(missing))}, expected it")
+    held_out = {"test": fold} | ({"validation": fold % SPEAKERS + 1} if validation else {})
+    rows: dict[str, list[dict]] = {"train": [], "validation": [], "test": []}
+    for entry in table.itertuples():
+        path = Path(source) / entry.file
+        if entry.emotion_zh not in EMOTIONS or entry.speaker not in range(1, SPEAKERS + 1):
+            got = f"speaker {entry.speaker} and emotion {entry.emotion_zh!r}"
+            wanted = f"1 to {SPEAKERS} and one of {', '.join(EMOTIONS)}"
+            raise ValueError(f"metadata.csv: {entry.file}: got {got}, expected {wanted}")
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file, expected the audio file of metadata.csv")
+        split = next((name for name, speaker in held_out.items() if speaker == entry.speaker), "train")
+        rows[split].append({"id": path.stem, "language": "zh", "audio": str(path), "emotion": entry.emotion_zh})
+    return DatasetDict({split: build_split(found) for split, found in rows.items()})
