@@ -42,6 +42,7 @@ from egmf.training.assembly import (
     build_model,
     build_processor,
     build_towers,
+    describes_new_tower,
     gather_trained_model,
     merge_lora,
     set_clip_statistics,
@@ -194,7 +195,7 @@ def main(arguments: list[str]) -> None:
     inputs = fill_cache(recipe, model, processor, towers, with_experts, corpus, None) if towers else None
     if inputs is not None and training.process_index == 0:
         check_media(output / "unreadable.json", inputs.errors)
-    if isinstance(recipe.model.audio_tower, dict) and "audio" in with_experts:
+    if describes_new_tower(recipe.model.audio_tower) and "audio" in with_experts:
         set_seed(training.seed)
         some = corpus["train"]["audio"][:: max(1, len(corpus["train"]) // 500)]
         heard = (inputs.load("audio", path)["audio"] for path in some)

@@ -53,6 +53,11 @@ def cut_window(tower: PreTrainedModel, extractor: Any, seconds: int) -> tuple[Pr
     return shorter.eval(), type(extractor).from_dict(extractor.to_dict() | {"chunk_length": seconds})
 
 
+def describes_new_tower(tower: str | dict[str, Any]) -> bool:
+    """Whether a recipe's tower is a description of a new model, not the name of a pretrained one."""
+    return isinstance(tower, dict)
+
+
 def build_tower(modality: str, tower: str | dict[str, Any]) -> tuple[PreTrainedModel, Any]:
     """Loads or builds the tower of a recipe, with its feature extractor or image processor.
 

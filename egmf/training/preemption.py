@@ -38,7 +38,7 @@ class Termination:
         return RunStopped(f"Stopped by SIGTERM: {saved}. Repeat the command to resume.", TERMINATED)
 
 
-termination = Termination()
+termination = Termination()  # one per process, as there is one handler of a signal
 
 
 def run_command(main: Callable[[list[str]], None], arguments: list[str]) -> None:
