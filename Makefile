@@ -5,7 +5,7 @@ BIN := .venv/bin
 INSTALLED := .venv/requirements.txt
 
 # One process of tests for each core, one thread for each process.
-export OMP_NUM_THREADS := 1
+test fast: export OMP_NUM_THREADS := 1
 FAST := $(addprefix tests/test_,$(addsuffix .py,comparison corpora corpora_convert corpora_formats evaluation fusion \
 	model_card modeling processing results results_avatars results_ravdess robustness towers))
 
