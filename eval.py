@@ -6,18 +6,18 @@
     python eval.py ... --robustness mmin
     accelerate launch --config_file recipes/accelerate/ddp.yaml eval.py ...
 
-Writes to the output folder `metrics.json` (of a corpus that sorts its rows into groups, by group too),
-`predictions.jsonl` (id, gold, greedy text, distribution, answers, gate weights) and plots as PNG (the confusion
-matrix, or the predicted against the true scores; the gate weights by group or label), and prints one table. Two
-answers are judged side by side: the greedy text of plain `generate()`, in which an unparsable answer is a wrong one
-and is counted, and the most probable legal answer of `score_labels()`; for scores also the mean and the median of its
-distribution. Intervals are 95 %, by bootstrap over videos or dialogues.
+Writes to the output folder `metrics.json` (also by group, if the corpus divides its rows into groups),
+`predictions.jsonl` (id, gold, greedy text, distribution, answers, gate weights) and PNG plots (the confusion matrix or
+predicted against true scores; gate weights by group or label), and prints one table. It evaluates two answers: the
+greedy text of plain `generate()`, where unparsable answers are counted and are wrong, and the most probable legal
+answer of `score_labels()`. For scores it also evaluates the mean and the median of the distribution. Intervals are
+95 %, by bootstrap over videos or dialogues.
 
-With a label map the corpus's own labels are the gold ones, and `answers` are brought into them; `greedy_text` and
-`distribution` stay what the model said. With `--robustness`, only `PROTOCOL.json`, `PROTOCOL.md` and `PROTOCOL.png`
-are written: the figures, their summary as one table and one plot (see `robustness.py`).
+With a label map, the corpus's labels are the gold labels, and `answers` are mapped to them; `greedy_text` and
+`distribution` remain the model's output. With `--robustness`, only `PROTOCOL.json`, `PROTOCOL.md` and `PROTOCOL.png`
+are written: all metrics, their summary as a table, and a plot (see `robustness.py`).
 
-Several processes share the samples out, each to one of them, and the first writes what one process would have written.
+Several processes share the samples, and the main process writes the same files as a single process.
 """
 
 import argparse
@@ -64,13 +64,13 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 
 
 def load_training_fields(model: str) -> dict:
-    """The recipe a model was trained by, from `recipe.json` beside its weights; empty where there is none."""
+    """The recipe that a model was trained with, from `recipe.json` next to its weights; empty if there is none."""
     file = cached_file(model, "recipe.json", _raise_exceptions_for_missing_entries=False)
     return json.loads(Path(file).read_text(encoding="utf-8")) if file else {}
 
 
 def write_plots(predictions: list[dict], groups: list[str | None], task, folder: Path) -> None:
-    """The pictures of an evaluation, as PNG files; gate weights by group, of a corpus without groups by label."""
+    """Writes an evaluation's plots as PNG files; gate weights by group, or by label if the corpus has no groups."""
     if task.kind == "classification":
         plot_confusion(predictions, "distribution", task, folder / "confusion.png")
         labels = [row["gold"] for row in predictions]
@@ -81,10 +81,10 @@ def write_plots(predictions: list[dict], groups: list[str | None], task, folder:
 
 
 def read_predictions(file: Path, rows, task) -> dict[str, dict]:
-    """The answers of another run to the same samples, by id.
+    """Reads another run's answers to the same samples, by id.
 
     Raises:
-        ValueError: If its ids, or its gold labels, are not those of `rows`.
+        ValueError: If its ids or gold labels differ from those of `rows`.
     """
     others = {row["id"]: row for row in map(json.loads, file.read_text(encoding="utf-8").splitlines())}
     gold = dict(zip(rows["id"][:], rows[LABEL_COLUMNS[task.kind]][:], strict=True))
@@ -95,7 +95,7 @@ def read_predictions(file: Path, rows, task) -> dict[str, dict]:
 
 
 def compare(predictions: list[dict], others: dict[str, dict], task, samples: list) -> dict[str, dict]:
-    """Paired tests of this run against another one on the same samples, by kind of answer."""
+    """Runs paired tests of this run against another one on the same samples, for each kind of answer."""
     gold, tests = [row["gold"] for row in predictions], {}
     for answer in predictions[0]["answers"]:
         here = [row["answers"][answer] for row in predictions]
@@ -108,7 +108,7 @@ def compare(predictions: list[dict], others: dict[str, dict], task, samples: lis
 
 
 def table_of(metrics: dict[str, dict], spread: dict[str, dict]) -> str:
-    """Figures in rows, kinds of answer in columns, with their intervals."""
+    """A text table with one row per metric and one column per kind of answer, with intervals."""
     lines = [["", *metrics]]
     for name, value in next(iter(metrics.values())).items():
         if isinstance(value, dict):
@@ -127,7 +127,7 @@ def _cell(value: float | int | None, interval: list[float] | None = None) -> str
 
 
 def evaluate(args: argparse.Namespace, predict: Predictor, rows, modalities: list[str], report: dict) -> None:
-    """The ordinary evaluation: predictions, figures, tests and plots, into the output folder."""
+    """Runs the standard evaluation; writes predictions, metrics, tests and plots into the output folder."""
     task = predict.label_task
     others = read_predictions(args.compare, rows, task) if args.compare else None
     predictions = predict(rows, modalities)[0]
@@ -168,7 +168,7 @@ def evaluate(args: argparse.Namespace, predict: Predictor, rows, modalities: lis
 
 
 def evaluate_robustness(args: argparse.Namespace, predict: Predictor, rows, modalities, report: dict) -> None:
-    """A protocol's conditions: all figures, one table and one plot, into the output folder."""
+    """Runs a robustness protocol; writes all metrics, a table and a plot into the output folder."""
     report |= robustness.run(args.robustness, predict, rows, modalities)
     if not PartialState().is_main_process:
         return
@@ -192,12 +192,12 @@ def main(arguments: list[str]) -> None:
     args = parse_arguments(arguments)
     device = PartialState(cpu=not torch.accelerator.is_available()).device
     silence_other_ranks()
-    with in_turns():  # the model's code is copied to where it is imported from
+    with in_turns():  # transformers copies the model's code into its cache
         processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=True)
         model = AutoModel.from_pretrained(args.model, trust_remote_code=True).to(device).eval()
     processor.limit_length(model.config.text_config)
     trained = load_training_fields(args.model)
-    part = trained.get("corpora", {}).get(args.corpus, {})  # of a mixture
+    part = trained.get("corpora", {}).get(args.corpus, {})  # the corpus's entry if the model was trained on a mixture
     name = args.task or (part or trained).get("tasks", [args.corpus])[0]
     if name not in processor.tasks:
         raise ValueError(f"task: got {name!r}, wanted one of {', '.join(processor.tasks)}")
@@ -207,7 +207,7 @@ def main(arguments: list[str]) -> None:
     options = args.corpus_options
     if options is None:
         options = trained["corpus_options"] if trained.get("corpus") == args.corpus else part.get("options", {})
-    with in_turns():  # a corpus may be made on the spot
+    with in_turns():  # loading may generate the corpus
         rows = load_corpus(args.corpus, args.corpus_dir, **options)[args.split]
     predict = Predictor(model, processor, task, label_map, args.batch_size, device)
     check_labels(f"{args.corpus} / {args.split}", rows, predict.label_task)

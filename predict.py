@@ -1,14 +1,14 @@
-"""Says what the speakers in audio and video files express.
+"""Recognises the emotion or sentiment of the speakers in audio and video files.
 
     python predict.py runs/avatars/model clip.mp4 --text "That is just great."
     python predict.py MODEL *.mp4 --transcripts transcripts.csv --task meld
 
-On a terminal it prints a table; into a file or a pipe, one JSON line per file: label or score, probabilities, median
-and interval of a score, gate weights, seconds decoded and warnings. A file that cannot be read has the reason as its
-`error`; the others are answered all the same, and the exit status is 1.
+On a terminal it prints a table. To a file or a pipe it prints one JSON line per file: label or score, probabilities,
+median and interval of a score, gate weights, seconds decoded and warnings. If a file cannot be read, its `error` says
+why; the other files are still answered, and the exit status is 1.
 
-A transcripts file has the columns `file` (name or path) and `text`, and may have `speaker`; see
-`egmf/data/transcripts.py` for its forms.
+A transcripts file has the columns `file` (name or path), `text` and optionally `speaker`; see
+`egmf/data/transcripts.py` for its formats.
 """
 
 import argparse
@@ -40,10 +40,10 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 
 
 def samples_of(args: argparse.Namespace) -> list[dict]:
-    """One sample per file, with its words.
+    """One sample per file, with its transcript.
 
     Raises:
-        ValueError: If the transcripts cannot be read, or lack a file.
+        ValueError: If the transcripts cannot be read or a file has none.
     """
     if args.transcripts is None:
         return [{"file": file, "text": args.text} for file in args.files]
@@ -52,7 +52,7 @@ def samples_of(args: argparse.Namespace) -> list[dict]:
 
 
 def table_row(answer: dict) -> str:
-    """One line for people."""
+    """An answer as one line of the table."""
     if answer["error"]:
         return f"{answer['file']:32}  {answer['error']}"
     if answer.get("label") is not None:
@@ -83,7 +83,7 @@ def main(arguments: list[str]) -> int:
             progress.update()
             with progress.external_write_mode():
                 line = table_row(answer) if for_people else json.dumps(answer, ensure_ascii=False)
-                # A file's name need not be Unicode: JSON reads the escape as the same name.
+                # A file name may not be valid Unicode; JSON readers decode the escape to the same name.
                 print(line.encode(errors="backslashreplace").decode(), flush=True)
     progress.close()
     return int(failed)

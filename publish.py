@@ -4,17 +4,19 @@
     python publish.py runs/mosi --repo OWNER/NAME [--private] [--license apache-2.0]
     python publish.py runs/mosi --repo OWNER/NAME --adapter_only
 
-Writes `hub/` in the run's folder, anew each time: the merged model in shards, or with `--adapter_only` what was
-trained (LoRA, the fusion, towers that the Hub does not have); the code and the processor that go with it; the recipe,
-as `recipe.json` and `recipe.yaml`; and a model card. Its figures are those of every `metrics.json` that `eval.py` has
-written below the run's folder for this model, with split and interval; without any there are none.
+Writes a new `hub/` folder in the run's folder each time. It contains the merged model in shards, or with
+`--adapter_only` the trained weights (LoRA, the fusion, towers that the Hub does not have); the model's code and
+processor; the recipe, as `recipe.json` and `recipe.yaml`; and a model card. The card lists the metrics, with split and
+interval, from every `metrics.json` that `eval.py` has written below the run's folder for this model. Without such a
+file it lists none.
 
-Then uploads the folder in one commit. The same command goes on with an upload that broke off: what is there already is
-not sent again. With `--dry_run` nothing is uploaded; the card is read back, and checked by the Hub where it can be
+Then uploads the folder in one commit. Repeat the command to resume an interrupted upload: files that the Hub already
+has are not sent again. With `--dry_run` nothing is uploaded; the card is read back, and the Hub checks it if it can be
 reached.
 
-Weights are derived from the language model and from the corpora. Without `--license` the card puts them under no
-licence of their own (`license: other`) and names both; with it, what you say, which you have to be entitled to.
+The weights are derived from the language model and the corpora. Without `--license`, the card gives the weights no
+licence (`license: other`) and names both. With `--license`, the card states your licence, which you must be entitled
+to give.
 """
 
 import argparse

@@ -1,15 +1,15 @@
-"""Samples answered per second, greedily and as a distribution, beside the bare LLM's reading of the prompt.
+"""Measures the samples that EGMF answers per second, compared with the prefill of the bare LLM.
 
     python -m bench.answer --output results/performance.json
 
-Ways that take turns in one process, on one batch of 16 prompts of about 100 tokens with voice and face:
+The measurements alternate in one process, on one batch of 16 prompts of about 100 tokens with voice and face:
 
-- `prefill`: the bare LLM reads the sequences of EGMF, pseudo tokens included, and gives logits at the last position.
+- `prefill`: the bare LLM reads EGMF's sequences, including pseudo tokens, and computes logits at the last position.
 - `score_labels`: the distribution over the seven labels of MELD, and over the 61 scores of MOSEI.
-- `generate`: the same answers greedily, among the legal ones alone.
+- `generate`: greedy generation restricted to the same legal answers.
 
-The LLM has the shape of Qwen3-0.6B with random weights in bfloat16, with a quarter of its layers. What EGMF adds does
-not grow with the layers, so that beside all of them it is less. Seconds are of CPU time on one core.
+The LLM has the shape of Qwen3-0.6B, random weights in bfloat16, and a quarter of the layers. EGMF's own cost does not
+grow with the number of layers, so its share is smaller for the whole LLM. Times are CPU seconds on one core.
 """
 
 import argparse
@@ -36,7 +36,7 @@ BATCH, LINES = 16, (6, 8)
 
 
 def build(layers: int = LAYERS) -> tuple[EGMFForConditionalGeneration, EGMFProcessor]:
-    """The model with the fusion of the recipes, and a processor."""
+    """A model with the recipes' fusion, and a processor."""
     processor = EGMFProcessor(AutoTokenizer.from_pretrained(resolve_language_model(SMOLLM2)), num_pseudo_tokens=8)
     sizes = {f"{modality}_feature_size": WIDTH for modality in FRAMES}
     llm = build_llm(MODEL, layers)
@@ -47,7 +47,7 @@ def build(layers: int = LAYERS) -> tuple[EGMFForConditionalGeneration, EGMFProce
 
 @torch.no_grad()
 def prefill(model: EGMFForConditionalGeneration, batch: dict[str, torch.Tensor]) -> None:
-    """The LLM's own reading of a batch, into a cache."""
+    """Runs the bare LLM on a batch and fills its key-value cache."""
     embeds = model.get_input_embeddings()(batch["input_ids"])
     positions = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
     read = model.model.language_model(
@@ -57,7 +57,7 @@ def prefill(model: EGMFForConditionalGeneration, batch: dict[str, torch.Tensor])
 
 
 def ways_of(model: EGMFForConditionalGeneration, processor: EGMFProcessor) -> tuple[dict, int]:
-    """What is measured, each a function of no arguments, and the number of tokens of a prompt, on average."""
+    """The functions to measure, by name, and the mean number of tokens of a prompt."""
     rows, ways = build_rows(BATCH, LINES), {}
     for name, shown in TASKS.items():
         task = processor.tasks[name]
@@ -88,7 +88,7 @@ def main() -> None:
     begun = machine()
     ways, tokens = ways_of(*build(args.layers))
     seconds = take_turns({name: lambda way=way: seconds_of(way) for name, way in ways.items()}, args.repetitions + 1)
-    seconds = {name: values[1:] for name, values in seconds.items()}  # the first time, memory is fetched
+    seconds = {name: values[1:] for name, values in seconds.items()}  # the first repetition allocates memory
     setting = {"model": MODEL, "layers": args.layers, "batch_size": BATCH, "tokens": tokens}
     for name, values in seconds.items():
         print(f"{name}: {BATCH / statistics.median(values):.2f} samples a second", flush=True)

@@ -1,12 +1,12 @@
-"""Reading and converting the benchmarks' published forms: rows per second, and memory.
+"""Measures reading and converting the benchmarks' published file formats: rows per second and memory.
 
     python -m bench.loaders > results/loaders.md
     python -m bench.loaders --meld DIR --scale 1 --only mosei_unaligned
 
-Every form is generated (`tests/formats.py`) with the published shapes and types, and `--scale` of the published number
-of clips; MELD's CSV files are read from `--meld` where it is given. Each measurement is a process of its own: `load`
-reads all rows into memory, `convert` writes them as parquet. Memory is the highest resident size, less what Python and
-the libraries take before.
+Files of every format are generated (`tests/formats.py`) with the published shapes and types and a share `--scale` of
+the published number of clips. With `--meld`, MELD's published CSV files are read instead. Each measurement runs in a
+separate process: `load` reads all rows into memory, `convert` writes them as parquet. Memory is the peak resident size
+minus the size before, which Python and the libraries take.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def write_meld_csv(place: Path, scale: float) -> None:
 
 
 CHERMA_SIZES = {"train": 16000, "dev": 5000, "test": 5000}  # not verified; only the speed is measured here
-FORMS = {  # form: what is written, corpus, file, share of the published clips by default, writer
+FORMS = {  # name: title, corpus, file, default share of the published clips, writer
     "meld_csv": ("MELD, CSV", "meld", "", 1, write_meld_csv),
     "meld_pickles": (
         "MELD, MSE-Adapter's pickles, 157 x 64 and 32 x 64, float32",
@@ -138,12 +138,12 @@ FORMS = {  # form: what is written, corpus, file, share of the published clips b
 
 
 def resident() -> int:
-    """The highest resident size so far, in bytes."""
+    """The peak resident size of this process in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def measure(how: str, name: str, source: str, out: str) -> dict[str, float]:
-    """In this process: rows, seconds of CPU time, and bytes."""
+    """Loads or converts a corpus in this process; returns rows, CPU seconds and bytes of memory."""
     before, start = resident(), time.process_time()
     if how == "load":
         rows = sum(map(len, load_corpus(name, source).values()))
@@ -170,7 +170,7 @@ def row_of(form: str, scale: float | None, meld_folder: str | None, with_load: b
         if form == "meld_csv" and meld_folder:
             place = Path(meld_folder)
         else:
-            # In a process of its own too: what was generated is no memory of ours.
+            # Also in a separate process, so that generating the files does not count as memory of this one.
             command = [sys.executable, __file__, "--write", form, str(place), str(scale or default)]
             subprocess.run(command, check=True)
         source, size = str(place / file), size_of(place)

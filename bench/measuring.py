@@ -1,4 +1,4 @@
-"""What the benchmarks of training and answering share: models, rows, turns, memory, and the JSON of their figures."""
+"""Functions that the benchmarks of training and answering share: models, rows, timing, memory and the JSON file."""
 
 import json
 import os
@@ -23,17 +23,17 @@ from egmf.training.shrinking import published_config
 
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
-WIDTH = 64  # of a frame of voice or face
-FRAMES = {"audio": 157, "vision": 32}  # of MELD's features
+WIDTH = 64  # features per frame of voice or face
+FRAMES = {"audio": 157, "vision": 32}  # frames of MELD's features
 _WORDS = "what you said about the house that we found there is not what they told me when it was over".split()
 _EMOTIONS = ("neutral", "surprise", "fear", "sadness", "joy", "disgust", "anger")
 
 
 def build_rows(count: int, lines: tuple[int, int] = (0, 12)) -> Dataset:
-    """Dialogues as long as MELD's: from `lines[0]` to `lines[1]` lines before the utterance, with voice and face.
+    """Rows with dialogues as long as MELD's: `lines[0]` to `lines[1]` lines before the utterance, with voice and face.
 
-    By SmolLM2's tokenizer their prompts have 97 tokens on average, with a standard deviation of 39 (MELD's first 600
-    for training: 113 and 48).
+    With SmolLM2's tokenizer the prompts have 97 tokens on average, with a standard deviation of 39. The first 600
+    training prompts of MELD have 113 and 48.
     """
     generator = random.Random(0)
     frames = torch.Generator().manual_seed(0)
@@ -55,7 +55,7 @@ def build_rows(count: int, lines: tuple[int, int] = (0, 12)) -> Dataset:
 
 
 def build_llm(name: str, layers: int | None = None, **options) -> PreTrainedModel:
-    """SmolLM2, or a model of a published configuration with random weights and so many of its layers; in bfloat16."""
+    """SmolLM2, or a published configuration with random weights and the given number of layers, in bfloat16."""
     if name == SMOLLM2:
         return AutoModelForCausalLM.from_pretrained(resolve_language_model(name), dtype=torch.bfloat16, **options)
     config = published_config(name)
@@ -66,7 +66,7 @@ def build_llm(name: str, layers: int | None = None, **options) -> PreTrainedMode
 
 
 def take_turns(ways: dict[str, Callable[[], float]], repetitions: int) -> dict[str, list[float]]:
-    """What every way returns, time after time; they take turns, so that what else the machine does meets all alike."""
+    """The results of repeated calls of each function. The calls alternate, so that other load affects all equally."""
     found = {name: [] for name in ways}
     for repetition in range(repetitions):
         names = list(ways)
@@ -76,7 +76,7 @@ def take_turns(ways: dict[str, Callable[[], float]], repetitions: int) -> dict[s
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all tensors that operations make, forward and backward, for as long as they live."""
+    """Counts the bytes of all live tensors that operations create in the forward and backward pass."""
 
     def __init__(self):
         super().__init__()
@@ -86,7 +86,7 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         for tensor in tree_leaves((args, kwargs)):
             if isinstance(tensor, torch.Tensor):
-                self.known.setdefault(tensor.untyped_storage(), True)  # there before: weights
+                self.known.setdefault(tensor.untyped_storage(), True)  # existed before, e.g. weights
         outputs = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(outputs):
             if isinstance(tensor, torch.Tensor) and tensor.untyped_storage() not in self.known:
@@ -102,14 +102,14 @@ class LiveBytes(TorchDispatchMode):
 
 
 def peak_memory(function: Callable[[], object]) -> int:
-    """The most bytes that torch's tensors take while `function` runs, beyond those that were there before."""
+    """The peak bytes of tensors that torch creates while `function` runs; earlier tensors do not count."""
     with LiveBytes() as tracker:
         function()
     return tracker.peak
 
 
 def machine() -> dict[str, str | int | float]:
-    """What the figures depend on."""
+    """The hardware and software that the measurements depend on."""
     return {
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -123,7 +123,7 @@ def machine() -> dict[str, str | int | float]:
 
 
 def record(file: Path, section: str, figures: dict) -> None:
-    """Puts a section of figures into the JSON file, beside those of other benchmarks."""
+    """Writes a section of the JSON file and keeps the sections of other benchmarks."""
     data = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     data[section] = figures
     file.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")

@@ -1,12 +1,12 @@
-"""Clips per second of `media_egmf` against PyAV used plainly in-process, and what the disposable process costs.
+"""Measures clips per second of `media_egmf` against plain PyAV in one process, and the cost of the guard process.
 
     python -m bench.media > results/media.md
 
-One clip is 8 frames and the sound at 16 kHz of an h264 + aac mp4 of 640 x 360 pixels, made here. Three ways take
-turns: *plain* is PyAV without any check, *unguarded* the readers of `media_egmf` called in this process, *guarded* its
-`load_video` and `load_audio`. Guarded against unguarded is the cost of the guard, guarded against plain that of all
-checks, too. With two processes, both read at the same time. CPU time is that of callers and workers together: other
-programs disturb it less than they disturb the clock. Needs Linux.
+A clip is 8 frames and the audio at 16 kHz of a generated h264 + aac mp4 file of 640 x 360 pixels. Three methods
+alternate: *plain* is PyAV without any check, *unguarded* calls the readers of `media_egmf` in this process, and
+*guarded* calls its `load_video` and `load_audio`. Guarded compared with unguarded shows the cost of the guard; guarded
+compared with plain includes the cost of all checks. With two processes, both read at the same time. CPU time includes
+callers and workers; other programs affect it less than wall-clock time. The benchmark needs Linux.
 """
 
 import os
@@ -30,7 +30,7 @@ REPETITIONS = 5
 
 
 def write_clip(path: str, seconds: int) -> None:
-    """A moving pattern with some noise, and a tone."""
+    """Generates a moving pattern with some noise, and a tone."""
     y, x = np.mgrid[:HEIGHT, :WIDTH]
     rng = np.random.default_rng(0)
     with av.open(path, "w") as container:
@@ -84,14 +84,14 @@ WAYS = {"plain": plain, "unguarded": unguarded, "guarded": guarded}
 
 
 def cpu_time() -> float:
-    """Seconds of CPU that this process and its workers have used."""
-    # Linux numbers a process's CPU clock by its id.
+    """CPU seconds of this process and its workers."""
+    # Linux derives the id of a process's CPU clock from the process id.
     workers = [time.clock_gettime((~worker.process.pid << 3) | 2) for worker in media_egmf._workers]
     return time.process_time() + sum(workers)
 
 
 def read(way: str, path: str, count: int) -> float:
-    """Reads a clip `count` times; seconds of CPU."""
+    """Reads a clip `count` times and returns the CPU seconds."""
     begun = cpu_time()
     for _ in range(count):
         WAYS[way](path)
@@ -99,7 +99,7 @@ def read(way: str, path: str, count: int) -> float:
 
 
 def measure(pool: ProcessPoolExecutor, processes: int, way: str, path: str, count: int) -> tuple[float, float]:
-    """Clips per second of `processes` that read `count` clips each, and milliseconds of CPU for a clip."""
+    """Clips per second of `processes` processes that read `count` clips each, and CPU milliseconds per clip."""
     begun = time.perf_counter()
     used = sum(done.result() for done in [pool.submit(read, way, path, count) for _ in range(processes)])
     return processes * count / (time.perf_counter() - begun), 1000 * used / (processes * count)

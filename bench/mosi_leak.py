@@ -1,12 +1,12 @@
-"""How much MOSI's audio and vision vectors say about the label, on videos a linear probe has not seen.
+"""Measures how well MOSI's audio and vision vectors predict the label on videos that a linear probe has not seen.
 
     python -m bench.mosi_leak DIR > results/mosi_leak.md
 
-A logistic regression on the target utterance's vector alone, fitted on the train split under Gaussian noise (in units
-of the feature's deviation), tested on the validation split under the same noise, and on the test split without any.
-The vision vectors were extracted by a network fitted on the train labels, so they give away the labels of *all* train
-videos, validation's too. The noise of `recipes/mosi_smollm2.yaml` is chosen from the validation column: what is left
-under it is near what guessing gives. The test column had no part in the choice.
+The probe is a logistic regression on the target utterance's vector only. It is fitted on the train split with Gaussian
+noise (in units of the feature's standard deviation) and tested on the validation split with the same noise and on the
+test split without noise. The vision vectors were extracted by a network fitted on the train labels, so they leak the
+labels of *all* train videos, including those of validation. The noise of `recipes/mosi_smollm2.yaml` was chosen from
+the validation column: with this noise the accuracy is near chance. The test column was not used for the choice.
 """
 
 import sys
@@ -22,7 +22,7 @@ COPIES, SEED = 10, 0
 
 
 def target_vectors(split, modality: str) -> tuple[np.ndarray, np.ndarray]:
-    """(N, D) vectors of the utterances themselves, at time 0, and (N,) whether they are positive."""
+    """The target utterances' vectors (N, D), at time 0, and whether each utterance is positive (N,)."""
     rows = zip(split[f"{modality}_features"], split[f"{modality}_times"], strict=True)
     vectors = [features[times.index(0.0)] for features, times in rows]
     return np.asarray(vectors), np.asarray(split["emotion"]) == "positive"

@@ -1,9 +1,9 @@
-"""How fast one process reads the rows of the Qwen3 recipes and makes batches of them.
+"""Measures how fast one process reads the rows of the Qwen3 recipes and collates them into batches.
 
     python -m bench.reading
 
-For each recipe, the script makes up a batch of rows with features of the widths and mean lengths that
-`experiments/needs.py` assumes, the shortest row half and the longest one and a half times as long. Clips become
+For each recipe, the script generates a batch of rows with features of the widths and mean lengths that
+`experiments/needs.py` assumes; lengths vary from 0.5 to 1.5 times the mean. Clips become
 entries of the cache of frozen towers, published features become rows of a corpus. It measures reading the rows and
 `AffectCollator`, on one core, with all files in the page cache, and prints the median of `REPEATS` CPU times and the
 numbers (single values of features, without padding) per second. `READING` in `experiments/needs.py` is the rate of the
@@ -32,7 +32,7 @@ REPEATS = 5
 
 
 def rows_of(recipe: Recipe, processor: EGMFProcessor, folder: Path) -> tuple[list[dict], TowerCache | None, int]:
-    """A batch's rows, for clips the cache with their hidden layers, and how many numbers the features are."""
+    """A batch's rows, the cache of the clips' hidden layers (None without clips), and the number of feature values."""
     task, features, clips = processor.tasks[recipe.data.tasks[0]], features_of(recipe), bool(recipe.model.audio_tower)
     gold = task.parse(task.answers[0])
     label = {"emotion": gold} if task.kind == "classification" else {"sentiment": gold}
@@ -42,7 +42,7 @@ def rows_of(recipe: Recipe, processor: EGMFProcessor, folder: Path) -> tuple[lis
         name: np.linspace(frames / 2, 1.5 * frames, size).round().astype(int) for name, (frames, _) in features.items()
     }
     if clips:
-        lengths["vision"][:] = recipe.model.num_frames  # of every clip
+        lengths["vision"][:] = recipe.model.num_frames  # the same for every clip
     numbers = sum(int(lengths[name].sum()) * width for name, (_, width) in features.items())
     if not clips:
         for place, row in enumerate(rows):
@@ -63,7 +63,7 @@ def rows_of(recipe: Recipe, processor: EGMFProcessor, folder: Path) -> tuple[lis
 
 
 def measure(recipe: Recipe) -> tuple[list[float], int]:
-    """CPU seconds of a batch, `REPEATS` times, and how many numbers its features are."""
+    """The CPU seconds of a batch in each of `REPEATS` repetitions, and its number of feature values."""
     parts = (Wav2Vec2FeatureExtractor(), CLIPImageProcessorPil()) if recipe.model.audio_tower else ()
     processor, seconds = EGMFProcessor(byte_tokenizer(), *parts), []
     tasks = [processor.tasks[recipe.data.tasks[0]]]

@@ -1,22 +1,21 @@
-"""What a training step costs, beside fine-tuning the bare LLM and beside the least that it could cost.
+"""Measures the cost of a training step, compared with fine-tuning the bare LLM and with a lower bound.
 
     python -m bench.train_step --output results/performance.json
 
-Three ways take turns in one process, on the same rows, with real `Trainer`s that train LoRA under bfloat16:
+Three methods alternate in one process, on the same rows, with real `Trainer`s that train LoRA under bfloat16:
 
-- `plain`: the bare LLM on the same text, as it is usually done. Logits at all positions, rows in random order, padded
-  to the longest of their batch. It has no pseudo tokens.
-- `floor`: the LLM's own forward and backward pass on the very sequences of EGMF, pseudo tokens included, in batches of
-  like lengths, with logits where the answer's tokens are predicted and nowhere else.
-- `egmf`: what `train.py` does with a recipe.
+- `plain`: usual fine-tuning of the bare LLM on the same text, with logits at all positions, rows in random order,
+  padding to the longest row of the batch, and no pseudo tokens.
+- `floor`: the LLM's forward and backward pass on exactly EGMF's sequences, including pseudo tokens, in batches of
+  similar lengths, with logits only at the positions that predict the answer's tokens.
+- `egmf`: `train.py` with a recipe.
 
-Rows in the order of their lengths are cut into batches; grouping by length does that more closely on a whole corpus. A
-repetition is an epoch of the rows; its time is that of the steps alone (forward, backward, optimizer), not that of
-tokenizer and collator, in seconds of CPU on one core, which other programs disturb less than they disturb the clock.
-Memory is the most that torch holds beyond the weights during a step on one batch as large as the recipe's, of the same
-rows for all three. The models are SmolLM2-135M as it is, and Qwen3-0.6B with random weights, at full width and
-vocabulary but with few layers, twice: time and memory grow by the layer, so that two depths say what all layers would
-take.
+The rows are sorted by length and cut into batches; grouping by length matches lengths more closely on a whole corpus.
+A repetition is one epoch. Its time includes only the steps (forward, backward, optimizer), without tokenizer and
+collator, in CPU seconds on one core; other programs affect CPU time less than wall-clock time. Memory is the peak that
+torch uses beyond the weights during a step on one batch of the recipe's size, with the same rows for all three. The
+models are the pretrained SmolLM2-135M, and Qwen3-0.6B with random weights, full width and vocabulary, and two small
+numbers of layers. Time and memory grow linearly with the layers, so two depths determine the cost of all layers.
 """
 
 import argparse
@@ -46,7 +45,7 @@ from train import with_lengths
 ROOT = Path(__file__).resolve().parents[1]
 
 
-BATCHES = 2  # of an epoch
+BATCHES = 2  # batches in an epoch
 MODELS = {  # recipe, rows in a batch, layers
     SMOLLM2: ("mosi_smollm2", 4, (None,)),
     "Qwen/Qwen3-0.6B": ("meld_qwen3_features", 4, (2, 4)),
@@ -54,7 +53,7 @@ MODELS = {  # recipe, rows in a batch, layers
 
 
 class StepClock(TrainerCallback):
-    """Seconds that the steps take."""
+    """Measures the CPU seconds of the training steps."""
 
     seconds = 0.0
 
@@ -66,7 +65,7 @@ class StepClock(TrainerCallback):
 
 
 class Floor(nn.Module):
-    """The LLM with logits where the answer's tokens are predicted alone."""
+    """The LLM with logits only at the positions that predict the answer's tokens."""
 
     def __init__(self, llm: nn.Module):
         super().__init__()
@@ -88,7 +87,7 @@ class Floor(nn.Module):
 
 
 def plain_collator(collator: AffectCollator):
-    """The collator's prompts and answers without pseudo tokens, voice and face, padded to the longest."""
+    """Removes pseudo tokens, voice and face from the collator's batches and pads them to the longest row."""
     placeholder, pad = collator.processor.pseudo_token_id, collator.processor.tokenizer.pad_token_id
 
     def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
@@ -96,7 +95,7 @@ def plain_collator(collator: AffectCollator):
         kept = batch["attention_mask"].bool() & (batch["input_ids"] != placeholder)
         fill = {"input_ids": pad, "attention_mask": 0, "labels": -100}
         return {
-            name: pad_sequence([ids[here] for ids, here in zip(batch[name], kept, strict=True)], True, value)
+            name: pad_sequence([ids[chosen] for ids, chosen in zip(batch[name], kept, strict=True)], True, value)
             for name, value in fill.items()
         }
 
@@ -104,7 +103,7 @@ def plain_collator(collator: AffectCollator):
 
 
 class Bench:
-    """The three ways with one LLM, and what they train on."""
+    """The three methods with one LLM, and their training rows."""
 
     def __init__(self, model_name: str, layers: int | None, folder: str):
         name = MODELS[model_name][0]
@@ -137,11 +136,11 @@ class Bench:
         }
 
     def rows(self, count: int) -> Dataset:
-        """Rows in the order of their lengths."""
+        """Rows sorted by length."""
         return with_lengths(expand_by_task(build_rows(count), self.tasks), self.collator).sort("length")
 
     def trainers(self, batches: int, batch_size: int) -> dict[str, Trainer]:
-        """The ways, each a Trainer on the same rows."""
+        """A Trainer for each method, on the same rows."""
         rows = self.rows(batches * batch_size)
         collators = {"plain": plain_collator(self.text_alone), "floor": self.text_alone, "egmf": self.collator}
         found = {}
@@ -154,7 +153,7 @@ class Bench:
 
 
 def epoch(trainer: Trainer, lean: bool) -> float:
-    """Seconds of the steps of one epoch."""
+    """CPU seconds of the steps of one epoch."""
     clock = StepClock()
     trainer.add_callback(clock)
     with disable_input_dtype_casting(trainer.model, active=lean):
@@ -164,9 +163,9 @@ def epoch(trainer: Trainer, lean: bool) -> float:
 
 
 def step_memory(trainer: Trainer, lean: bool) -> int:
-    """The most bytes beyond the weights during a step after the first, which finds the optimizer's state there.
+    """Peak bytes beyond the weights during a step after the first, when the optimizer's state already exists.
 
-    Measured in a first step, where the most is before that state is made, and the state's bytes added.
+    This is the peak of a first step, which comes before the state is created, plus the bytes of the state.
     """
     peak = peak_memory(lambda: epoch(trainer, lean))
     states = trainer.optimizer.state.values()
@@ -174,7 +173,7 @@ def step_memory(trainer: Trainer, lean: bool) -> int:
 
 
 def measure(model_name: str, layers: int | None, repetitions: int) -> dict:
-    """Memory of the three ways on one batch as large as the recipe's, and time on smaller ones."""
+    """Memory of the three methods on one batch of the recipe's size, and time on smaller batches."""
     _, batch_size, _ = MODELS[model_name]
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(model_name, layers, folder)

@@ -1,7 +1,7 @@
 """EGMF outside a checkpoint: data, training, evaluation and publishing.
 
-The `*_egmf.py` files travel with every checkpoint. The Hub wants them flat, with relative imports, so they lie in the
-root of the repository; here they are modules of this package too: `from egmf.modeling_egmf import ...`.
+The `*_egmf.py` files are saved with every checkpoint. The Hub needs them in one folder with relative imports, so they
+are in the root of the repository. This package also exposes them as its modules: `from egmf.modeling_egmf import ...`.
 """
 
 from pathlib import Path

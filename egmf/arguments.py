@@ -1,13 +1,13 @@
-"""Types of command-line arguments, for `argparse`: what is out of range is an error before anything is loaded."""
+"""Argument types for `argparse`, so that values out of range raise an error before anything is loaded."""
 
 import argparse
 
 
 def positive(text: str) -> int:
-    """A whole number from 1.
+    """Parses an integer of at least 1.
 
     Raises:
-        ArgumentTypeError: If it is none.
+        ArgumentTypeError: If the text is anything else.
     """
     try:
         number = int(text)

@@ -24,7 +24,7 @@ def in_turns() -> Iterator[None]:
 
 
 def available_cores() -> int:
-    """Cores that this process may run on: a scheduler or a container may give it fewer than the machine has."""
+    """Number of cores that this process may use; a scheduler or container may allow fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

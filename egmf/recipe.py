@@ -1,8 +1,8 @@
-"""Recipes: one YAML file per run, and the fields it may set. Nothing is configured anywhere else.
+"""Recipes: each run is configured by one YAML file and by nothing else.
 
-A recipe's fields are those of [`ModelArguments`], [`DataArguments`], [`PhaseArguments`] and
-`transformers.TrainingArguments`. Those of `EGMFConfig` that describe the fusion stand in one mapping, `fusion`. The
-command line overrides any field; a mapping is JSON there:
+A recipe has the fields of [`ModelArguments`], [`DataArguments`], [`PhaseArguments`] and
+`transformers.TrainingArguments`. The mapping `fusion` has the fields of `EGMFConfig` that describe the fusion. The
+command line overrides any field; there, mappings are written in JSON:
 
     python train.py recipes/mosi_smollm2.yaml --seed 2222 --experts local global --corpus_options '{"context": 3}'
 """
@@ -24,7 +24,7 @@ from egmf.configuration_egmf import EGMFConfig
 
 
 MODALITIES = ("text", "audio", "vision")
-# Fields of `EGMFConfig` that follow from the LLM, the towers, the processor and the corpus: no recipe sets them.
+# Fields of `EGMFConfig` that are derived from the LLM, towers, processor and corpus; recipes cannot set them.
 _FOUND_OUT = {"text_config", "audio_config", "vision_config", "audio_feature_size", "vision_feature_size"}
 _FOUND_OUT |= {"audio_input_rate", "pseudo_token_id", "lm_head_bias", "tie_word_embeddings", "initializer_range"}
 FUSION_FIELDS = tuple(
@@ -34,17 +34,17 @@ FUSION_FIELDS = tuple(
 
 @dataclass
 class ModelArguments:
-    """What the model is assembled from, beside the fusion."""
+    """The parts of the model other than the fusion."""
 
     language_model: str = field(metadata={"help": "local folder or Hub id of a causal LLM, or `tiny-random`"})
     shrink: int = field(
-        default=1, metadata={"help": "2, 4, 8 or 16: a dry run on random models so many times smaller"}
+        default=1, metadata={"help": "2, 4, 8 or 16: a dry run on random models that are this many times smaller"}
     )
     audio_tower: str | dict = field(
         default="", metadata={"help": "folder or Hub id of a speech encoder, or a mapping that describes a new one"}
     )
     audio_window: int = field(
-        default=0, metadata={"help": "seconds that an encoder of fixed windows hears; 0 for its own", "minimum": 0}
+        default=0, metadata={"help": "window of a fixed-window encoder in seconds; 0 for its own", "minimum": 0}
     )
     vision_tower: str | dict = field(
         default="", metadata={"help": "folder or Hub id of an image encoder, or a mapping that describes a new one"}
@@ -58,13 +58,13 @@ class ModelArguments:
     lora_alpha: int = field(default=32, metadata={"help": "scale of LoRA", "minimum": 1})
     lora_target_modules: str = field(
         default=r"model\.language_model\..*\.(q|k|v|o|gate|up|down)_proj",
-        metadata={"help": "regex over full module names; anchored to the LLM so that the fusion is not hit"},
+        metadata={"help": "regex over full module names, anchored to the LLM so that it does not match the fusion"},
     )
 
 
 @dataclass(frozen=True)
 class CorpusPart:
-    """A corpus that is trained on: where it is and how it is read, what is asked of its rows, how often they come."""
+    """A training corpus: its source, loading options, tasks, and weight in the mixture."""
 
     name: str
     source: str | None
@@ -75,11 +75,11 @@ class CorpusPart:
 
 @dataclass
 class DataArguments:
-    """What it is trained on: one corpus (`corpus`, `tasks`, `corpus_options`), or a mixture of several (`corpora`).
+    """The training data: one corpus (`corpus`, `tasks`, `corpus_options`), or a mixture of several (`corpora`).
 
-    A mixture is a mapping from the name of a corpus to its `tasks`, its `weight` (the share of an epoch's rows that
-    are its own, relative to the others' weights; see `mixture.py`) and maybe its `options`. `tasks` then are those of
-    all its corpora, each once.
+    A mixture maps the name of each corpus to its `tasks`, its `weight` (its share of an epoch's rows, relative to the
+    other weights; see `mixture.py`) and optionally its `options`. `tasks` then lists the tasks of all corpora, each
+    once.
     """
 
     corpus: str = field(default="", metadata={"help": "name of a corpus, see `corpora.CORPORA`"})
@@ -93,11 +93,11 @@ class DataArguments:
     corpus_options: dict = field(default_factory=dict, metadata={"help": "options of its `load`"})
     audio_speeds: list[float] = field(
         default_factory=lambda: [1.0],
-        metadata={"help": "training hears a clip at one of them at random; 1.1 is a tenth faster and higher"},
+        metadata={"help": "speeds; training draws one at each use of a clip; 1.1 is a tenth faster and higher"},
     )
     modality_dropout: dict = field(
         default_factory=dict,
-        metadata={"help": "probability, by modality, that training hides it from a row that has another"},
+        metadata={"help": "by modality, the probability that training hides it; a row keeps at least one"},
     )
     max_context_tokens: int = field(default=256, metadata={"help": "tokens of the dialogue around it", "minimum": 0})
     modalities: list[str] = field(
@@ -148,30 +148,30 @@ class DataArguments:
 
 @dataclass
 class PhaseArguments:
-    """The phases before the LLM learns, see `egmf/training/pretraining.py`."""
+    """The training phases before the LLM, see `egmf/training/pretraining.py`."""
 
     tower_epochs: int = field(
-        default=0, metadata={"help": "epochs of the towers alone, which then learn on with the fusion", "minimum": 0}
+        default=0, metadata={"help": "epochs of the towers' phase; they then train on with the fusion", "minimum": 0}
     )
-    tower_learning_rate: float = field(default=3e-3, metadata={"help": "the highest of the towers alone"})
+    tower_learning_rate: float = field(default=3e-3, metadata={"help": "peak learning rate of the towers' phase"})
     fusion_epochs: int = field(
         default=0, metadata={"help": "epochs of the fusion without the LLM; 0 for none", "minimum": 0}
     )
-    fusion_learning_rate: float = field(default=1e-3, metadata={"help": "the highest of the fusion without the LLM"})
+    fusion_learning_rate: float = field(default=1e-3, metadata={"help": "peak learning rate of the fusion's phase"})
     fusion_batch_size: int = field(default=32, metadata={"help": "rows in a step of these phases", "minimum": 1})
     fusion_label_smoothing: float = field(
         default=0.0, metadata={"help": "probability that the fusion's target spreads evenly over all legal answers"}
     )
 
 
-# TrainingArguments that are about the machine, or about where a run is kept.
+# TrainingArguments that describe the machine or the location of the run.
 _NOT_RECORDED = {"output_dir", "resume_from_checkpoint", "use_cpu", "hub_token", "hub_model_id"}
 _OWN = (ModelArguments, DataArguments, PhaseArguments)
 
 
 @dataclass
 class Recipe:
-    """A parsed recipe; `fusion` has every field of `FUSION_FIELDS`, `fields` are the names of what was set."""
+    """A parsed recipe; `fusion` has all of `FUSION_FIELDS`, `fields` has the names of the fields that were set."""
 
     model: ModelArguments
     fusion: dict[str, Any]
@@ -181,11 +181,11 @@ class Recipe:
     fields: set[str]
 
     def record(self) -> dict[str, Any]:
-        """All fields but TrainingArguments', for the record: with `fusion` as a mapping of its own."""
+        """All fields except TrainingArguments, for `recipe.json`; `fusion` is a nested mapping."""
         return vars(self.model) | {"fusion": self.fusion} | vars(self.data) | vars(self.phases)
 
     def training_record(self) -> dict[str, Any]:
-        """The TrainingArguments that were set, for the record; of an absolute path its last part."""
+        """The TrainingArguments that were set, for `recipe.json`; absolute paths are reduced to their last part."""
         record = self.training.to_dict()
         kept = {name: value for name, value in record.items() if name in self.fields - _NOT_RECORDED}
         files = {name for name, value in kept.items() if isinstance(value, str) and Path(value).is_absolute()}
@@ -193,7 +193,7 @@ class Recipe:
 
 
 def default_record() -> dict[str, Any]:
-    """What a recipe need not say, by field of [`Recipe.record`]."""
+    """The default value of every optional field of [`Recipe.record`]."""
     own = [
         part for arguments in _OWN for part in fields(arguments) if part.name not in ("language_model", "corpus_dir")
     ]
@@ -202,7 +202,7 @@ def default_record() -> dict[str, Any]:
 
 
 def complete_record(record: dict[str, Any]) -> dict[str, Any]:
-    """The `recipe.json` of a run with every field, also of one that is older than a field or its name."""
+    """Completes the `recipe.json` of a run, which may be older than a field or a field's name."""
     record = {
         re.sub(r"^expert_(?=epochs|learning_rate|batch_size|label_smoothing)", "fusion_", name): value
         for name, value in record.items()
@@ -216,9 +216,9 @@ def load_recipe(arguments: list[str]) -> Recipe:
     """Parses `[recipe.yaml, --field, value, ...]`.
 
     Raises:
-        ValueError: If the file holds no mapping, a field is unknown, or its value is not one that it may have.
-        FileNotFoundError: If there is no such file.
-        SystemExit: With a usage message for what argparse cannot read, or after `--help`.
+        ValueError: If the file is not a mapping, a field is unknown, or a value is invalid.
+        FileNotFoundError: If the file does not exist.
+        SystemExit: If argparse cannot parse an argument, with a usage message, or after `--help`.
     """
     parser = _parser()
     if {"-h", "--help"} & set(arguments):
@@ -241,7 +241,7 @@ def load_recipe(arguments: list[str]) -> Recipe:
     if unknown or misplaced:
         got = f"unknown {unknown}" if unknown else f"{', '.join(misplaced)} outside of `fusion`"
         raise ValueError(f"{path}: {got}, wanted fields of a recipe or of TrainingArguments; see `train.py --help`")
-    # Trainer falls back to the CPU by itself, but refuses bf16 there unless told so.
+    # Trainer falls back to the CPU automatically, but accepts bf16 there only with `use_cpu`.
     machine = {} if torch.accelerator.is_available() else {"use_cpu": True}
     merged = machine | said | {name: value for name, value in given.items() if name not in FUSION_FIELDS}
     merged = {name: _checked(name, value, *hints[name]) for name, value in merged.items()}
@@ -273,10 +273,10 @@ def _fusion_defaults() -> dict[str, Any]:
 
 
 def _check_fusion(fusion: dict[str, Any]) -> None:
-    """The config's own checks, before anything is loaded."""
+    """Runs the checks of `EGMFConfig` before anything is loaded."""
     try:
         EGMFConfig(audio_feature_size=1, vision_feature_size=1, **fusion)
-    except Exception as error:  # huggingface_hub's typed fields raise errors of its own
+    except Exception as error:  # huggingface_hub's typed fields raise its own error types
         name = next((name for name in FUSION_FIELDS if name in str(error)), "fusion")
         if isinstance(error, ValueError) and str(error).startswith(name):
             raise
@@ -286,7 +286,7 @@ def _check_fusion(fusion: dict[str, Any]) -> None:
 
 
 def _hints() -> dict[str, tuple[Any, int | None]]:
-    """By field: its type, and the least that it may be."""
+    """The type and the minimum of each field, by name."""
     found = {}
     for arguments in (*_OWN, TrainingArguments):
         hints = get_type_hints(arguments)
@@ -297,7 +297,7 @@ def _hints() -> dict[str, tuple[Any, int | None]]:
 
 
 def _checked(name: str, value: Any, hint: Any, minimum: int | None) -> Any:
-    """A field's value, if it has the field's type; a number that YAML reads as text (1e-4) becomes one."""
+    """Checks a value's type and minimum, and converts numbers that YAML reads as text (1e-4)."""
     kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     kinds = tuple(get_origin(kind) or kind for kind in kinds)
     if isinstance(value, str) and str not in kinds and {int, float} & set(kinds):
@@ -309,7 +309,7 @@ def _checked(name: str, value: Any, hint: Any, minimum: int | None) -> Any:
         value = value.lower() == "true"
     known = {NoneType, bool, int, float, str, list, dict}
     if set(kinds) <= known:
-        # Whole numbers are floats as well; a flag is no number.
+        # An integer is a valid float; a bool is not a number.
         fits = type(value) in kinds or (type(value) is int and float in kinds)
         if not fits:
             wanted = " or ".join("nothing" if kind is NoneType else kind.__name__ for kind in kinds)
@@ -320,7 +320,7 @@ def _checked(name: str, value: Any, hint: Any, minimum: int | None) -> Any:
 
 
 def _parser() -> argparse.ArgumentParser:
-    """All fields as arguments, none with a default: only what is said on the command line is in the outcome."""
+    """A parser with all fields as arguments and without defaults, so that only given arguments are in the result."""
     parser = HfArgumentParser(
         [TrainingArguments], allow_abbrev=False, add_help=True, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -344,7 +344,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add(group: Any, name: str, hint: Any, text: str, kind: type | None = None) -> None:
-    """An argument of a type: lists take any number of values, mappings are JSON."""
+    """Adds an argument for a type: lists take any number of values, mappings are JSON."""
     names = [f"--{name}"] + ([f"--{name.replace('_', '-')}"] if "_" in name else [])
     options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text}
     kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)

@@ -1,13 +1,13 @@
-"""Avatars: trains and tests the model, single modalities and the model without each expert; makes the tables.
+"""Trains and tests the Avatars model, single modalities and ablations of the experts, and writes the tables.
 
     python -m experiments.avatars run --corpus_dir DIR --runs_dir RUNS_DIR --seeds 1111 2222 3333
     python -m experiments.avatars collect RUNS_DIR
     python -m experiments.avatars render
 
-`run` trains the towers of each seed by `recipes/avatars_towers.yaml` into `RUNS_DIR/towers_<seed>/`, then every
-variant of `recipes/avatars_smollm2.yaml` on them into `RUNS_DIR/<variant>_<seed>/`, and tests both tasks;
-what is finished is skipped. `collect` reads those folders beside what results/avatars.json has from other machines;
-`render` reads the JSON file alone, and fills the table in README.md too.
+`run` trains the towers of each seed with `recipes/avatars_towers.yaml` into `RUNS_DIR/towers_<seed>/`. With these
+towers it trains every variant of `recipes/avatars_smollm2.yaml` into `RUNS_DIR/<variant>_<seed>/` and tests both
+tasks. Finished steps are skipped. `collect` adds these folders to the runs in results/avatars.json, which may come
+from other machines. `render` reads only the JSON file and also fills the table in README.md.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from experiments.pages import README, RESULTS, fill_readme, spread, table
 RECIPES = {"towers": "recipes/avatars_towers.yaml", "model": "recipes/avatars_smollm2.yaml"}
 TASKS = {"avatars": "accuracy", "avatars_score": "mae"}
 ANSWER = {"avatars": "distribution", "avatars_score": "median"}
-# What a variant changes in the recipe, and how the tables call it.
+# For each variant: its changes to the recipe, and its name in the tables.
 VARIANTS: dict[str, tuple[list[str], str]] = {
     "full": ([], "text, audio and vision"),
     "text": (["--modalities", "text"], "text only"),
@@ -41,13 +41,13 @@ VARIANTS: dict[str, tuple[list[str], str]] = {
         "modality dropout of 0.2 in training",
     ),
 }
-# Those that are also tested with whole modalities missing, and the conditions of that (`robustness.py`).
+# Variants that are also tested with missing modalities, and the conditions of this test (`robustness.py`).
 TESTED_MISSING = ("full", "dropout")
 CONDITIONS = ("A", "V", "T", "AV", "AT", "VT", "AVT", "mean")
 
 
 def commands_of(variant: str, seed: int, corpus_dir: str, runs_dir: Path) -> list[list[str]]:
-    """What makes a run: training, then an evaluation for each task. Of the towers, training alone."""
+    """The commands of a run: training, then an evaluation for each task. The towers are only trained."""
     folder, towers = runs_dir / f"{variant}_{seed}", runs_dir / f"towers_{seed}" / "towers"
     own = ["--corpus_dir", corpus_dir, "--output_dir", str(folder), "--seed", str(seed)]
     if variant == "towers":
@@ -64,7 +64,7 @@ def commands_of(variant: str, seed: int, corpus_dir: str, runs_dir: Path) -> lis
 
 
 def finished(command: list[str]) -> bool:
-    """Whether what a command makes is there."""
+    """Whether the last output of a command exists."""
     if command[0] == "eval.py":
         return (Path(command[-1]) / ("mmin.json" if "mmin" in command else "metrics.json")).exists()
     output = Path(command[command.index("--output_dir") + 1])
@@ -87,7 +87,7 @@ def run(corpus_dir: str, runs_dir: Path, variants: list[str], seeds: list[int]) 
 
 
 def collect(runs_dir: Path, known: list[dict]) -> list[dict]:
-    """The evaluated runs of a folder, each with both tasks' figures over all clips and by kind, beside those known."""
+    """Adds the evaluated runs of a folder to the known ones, with both tasks' metrics over all clips and by kind."""
     runs = {(run["variant"], run["seed"]): run for run in known}
     for folder in sorted(path for path in runs_dir.iterdir() if path.is_dir()):
         variant, _, seed = folder.name.rpartition("_")
@@ -116,7 +116,7 @@ def collect(runs_dir: Path, known: list[dict]) -> list[dict]:
 
 
 def expert_weights(predictions: Path) -> dict[str, dict[str, float]]:
-    """Of each kind of clip, the experts' mean weights in the gate: {"brief": {"local": 0.6, ...}, ...}."""
+    """The experts' mean gate weights for each kind of clip: {"brief": {"local": 0.6, ...}, ...}."""
     by_kind: dict[str, list[dict[str, float]]] = {}
     for line in predictions.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
@@ -129,7 +129,7 @@ def expert_weights(predictions: Path) -> dict[str, dict[str, float]]:
 
 
 def table_by_variant(runs: list[dict], figure: str, scale: float, digits: int) -> str:
-    """One row per variant that has it: a figure over all clips and by kind, or by condition."""
+    """A table of a metric over all clips and by kind, or by condition; one row per variant that has it."""
     runs = [entry for entry in runs if figure in entry]
     groups = list(runs[0][figure]) if runs else []
     rows = [["model", "seeds", *groups], ["---"] * (2 + len(groups))]
@@ -146,7 +146,7 @@ def main_table(runs: list[dict]) -> str:
 
 
 def render(runs: list[dict]) -> str:
-    """The whole text of results/avatars.md."""
+    """The text of results/avatars.md."""
     from corpora.avatars import KINDS, ceiling
 
     seen = {"text": ("text",), "audio": ("audio",), "vision": ("vision",), "all three": ("text", "audio", "vision")}
@@ -185,7 +185,7 @@ def render(runs: list[dict]) -> str:
 
 
 def gate_section(runs: list[dict]) -> list[str]:
-    """What the whole model's gate gives each expert, by kind of clip; nothing if no such run is there."""
+    """The section on the full model's gate weights by kind of clip; empty if there is no such run."""
     full = [entry["experts"] for entry in runs if entry["variant"] == "full"]
     if not full:
         return []
@@ -205,7 +205,7 @@ def gate_section(runs: list[dict]) -> list[str]:
 
 
 def missing_section(runs: list[dict]) -> list[str]:
-    """The table of the runs that were tested with whole modalities missing; nothing if there is none."""
+    """The section on runs that were tested with missing modalities; empty if there is none."""
     from corpora.avatars import ceiling
 
     letters = {"A": "audio", "V": "vision", "T": "text"}
@@ -224,7 +224,7 @@ def missing_section(runs: list[dict]) -> list[str]:
 
 
 def commands_text(runs: list[dict]) -> list[str]:
-    """The towers' command and each run's, with their comments."""
+    """The commands of the towers and of each run, with comments."""
     lines = []
     for seed in sorted({entry["seed"] for entry in runs}):
         towers = commands_of("towers", seed, "DIR", Path("RUNS_DIR"))

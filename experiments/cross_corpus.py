@@ -1,10 +1,10 @@
-"""Evaluations of several models on several corpora -> one Markdown table.
+"""Renders evaluations of several models on several corpora as one Markdown table.
 
     python -m experiments.cross_corpus runs/*/test/metrics.json runs/*/cherma/metrics.json
 
-Reads what `eval.py` writes. A row is a model and the task it was asked, with the label map if there was one; a column
-is a corpus and its split. A cell is the weighted F1 of the most probable label in percent, or MAE, in the corpus's own
-range, and Corr of the expected score; with 95 % intervals.
+Reads `metrics.json` files of `eval.py`. A row is a model and its task, with the label map if there was one. A column
+is a corpus and its split. A cell shows the weighted F1 of the most probable label in percent, or the MAE (in the
+corpus's range) and Corr of the expected score, with 95 % intervals.
 """
 
 import argparse
@@ -16,7 +16,7 @@ SCORES = {"MAE": "mae", "Corr": "corr"}
 
 
 def cell_of(report: dict) -> str:
-    """The main figures of an evaluation."""
+    """The main metrics of an evaluation."""
     if "expected" in report["answers"]:
         figures, spread = report["answers"]["expected"], report["intervals"]["expected"]
         return ", ".join(f"{title} {_figure(figures[key], spread[key], 1)}" for title, key in SCORES.items())
@@ -33,10 +33,10 @@ def _figure(value: float | None, interval: list[float] | None, scale: int) -> st
 
 
 def table_of(files: list[Path]) -> str:
-    """The table of some `metrics.json` files.
+    """The table of the given `metrics.json` files.
 
     Raises:
-        ValueError: If two of them are of the same model, task and corpus, or one is not an evaluation.
+        ValueError: If two files have the same model, task and corpus, or a file is not an evaluation.
     """
     cells: dict[tuple[str, str], dict[str, str]] = {}
     for file in files:

@@ -1,12 +1,12 @@
-"""Finished runs -> results/NAME.json -> the tables in results/NAME.md and README.md, for mosi and meld.
+"""Collects finished runs in results/NAME.json and renders results/NAME.md and README.md, for mosi and meld.
 
     python -m experiments.make_tables collect mosi RUNS_DIR
     python -m experiments.make_tables render
 
-`collect` reads every folder `RUNS_DIR/<variant>_<seed>/` that has been evaluated: `test/metrics.json` and
-`test/predictions.jsonl` as `eval.py` writes them, and `command.txt`, the two commands that made the run, one a line,
-training first. It adds them to the runs collected before, whose answers `results/NAME_answers.csv` keeps, one column
-per run and answer (empty: unparsable), so that runs may come from several machines. `render` reads the JSON files.
+`collect` reads every evaluated folder `RUNS_DIR/<variant>_<seed>/`: `test/metrics.json` and `test/predictions.jsonl`
+of `eval.py`, and `command.txt`, which contains the training and the evaluation command, one per line. It adds these
+runs to the runs collected before, so that runs may come from several machines. `results/NAME_answers.csv` keeps all
+answers, one column per run and kind of answer (empty: unparsable). `render` reads the JSON files.
 """
 
 import argparse
@@ -29,16 +29,16 @@ MEASURES = ("accuracy", "weighted_f1")
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What is constant about a benchmark.
+    """The constants of a benchmark.
 
     Args:
-        title: Heading of its file.
-        about: What was trained and tested, in a sentence or two.
-        cluster: Regular expression of a test id; its first group is what the bootstrap draws.
-        clusters: What the first group is, in the plural.
-        variants: Plain words for each variant, in the order of the table. The first two are compared by paired tests.
-        measure: What the published numbers are.
-        published: Model, what it reads, its score in percent, where it was published.
+        title: Heading of the results page.
+        about: Short description of what was trained and tested.
+        cluster: Regular expression of a test id; its first group is the cluster that the bootstrap draws.
+        clusters: Name of the clusters, in the plural.
+        variants: Description of each variant, in the order of the table. Paired tests compare the first two.
+        measure: Metric of the published scores.
+        published: Model, input modalities, score in percent, and source of each published score.
     """
 
     title: str
@@ -103,15 +103,15 @@ Predictions = dict[tuple[str, int], dict[str, dict]]  # (variant, seed) -> id ->
 
 
 def collect(name: str, runs_dir: Path, known: tuple[dict, Predictions] | None = None) -> tuple[dict, Predictions]:
-    """The evaluated runs of a folder, beside those `known` from before; one line is printed for each run left out.
+    """Adds the evaluated runs of a folder to the `known` ones; prints a line for each folder that is left out.
 
     Returns:
-        What `results/NAME.json` holds: `test_set` (samples, clusters, and how often the most frequent class is
-        right), `runs` (two per folder, one for each answer) and `paired_tests` (the full model against text only);
-        and all runs' answers.
+        The content of `results/NAME.json`: `test_set` (samples, clusters, and the accuracy of the most frequent
+        class), `runs` (two per folder, one for each kind of answer) and `paired_tests` (the full model against text
+        only); and the answers of all runs.
 
     Raises:
-        ValueError: If there is no evaluated run, or a run's name, command, ids or metrics are not as they should be.
+        ValueError: If there is no evaluated run, or the name, commands, ids or metrics of a run are invalid.
     """
     benchmark, runs, predictions = BENCHMARKS[name], [], {}
     for folder in sorted(path for path in runs_dir.iterdir() if path.is_dir()):
@@ -160,7 +160,7 @@ def collect(name: str, runs_dir: Path, known: tuple[dict, Predictions] | None = 
 
 
 def write_answers(path: Path, predictions: Predictions) -> None:
-    """All runs' answers as a CSV file: id, gold, and a column VARIANT_SEED:ANSWER for each run and answer."""
+    """Writes all answers as a CSV file: id, gold, and a column VARIANT_SEED:ANSWER for each run and kind of answer."""
     columns = [(key, answer) for key in sorted(predictions) for answer in ANSWERS]
     with path.open("w", encoding="utf-8", newline="") as file:
         table = csv.writer(file, lineterminator="\n")
@@ -171,7 +171,7 @@ def write_answers(path: Path, predictions: Predictions) -> None:
 
 
 def read_answers(path: Path) -> Predictions:
-    """What `write_answers` wrote."""
+    """Reads the file of `write_answers`."""
     predictions: Predictions = {}
     with path.open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
@@ -185,7 +185,7 @@ def read_answers(path: Path) -> Predictions:
 
 
 def _correct(rows: dict[str, dict], answer: str) -> dict[str, bool]:
-    """By id, whether a run's answer is the gold one; an unparsable answer (None) is not."""
+    """Whether each answer of a run is correct, by id; an unparsable answer (None) is wrong."""
     return {row_id: row["answers"][answer] == row["gold"] for row_id, row in rows.items()}
 
 
@@ -197,7 +197,7 @@ def _cluster(benchmark: Benchmark, row_id: str) -> str:
 
 
 def _paired_tests(variants: list[str], answer: str, predictions: dict, clusters: dict[str, str]) -> list[dict]:
-    """McNemar's test per seed and over all seeds, and a bootstrap over clusters; nothing without a common seed."""
+    """McNemar's test per seed and over all seeds, and a bootstrap over clusters; empty without a common seed."""
     from egmf.evaluation.significance import mcnemar  # rendering needs no statistics
 
     first, second = variants
@@ -222,14 +222,14 @@ def _paired_tests(variants: list[str], answer: str, predictions: dict, clusters:
 
 
 def cluster_bootstrap(difference: np.ndarray, clusters: list[str]) -> dict[str, float]:
-    """Bootstrap of a mean over samples that come in clusters: whole clusters are drawn, with replacement.
+    """Bootstrap of a mean over clustered samples: draws whole clusters with replacement.
 
-    The interval is the percentile interval, and the two-sided p-value twice the smaller share of resamples on either
-    side of 0, counting the observed sample in (Davison and Hinkley 1997, Bootstrap Methods and their Application,
+    The interval is the percentile interval. The two-sided p-value is twice the smaller share of resamples on either
+    side of 0, including the observed sample (Davison and Hinkley 1997, Bootstrap Methods and their Application,
     sections 3.8 and 4.2).
 
     Args:
-        difference: (samples,) difference of two models on each sample, averaged over seeds.
+        difference: Difference of two models on each sample, averaged over seeds, (samples,).
         clusters: The cluster of each sample.
     """
     names, index = np.unique(clusters, return_inverse=True)
@@ -245,7 +245,7 @@ def cluster_bootstrap(difference: np.ndarray, clusters: list[str]) -> dict[str, 
 
 
 def render(name: str, data: dict) -> str:
-    """The whole text of `results/NAME.md`."""
+    """The text of `results/NAME.md`."""
     benchmark, runs, tests = BENCHMARKS[name], data["runs"], data["paired_tests"]
     parts = [f"# {benchmark.title}: test results", benchmark.about]
     if runs:
@@ -273,7 +273,7 @@ def render(name: str, data: dict) -> str:
 
 
 def main_table(name: str, data: dict) -> str:
-    """One row per variant that was run."""
+    """A table with one row per variant that was run."""
     if not data["runs"]:
         return "No run has been collected yet."
     rows = []

@@ -1,24 +1,25 @@
-"""What the Qwen3 recipes need of a GPU, computed -> results/needs.md.
+"""Computes the GPU memory and time that the Qwen3 recipes need, and writes results/needs.md.
 
     python -m experiments.needs
 
-Nothing in the tables is measured on a GPU: the recipes have not been run. Computed is, for a step of training:
+Nothing in the tables is measured on a GPU: the recipes have not been run. For a training step, the script computes:
 
-- Weights: of a frozen one the two bytes of bfloat16, of a trained one (LoRA, fusion) sixteen: float32 with its
-  gradient and Adam's two moments.
-- What the forward pass keeps for the backward one: counted, tensor by tensor, on models of full width with one layer
-  and with two, built by the recipe; the difference is a layer's. The logits, of the answers' tokens only, are added.
-- Time: the larger of floating point operations, counted likewise, at `SHARE` of the GPU's peak, and of kernels, one
-  for each operation that torch dispatches, at `KERNEL` seconds; small models are bound by the latter.
-- Reading: every epoch reads the features of all rows of train and validation and puts them into batches, at `READING`
-  numbers per second and process; of clips these are hidden layers. Without `dataloader_num_workers`, the process that
-  trains reads between its steps, and both times add up. With n workers, reading takes an nth of its time beside the
-  steps, and the longer of the two counts.
+- Weights: two bytes (bfloat16) for each frozen weight, sixteen for each trained weight (LoRA, fusion): float32 with
+  its gradient and Adam's two moments.
+- Activations kept for the backward pass: counted tensor by tensor on models of full width, built from the recipe with
+  one and with two layers. The difference is the cost of a layer. The logits of the answer's tokens are added.
+- Time: the larger of two times. The first is that of the floating point operations, counted in the same way, at
+  `SHARE` of the GPU's peak. The second is that of the kernels, one for each operation that torch dispatches, at
+  `KERNEL` seconds each; it limits small models.
+- Reading: every epoch reads the features of all rows of train and validation and collates them, at `READING` numbers
+  per second and process; for clips these are hidden layers. Without `dataloader_num_workers`, the training process
+  reads between its steps, and both times add up. With n workers, reading runs in parallel in 1/n of its time, and the
+  longer of the two times counts.
 
-What surrounds the LLM's layers is counted with the smallest LLM. `ROWS`, `TOKENS`, `SECONDS` and the other constants
-are assumptions, the corpora's means where they are published. Towers run once for each clip and not again: their time
-is counted, the decoding of clips is not, and the disk that their hidden layers take is given. The disk has to deliver
-two bytes for each number that is read.
+Everything outside the LLM's layers is counted with the smallest LLM. `ROWS`, `TOKENS`, `SECONDS` and the other
+constants are assumptions; they are the corpora's means if these are published. Towers run once for each clip. Their
+time is included, the decoding of clips is not, and the disk space of their hidden layers is given. The disk must
+deliver two bytes for each number that is read.
 """
 
 from dataclasses import dataclass
@@ -42,28 +43,28 @@ from egmf.training.shrinking import published_config
 ROOT = Path(__file__).resolve().parents[1]
 
 
-PEAK, SHARE = 312e12, 0.3  # operations a second of an A100, dense bfloat16; how much of it training reaches
-KERNEL = 1e-5  # seconds to launch one
-OVERHEAD, SPARE = 1.5e9, 1.1  # bytes of CUDA and its libraries; what the allocator loses
+PEAK, SHARE = 312e12, 0.3  # operations per second of an A100 (dense bfloat16); the share that training reaches
+KERNEL = 1e-5  # seconds to launch a kernel
+OVERHEAD, SPARE = 1.5e9, 1.1  # bytes of CUDA and its libraries; factor for memory that the allocator loses
 SIZES = ("0.6B", "1.7B", "4B", "8B")
 # Rows of train and validation. CHERMA's are three and one fifth of the 28,717 that its paper names, not verified.
 ROWS = {"meld": (9989, 1109), "cherma": (17230, 5743), "mosei": (16326, 1871), "simsv2": (2722, 647)}
-SECONDS = {"meld": 3.6, "mosei": 7.3, "simsv2": 3.6}  # of a clip, on average
-TOKENS = {"features": 90, "clips": 200}  # of prompt and answer, on average; with MELD's dialogue
-LONGEST = 400  # tokens of the longest prompts, that a batch has to fit with
+SECONDS = {"meld": 3.6, "mosei": 7.3, "simsv2": 3.6}  # mean length of a clip
+TOKENS = {"features": 90, "clips": 200}  # mean tokens of prompt and answer, including MELD's dialogue
+LONGEST = 400  # tokens of the longest prompts; a batch of these must fit into memory
 WIDTHS = {"meld": (64, 64), "cherma": (1024, 2048), "mosei": (74, 35), "simsv2": (25, 177)}
 FRAMES = {"meld": (157, 32), "cherma": (543, 16), "mosei": (500, 375), "simsv2": (925, 232)}
-AUDIO_RATE = 50  # frames a second of HuBERT and its like
+AUDIO_RATE = 50  # frames per second of HuBERT and similar encoders
 VOCABULARY, ANSWER = 151936, 5  # tokens
 # Numbers (single values of features) that one process reads and collates per second. `bench/reading.py` measured, with
 # files in memory, on one core of a Xeon with AVX512, 183 to 233 million for clips and 6.6 to 9.7 million for features.
-# For clips half of the slowest is taken: files come from a disk, and a batch of 600 MB has to get to the GPU.
+# For clips, half of the slowest rate is assumed: files come from a disk, and a batch of 600 MB must reach the GPU.
 READING = {"clips": 90e6, "features": 6.6e6}
 
 
 @dataclass
 class Cost:
-    """Of one row: bytes kept for the backward pass, operations, and of any batch: kernels."""
+    """Per row: bytes kept for the backward pass, and operations. Per batch, whatever its size: kernels."""
 
     kept: float
     operations: float
@@ -75,7 +76,7 @@ class Cost:
 
 
 class _Kernels(TorchDispatchMode):
-    """Counts operations that compute something: views launch no kernel."""
+    """Counts dispatched operations except views, which launch no kernel."""
 
     count = 0
 
@@ -85,7 +86,7 @@ class _Kernels(TorchDispatchMode):
 
 
 def build(recipe: Recipe, layers: int) -> tuple[torch.nn.Module, EGMFProcessor]:
-    """The recipe's model with LoRA and random weights, of full width, with few layers and a small vocabulary."""
+    """The recipe's model with LoRA and random weights: full width, few layers, small vocabulary."""
     config = published_config(recipe.model.language_model)
     config.num_hidden_layers, config.vocab_size, config.layer_types = layers, 512, config.layer_types[:layers]
     config.bos_token_id = config.eos_token_id = None
@@ -102,7 +103,7 @@ def build(recipe: Recipe, layers: int) -> tuple[torch.nn.Module, EGMFProcessor]:
 
 
 def towers_of(recipe: Recipe) -> dict[str, torch.nn.Module]:
-    """The recipe's towers by modality, without weights: in training they do not run, their hidden layers are read."""
+    """The recipe's towers by modality, without weights: training reads their hidden layers and does not run them."""
     names, towers = {"audio": recipe.model.audio_tower, "vision": recipe.model.vision_tower}, {}
     with torch.device("meta"):
         for modality, name in names.items():
@@ -112,7 +113,7 @@ def towers_of(recipe: Recipe) -> dict[str, torch.nn.Module]:
 
 
 def features_of(recipe: Recipe) -> dict[str, tuple[int, int]]:
-    """Frames of a row, the most there are, and their numbers, by modality."""
+    """The maximum number of frames of a row, and the values per frame, by modality."""
     if not recipe.model.audio_tower:
         corpus = recipe.data.corpus
         pairs = zip(("audio", "vision"), FRAMES[corpus], WIDTHS[corpus], strict=True)
@@ -125,12 +126,12 @@ def features_of(recipe: Recipe) -> dict[str, tuple[int, int]]:
 
 
 def states_of(recipe: Recipe) -> dict[str, int]:
-    """How many hidden layers of each tower are read, by modality."""
+    """The number of hidden layers that are read from each tower, by modality."""
     return {name: tower_num_states(tower.config) for name, tower in towers_of(recipe).items()}
 
 
 def cost_of(recipe: Recipe, layers: int, tokens: int) -> Cost:
-    """A training step with one row of about so many tokens, under autocast as in training."""
+    """The cost of a training step with one row of about `tokens` tokens, under autocast as in training."""
     model, processor = build(recipe, layers)
     task = processor.tasks[recipe.data.tasks[0]]
     features = {}
@@ -148,7 +149,7 @@ def cost_of(recipe: Recipe, layers: int, tokens: int) -> Cost:
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, so that no other takes its place
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # the tensor keeps its address in use
         return tensor
 
     with FlopCounterMode(display=False) as operations, _Kernels() as kernels:
@@ -161,7 +162,7 @@ def cost_of(recipe: Recipe, layers: int, tokens: int) -> Cost:
 
 
 def tower_operations(recipe: Recipe) -> float:
-    """Of one clip, forward: two for each weight that a position meets; CLIP's positions are the patches of a frame."""
+    """Forward operations of the towers on one clip: two per weight and position; CLIP has a position per patch."""
     towers, positions = towers_of(recipe), {}
     if not towers:
         return 0.0
@@ -172,31 +173,31 @@ def tower_operations(recipe: Recipe) -> float:
 
 
 def count(module: torch.nn.Module, trained: bool | None = None) -> int:
-    """Parameters, all or those that are trained, or are not."""
+    """The number of parameters: all (None), only trained (True) or only frozen (False) ones."""
     return sum(p.numel() for p in module.parameters() if trained is None or p.requires_grad == trained)
 
 
 def disk_of(recipe: Recipe) -> float:
-    """Bytes of the hidden layers of all clips, in bfloat16 as the frozen towers give them."""
+    """Bytes of the hidden layers of all clips, in bfloat16 as the frozen towers compute them."""
     if not recipe.model.audio_tower:
         return 0.0
     return 2.0 * sum(ROWS[recipe.data.corpus]) * sum(frames * width for frames, width in features_of(recipe).values())
 
 
 def reading_of(recipe: Recipe) -> float:
-    """Seconds of one process that a run needs for reading and collating all its batches."""
+    """Seconds that one process needs for reading and collating all batches of a run."""
     numbers = sum(frames * width for frames, width in features_of(recipe).values())
     rows = recipe.training.num_train_epochs * sum(ROWS[recipe.data.corpus])
     return rows * numbers / READING["clips" if recipe.model.audio_tower else "features"]
 
 
 def with_reading(steps: float, reading: float, workers: int) -> float:
-    """Seconds of steps and reading together, with so many processes that read for the one that trains."""
+    """Seconds of steps and reading together, with `workers` data loader processes."""
     return max(steps, reading / workers) if workers else steps + reading
 
 
 def needs() -> list[dict]:
-    """A row for every recipe and LLM: gigabytes of GPU memory, hours of a run and of reading, gigabytes of disk."""
+    """One row per recipe and LLM: gigabytes of GPU memory, hours of a run and of reading, gigabytes of disk."""
     layer, trained = {}, {}
     for size in SIZES:
         recipe = load("meld_qwen3_features", size)
@@ -224,7 +225,7 @@ def needs() -> list[dict]:
             per_row = around.operations + llm.num_hidden_layers * layer[size].operations * tokens / TOKENS["features"]
             kernels = around.kernels + llm.num_hidden_layers * layer[size].kernels
             train, validation = ROWS[recipe.data.corpus]
-            # Validation runs forward only: a third of the operations at most, counted as half for its answers.
+            # Validation only runs forward, at most a third of the operations; half is counted because of its answers.
             steps = recipe.training.num_train_epochs * (train + validation / 2) / batch
             seconds = steps * max(batch * per_row / (PEAK * SHARE), kernels * KERNEL)
             reading = reading_of(recipe)
@@ -260,7 +261,7 @@ def table_of(rows: list[dict]) -> str:
 
 
 def page_head() -> str:
-    """What stands above the table in results/needs.md."""
+    """The text above the table in results/needs.md."""
     rates = " or ".join(f"{rate / 1e6:g} million numbers of {kind}" for kind, rate in READING.items())
     counts = sorted({load(name, SIZES[0]).training.dataloader_num_workers for name in recipes_of()})
     workers = ", ".join(map(str, counts))

@@ -1,8 +1,10 @@
-"""What training steps and answers cost -> results/performance.md, from results/performance.json.
+"""Renders the cost of training steps and answers: results/performance.json -> results/performance.md.
 
-python -m bench.train_step --output results/performance.json
-python -m bench.answer --output results/performance.json
-python -m experiments.performance
+    python -m bench.train_step --output results/performance.json
+    python -m bench.answer --output results/performance.json
+    python -m experiments.performance
+
+The first two commands measure and write the JSON file; the third renders it.
 """
 
 import json
@@ -12,35 +14,35 @@ from experiments.pages import RESULTS, table
 
 
 WAYS = ("plain", "floor", "egmf")
-ALL_LAYERS = 28  # of Qwen3-0.6B and of Qwen3-1.7B
+ALL_LAYERS = 28  # layers of Qwen3-0.6B and Qwen3-1.7B
 GOALS = {"time to plain": 0.85, "time to floor": 1.10, "memory to plain": 0.60, "7 labels": 1.15, "61 scores": 1.35}
 
 
 def spread(values: list[float], digits: int = 2) -> str:
-    """Median (lowest to highest)."""
+    """The median, minimum and maximum as "median (minimum to maximum)"."""
     shown = (f"{value:.{digits}f}" for value in (statistics.median(values), min(values), max(values)))
     return "{} ({} to {})".format(*shown)
 
 
 def ratios(values: list[float], others: list[float]) -> list[float]:
-    """Repetition by repetition."""
+    """The ratio of two measurements in each repetition."""
     return [value / other for value, other in zip(values, others, strict=True)]
 
 
 def judged(value: float, goal: str, digits: int = 2) -> str:
-    """A ratio beside its goal."""
+    """A ratio, and whether it meets its goal."""
     return f"{value:.{digits}f}, {'met' if value <= GOALS[goal] else 'missed'}"
 
 
 def by_layer(depths: list[dict], measure) -> tuple[dict[str, float], dict[str, float]]:
-    """What a layer adds to `measure(depth, way)` between the two depths, and what is left without layers, by way."""
+    """For each method, the cost of one layer and the cost without layers, from `measure(depth, way)` at two depths."""
     few, more = depths
     layer = {way: (measure(more, way) - measure(few, way)) / (more["layers"] - few["layers"]) for way in WAYS}
     return layer, {way: measure(few, way) - few["layers"] * layer[way] for way in WAYS}
 
 
 def with_all_layers(depths: list[dict], measure) -> dict[str, float]:
-    """`measure(depth, way)` with all layers, by way: as it is, or as much more a layer as between the two depths."""
+    """`measure(depth, way)` with all layers, by method: measured at one depth, or extrapolated linearly from two."""
     if len(depths) == 1:
         return {way: measure(depths[0], way) for way in WAYS}
     layer, rest = by_layer(depths, measure)
@@ -68,7 +70,7 @@ def name_of(model: str) -> str:
 
 
 def judged_ratios(model: str, figures: dict) -> list[str]:
-    """A row of the table of goals: with all layers, measured or extrapolated."""
+    """A row of the table of goals, for all layers, measured or extrapolated."""
     depths = figures["depths"]
     own, whole = (with_all_layers(depths, measure) for measure in (bytes_of, bytes_with_weights))
     turns = [
@@ -87,14 +89,14 @@ def judged_ratios(model: str, figures: dict) -> list[str]:
         "measured" if len(depths) == 1 else f"{ALL_LAYERS} layers, extrapolated",
         time_to("plain"),
         time_to("floor"),
-        judged(memory, "memory to plain", 3) if "Qwen" in model else f"{memory:.3f}",  # a goal at 150,000 words
+        judged(memory, "memory to plain", 3) if "Qwen" in model else f"{memory:.3f}",  # a goal at 150,000 tokens
         f"{whole['floor'] / whole['plain']:.3f}",
         f"{own['egmf'] / own['plain']:.3f}",
     ]
 
 
 def where_it_goes(models: dict) -> str:
-    """Time and memory of the layers and of the rest, by way, of the models with two depths."""
+    """Time and memory of one layer and of the rest, by method, for models measured at two depths."""
     rows = []
     for model, figures in models.items():
         if len(figures["depths"]) == 1:
@@ -140,7 +142,7 @@ def setting(machine: dict) -> str:
 
 
 def render(data: dict) -> str:
-    """The whole text of results/performance.md."""
+    """The text of results/performance.md."""
     step, answer = data["train_step"], data["answer"]
     models = step["models"]
     repetitions = len(next(iter(models.values()))["depths"][0]["seconds"]["egmf"])

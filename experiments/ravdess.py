@@ -1,12 +1,12 @@
-"""The six folds of RAVDESS: trains and tests them, and makes results/ravdess.json and results/ravdess.md.
+"""Trains and tests the six folds of RAVDESS, and writes results/ravdess.json and results/ravdess.md.
 
     python -m experiments.ravdess run --corpus_dir DIR --audio_tower MODEL --runs_dir RUNS_DIR --seeds 1111
     python -m experiments.ravdess collect RUNS_DIR
     python -m experiments.ravdess render
 
-`run` trains and evaluates `recipes/ravdess_smollm2.yaml` on one fold after the other, into `RUNS_DIR/fold<n>_<seed>/`;
-what is finished is skipped. `collect` reads those folders, and keeps every answer in results/ravdess_answers.csv too;
-`render` reads the JSON file alone, and fills the table in README.md too.
+`run` trains and evaluates `recipes/ravdess_smollm2.yaml` on each fold in turn, into `RUNS_DIR/fold<n>_<seed>/`, and
+skips finished folds. `collect` reads these folders and also writes every answer to results/ravdess_answers.csv.
+`render` reads only the JSON file and also fills the table in README.md.
 """
 
 import argparse
@@ -29,7 +29,7 @@ RESAMPLES, BOOTSTRAP_SEED = 10_000, 0
 
 
 def run(corpus_dir: str, audio_tower: str | None, runs_dir: Path, seeds: list[int]) -> None:
-    """Trains and evaluates every fold with every seed that is not finished."""
+    """Trains and evaluates every unfinished fold and seed."""
     for seed in seeds:
         for fold in FOLDS:
             folder = runs_dir / f"fold{fold}_{seed}"
@@ -54,7 +54,7 @@ def run(corpus_dir: str, audio_tower: str | None, runs_dir: Path, seeds: list[in
 
 
 def recalls(gold: np.ndarray, right: np.ndarray) -> dict[str, float]:
-    """By class, the share of its samples that are right."""
+    """The recall of each class: the share of its samples that are answered correctly."""
     return {label: float(right[gold == label].mean()) for label in sorted(set(gold))}
 
 
@@ -71,8 +71,8 @@ def interval(gold: np.ndarray, right: np.ndarray, actors: np.ndarray) -> tuple[f
     """95 % percentile interval of the unweighted accuracy under a bootstrap that draws actors.
 
     Args:
-        gold, actors: (samples,) label and actor of every sample.
-        right: (seeds, samples) whether it was answered rightly.
+        gold, actors: Label and actor of every sample, (samples,).
+        right: Whether each answer is correct, (seeds, samples).
     """
     labels, index = np.unique(gold, return_inverse=True)
     names, owner = np.unique(actors, return_inverse=True)
@@ -86,10 +86,10 @@ def interval(gold: np.ndarray, right: np.ndarray, actors: np.ndarray) -> tuple[f
 
 
 def collect(runs_dir: Path) -> tuple[dict, list[dict]]:
-    """The evaluated runs of a folder -> what results/ravdess.json holds, and every answer.
+    """Reads the evaluated runs of a folder; returns the content of results/ravdess.json, and every answer.
 
     Raises:
-        ValueError: If a seed has not all folds, or the folds do not make up every actor once.
+        ValueError: If a seed lacks a fold, or the folds do not test every actor exactly once.
     """
     runs, answers, pooled = [], [], []
     found = sorted(path.parent.parent for path in runs_dir.glob("fold*_*/test/predictions.jsonl"))
@@ -137,7 +137,7 @@ def collect(runs_dir: Path) -> tuple[dict, list[dict]]:
 
 
 def main_table(data: dict) -> str:
-    """One row per kind of answer."""
+    """A table with one row per kind of answer."""
     rows = []
     for line in data["pooled"]:
         own = [run for run in data["runs"] if run["answer"] == line["answer"]]
@@ -148,7 +148,7 @@ def main_table(data: dict) -> str:
 
 
 def render(data: dict) -> str:
-    """The whole text of results/ravdess.md."""
+    """The text of results/ravdess.md."""
     size = data["test_set"]
     parts = [
         "# RAVDESS: test results",

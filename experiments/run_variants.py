@@ -1,12 +1,12 @@
-"""Trains and evaluates the variants of a recipe that the tables in this folder compare.
+"""Trains and evaluates the variants of a recipe that the result tables compare.
 
     python -m experiments.run_variants recipes/mosi_smollm2.yaml --corpus_dir DIR --runs_dir runs/mosi \
         --variants full text --seeds 1111 2222 3333
 
-One run after the other; a finished one is skipped, an interrupted one goes on from its last checkpoint. Each run's
-folder `RUNS_DIR/VARIANT_SEED` also holds the commands it was made with. Then `make_tables.py collect` gathers them.
-What else is said (`--language_model Qwen/Qwen3-8B`) goes to `train.py`. Of a mixture, each corpus is evaluated, in a
-folder of its name.
+The runs are executed one after the other. Finished runs are skipped, and an interrupted run resumes from its last
+checkpoint. The folder `RUNS_DIR/VARIANT_SEED` of a run also contains its commands; `make_tables.py collect` reads
+these folders. Other arguments (`--language_model Qwen/Qwen3-8B`) are passed to `train.py`. For a mixture, each corpus
+is evaluated in a folder with its name.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from pathlib import Path
 import yaml
 
 
-# What a variant changes in the recipe.
+# The changes of each variant to the recipe.
 VARIANTS = {
     "full": [],
     "text": ["--modalities", "text"],

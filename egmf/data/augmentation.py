@@ -1,8 +1,8 @@
-"""Random changes to what towers read, for training: who speaks, where and how it was recorded must not matter.
+"""Augmentation of tower inputs for training, so that speaker, place and recording matter less.
 
-Towers from scratch see few people. A spectrogram comes a little higher or lower (another vocal tract), louder or
-softer, with a stretch of bands blanked (as in SpecAugment, arXiv 1904.08779); pictures come mirrored, in other colours
-and in another light. Random numbers are torch's, so that a resumed run repeats them.
+Towers from scratch see few people. A spectrogram is shifted a little up or down (another vocal tract), made louder or
+softer, and a range of its bands is masked (as in SpecAugment, arXiv 1904.08779). Images are mirrored, and their
+colours and brightness change. Random numbers come from torch, so that a resumed run repeats them.
 """
 
 import numpy as np
@@ -13,7 +13,7 @@ from egmf.media_inputs_egmf import TowerInput
 
 BAND_SHIFT, BAND_MASK = 2, 6  # bands at most
 OFFSET = 0.15  # of a spectrogram's level: in units of Whisper's log mel, 0.6 dB / 0.01
-GAIN, LIGHT = 0.2, 0.2  # of pixels, which run from -1 to 1 or thereabouts
+GAIN, LIGHT = 0.2, 0.2  # of pixels, which range from about -1 to 1
 
 
 def _uniform(limit: float, *shape: int) -> np.ndarray:
@@ -42,7 +42,7 @@ def augment_frames(frames: np.ndarray) -> np.ndarray:
 
 
 def augment(modality: str, clip: TowerInput | None) -> TowerInput | None:
-    """A random variant of a clip. Sound that comes as a waveform is left as it is: its extractors normalise it."""
+    """Returns a random variant of a clip. Waveforms do not change, because their feature extractors normalise them."""
     if clip is None or (modality == "audio" and clip.values.ndim < 2):
         return clip
     change = augment_spectrogram if modality == "audio" else augment_frames

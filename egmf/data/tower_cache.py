@@ -45,21 +45,21 @@ class TowerCache:
     An entry's name contains a digest of the file and of everything else that its values depend on: the code and the
     packages that decode and preprocess; for a frozen tower also its class, config, weights and attention
     implementation, the autocast dtype, the kind of device, and the precision of float32 products there. A run thus
-    never reads values that it would not compute itself. Interrupted filling leaves whole entries. Nothing deletes
-    entries that no run uses any more; between runs the folder may be deleted.
+    never reads values that it would not compute itself. Every entry is written atomically. Unused entries are never
+    deleted automatically; the folder may be deleted between runs.
 
     Args:
         model: The model with the towers.
         processor: Its processor.
         frozen: Modalities whose towers are frozen.
-        trained: Modalities whose towers learn.
-        autocast: Dtype of the autocast that training runs under, None without; hidden layers are computed under it.
-        folder: Where entries are kept; by default beside the Hub's cache.
-        inputs: A cache of what the towers read, filled or not: what it has need not be decoded again.
+        trained: Modalities whose towers are trained.
+        autocast: Dtype of autocast during training, under which hidden layers are computed; None without autocast.
+        folder: Folder of the entries; by default `egmf/towers` in `HF_HOME`.
+        inputs: A cache of tower inputs; files with an entry in it are not decoded again.
 
     Attributes:
-        folders: Where entries are, by modality.
-        errors: Why files gave nothing, by modality and path.
+        folders: Folders of the entries, by modality.
+        errors: Errors of files that could not be read, by modality and path.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class TowerCache:
         if modality in self.frozen:
             tower = self._tower(modality)
             settings |= {"class": type(tower).__name__, "config": tower.config.to_dict()}
-            settings["attention"] = tower.config._attn_implementation  # the config's fields do not have it
+            settings["attention"] = tower.config._attn_implementation  # `to_dict` does not include it
             settings["input_rate"] = self.model.config.audio_input_rate
             settings["autocast"] = str(self.autocast)
             settings["device"] = (tower.device.type, _float32_precision(tower.device.type))
@@ -154,7 +154,7 @@ class TowerCache:
         beside = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes of this run on this machine
         workers = min(len(todo), max(1, available_cores() // beside))
         for modality in self.frozen:
-            self._tower(modality).eval()  # a tower in training mode drops out at random
+            self._tower(modality).eval()  # without dropout
         files = _Files(self.processor, todo, self.inputs)
         reader = DataLoader(files, batch_size=None, num_workers=workers, collate_fn=_as_it_is)
         quiet = None if PartialState().is_main_process else True
@@ -198,9 +198,8 @@ class TowerCache:
     def load(self, modality: str, path: str | None, speed: float = 1.0) -> dict:
         """The processor's arguments for a cached file (at one of the speeds); None for a file that cannot be read.
 
-        For a frozen tower: hidden layers `{modality}_features` (T, layers + 1, size) and their times
-            `{modality}_times` (T,)
-        in seconds. For a trained tower: `audio` or `video`.
+        For a frozen tower: hidden layers `{modality}_features` (T, layers + 1, size) and their times in seconds
+        `{modality}_times` (T,). For a trained tower: `audio` or `video`.
         """
         there = path is not None and (modality, path) not in self.errors
         tensors = {}
@@ -260,6 +259,6 @@ def _version(package: str) -> str | None:
 
 
 def _float32_precision(device_type: str) -> list[str]:
-    """How a device multiplies and convolves float32: "ieee", "tf32", "bf16", or "none" for torch's default."""
+    """Precision of float32 products and convolutions: "ieee", "tf32", "bf16", or "none" for torch's default."""
     backends = (torch.backends.mkldnn,) if device_type == "cpu" else (torch.backends.cuda, torch.backends.cudnn)
     return [backends[0].matmul.fp32_precision, backends[-1].conv.fp32_precision]

@@ -1,4 +1,4 @@
-"""What is said in files: a table of transcripts, in the forms in which spreadsheets save it."""
+"""Reads tables of transcripts in the formats that spreadsheet programs save."""
 
 import codecs
 import csv
@@ -12,13 +12,13 @@ MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM
 
 
 def read_transcripts(path: Path) -> dict[str, dict[str, str]]:
-    """`text` (and `speaker`) by file, as the table names it.
+    """Reads a table; returns `text` (and `speaker`) by file name as written in the table.
 
-    The delimiter is the one with which the header has the columns; the header's case does not matter. The encoding is
-    UTF-8, or UTF-16 with its mark.
+    The delimiter is the one that splits the header into the known columns. The header is case-insensitive. The
+    encoding is UTF-8, or UTF-16 with a byte order mark.
 
     Raises:
-        ValueError: If the table cannot be read for certain. The message names the line and what was wanted.
+        ValueError: If the table is malformed or ambiguous. The message names the line and what was wanted.
     """
     lines = csv.reader(io.StringIO(_decoded(path), newline=""), delimiter=_delimiter(path), strict=True)
     header = [name.strip().lower() for name in next(lines)]
@@ -46,10 +46,10 @@ def read_transcripts(path: Path) -> dict[str, dict[str, str]]:
 
 
 def match_transcripts(path: Path, files: list[str]) -> list[dict[str, str]]:
-    """What [`read_transcripts`] has for each of the files: by its path as it is given, or else by its name.
+    """Returns the entry of [`read_transcripts`] for each file, found by its path as given or else by its name.
 
     Raises:
-        ValueError: If a file has no line, or one line would serve several files of the same name.
+        ValueError: If a file has no line, or if one line matches several files of the same name.
     """
     transcripts = read_transcripts(path)
     found, used = [], {}

@@ -1,10 +1,10 @@
 """Maps answers to the labels of another corpus, to evaluate a MELD model on CHERMA or a MOSEI model on SIMS-V2.
 
-Both emotion corpora have seven labels, which `MELD_TO_CHERMA` maps one to one. The words are translations of each
-other but for one: MELD's `neutral` is no emotion, CHERMA's 平静 is calm. And other people annotated other scenes by
-other rules: a score across corpora measures that as well as the model.
+Both emotion corpora have seven labels, which `MELD_TO_CHERMA` maps one to one. The labels are translations of each
+other with one exception: MELD's `neutral` means no emotion, CHERMA's 平静 means calm. The corpora also differ in
+annotators, scenes and rules, so a score across corpora measures these differences as well as the model.
 
-Sentiment scores keep their place in the range: -3 to 3 onto -1 to 1 is a division by 3, and 0 stays 0.
+Sentiment scores are rescaled linearly: -3 to 3 becomes -1 to 1 by a division by 3, and 0 stays 0.
 """
 
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class LabelMap:
 
     Args:
         source, target: Tasks of the same kind.
-        labels: By label of `source`, the label of `target`. None for scores, which are rescaled linearly.
+        labels: The label of `target` for each label of `source`. None for scores, which are rescaled linearly.
     """
 
     source: AffectTask
@@ -37,7 +37,7 @@ class LabelMap:
     labels: dict[str, str] | None = None
 
     def check(self, name: str, task: AffectTask) -> None:
-        """Raises a ValueError if `task`, whose answers the map called `name` is to be used on, has other answers."""
+        """Raises a ValueError if the answers of `task` are not those of `source`; `name` is the map's name."""
         if set(task.answers) != set(self.source.answers):
             got, wanted = _few(task), _few(self.source)
             raise ValueError(f"label_map {name!r}: got answers of task {task.name!r} ({got}), wanted {wanted}")
@@ -56,7 +56,7 @@ def _few(task: AffectTask) -> str:
 
 
 def _pair(first: str, second: str, labels: dict[str, str] | None = None) -> dict[str, LabelMap]:
-    """A map and its inverse."""
+    """A label map and its inverse, by name."""
     back = labels and {value: key for key, value in labels.items()}
     one, other = BUILTIN_TASKS[first], BUILTIN_TASKS[second]
     return {f"{first}-{second}": LabelMap(one, other, labels), f"{second}-{first}": LabelMap(other, one, back)}

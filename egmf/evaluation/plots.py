@@ -1,4 +1,4 @@
-"""What an evaluation or a training says, as pictures: PNG files from `predictions.jsonl` or from `log.jsonl`."""
+"""Plots of an evaluation (`predictions.jsonl`) or of a training run (`log.jsonl`), as PNG files."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ plt.rcParams["font.family"] = [*(name for name in _CJK if name in _FOUND), "Deja
 
 
 def plot_confusion(rows: list[dict], answer: str, task: AffectTask, path: Path) -> None:
-    """Gold labels against a run's answers: counts, coloured by the share of the gold label."""
+    """Draws the confusion matrix of gold labels and answers: counts, coloured by the share of the gold label."""
     given = [row["answers"][answer] or UNPARSABLE for row in rows]
     columns = [*task.answers, *([UNPARSABLE] if UNPARSABLE in given else [])]
     counts = np.zeros((len(task.answers), len(columns)), dtype=int)
@@ -41,13 +41,13 @@ def plot_confusion(rows: list[dict], answer: str, task: AffectTask, path: Path) 
 
 
 def plot_scores(rows: list[dict], answer: str, task: AffectTask, path: Path) -> None:
-    """A run's scores against the gold ones; unparsable answers are left out and counted in the title."""
+    """Draws predicted against gold scores. Unparsable answers are omitted and counted in the title."""
     pairs = np.asarray([(row["gold"], row["answers"][answer]) for row in rows if row["answers"][answer] is not None])
     figure, axes = plt.subplots(figsize=(5, 5))
     limits = [task.low - 0.1, task.high + 0.1]
     axes.plot(limits, limits, color="grey", linewidth=1)
     if len(pairs):
-        # Scores come in steps: a little noise keeps points apart.
+        # Scores are discrete; a little noise separates equal points.
         noise = np.random.default_rng(0).uniform(-0.3 * task.step, 0.3 * task.step, len(pairs))
         axes.scatter(pairs[:, 0] + noise, pairs[:, 1], s=8, alpha=0.4)
     axes.set(xlim=limits, ylim=limits, xlabel="gold score", ylabel=f"score ({answer})")
@@ -56,7 +56,7 @@ def plot_scores(rows: list[dict], answer: str, task: AffectTask, path: Path) -> 
 
 
 def plot_gates(rows: list[dict], groups: list[str], path: Path) -> None:
-    """Mean gate weights by group of rows: of the experts, and of the modalities inside each expert."""
+    """Draws the mean gate weights of each group of rows: of the experts, and of the modalities in each expert."""
     names = list(dict.fromkeys(groups))
     experts = list(rows[0]["gate_weights"]["expert"])
     modalities = list(rows[0]["gate_weights"]["modality"][experts[0]])
@@ -89,9 +89,9 @@ def plot_conditions(
     """Draws a model's metrics by condition, one panel per metric, with the spread over seeds.
 
     Args:
-        table: By condition and measure, one value per seed. Conditions that are numbers are drawn as a line.
-        measures: Which measures.
-        title: Heading.
+        table: One value per seed, by condition and metric. Numeric conditions are drawn as a line, others as bars.
+        measures: The metrics to draw.
+        title: The title of the figure.
         path: The PNG file.
     """
     figure, all_axes = plt.subplots(1, len(measures), figsize=(2 + 4 * len(measures), 3.6), squeeze=False)
@@ -115,7 +115,7 @@ def plot_training(log: Path, path: Path) -> None:
     """Draws a run's loss in each phase, and the validation metrics below it, from its `log.jsonl`.
 
     Args:
-        log: The log; entries without a `phase` are those of the last one.
+        log: The log; entries without a `phase` belong to the last phase.
         path: The PNG file.
     """
     phases: dict[str, list[dict]] = {}

@@ -1,21 +1,21 @@
 """Robustness to missing or noisy modalities, by published protocols (`eval.py --robustness`).
 
-`mmin` (Zhao, Li and Jin 2021, ACL): whole modalities. Every sample under every choice of modalities: A, V, T, AV, AT,
-VT, and all three.
+`mmin` (Zhao, Li and Jin 2021, ACL): whole modalities are missing. Every sample is evaluated with every subset of the
+modalities: A, V, T, AV, AT, VT, and all three.
 
-`lnln` (Zhang, Wang and Yu 2024, NeurIPS, arXiv 2409.20012): parts of modalities. At the rates 0.0 to 0.9, each text
-token becomes UNK and each audio or vision frame 0, independently and with that probability; seeds 1111 to 1113. Text
-is the utterance and its context. A tokenizer that can spell everything has no UNK: `_`, a blank, takes its place. The
-frames of a model with a tower are what the tower makes of the clip.
+`lnln` (Zhang, Wang and Yu 2024, NeurIPS, arXiv 2409.20012): parts of modalities are missing. At the rates 0.0 to 0.9,
+each text token becomes UNK and each audio or vision frame 0, independently with that probability; seeds 1111 to 1113.
+Text includes the utterance and its context. A tokenizer that can encode any text has no UNK; it uses `_` instead. For
+a model with a tower, the frames are the tower's outputs.
 
-`noise` (the noise track of MER 2023; Lian et al. 2023, ACM MM, arXiv 2304.08981): noise is added to the sound at a
-signal-to-noise ratio drawn from 5 to 10 dB, and pictures are blurred by scaling them down and up by a factor drawn
-from 1, 2 and 4, both for each clip. MER takes noise from recordings; here it is white, as no recordings belong to this
-repository. Features made beforehand are treated alike: noise of that ratio to their variance on the training split,
-and vision averaged over 1, 2 or 4 frames. Seeds 1111 to 1113.
+`noise` (the noise track of MER 2023; Lian et al. 2023, ACM MM, arXiv 2304.08981): for each clip, noise is added to the
+audio at a signal-to-noise ratio drawn from 5 to 10 dB, and images are blurred by scaling them down and up by a factor
+drawn from 1, 2 and 4. MER uses recorded noise; here the noise is white, because this repository has no recordings.
+Precomputed features are treated similarly: noise at that ratio to their variance on the training split, and vision
+features averaged over 1, 2 or 4 frames. Seeds 1111 to 1113.
 
-What is drawn for a row depends on its id and the seed alone: not on batches, and for `lnln` a row that lost a frame at
-one rate has lost it at every higher one.
+The random choices for a row depend only on its id and the seed, not on batches. In `lnln`, a frame that is missing at
+one rate is missing at every higher rate.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ LETTERS = {"audio": "A", "vision": "V", "text": "T"}
 NOISE_DB = (5.0, 10.0)
 BLUR_FACTORS = (1, 2, 4)
 CLEAN = "clean"
-# What is shown of a run: of the answers the best suited one, and its two main figures.
+# The answer that tables and plots show for each kind of task, and its two main metrics.
 SHOWN = {
     "classification": ("distribution", ("accuracy", "weighted_f1")),
     "regression": ("expected", ("mae", "corr")),
@@ -51,13 +51,13 @@ Outcome = tuple[str, int | None, list[dict]]  # condition, seed, predictions
 
 
 def mmin(predict: Predictor, rows: Dataset, modalities: list[str]) -> Iterator[Outcome]:
-    """Every choice of modalities, all of them last."""
+    """Yields the predictions for every subset of the modalities, the full set last."""
     if len(modalities) < 2:
         raise ValueError(f"robustness: got 'mmin' for a model that sees {modalities}, wanted two modalities or more")
     present = [name for name in LETTERS if name in modalities]
     choices = [chosen for size in range(1, len(present) + 1) for chosen in combinations(present, size)]
     outcomes = {}
-    for with_text in (True, False):  # words are left out of the prompt; of the rest, each file is read once for all
+    for with_text in (True, False):  # text is removed from the prompt; files are read once for all other subsets
         alike = [chosen for chosen in choices if ("text" in chosen) == with_text]
         changes = [partial(hide, [name for name in present if name not in chosen]) for chosen in alike]
         seen = [name for name in modalities if with_text or name != "text"]
@@ -68,12 +68,12 @@ def mmin(predict: Predictor, rows: Dataset, modalities: list[str]) -> Iterator[O
 
 
 def hide(names: list[str], inputs: dict[str, torch.Tensor], ids: list[str]) -> dict[str, torch.Tensor]:
-    """A batch without the fields of audio or vision, as the processor makes one where they are absent."""
+    """Removes the fields of audio or vision from a batch, as if the processor had not received them."""
     return {field: value for field, value in inputs.items() if field.partition("_")[0] not in names}
 
 
 def lnln(predict: Predictor, rows: Dataset, modalities: list[str]) -> Iterator[Outcome]:
-    """Every rate and seed; at rate 0 nothing is drawn."""
+    """Yields the predictions for every rate and seed; rate 0 has no seed."""
     cases = [(rate, seed) for rate in RATES for seed in (SEEDS if rate else (None,))]
     changes = [partial(lose_frames, predict, rate, seed) if seed is not None else None for rate, seed in cases]
     for (rate, seed), predictions in zip(cases, predict(rows, modalities, changes=changes), strict=True):
@@ -81,7 +81,7 @@ def lnln(predict: Predictor, rows: Dataset, modalities: list[str]) -> Iterator[O
 
 
 def noise(predict: Predictor, rows: Dataset, modalities: list[str]) -> Iterator[Outcome]:
-    """Noisy sound, blurred pictures, both; whichever the model takes."""
+    """Yields the predictions for clean input, noisy audio, blurred vision, and both, as far as the model sees them."""
     kinds = {name: kind for name, kind in {"audio": "audio noise", "vision": "blur"}.items() if name in modalities}
     if not kinds:
         raise ValueError(f"robustness: got 'noise' for a model that sees {modalities}, wanted audio or vision")
@@ -133,7 +133,7 @@ def summarize(report: dict[str, Any], kind: str) -> dict[str, dict[str, list[flo
 
 
 def render(report: dict[str, Any], kind: str) -> str:
-    """The summary as a Markdown table: mean over seeds, and their standard deviation."""
+    """The summary as a Markdown table: mean and standard deviation over seeds."""
     table = summarize(report, kind)
     names = list(dict.fromkeys(name for figures in table.values() for name in figures))
     lines = [["condition", *names], ["---"] * (1 + len(names))]
@@ -154,7 +154,7 @@ def _rng(seed: int, row_id: str, what: str) -> np.random.Generator:
 def lose_frames(
     predict: Predictor, rate: float, seed: int, inputs: dict[str, torch.Tensor], ids: list[str]
 ) -> dict[str, torch.Tensor]:
-    """LNLN's loss in a batch: tokens become a blank and frames 0, each with probability `rate`."""
+    """Removes parts of a batch as LNLN does: each token becomes UNK and each frame 0 with probability `rate`."""
     changed, blank = dict(inputs), blank_token(predict.processor.tokenizer)
     start = prompt_length(predict)
     tokens = changed["input_ids"] = inputs["input_ids"].clone()
@@ -177,20 +177,20 @@ def _lost(places: list[int], rate: float, rng: np.random.Generator) -> list[int]
 
 
 def blank_token(tokenizer) -> int:
-    """The tokenizer's UNK where it ever writes one, else `_`."""
+    """The id of the tokenizer's UNK token if it ever produces it, else that of `_`."""
     if tokenizer.unk_token_id in tokenizer("\U0010fffd", add_special_tokens=False)["input_ids"]:
         return tokenizer.unk_token_id
     return tokenizer("_", add_special_tokens=False)["input_ids"][-1]
 
 
 def prompt_length(predict: Predictor) -> int:
-    """Tokens in front of the context."""
+    """Number of prompt tokens before the context."""
     empty = predict.processor(text="", task=predict.task, return_tensors=None)["input_ids"][0]
     return list(empty).index(predict.processor.pseudo_token_id)
 
 
 def spoil_clip(names: set[str], seed: int, modality: str, row_id: str, clip: Any) -> Any:
-    """MER's noise in a decoded clip, if its modality is one of `names`: white noise, or blur."""
+    """Adds white noise to a decoded audio clip, or blurs a video clip, if its modality is one of `names`."""
     if modality not in names:
         return clip
     rng = _rng(seed, row_id, modality)
@@ -210,7 +210,7 @@ def spoil_clip(names: set[str], seed: int, modality: str, row_id: str, clip: Any
 def spoil_features(
     predict: Predictor, names: set[str], seed: int, inputs: dict[str, torch.Tensor], ids: list[str]
 ) -> dict[str, torch.Tensor]:
-    """The same for features made beforehand; what towers make comes from clips that are spoiled already."""
+    """Does the same for precomputed features. Tower outputs are skipped, because their clips are already changed."""
     changed = dict(inputs)
     for name in names:
         if f"{name}_features" not in inputs or getattr(predict.processor, PREPROCESSORS[name]) is not None:
@@ -226,6 +226,6 @@ def spoil_features(
                 std = predict.model.model.fusion.input_norm[name].std
                 features[row, frames] += torch.as_tensor(drawn, dtype=std.dtype, device=std.device) * std
             else:
-                parts = features[row, frames].split(int(rng.choice(BLUR_FACTORS)))  # frames that are neighbours
+                parts = features[row, frames].split(int(rng.choice(BLUR_FACTORS)))  # neighbouring frames
                 features[row, frames] = torch.cat([part.mean(0, keepdim=True).expand_as(part) for part in parts])
     return changed

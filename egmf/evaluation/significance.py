@@ -1,8 +1,8 @@
 """Confidence intervals and paired tests: a bootstrap over clusters, and McNemar's test.
 
-Utterances of one video, dialogue or actor have speaker, topic and microphone in common. The bootstrap therefore draws
-whole clusters; single utterances would give intervals that are too narrow. McNemar's test ignores clusters: where
-utterances of a cluster are right and wrong together, its p-value is too small; then trust the bootstrap's.
+Utterances of one video, dialogue or actor share speaker, topic and microphone. The bootstrap therefore draws whole
+clusters; drawing single utterances would give intervals that are too narrow. McNemar's test ignores clusters. If the
+utterances of a cluster tend to be correct or wrong together, its p-value is too small; use the bootstrap's instead.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,9 +19,11 @@ Measure = Callable[[Sequence, Sequence], dict[str, Any]]
 def resample(clusters: Sequence[str]) -> list[np.ndarray]:
     """`RESAMPLES` bootstrap samples with a fixed seed: row indices of whole clusters, drawn with replacement.
 
-    `clusters` has the one of each row, see `corpora.clusters_of`.
+    Args:
+        clusters: The cluster of each row, see `corpora.clusters_of`.
 
-    Nothing where all rows are of one cluster: how much clusters differ cannot be seen in it.
+    Returns:
+        An empty list if all rows are of one cluster, because one cluster does not show how much clusters differ.
     """
     _, index = np.unique(clusters, return_inverse=True)
     members = np.split(np.argsort(index, kind="stable"), np.cumsum(np.bincount(index))[:-1])
@@ -35,9 +37,10 @@ def resample(clusters: Sequence[str]) -> list[np.ndarray]:
 def intervals(
     measure: Measure, gold: Sequence, predicted: Sequence, samples: list[np.ndarray]
 ) -> dict[str, list[float] | None]:
-    """The 95 % percentile interval of every figure of a run (Efron and Tibshirani 1993, chapter 13).
+    """The 95 % percentile interval of every metric of a run (Efron and Tibshirani 1993, chapter 13).
 
-    Counts have none; resamples on which a figure is not defined are left out of its interval. None: not defined.
+    Counts have no interval. An interval leaves out resamples on which its metric is undefined. It is None if the
+    metric itself is undefined.
     """
     observed = _figures(measure(gold, predicted))
     truth, answers = _arrays(gold, predicted)
@@ -51,8 +54,8 @@ def paired_differences(
     """For every metric, first run minus second: `difference`, its 95 % interval `low` to `high`, and `p_value`.
 
     Both runs are measured on the same resamples. The two-sided p-value is twice the smaller share of resamples on
-    either side of 0, counting the observed sample in (Davison and Hinkley 1997, sections 4.2 and 4.4). None where the
-    figure is not defined for one of the two, or there are no resamples.
+    either side of 0, including the observed sample (Davison and Hinkley 1997, sections 4.2 and 4.4). The result is
+    None if the metric is undefined for one of the runs, or if there are no resamples.
     """
     observed = _subtracted(measure(gold, first), measure(gold, second))
     truth, one, other = _arrays(gold, first, second)
@@ -73,9 +76,9 @@ def paired_differences(
 def mcnemar(first_correct: Sequence[bool], second_correct: Sequence[bool]) -> dict[str, float]:
     """Exact two-sided McNemar test of two runs' answers to the same samples (McNemar 1947, Psychometrika 12).
 
-    Of the samples that exactly one run has right, each run has about half if the runs are equally good: a binomial
-    test. It takes the samples for independent and ignores clusters. `first_only` and `second_only` count those
-    samples.
+    If the runs are equally good, each is correct on about half of the samples that exactly one run answers correctly;
+    the test is binomial. It assumes independent samples and ignores clusters. `first_only` and `second_only` count
+    the samples that only the first or only the second run answers correctly.
     """
     pairs = list(zip(first_correct, second_correct, strict=True))
     first_only = sum(a and not b for a, b in pairs)
@@ -86,13 +89,13 @@ def mcnemar(first_correct: Sequence[bool], second_correct: Sequence[bool]) -> di
 
 
 def _arrays(gold: Sequence, *predicted: Sequence) -> list[np.ndarray]:
-    """Scores as float32, None as NaN; labels as objects."""
+    """Converts scores to float32 arrays, with NaN for None, and labels to object arrays."""
     dtype = object if isinstance(gold[0], str) else np.float32
     return [np.asarray(values, dtype=dtype) for values in (gold, *predicted)]
 
 
 def _figures(metrics: dict[str, Any]) -> dict[str, float | None]:
-    """The shares and distances of a report, without its counts and tables."""
+    """The scalar metrics of a report, without counts and tables."""
     return {name: value for name, value in metrics.items() if value is None or isinstance(value, float)}
 
 

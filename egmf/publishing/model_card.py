@@ -24,7 +24,7 @@ DEFAULT_LICENSE = "base-model-and-corpora"
 
 
 class Corpus(NamedTuple):
-    """A data set as a card names it: its terms where they are known to us, its id if it is on the Hub."""
+    """A corpus in a model card: its name, link, known terms of use, and dataset id if it is on the Hub."""
 
     name: str
     link: str = ""
@@ -52,7 +52,7 @@ CORPORA = {
     "ravdess": Corpus("RAVDESS", "https://zenodo.org/records/1188976", "CC BY-NC-SA 4.0"),
     "simsv2": Corpus("CH-SIMS v2.0", "https://github.com/thuiar/ch-sims-v2"),
 }
-# By the name in metrics.json: the metric's name on the Hub, and how it is written.
+# For each metric in metrics.json: its name on the Hub, and its display name.
 FIGURES = {
     "accuracy": ("accuracy", "Accuracy"),
     "weighted_f1": ("f1", "Weighted F1"),
@@ -78,16 +78,16 @@ class Run:
     """A finished run; see `repository.read_run`.
 
     Args:
-        folder: Where it is.
-        recipe: Its `recipe.json`.
-        config: Its model's `config.json`.
-        tasks: What it was trained to answer.
-        log: The lines of its `log.jsonl`.
-        evaluations: Its `metrics.json`, by their folders' names.
-        left_out: Why others are left out.
-        base_model: Hub id of its LLM, or None: then `language_model` of the recipe is no more than a name.
-        hub_towers: Hub ids of the towers that are there as they were in training, by modality.
-        base_revision: The LLM's commit, once it is known.
+        folder: The run's folder.
+        recipe: The content of `recipe.json`.
+        config: The content of the model's `config.json`.
+        tasks: The tasks that the model was trained on.
+        log: The entries of `log.jsonl`.
+        evaluations: The content of each `metrics.json`, by the name of its folder.
+        left_out: Reasons for which other files were left out.
+        base_model: Hub id of the LLM; None if it is unknown and the recipe's `language_model` is only a folder's name.
+        hub_towers: Hub ids, by modality, of the towers that training did not change.
+        base_revision: The LLM's commit on the Hub, if known.
     """
 
     folder: Path
@@ -112,7 +112,7 @@ class Run:
 
     @property
     def recipe_fields(self) -> dict[str, Any]:
-        """The recipe as a YAML file in `recipes/` has it: what differs from the defaults, and the Trainer's fields."""
+        """The recipe as in a YAML file of `recipes/`: fields that differ from the defaults, and Trainer's fields."""
         defaults = default_record()
         own = {"language_model": self.recipe["language_model"]}
         set_fields = own | {name: self.recipe[name] for name, value in defaults.items() if self.recipe[name] != value}
@@ -122,12 +122,12 @@ class Run:
                 name: value for name, value in self.recipe["fusion"].items() if value != default[name]
             }
         if self.recipe["corpora"]:
-            del set_fields["tasks"]  # they are in there
+            del set_fields["tasks"]  # `corpora` contains them
         return set_fields | self.recipe.get("training", {})
 
     @property
     def is_copy(self) -> bool:
-        """Whether the LLM has an id, but was read from a folder; a config keeps the id alone."""
+        """Whether the LLM has a Hub id but was loaded from a local folder, in which case the config lacks the id."""
         return self.base_model is not None and self.config["text_config"].get("_name_or_path") != self.base_model
 
     @property
@@ -148,14 +148,14 @@ def section(title: str) -> str:
 
 
 def pipeline_tag(towers: list[str]) -> str:
-    """The Hub's name for what goes in and what comes out; it has none for features that are arrays."""
+    """The Hub's pipeline tag for the model's inputs and outputs; there is none for precomputed features."""
     if "vision" in towers:
         return "video-text-to-text"
     return "audio-text-to-text" if towers else "text-classification"
 
 
 def eval_results(run: Run) -> list[EvalResult]:
-    """Every figure of every `metrics.json`, as it stands there; with split, samples and interval."""
+    """Every metric of every `metrics.json`, unrounded, with split, number of samples and interval."""
     results = []
     for report in run.evaluations.values():
         corpus = CORPORA.get(report["corpus"], Corpus(report["corpus"]))
@@ -163,7 +163,7 @@ def eval_results(run: Run) -> list[EvalResult]:
         for answer, figures in report["answers"].items():
             for name, value in figures.items():
                 if not isinstance(value, float):
-                    continue  # counts, tables of classes, and what is not defined
+                    continue  # counts, tables by class, and undefined metrics
                 metric, written = FIGURES.get(name, (name, name))
                 results.append(
                     EvalResult(
@@ -192,7 +192,7 @@ def interval_of(report: dict[str, Any], answer: str, name: str) -> str:
 
 
 def conditions(report: dict[str, Any], run: Run) -> list[str]:
-    """Under which a report's figures hold."""
+    """The conditions under which a report's metrics were measured."""
     said = [f"{report['samples']} samples", f"task {report['task']}"]
     said += [f"labels by {report['label_map']}"] if report["label_map"] else []
     limited = len(report["modalities"]) < len(modalities(run.config))
@@ -200,7 +200,7 @@ def conditions(report: dict[str, Any], run: Run) -> list[str]:
 
 
 def modalities(config: dict[str, Any]) -> list[str]:
-    """What a model takes, by its `config.json`."""
+    """The modalities that a model takes, according to its `config.json`."""
     given = ("_config", "_feature_size")
     return ["text", *(name for name in ("audio", "vision") if any(config.get(name + part) for part in given))]
 
@@ -233,7 +233,7 @@ def card_data(run: Run, repo_id: str, license: str | None, adapter_only: bool) -
 
 
 def write_card(folder: Path, run: Run, repo_id: str, license: str | None, adapter_only: bool) -> ModelCard:
-    """Fills the template `card.md`, writes the card and returns it as it is read back."""
+    """Fills the template `card.md`, writes the card, reads it back and returns it."""
     data = card_data(run, repo_id, license, adapter_only)
     body = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=repo_id.partition("/")[2],
@@ -257,7 +257,7 @@ def check_card(path: Path, data: ModelCardData) -> ModelCard:
     """Reads a card and checks that its front matter, with every metric, is what was written.
 
     Raises:
-        ValueError: If its front matter is not what was written, or has a model-index that does not parse.
+        ValueError: If the front matter differs from what was written, or its model-index cannot be parsed.
     """
     card = ModelCard.load(path)
     if card.data.to_dict() != data.to_dict():
@@ -266,7 +266,7 @@ def check_card(path: Path, data: ModelCardData) -> ModelCard:
 
 
 def _inputs(run: Run) -> str:
-    """What the model reads, as a list in words."""
+    """The model's inputs as an enumeration in words."""
     inputs = ["words"]
     for name, medium in (("audio", "sound"), ("vision", "pictures")):
         if name in modalities(run.config):
@@ -359,7 +359,7 @@ def _training(run: Run) -> str:
 
 
 def _log(log: list[dict[str, Any]]) -> list[str]:
-    """The log's losses by phase, and its validation metrics; of a step that was logged twice, the last."""
+    """Tables of the losses by phase and of the validation metrics. If a step was logged twice, the last one counts."""
     kinds = [(key, row) for row in log for key in ("loss", "eval_loss") if key in row]
     rows = {(key, row.get("phase", "LLM with LoRA"), row["step"]): row for key, row in kinds}
     losses: dict[str, list[dict]] = {}

@@ -35,16 +35,16 @@ from egmf.recipe import complete_record
 
 
 CODE_LICENSE = Path(__file__).resolve().parents[2] / "LICENSE"
-# Of `model/`, what is published as it is: configurations, the processor's files, the code.
+# Files of `model/` that are published unchanged: configurations, the processor's files, the code.
 COPIED = ("*.json", "*_egmf.py", "*.jinja", "*.txt", "*.model")
-# What an earlier publication may have left, and what must not stay beside a new one: a loader would prefer it.
+# Files of an earlier publication that must be deleted, because a loader would prefer them to the new ones.
 REPLACED = ("*.safetensors", "*.safetensors.index.json", "adapter_config.json", "*_egmf.py")
 INDEX = "model.safetensors.index.json"
 WRITTEN = {"README.md", "LICENSE", "recipe.json", "recipe.yaml"}
 
 
 def check_repo_id(repo_id: str) -> None:
-    """Raises a ValueError unless `repo_id` is OWNER/NAME, in the Hub's letters."""
+    """Raises a ValueError unless `repo_id` is OWNER/NAME with characters that the Hub allows."""
     try:
         validate_repo_id(repo_id)
         if repo_id.count("/") != 1:
@@ -58,11 +58,11 @@ def read_run(folder: Path, base_model: str | None = None) -> Run:
 
     Args:
         folder: An `output_dir` of `train.py`.
-        base_model: Hub id of the language model, where the run was given a local folder.
+        base_model: Hub id of the language model, if the run was given a local folder.
 
     Raises:
-        FileNotFoundError: If there is no finished run in it.
-        ValueError: If `base_model` is not what the run says itself.
+        FileNotFoundError: If the folder has no finished run.
+        ValueError: If `base_model` differs from the language model in the run's recipe.
     """
     model = folder / "model"
     for name in ("config.json", "processor_config.json", "recipe.json", "modeling_egmf.py"):
@@ -76,7 +76,7 @@ def read_run(folder: Path, base_model: str | None = None) -> Run:
     )
     recipe = complete_record(recipe)
     name = recipe["language_model"]
-    # A local folder's path is not kept, neither in the recipe nor in the config.
+    # Neither the recipe nor the config keeps the path of a local folder.
     known = name if "/" in name or name == config["text_config"].get("_name_or_path") else None
     if base_model and known and base_model != known:
         raise ValueError(f"base_model: got {base_model!r}, wanted {known!r}, which the run was trained on")
@@ -100,7 +100,7 @@ def read_run(folder: Path, base_model: str | None = None) -> Run:
 
 
 def _is_on_hub(modality: str, recipe: dict[str, Any]) -> bool:
-    """Whether a model's tower is one of the Hub's, as it is there: not trained in any phase, and not cut."""
+    """Whether a tower is an unchanged model of the Hub: not trained in any phase, its window not shortened."""
     tower = recipe[f"{modality}_tower"]
     changed = recipe[f"train_{modality}_tower"] or recipe["tower_epochs"]
     if modality == "audio":
@@ -109,7 +109,7 @@ def _is_on_hub(modality: str, recipe: dict[str, Any]) -> bool:
 
 
 def read_log(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """The lines of a run's log, and which do not count: a run that was killed may have left half of one."""
+    """The entries of a run's log, and a message for each line that a killed run left incomplete."""
     lines, unreadable = [], []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else (), 1):
         try:
@@ -120,14 +120,14 @@ def read_log(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
 
 
 def read_evaluations(folder: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """The `metrics.json` below a run's folder that measure its model as it is, and why others do not count."""
+    """The `metrics.json` files below a run's folder that measure its current weights, and why others are left out."""
     weights, found, left_out = weights_digest(folder / "model"), {}, []
     for path in sorted(folder.rglob("metrics.json")):
         report = _read(path)
         if not {"corpus", "split", "samples", "answers", "intervals"} <= report.keys():
             left_out.append(f"{path}: it is not by eval.py")
         elif report.get("weights") != weights:
-            left_out.append(f"{path}: it does not measure the weights that are in model/; evaluate them (again)")
+            left_out.append(f"{path}: it does not measure the weights that are in model/; evaluate them again")
         else:
             found[path.parent.relative_to(folder).as_posix()] = report
     return found, left_out
@@ -141,9 +141,9 @@ def build_folder(run: Run, repo_id: str, license: str | None, adapter_only: bool
     """Writes `hub/` in the run's folder and replaces an earlier one.
 
     Raises:
-        ValueError: If there are files in it that this function does not write, a local path is in one of those that it
-            would write, or `adapter_only` is asked of a run that cannot be put together from the Hub.
-        FileNotFoundError: If `adapter_only` is asked of a run without `adapter/`.
+        ValueError: If the earlier folder has files that this function does not write, if a new file contains a local
+            path, or if `adapter_only` is set and the base model is not on the Hub.
+        FileNotFoundError: If `adapter_only` is set and the run has no `adapter/`.
     """
     model, target = run.folder / "model", run.folder / "hub"
     copied = sorted(path for pattern in COPIED for path in model.glob(pattern) if path.name != INDEX)
@@ -171,7 +171,7 @@ def build_folder(run: Run, repo_id: str, license: str | None, adapter_only: bool
         write_card(folder, run, repo_id, license, adapter_only)
         check_no_paths(folder, run.folder)
         for path in folder.iterdir():
-            path.chmod(0o644)  # safetensors writes files that nobody else may read
+            path.chmod(0o644)  # safetensors makes files readable by their owner only
         if target.exists():
             shutil.rmtree(target)
         folder.rename(target)
@@ -179,7 +179,7 @@ def build_folder(run: Run, repo_id: str, license: str | None, adapter_only: bool
 
 
 def write_adapter(run: Run, folder: Path) -> None:
-    """The adapter that training left, with the towers that are not on the Hub, and the Hub id of what it is put on."""
+    """Writes the trained adapter with the towers that are not on the Hub and the Hub id of its base model."""
     saved = run.folder / "adapter"
     if not (saved / "adapter_config.json").is_file():
         wanted = "what train.py saves there (started again, the same command writes it)"
@@ -205,8 +205,8 @@ def check_adapter(run: Run, folder: Path) -> None:
     """Loads an adapter onto the models of the Hub, as its card describes, and compares it with the merged model.
 
     Raises:
-        ValueError: If it is another model.
-        OSError: If a model of the Hub cannot be had.
+        ValueError: If the two models differ.
+        OSError: If a model cannot be loaded from the Hub.
     """
     language_model = AutoModelForCausalLM.from_pretrained(run.base_model, revision=run.base_revision)
     before = language_model.get_input_embeddings().num_embeddings
@@ -220,19 +220,19 @@ def check_adapter(run: Run, folder: Path) -> None:
         for name, wanted in load_file(path).items():
             got = merged[name]
             wanted, tolerance = wanted.to(got.dtype), 0.0
-            if name in lora:  # another machine may add up LoRA's products in another order
+            if name in lora:  # the order of summation in LoRA's products depends on the machine
                 tolerance = 4 * torch.finfo(got.dtype).eps * wanted.abs().max().item()
             if wanted.shape[:1] == (after,):
-                got, wanted = got[:before], wanted[:before]  # a placeholder's new row is random, and never read
+                got, wanted = got[:before], wanted[:before]  # the placeholder's new row is random and never used
             if got.shape != wanted.shape or (got - wanted).abs().max() > tolerance:
                 got = f"{run.base_model!r}, on which the adapter makes another {name} than model/ has"
                 raise ValueError(f"base_model: got {got}; wanted the weights that were trained on")
 
 
 def check_no_paths(folder: Path, run: Path) -> None:
-    """Raises a ValueError if a text file names a folder of this machine: the run's, the user's or the present one."""
+    """Raises a ValueError if a text file contains a local path: of the run, the home, working or temporary folder."""
     places = {str(path.resolve()) for path in (run, Path.home(), Path.cwd(), Path(tempfile.gettempdir()))} - {"/"}
-    private = sorted(places, key=len, reverse=True)  # what names most first
+    private = sorted(places, key=len, reverse=True)  # the longest path first
     for path in sorted(folder.iterdir()):
         if path.suffix != ".safetensors" and path.name not in ("tokenizer.json", "LICENSE"):
             text = path.read_text(encoding="utf-8")
@@ -248,15 +248,15 @@ def is_replaced(name: str) -> bool:
 
 
 def upload(folder: Path, repo_id: str, private: bool) -> CommitInfo:
-    """Uploads a folder in one commit, and deletes files of an earlier publication that it does not have.
+    """Uploads a folder in one commit and deletes outdated files of an earlier publication.
 
-    An upload that broke off is started again from where it was: what the Hub has of the files is not sent again, and
-    nothing is to be seen in the repository before all of it is there. Weights, adapters and code of an earlier
-    publication that the folder does not have are deleted, all other files of the repository are left alone.
+    An interrupted upload can be repeated: files that the Hub already has are not sent again, and the repository does
+    not change before all files are uploaded. Weights, adapters and code of an earlier publication are deleted if the
+    folder does not contain them. All other files of the repository are kept.
 
     Raises:
-        ValueError: If the repository is to be private and is there already, in public.
-        huggingface_hub.errors.HfHubHTTPError: What the Hub refuses.
+        ValueError: If `private` is set and the repository exists and is public.
+        huggingface_hub.errors.HfHubHTTPError: If the Hub refuses a request.
     """
     api = HfApi()
     api.create_repo(repo_id, private=private or None, exist_ok=True)

@@ -1,4 +1,4 @@
-"""From a recipe to the model that is trained: towers, processor, LLM and fusion put together, and LoRA put on."""
+"""Builds the model of a recipe from towers, processor, LLM and fusion, adds LoRA, and merges it after training."""
 
 import copy
 from collections.abc import Iterator
@@ -36,10 +36,10 @@ from egmf.towers_egmf import encoder_of, load_tower
 def cut_window(tower: PreTrainedModel, extractor: Any, seconds: int) -> tuple[PreTrainedModel, Any]:
     """Shortens the fixed window of a speech encoder such as Whisper's to the first `seconds`.
 
-    A window is read whole, silence included, so that short clips cost what the longest one costs.
+    The encoder always computes a whole window, including silence, so that a short clip costs as much as a long one.
 
     Raises:
-        ValueError: If the encoder reads no fixed windows, or shorter ones.
+        ValueError: If the encoder has no fixed window, or a shorter one.
     """
     tower, whole = encoder_of(tower, "audio"), getattr(extractor, "chunk_length", None)
     if not whole or not hasattr(tower.config, "max_source_positions") or not 0 < seconds <= whole:
@@ -62,7 +62,7 @@ def build_tower(modality: str, tower: str | dict[str, Any]) -> tuple[PreTrainedM
     """Loads or builds the tower of a recipe, with its feature extractor or image processor.
 
     Raises:
-        ValueError: If a description is not `{"config": {"model_type", ...}, "feature_extractor" (of vision:
+        ValueError: If a description is not `{"config": {"model_type", ...}, "feature_extractor" (for vision:
             "image_processor"): {"..._type", ...}}`.
     """
     kind = PREPROCESSORS[modality]
@@ -84,7 +84,7 @@ def build_towers(recipe: Recipe) -> dict[str, tuple]:
     """The recipe's towers and preprocessors, for the modalities that the model may see.
 
     Raises:
-        ValueError: If a recipe without an audio tower sets what only a tower can do.
+        ValueError: If a recipe without an audio tower sets `audio_window` or `audio_speeds`.
     """
     needing = (("audio_window", recipe.model.audio_window, 0), ("audio_speeds", recipe.data.audio_speeds, [1.0]))
     for field, value, unset in needing:
@@ -114,11 +114,11 @@ def build_processor(recipe: Recipe, language_model: str, towers: dict[str, tuple
 def feature_statistics(rows: Dataset, column: str) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Mean and standard deviation (D,), in float64, over all frames of a column of features (T, D).
 
-    The column is read twice, few rows at a time: MOSEI's would not fit in memory at once. Sums go on from one batch to
-    the next, frame by frame, so that the figures are those of all frames in one array.
+    The column is read twice in small batches, because all features of MOSEI do not fit in memory. The sum of a batch
+    starts with the sum of the earlier ones, so that the result is the same as for all frames in one array.
 
     Returns:
-        None if every clip is null.
+        (mean, standard deviation); None if every clip is null.
 
     Raises:
         ValueError: If clips differ in width.
@@ -140,9 +140,9 @@ def feature_statistics(rows: Dataset, column: str) -> tuple[torch.Tensor, torch.
 
 
 def _frames(rows: Dataset, column: str, batch_size: int = 64) -> Iterator[np.ndarray]:
-    """The frames (N, D) of all clips, in float64, some clips at a time."""
+    """Yields the frames (N, D) of all clips in float64, for batches of clips."""
     for table in rows.select_columns([column]).with_format("arrow").iter(batch_size):
-        frames = table.column(column).combine_chunks().flatten()  # neither null clips nor the clips' borders
+        frames = table.column(column).combine_chunks().flatten()  # drops null clips and the borders between clips
         widths = np.unique(frames.value_lengths().to_numpy())
         values = frames.flatten().to_numpy().astype(np.float64)
         if len(widths) > 1:
@@ -159,7 +159,7 @@ def set_clip_statistics(model: EGMFForConditionalGeneration, corpus, cache: Towe
     """Sets the mean and standard deviation of the fusion's clip statistics from the training split.
 
     Raises:
-        ValueError: If a modality has no clips, or a tower that is still to learn.
+        ValueError: If a modality has no clips, or its tower will still be trained.
     """
     for modality, module in model.model.fusion.clip_statistics.items():
         clips = []
@@ -212,7 +212,7 @@ def load_language_model(recipe: Recipe, folder: str) -> PreTrainedModel:
     """Loads the recipe's LLM; with `load_in_4bit`, its layers are quantised to 4 bits (NF4).
 
     Raises:
-        ValueError: If the recipe wants 4 bits and there is no bitsandbytes.
+        ValueError: If the recipe sets `load_in_4bit` and bitsandbytes is not installed.
     """
     options: dict[str, Any] = {"attn_implementation": recipe.model.attn_implementation}
     if recipe.model.load_in_4bit:
@@ -228,7 +228,8 @@ def load_language_model(recipe: Recipe, folder: str) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_pretrained(folder, **options)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            # On CPUs, bitsandbytes packs weights in evaluation for a kernel that has no gradient, and keeps them so.
+            # On CPUs, bitsandbytes repacks weights during evaluation for a kernel without a gradient and does not
+            # restore them.
             module.support_avx512bf16_for_cpu = False
     return model
 
@@ -257,21 +258,21 @@ def build_model(
     for modality, (mean, std) in statistics.items():
         model.model.fusion.set_feature_statistics(modality, mean, std)
     for modality in trained_towers(recipe, towers) + list(towers) * bool(recipe.phases.tower_epochs):
-        # Small steps would be lost in half precision.
+        # Half precision would round small updates away.
         getattr(model.model, f"{modality}_tower").float()
     return model
 
 
 def set_trainable_towers(model: EGMFForConditionalGeneration, towers: list[str]) -> None:
-    """Which towers learn from now on, by modality; the others are frozen."""
+    """Trains the towers of these modalities from now on and freezes the others."""
     model.model.freeze_towers()
     for modality in towers:
         getattr(model.model, f"{modality}_tower").requires_grad_()
-    model.train()  # a frozen tower has no dropout and keeps its statistics
+    model.train()  # frozen towers stay in eval mode, without dropout and with fixed statistics
 
 
 def add_lora(recipe: Recipe, model: EGMFForConditionalGeneration, trained: list[str]) -> PeftModel:
-    """LoRA on the LLM's projections; the fusion, and the towers of the `trained` modalities, are trained whole."""
+    """Adds LoRA to the LLM's projections. All weights of the fusion and of the `trained` towers are trained."""
     lora = LoraConfig(
         task_type="CAUSAL_LM",
         r=recipe.model.lora_r,
@@ -285,8 +286,8 @@ def add_lora(recipe: Recipe, model: EGMFForConditionalGeneration, trained: list[
 def gather_trained_model(recipe: Recipe, trainer: Trainer, trained: list[str]) -> PeftModel | None:
     """The complete trained model with its LoRA layers and unquantised weights; None on all but the main process.
 
-    Where processes hold parts of it (FSDP, DeepSpeed), these are put together; weights of 4 bits become what they
-    stand for, in the precision of the LLM's others. All processes have to call it.
+    If the processes hold parts of the model (FSDP, DeepSpeed), the parts are gathered. Weights in 4 bits are
+    dequantised to the dtype of the LLM's other weights. All processes must call this function.
 
     Args:
         trained: Modalities whose towers were trained with the LLM.
@@ -321,13 +322,13 @@ def gather_trained_model(recipe: Recipe, trainer: Trainer, trained: list[str]) -
 def merge_lora(model: PeftModel) -> EGMFForConditionalGeneration:
     """Merges LoRA into the LLM's weights in float32 on the CPU.
 
-    What LoRA adds to a weight is often less than half of its last bit in bfloat16: rounded to that, it would be lost.
-    The weights are those of `model` itself, which is not to be used any more.
+    LoRA often changes a weight by less than half of its last bit in bfloat16; rounding to bfloat16 would lose this
+    change. The function modifies `model`, which must not be used afterwards.
     """
     for tensor in (*model.parameters(), *model.buffers()):
-        # A model that `gather_trained_model` put together has no values in the buffers that are not saved.
+        # After `gather_trained_model`, buffers that are not saved may be on the meta device and have no values.
         if tensor.is_floating_point() and not tensor.is_meta:
-            # On the CPU: an optimizer still has its part of a GPU's memory, where products may be rounded to TF32.
+            # On the CPU, because the optimizer still uses GPU memory, and a GPU may round products to TF32.
             tensor.data = tensor.data.to("cpu", torch.float32)
     whole = model.merge_and_unload()
     for name in whole.config.sub_configs:

@@ -84,7 +84,7 @@ def last_whole_checkpoint(folder: Path, with_best: bool = False) -> str | None:
             while aside.exists():
                 aside = aside.with_name(aside.name + "x")
             path.rename(aside)
-            logging.warning("%s is damaged (%s), and is now called %s", path, damage, aside.name)
+            logging.warning("%s is damaged (%s) and was renamed to %s", path, damage, aside.name)
             continue
         return str(path)
     return None

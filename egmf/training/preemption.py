@@ -9,7 +9,7 @@ from typing import Any
 from egmf.files import RunStopped
 
 
-TERMINATED = 128 + signal.SIGTERM  # what a shell says of a process that SIGTERM ended
+TERMINATED = 128 + signal.SIGTERM  # the status that a shell reports for a process ended by SIGTERM
 
 
 class Termination:

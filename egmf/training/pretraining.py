@@ -27,15 +27,15 @@ SCORE_WIDTH = 1 / 20  # of a task's range: the distance at which a score's targe
 
 
 def position_weighted_mean(tokens: torch.Tensor) -> torch.Tensor:
-    """(tokens, H) -> (H,), the j-th token weighing 1 / j."""
+    """Weighted mean (tokens, H) -> (H,); the j-th token has weight 1 / j."""
     weights = 1 / torch.arange(1, len(tokens) + 1, device=tokens.device, dtype=tokens.dtype)
     return weights @ tokens / weights.sum()
 
 
 def score_targets(task: AffectTask) -> torch.Tensor:
-    """(answers, answers): for each gold answer of a task, the probabilities that its answers are to have.
+    """Target distribution over a task's answers for each gold answer, (answers, answers).
 
-    Of labels all is on the gold one; of scores it falls off exponentially with the distance.
+    For labels, the gold one has probability 1. For scores, the probability decays exponentially with the distance.
     """
     if task.kind == "classification":
         return torch.eye(len(task.answers))
@@ -52,7 +52,7 @@ class TowerPretraining(nn.Module):
     Args:
         model: The model; the tower is shared, not copied.
         modality: "audio" or "vision".
-        task: The task that is asked.
+        task: The task that the tower learns.
     """
 
     accepts_loss_kwargs = False  # Trainer divides the loss by the number of accumulated steps
@@ -68,7 +68,11 @@ class TowerPretraining(nn.Module):
         self._whole = [model.model]  # a list hides the rest of the model from `parameters()` and `state_dict()`
 
     def forward(self, answer_index: torch.Tensor, **inputs) -> ModelOutput:
-        """A batch with the places (B,) of the gold answers -> loss over the clips with the modality, and logits."""
+        """Computes logits and the loss over the clips that have the modality.
+
+        Args:
+            answer_index: Index of each row's gold answer in the task's answers, (B,).
+        """
         if self.training and self.modality == "vision" and "pixel_values" in inputs:
             some = torch.randperm(inputs["pixel_values"].shape[1])[: self.FRAMES].sort().values
             for name in ("pixel_values", "vision_mask", "vision_times"):
@@ -86,13 +90,13 @@ class TowerPretraining(nn.Module):
 class FusionPretraining(nn.Module):
     """The fusion and its towers, without the LLM's layers and head, for `Trainer`.
 
-    An answer's probability is a softmax over the task's answers of the scaled cosine between a pseudo token and the
-    answer's prototype, averaged over the K pseudo tokens. A prototype is the mean of the LLM's embeddings of the
-    answer's tokens, less the mean over the task's answers, so that what all of them share does not count. The j-th
-    token weighs 1 / j: "+1.0" and "+0.1" have the same tokens, and the first ones say more.
+    The probabilities of the answers are a softmax over scaled cosines. The cosine between a pseudo token and an
+    answer's prototype is averaged over the K pseudo tokens. A prototype is the mean of the LLM's embeddings of the
+    answer's tokens, minus the mean over the task's answers, which removes what all answers share. The j-th token has
+    weight 1 / j, because "+1.0" and "+0.1" have the same tokens and the first ones are more informative.
 
-    The target of a label is that label. Scores know their order: the target of a score falls off with the distance of
-    the other scores, to 1 / e at a twentieth of the range (`score_targets`). All of this is our choice.
+    The target of a label is that label. The target of a score is a distribution that decays with the distance from
+    the gold score, to 1 / e at a twentieth of the range (`score_targets`). All of this is our own choice.
 
     The loss is that of the gated mix plus the mean of the losses of each expert without the others. Without the second
     part, the gate soon gives nearly all weight to the first useful expert, and the others learn little. The second
@@ -102,8 +106,8 @@ class FusionPretraining(nn.Module):
     Args:
         model: The model; its fusion and towers are shared, not copied.
         processor: Its processor.
-        tasks: The tasks that are asked; a batch's `task_index` are places in it.
-        label_smoothing: Probability that is taken from the right answer and spread evenly over all legal ones.
+        tasks: The tasks; a batch's `task_index` refers to this list.
+        label_smoothing: Share of the target that is spread evenly over all legal answers.
     """
 
     accepts_loss_kwargs = False
@@ -138,7 +142,7 @@ class FusionPretraining(nn.Module):
         self.register_buffer("legal", torch.arange(max(sizes)) < torch.tensor(sizes).unsqueeze(1), persistent=False)
 
     def train(self, mode: bool = True):
-        self._whole[0].train(mode)  # knows that a frozen tower stays as it is
+        self._whole[0].train(mode)  # keeps frozen towers in eval mode
         self.training = mode
         return self
 
@@ -155,7 +159,12 @@ class FusionPretraining(nn.Module):
         return torch.cat([mix.unsqueeze(1), alone[:, 1:]], 1)
 
     def forward(self, task_index: torch.Tensor, answer_index: torch.Tensor, **inputs) -> ModelOutput:
-        """A batch of prompts with the places (B,) of the task and of the gold answer -> loss, logits (B, answers)."""
+        """Computes the loss and the mix's logits (B, answers).
+
+        Args:
+            task_index: Index of each row's task in `tasks`, (B,).
+            answer_index: Index of each row's gold answer in the task's answers, (B,).
+        """
         tokens = self.pseudo_tokens(inputs)
         prototypes = self.prototypes[task_index]
         cosines = torch.einsum("bekh,bch->bec", F.normalize(tokens.float(), dim=-1), prototypes) / tokens.shape[2]

@@ -13,7 +13,7 @@ from egmf.files import write_whole, writing
 
 
 class JsonLinesLog(TrainerCallback):
-    """Appends every log entry of the Trainer to a file, one JSON object a line, with `fields` in each."""
+    """Appends every log entry of Trainer to a file, one JSON object per line; each gets the constant `fields`."""
 
     def __init__(self, path: Path, **fields: str):
         self.path, self.fields = path, fields

@@ -81,7 +81,7 @@ def shrunk(config: PreTrainedConfig, divisor: int) -> PreTrainedConfig:
 
 
 def published_config(name: str) -> PreTrainedConfig | None:
-    """The configuration of `recipes/published_configs.json`; None if it has no such model."""
+    """A model's configuration from `recipes/published_configs.json`; None if the file lacks the model."""
     entry = _published().get(name)
     if entry is None:
         return None
@@ -98,7 +98,7 @@ def _up(size: int, divisor: int) -> int:
 
 
 def _build(field: str, name: str, divisor: int, folder: Path) -> None:
-    """Writes a small random model, and its tokenizer or preprocessor."""
+    """Writes a small random model, with its tokenizer or preprocessor, into a folder."""
     error = None if Path(name).is_dir() else why_unreachable(name, field)
     config = AutoConfig.from_pretrained(name) if error is None else published_config(name)
     if config is None:
@@ -107,7 +107,7 @@ def _build(field: str, name: str, divisor: int, folder: Path) -> None:
             f"{field}: got {name!r}, and the Hugging Face Hub cannot be reached ({error}); wanted {wanted}"
         ) from error
     if error is not None:
-        logging.warning("The Hugging Face Hub cannot be reached: %s has its configuration from %s", name, PUBLISHED)
+        logging.warning("The Hugging Face Hub cannot be reached: the configuration of %s is from %s", name, PUBLISHED)
     config = shrunk(config, divisor)
     dtype = config.dtype or torch.float32
     if field == "language_model":
@@ -132,7 +132,7 @@ def _build(field: str, name: str, divisor: int, folder: Path) -> None:
 
 
 def _random(auto: Any, config: PreTrainedConfig, dtype: torch.dtype):
-    """A model of random weights; the same ones every time, and the global random state is left alone."""
+    """A model with random weights, the same in every call; the global random state does not change."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return auto.from_config(config, dtype=dtype)

@@ -79,8 +79,8 @@ class MixtureTrainer(Trainer):
             wanted = "random or group_by_length"
             raise ValueError(f"train_sampling_strategy: got {strategy!r} for a mixture of corpora, wanted {wanted}")
         if mixture is None and strategy == "group_by_length":
-            # Trainer's own sampler groups by the global random state, which differs between processes, and between a
-            # run and its resumption.
+            # Trainer's own sampler draws the groups from the global random state, which differs between processes and
+            # between a run and its resumption.
             mixture = [len(rows)], [1.0]
         if mixture is None:
             return super()._get_train_sampler(train_dataset)
@@ -90,7 +90,7 @@ class MixtureTrainer(Trainer):
 
 
 def check_reporters(names: list[str]) -> None:
-    """Raises a ValueError if `report_to` names a package that is missing, before anything is computed."""
+    """Raises a ValueError if `report_to` names a package that is not installed, before anything is computed."""
     for name in names:
         if name in ("tensorboard", "trackio") and find_spec(name) is None:
             raise ValueError(f"report_to: got {name!r}, wanted its package beside it: pip install {name}")
@@ -210,7 +210,7 @@ class CheckpointCallback(TrainerCallback):
             return termination.asked
         if termination.asked and not self.stopping:
             accelerator.set_trigger()
-        self.stopping = accelerator.check_trigger() or self.stopping  # all stop at the same step
+        self.stopping = accelerator.check_trigger() or self.stopping  # all processes stop at the same step
         return self.stopping
 
 
@@ -287,11 +287,11 @@ class RunTrainer(MixtureTrainer):
         name = self.args.run_name or f"{self.log_file.path.parent.resolve().name}-{self.begun}"
         self.args.run_name = f"{name}-{self.phase}" if self.phase else name
         for callback in self.callback_handler.callbacks if self.is_world_process_zero() else ():
-            if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:  # else a user has set it
-                from torch.utils.tensorboard import SummaryWriter  # a package that a run needs only for this
+            if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:  # else the user has set it
+                from torch.utils.tensorboard import SummaryWriter  # an optional package
 
                 callback.logging_dir = str(Path(self.args.output_dir) / "runs")
-                # What a killed run had logged later than its last checkpoint comes again, and counts no more.
+                # A killed run may have logged steps after its last checkpoint; they are logged again and replaced.
                 callback.tb_writer = SummaryWriter(callback.logging_dir, purge_step=step + 1)
 
     def restore_running_loss(self) -> None:
@@ -322,7 +322,7 @@ class RunTrainer(MixtureTrainer):
 
     def _get_grad_norm(self, model, grad_norm=None):
         norm = super()._get_grad_norm(model, grad_norm)
-        if norm is not None and self.accelerator.scaler is None:  # a scaler's infinite ones are skipped steps
+        if norm is not None and self.accelerator.scaler is None:  # a scaler skips steps with infinite gradients
             self._unchecked.append((self.state.global_step + 1, None, torch.as_tensor(norm)))
         return norm
 
@@ -335,7 +335,7 @@ class RunTrainer(MixtureTrainer):
         pauses = control.should_evaluate or control.should_save
         super()._maybe_log_save_evaluate(*args, **kwargs)
         if pauses:
-            self._clock, self._amount = time.perf_counter(), 0  # training alone is measured
+            self._clock, self._amount = time.perf_counter(), 0  # the speed excludes validation and saving
 
     def check_losses(self) -> None:
         """Raises a RunStopped that names the rows if a loss or gradient norm is NaN or infinite."""
@@ -401,8 +401,9 @@ class RunTrainer(MixtureTrainer):
 class AffectTrainer(RunTrainer):
     """Trainer whose evaluation scores every legal answer instead of comparing logits at the gold tokens.
 
-    An evaluation data set asks one task; of several tasks there is a dict of them. Evaluation loss is the negative
-    log-probability of the gold answer among the legal ones; selection sees the validation split alone.
+    Each evaluation data set contains one task; pass several tasks as a dict of data sets. The evaluation loss is the
+    negative log-probability of the gold answer among the legal answers. The best checkpoint is selected on the
+    validation split only.
     """
 
     unit = "tokens"
@@ -424,15 +425,21 @@ class AffectTrainer(RunTrainer):
         candidates = self.scoring_collator.processor.candidates(self.scoring_collator.tasks[int(tasks[0])])
         answering = self.accelerator.unwrap_model(model)
         if "score_labels" not in vars(answering):
-            register_fsdp_forward_method(answering, "score_labels")  # of FSDP2; of any other model it does nothing
+            register_fsdp_forward_method(answering, "score_labels")  # needed by FSDP2, no effect on other models
         with self.accelerator.autocast():
             scores = answering.score_labels(candidates=candidates, **inputs)
-        # No loss: Trainer would take the mean over batches, which with several processes may hold a row twice.
+        # No loss here: Trainer would average over batches, and with several processes a row may occur twice.
         return None, scores.log_probs, torch.stack([answers, tasks], 1)
 
 
 def metrics_of(tasks: list, predictions) -> dict[str, float | None]:
-    """Trainer's validation metrics of a task, from the answers' log-probabilities and the places of gold and task."""
+    """The validation metrics of a task, for Trainer.
+
+    Args:
+        tasks: All tasks.
+        predictions: Its `predictions` are the log-probabilities of the answers, its `label_ids` (N, 2) the index of
+            the gold answer and the index of the task in `tasks`.
+    """
     golds, places = predictions.label_ids.T
     task, loss = tasks[places[0]], -predictions.predictions[np.arange(len(golds)), golds].mean()
     figures: dict[str, float | None] = {"loss": float(loss)}
