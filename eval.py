@@ -41,6 +41,7 @@ from egmf.evaluation.predictor import Predictor
 from egmf.evaluation.significance import intervals, mcnemar, paired_differences, resample
 from egmf.files import weights_digest
 from egmf.processes import in_turns, silence_other_ranks
+from egmf.processing_egmf import EGMFProcessor
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -195,7 +196,8 @@ def main(arguments: list[str]) -> None:
     with in_turns():  # transformers copies the model's code into its cache
         processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=True)
         model = AutoModel.from_pretrained(args.model, trust_remote_code=True).to(device).eval()
-    processor.limit_length(model.config.text_config)
+    # The class of this clone: a checkpoint brings its own processor, which may be older than the method.
+    EGMFProcessor.limit_length(processor, model.config.text_config)
     trained = load_training_fields(args.model)
     part = trained.get("corpora", {}).get(args.corpus, {})  # the corpus's entry if the model was trained on a mixture
     name = args.task or (part or trained).get("tasks", [args.corpus])[0]

@@ -19,8 +19,8 @@ from .media_egmf import AudioClip, VideoClip, load_audio, load_video
 from .media_readers_egmf import FULL_SCALE, LARGEST_RESULT, MediaError, mono
 
 
-MOST_CHANNELS = 8  # of an array of samples: 7.1 surround
-RATES = 1, 10_000_000  # Hz that an array of samples may have; soxr hangs at rates far outside
+MOST_CHANNELS = 8  # maximum number of channels in an array of samples: 7.1 surround
+RATES = 1, 10_000_000  # range of an array's sampling rate in Hz; soxr hangs far outside of it
 
 
 class MediaWarning(UserWarning):
@@ -169,10 +169,10 @@ class MediaInputsMixin:
         return float("inf") if mask.all() else len(mask) / self.audio_input_rate
 
     def _extract(self, samples: np.ndarray) -> TowerInput:
-        """What the audio tower reads of one clip's samples (N,)."""
+        """Computes the audio tower's input from one clip's samples (N,)."""
         rate = self.feature_extractor.sampling_rate
         options = {"sampling_rate": rate, "return_attention_mask": True}
-        # Convolutions want a few frames: silence follows what is shorter.
+        # Convolutions need a few frames, so shorter sound is padded with silence.
         samples = np.pad(samples, (0, max(0, rate // 20 - len(samples))))
         made = self.feature_extractor(samples, **options, return_tensors="np")
         return TowerInput(made[self.feature_extractor.model_input_names[0]][0], made["attention_mask"][0])

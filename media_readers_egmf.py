@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 
-SILENCE = 1e-4  # a track that stays below is silent: codecs turn silence into a little noise
-FULL_SCALE = 8.0  # samples beyond are damage; lossy codecs exceed 1.0 a little, and limiters of players expect that
+SILENCE = 1e-4  # a track whose samples stay below is silent: codecs turn silence into faint noise
+FULL_SCALE = 8.0  # larger samples are damage; lossy codecs slightly exceed 1.0, which players can handle
 TOLERANCE = 0.1  # seconds that may be missing without a warning: codec delays, the last packet's padding
 LARGEST_RESULT = 1 << 30  # maximum bytes of samples or frames that one call returns
 LARGEST_WORKER = 4 << 30  # maximum bytes that a worker may map
@@ -187,7 +187,7 @@ class _Track:
         for _ in range(order + 1):
             best = max(ranks[index] for index in rest)
             longest = max(lengths[index] for index in rest if ranks[index] == best)
-            # Of about the same length, the first: tracks of one film differ by a few packets.
+            # Tracks of one film differ by a few packets: of about the same length, the first is taken.
             chosen = next(index for index in rest if ranks[index] == best and lengths[index] >= 0.9 * longest)
             rest.remove(chosen)
         self.stream = next(stream for stream in streams if stream.index == chosen)
@@ -420,7 +420,7 @@ def _ogg_end(file: str) -> tuple[int, bool]:
 
 
 def _read_audio_by_pyav(file: str, rate: int) -> tuple[dict[str, Any], np.ndarray]:
-    """Sound by PyAV; of several tracks, where the first choice is silent or cannot be decoded, the next."""
+    """Reads sound by PyAV. If the best track is silent or cannot be decoded, reads the next one."""
     found, error, order, count = None, None, 0, 1
     while order < count:
         with _container(file) as container:
@@ -440,7 +440,7 @@ def _read_audio_by_pyav(file: str, rate: int) -> tuple[dict[str, Any], np.ndarra
 
 
 def _sound(track: _Track, rate: int) -> tuple[dict[str, Any], np.ndarray]:
-    """A track's sound, laid out by its time stamps: what is missing at the start or in between is silence."""
+    """Decodes a track and places it by its time stamps; silence fills gaps at the start and in between."""
     pieces, position, silent, native_rate = [], 0, 0, 0
     for frame in track.frames():
         native_rate = native_rate or frame.sample_rate

@@ -3,11 +3,10 @@
 Two forms are read:
 
 - As published: `data/ID.txt` and `data/ID.jpg`, and a table of labels, `labelResultAll.txt` (`ID<tab>text,image`: a
-label for the text and one for the image) or `train.txt` (`guid,tag`: one label). Of two labels, neutral gives way to
+  label for the text and one for the image) or `train.txt` (`guid,tag`: one label). Of two labels, neutral gives way to
   the other; a tweet with a positive and a negative label is left out, as in the literature.
 - `mvsa.parquet` with the columns `id`, `text`, `sentiment`, `fold` (1 to 5) and `vision_features` (2,560 values: two
-frames
-  of 1,280, the mean and the maximum of an image encoder's last map).
+  frames of 1,280, the mean and the maximum of an image encoder's last map).
 
 The picture is a video of one frame. There are five folds, of the parquet's column or by a digest of the text, so that
 equal texts share a fold. One is the test split, the next the validation split.

@@ -25,11 +25,9 @@ from egmf.configuration_egmf import EGMFConfig
 
 MODALITIES = ("text", "audio", "vision")
 # Fields of `EGMFConfig` that are derived from the LLM, towers, processor and corpus; recipes cannot set them.
-_FOUND_OUT = {"text_config", "audio_config", "vision_config", "audio_feature_size", "vision_feature_size"}
-_FOUND_OUT |= {"audio_input_rate", "pseudo_token_id", "lm_head_bias", "tie_word_embeddings", "initializer_range"}
-FUSION_FIELDS = tuple(
-    name for name in EGMFConfig.__annotations__ if name not in _FOUND_OUT and name in vars(EGMFConfig)
-)
+_DERIVED = {"text_config", "audio_config", "vision_config", "audio_feature_size", "vision_feature_size"}
+_DERIVED |= {"audio_input_rate", "pseudo_token_id", "lm_head_bias", "tie_word_embeddings"}
+FUSION_FIELDS = tuple(name for name in EGMFConfig.__annotations__ if name not in _DERIVED and name in vars(EGMFConfig))
 
 
 @dataclass
@@ -353,7 +351,7 @@ def _add(group: Any, name: str, hint: Any, text: str, kind: type | None = None) 
         items = {inner for one in (hint, *get_args(hint)) if get_origin(one) is list for inner in get_args(one)}
         group.add_argument(*names, nargs="*", type=(items or {str}).pop(), **options)
     elif dict in kinds and str in kinds:
-        group.add_argument(*names, type=lambda text: json.loads(text) if text.startswith("{") else text, **options)
+        group.add_argument(*names, type=_name_or_mapping, **options)
     elif dict in kinds:
         group.add_argument(*names, type=_mapping, metavar="JSON", **options)
     elif bool in kinds:
@@ -371,6 +369,10 @@ def _mapping(text: str) -> dict:
     if not isinstance(found, dict):
         raise argparse.ArgumentTypeError(f"got {text!r}, wanted a mapping as JSON")
     return found
+
+
+def _name_or_mapping(text: str) -> str | dict:
+    return _mapping(text) if text.startswith("{") else text
 
 
 def _flag(text: str) -> bool:

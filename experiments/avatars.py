@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from egmf.evaluation.robustness import summarize
-from experiments.pages import README, RESULTS, fill_readme, spread, table
+from experiments.pages import RESULTS, spread, table, write_page
 
 
 RECIPES = {"towers": "recipes/avatars_towers.yaml", "model": "recipes/avatars_smollm2.yaml"}
@@ -253,9 +253,7 @@ def main(arguments: list[str]) -> None:
         file.write_text(json.dumps(collect(args.runs_dir, known), indent=1) + "\n", encoding="utf-8")
     else:
         runs = json.loads(file.read_text(encoding="utf-8"))
-        (RESULTS / "avatars.md").write_text(render(runs), encoding="utf-8")
-        readme = fill_readme(README.read_text(encoding="utf-8"), "avatars", main_table(runs))
-        README.write_text(readme, encoding="utf-8")
+        write_page("avatars", render(runs), main_table(runs))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,12 @@ def spread(values: Sequence[float], digits: int) -> str:
     return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.{digits}f}"
 
 
+def write_page(name: str, page: str, filled: str) -> None:
+    """Writes `results/NAME.md` and fills the README's table of that page."""
+    (RESULTS / f"{name}.md").write_text(page, encoding="utf-8")
+    README.write_text(fill_readme(README.read_text(encoding="utf-8"), name, filled), encoding="utf-8")
+
+
 def fill_readme(text: str, name: str, filled: str) -> str:
     """The README's text with the table between the markers of a page replaced.
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.pages import README, RESULTS, fill_readme, percent, table
+from experiments.pages import RESULTS, percent, table, write_page
 
 
 RECIPE = "recipes/ravdess_smollm2.yaml"
@@ -208,9 +208,7 @@ def main(arguments: list[str]) -> None:
             writer.writerows(answers)
     else:
         data = json.loads(file.read_text(encoding="utf-8"))
-        (RESULTS / "ravdess.md").write_text(render(data), encoding="utf-8")
-        readme = fill_readme(README.read_text(encoding="utf-8"), "ravdess", main_table(data))
-        README.write_text(readme, encoding="utf-8")
+        write_page("ravdess", render(data), main_table(data))
 
 
 if __name__ == "__main__":

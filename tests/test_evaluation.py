@@ -1,6 +1,7 @@
 """Labels and tasks across corpora: valid combinations, answers mapped to another corpus's labels, and old tasks."""
 
 import json
+import shutil
 import warnings
 from pathlib import Path
 
@@ -208,6 +209,23 @@ def test_a_meld_label_reaches_no_cherma_run(model_folder, tmp_path, monkeypatch)
     with pytest.raises(ValueError, match="label_map 'cherma-meld': got answers of task 'meld'"):
         eval_script.main([*arguments, "--task", "meld", "--label_map", "cherma-meld"])
     assert not (tmp_path / "out").exists() and not (tmp_path / "run" / "log.jsonl").exists()
+
+
+def test_a_checkpoint_whose_own_processor_is_older_is_evaluated(model_folder, tmp_path):
+    """Processors once had neither `text_warning` nor `limit_length`; a checkpoint keeps the code it was saved with."""
+    older = shutil.copytree(model_folder, tmp_path / "model")
+    code = (older / "processing_egmf.py").read_text(encoding="utf-8")
+    for name in ("    text_warning = TextWarning", "def limit_length("):
+        assert name in code
+        code = code.replace(name, "def of_later(" if "def" in name else "")
+    (older / "processing_egmf.py").write_text(code, encoding="utf-8")
+    reports = []
+    for model in (model_folder, str(older)):
+        output = tmp_path / str(len(reports))
+        arguments = [model, "--corpus", "generated", "--task", "mosi", "--modalities", "text"]
+        eval_script.main([*arguments, "--output", str(output)])
+        reports.append(json.loads((output / "metrics.json").read_text(encoding="utf-8"))["answers"])
+    assert reports[0] == reports[1]
 
 
 @pytest.mark.filterwarnings("ignore:Glyph")  # a machine without a Chinese font draws boxes

@@ -1,6 +1,7 @@
 """Towers: frozen audio and image encoders inside the model, whose layers are mixed."""
 
 import os
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoTokenizer,
     CLIPConfig,
     CLIPModel,
     CLIPVisionConfig,
@@ -25,8 +27,12 @@ from transformers import (
 )
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
+from corpora.schema import build_split
+from egmf.data.collator import AffectCollator, expand_by_task
+from egmf.data.tower_cache import TowerCache
 from egmf.media_inputs_egmf import TowerInput
 from egmf.modeling_egmf import EGMFForConditionalGeneration
+from egmf.processing_egmf import EGMFProcessor
 from egmf.training.assembly import cut_window, start_speech_tower
 
 
@@ -363,3 +369,26 @@ def test_a_tower_that_reads_waveforms_starts_as_transformers_has_it():
     before = {name: value.clone() for name, value in tower.state_dict().items()}
     start_speech_tower(tower, [TowerInput(np.zeros(1600, np.float32), np.ones(1600, np.int64))])
     assert all(torch.equal(value, before[name]) for name, value in tower.state_dict().items())
+
+
+def test_a_batch_without_clips_trains_every_parameter_of_a_trained_tower(assemble, llm_folder, tmp_path):
+    """Distributed training needs the same parameters in every process, whatever its rows have."""
+    extractor = Wav2Vec2FeatureExtractor(return_attention_mask=True)
+    processor = EGMFProcessor(AutoTokenizer.from_pretrained(llm_folder()), extractor, num_pseudo_tokens=3)
+    model = assemble(audio_tower=TOWERS["hubert"][0](), audio_input_rate=16000).train()
+    model.model.audio_tower.requires_grad_()
+    model.model.audio_tower.config.layerdrop = 0.0
+    cache = TowerCache(model, processor, frozen=(), trained=["audio"], folder=tmp_path)
+    tasks = [processor.tasks["meld"]]
+    collate = partial(AffectCollator, processor, tasks, ["text", "audio"], True, cache=cache)
+    rows = expand_by_task(
+        build_split([{"id": str(number), "text": "so", "emotion": "joy"} for number in (0, 1)]), tasks
+    )
+    assert "input_values" not in collate()(list(rows))
+    batch = collate(blanks=True)(list(rows))
+    assert batch["input_values"].shape[0] == 2 and not batch["audio_mask"].any()
+    without = model.eval()(**collate()(list(rows)))
+    torch.testing.assert_close(model(**batch).loss, without.loss)
+    model.train()(**batch).loss.backward()
+    unused = [name for name, value in model.model.audio_tower.named_parameters() if value.grad is None]
+    assert unused in ([], ["masked_spec_embed"])

@@ -13,11 +13,12 @@ from datasets import Dataset, concatenate_datasets
 from egmf.data.augmentation import augment
 from egmf.data.tower_cache import COLUMNS, PREPROCESSORS, TowerCache
 from egmf.media_egmf import AudioClip, VideoClip
-from egmf.processing_egmf import AffectTask, EGMFProcessor
+from egmf.processing_egmf import AffectTask, EGMFProcessor, TextWarning
 
 
 FEATURE_COLUMNS = ("audio_features", "vision_features", "audio_times", "vision_times")
-FIELDS = {  # what a row loses with a modality
+PROMPT_CHUNK = 256  # rows whose prompts are tokenised together
+HIDDEN_COLUMNS = {  # what a row loses with a modality
     "text": ("text", "context", "following", "speaker"),
     "audio": ("audio", "audio_features", "audio_times"),
     "vision": ("video", "vision_features", "vision_times"),
@@ -97,19 +98,18 @@ class AffectCollator:
         if self.modality_dropout:
             rows = [self._drop(row) for row in rows]
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", self.processor.text_warning)  # `prompt_lengths` has logged it
+            warnings.simplefilter("ignore", text_warning_of(self.processor))  # `prompt_lengths` has logged it
             batch = self._batch(rows)
         return batch | self._blanks(batch) if self.blanks else batch
 
     def _drop(self, row: dict) -> dict:
         """The row without the modalities that are hidden this time."""
-        present = [name for name in self.modalities if self._has(row, name)]
-        drawn = torch.rand(len(self.modalities)).tolist()
-        draws = dict(zip(self.modalities, drawn, strict=True))
-        hidden = [name for name in present if draws[name] < self.modality_dropout.get(name, 0.0)]
+        draws = torch.rand(len(self.modalities)).tolist()
+        present = {name: draw for name, draw in zip(self.modalities, draws, strict=True) if self._has(row, name)}
+        hidden = [name for name, draw in present.items() if draw < self.modality_dropout.get(name, 0.0)]
         if len(hidden) == len(present):
             return row
-        return row | {field: None for name in hidden for field in FIELDS[name] if field in row}
+        return row | {column: None for name in hidden for column in HIDDEN_COLUMNS[name]}
 
     def _has(self, row: dict, modality: str) -> bool:
         if modality == "text":
@@ -177,19 +177,30 @@ class AffectCollator:
         return clip if clip is None or self.distort is None else self.distort(modality, row["id"], clip)
 
 
+def text_warning_of(processor: EGMFProcessor) -> type[TextWarning]:
+    """The processor's warning about texts that do not fit. A checkpoint's own, older processor may have none."""
+    return getattr(processor, "text_warning", EGMFProcessor.text_warning)
+
+
 def prompt_lengths(dataset: Dataset, collator: AffectCollator) -> list[int]:
     """Tokens of each row's prompt, for length-grouped batches. Logs which rows do not fit into the LLM's context."""
     if "text" not in collator.modalities:
         return [1] * len(dataset)
     light = AffectCollator(collator.processor, collator.tasks, ["text"], with_answers=None)
     rows = dataset.select_columns([name for name in dataset.column_names if name not in FEATURE_COLUMNS])
-    lengths, cut = [], {}
-    for row in rows:
+    warning_class = text_warning_of(collator.processor)
+    lengths: list[int] = []
+    cut: dict[str, str] = {}
+    for start in range(0, len(rows), PROMPT_CHUNK):
+        chunk = list(rows.select(range(start, min(start + PROMPT_CHUNK, len(rows)))))
         with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", collator.processor.text_warning)
-            lengths.append(int(light._batch([row])["input_ids"].shape[1]))
-        for warning in caught:
-            cut.setdefault(row["id"], str(warning.message))
+            warnings.simplefilter("always", warning_class)
+            lengths += light._batch(chunk)["attention_mask"].sum(1).tolist()
+        for one in caught:
+            if isinstance(one.message, warning_class):
+                cut.setdefault(chunk[one.message.index]["id"], str(one.message))
+            else:
+                warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
     if cut:
         named = "; ".join(f"{row_id}: {message}" for row_id, message in list(cut.items())[:3])
         logging.warning("%d rows are longer than the language model's context. %s", len(cut), named)

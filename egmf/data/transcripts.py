@@ -20,7 +20,8 @@ def read_transcripts(path: Path) -> dict[str, dict[str, str]]:
     Raises:
         ValueError: If the table is malformed or ambiguous. The message names the line and what was wanted.
     """
-    lines = csv.reader(io.StringIO(_decoded(path), newline=""), delimiter=_delimiter(path), strict=True)
+    content = _decoded(path)
+    lines = csv.reader(io.StringIO(content, newline=""), delimiter=_delimiter(path, content), strict=True)
     header = [name.strip().lower() for name in next(lines)]
     transcripts: dict[str, dict[str, str]] = {}
     begin = lines.line_num + 1
@@ -75,8 +76,8 @@ def _decoded(path: Path) -> str:
         raise ValueError(f"{path}: line {line}: got {got}, wanted the table saved as UTF-8") from None
 
 
-def _delimiter(path: Path) -> str:
-    first = _decoded(path).split("\n", 1)[0].strip()
+def _delimiter(path: Path, content: str) -> str:
+    first = content.split("\n", 1)[0].strip()
     for delimiter in DELIMITERS:
         names = [name.strip().lower() for name in next(csv.reader([first], delimiter=delimiter), [])]
         if set(COLUMNS[:2]) <= set(names):
