@@ -60,6 +60,8 @@ class EGMFConfig(PreTrainedConfig):
             frames to every position. For a tower, the statistics are computed for each layer.
         frame_pooling: Number of consecutive frames that are averaged before the fusion, by modality name (audio,
             vision). Clip statistics use the frames before averaging.
+        speaker_adaptation: Whether the model was trained with centers of speakers (`audio_center`, `vision_center`)
+            and expects them. It changes no computation: the pipeline and `eval.py` warn if clips come without them.
         initializer_range: Standard deviation of new embeddings, and of a new head's weights.
     """
 
@@ -88,6 +90,7 @@ class EGMFConfig(PreTrainedConfig):
     feature_noise: dict[str, float | int] | None = None
     clip_statistics: list[str] | tuple[str, ...] = ()
     frame_pooling: dict[str, int] | None = None
+    speaker_adaptation: bool = False
     lm_head_bias: bool = False
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False

@@ -17,11 +17,15 @@ With a label map, the corpus's labels are the gold labels, and `answers` are map
 `distribution` remain the model's output. With `--robustness`, only `PROTOCOL.json`, `PROTOCOL.md` and `PROTOCOL.png`
 are written: all metrics, their summary as a table, and a plot (see `robustness.py`).
 
+A model whose recipe has `speaker_adaptation` gets each row with the center of its speaker's rows of the split, and
+`metrics.json` says so.
+
 Several processes share the samples, and the main process writes the same files as a single process.
 """
 
 import argparse
 import json
+import logging
 import sys
 from pathlib import Path
 
@@ -32,7 +36,8 @@ from transformers.utils import cached_file
 
 from corpora import CORPORA, clusters_of, group_of, load_corpus
 from egmf.arguments import positive
-from egmf.data.collator import LABEL_COLUMNS, check_labels
+from egmf.data.collator import LABEL_COLUMNS, AffectCollator, check_labels, expand_by_task
+from egmf.data.speakers import name_speakers, speaker_centers
 from egmf.evaluation import robustness
 from egmf.evaluation.label_maps import LABEL_MAPS
 from egmf.evaluation.measures import measure_of, metrics_of
@@ -40,6 +45,7 @@ from egmf.evaluation.plots import plot_conditions, plot_confusion, plot_gates, p
 from egmf.evaluation.predictor import Predictor
 from egmf.evaluation.significance import intervals, mcnemar, paired_differences, resample
 from egmf.files import weights_digest
+from egmf.pipeline_egmf import adaptation_warning
 from egmf.processes import in_turns, silence_other_ranks
 from egmf.processing_egmf import EGMFProcessor
 
@@ -211,10 +217,19 @@ def main(arguments: list[str]) -> None:
         options = trained["corpus_options"] if trained.get("corpus") == args.corpus else part.get("options", {})
     with in_turns():  # loading may generate the corpus
         rows = load_corpus(args.corpus, args.corpus_dir, **options)[args.split]
+    adapted = trained.get("speaker_adaptation", False)
+    if adapted:
+        rows = name_speakers(args.corpus, args.split, rows)
     predict = Predictor(model, processor, task, label_map, args.batch_size, device)
     check_labels(f"{args.corpus} / {args.split}", rows, predict.label_task)
     allowed = args.modalities or trained.get("modalities", model.config.modalities)
     modalities = [modality for modality in model.config.modalities if modality in allowed]
+    seen = [modality for modality in modalities if modality != "text"]
+    if warning := adaptation_warning(model.config, seen, seen if adapted else []):
+        logging.warning(warning)
+    if adapted:
+        collator = AffectCollator(processor, [task], modalities, with_answers=None)
+        predict.centers = speaker_centers(model, expand_by_task(rows, [task]), collator, args.batch_size)
 
     weights = weights_digest(Path(args.model)) if Path(args.model).is_dir() else None
     report = {
@@ -224,7 +239,7 @@ def main(arguments: list[str]) -> None:
         "task": task.name,
         "label_map": args.label_map,
     }
-    report |= {"split": args.split, "samples": len(rows), "modalities": modalities}
+    report |= {"split": args.split, "samples": len(rows), "modalities": modalities, "speaker_adaptation": adapted}
     args.output.mkdir(parents=True, exist_ok=True)
     (evaluate_robustness if args.robustness else evaluate)(args, predict, rows, modalities, report)
 

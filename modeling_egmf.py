@@ -9,6 +9,7 @@ tokens, H the LLM's hidden size.
 
 import copy
 import inspect
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -45,9 +46,10 @@ if TYPE_CHECKING:  # not imported at run time; transformers saves the imported f
 
 # The fields of a batch that a tower reads, and their modality.
 TOWER_INPUTS = {"input_features": "audio", "input_values": "audio", "pixel_values": "vision"}
-# All audio and vision fields of a batch: features or tower inputs, masks and times.
+# All audio and vision fields of a batch: features or tower inputs, masks, times and centers.
 MEDIA_INPUTS = (
     *("audio_features", "audio_mask", "audio_times", "vision_features", "vision_mask", "vision_times"),
+    *("audio_center", "vision_center"),
     *TOWER_INPUTS,
 )
 
@@ -174,11 +176,55 @@ class EGMFModel(EGMFPreTrainedModel):
         return {name: self.read_modality(name, **media) for name in ("audio", "vision")}
 
     def read_modality(self, name: str, **media) -> tuple:
-        """Selects one modality from a batch's `MEDIA_INPUTS`: features or hidden layers, mask (B, T), times (B, T)."""
+        """Selects one modality from a batch's `MEDIA_INPUTS`: features or hidden layers, mask (B, T), times (B, T).
+
+        The batch's center is subtracted from the features or hidden layers. `encode_media` leaves this to the call
+        that reads its result.
+        """
         features, mask, times = (media.get(f"{name}_{part}") for part in ("features", "mask", "times"))
         candidates = (media.get(field) for field, modality in TOWER_INPUTS.items() if modality == name)
         tower_inputs = next((value for value in candidates if value is not None), None)
-        return self._modality(name, features, tower_inputs, mask, times)
+        features, mask, times = self._modality(name, features, tower_inputs, mask, times)
+        return self._subtract_center(name, features, media.get(f"{name}_center")), mask, times
+
+    def _subtract_center(self, name: str, features, center: torch.Tensor | None):
+        """Subtracts a center from features or from a tuple of hidden layers, in float32."""
+        if features is None or center is None:
+            return features
+        is_tower = isinstance(features, tuple)
+        layers = features if is_tower else (features,)
+        wanted = (len(layers[0]), *((len(layers),) if is_tower else ()), layers[0].shape[-1])
+        if center.shape != wanted:
+            raise ValueError(f"{name}_center: got shape {tuple(center.shape)}, wanted {wanted}")
+        finite = torch.isfinite(center).all()
+        torch_compilable_check(finite, f"{name}_center: got NaN or infinite values, wanted finite ones")
+        parts = center.float().reshape(len(center), len(layers), 1, -1).unbind(1)
+        centred = tuple(layer.float() - part for layer, part in zip(layers, parts, strict=True))
+        return centred if is_tower else centred[0]
+
+    @torch.no_grad()
+    def speaker_center(self, batches: Iterable[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """Computes the center of a speaker: the mean over the speaker's clips of each clip's mean over its frames.
+
+        Args:
+            batches: Batches of a processor that together have all clips of the speaker. Their own centers are ignored.
+
+        Returns:
+            `audio_center` and `vision_center`, (1, layers + 1, size) for a tower and (1, feature size) for features.
+            A modality that no clip has is left out.
+        """
+        sums: dict[str, torch.Tensor] = {}
+        counts: dict[str, int] = {}
+        for batch in batches:
+            encoded = self.encode_media(batch)
+            for name in ("audio", "vision"):
+                if encoded.get(f"{name}_features") is None:
+                    continue
+                for clip, mask in zip(encoded[f"{name}_features"], encoded[f"{name}_mask"].bool(), strict=True):
+                    if mask.any():
+                        field, mean = f"{name}_center", clip[mask].float().mean(0, keepdim=True)
+                        sums[field], counts[field] = sums.get(field, 0.0) + mean, counts.get(field, 0) + 1
+        return {field: total / counts[field] for field, total in sums.items()}
 
     def _modality(self, name: str, features, tower_inputs, mask, times):
         """Checks one modality's inputs and converts them to (features or hidden layers, mask, times)."""
@@ -502,6 +548,8 @@ class EGMFForConditionalGeneration(EGMFPreTrainedModel, ScoringMixin, Generation
         input_features: torch.Tensor | None = None,
         input_values: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
+        audio_center: torch.Tensor | None = None,
+        vision_center: torch.Tensor | None = None,
         padding_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
@@ -522,6 +570,8 @@ class EGMFForConditionalGeneration(EGMFPreTrainedModel, ScoringMixin, Generation
             input_features, input_values: The audio tower's input, with `audio_mask` (B, positions). A fixed window
                 (Whisper) is processed whole, including the padding of the tower's feature extractor.
             pixel_values: (B, F, 3, height, width) frames, with `vision_mask` and `vision_times` (B, F).
+            audio_center, vision_center: Center of each sample's speaker ([`EGMFModel.speaker_center`]), which is
+                subtracted from the features (B, feature size) or from the hidden layers (B, layers + 1, tower size).
             padding_mask: (B, L), the 2-D mask if `attention_mask` is 4-D.
             labels: (B, L), -100 except on the answer's tokens and EOS. Loss and logits are computed only there.
             logits_to_keep: Without labels: the number of last positions with logits (0 for all), or their indices.
@@ -543,6 +593,8 @@ class EGMFForConditionalGeneration(EGMFPreTrainedModel, ScoringMixin, Generation
             input_features=input_features,
             input_values=input_values,
             pixel_values=pixel_values,
+            audio_center=audio_center,
+            vision_center=vision_center,
             padding_mask=padding_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,

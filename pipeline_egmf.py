@@ -7,15 +7,16 @@ recognize("clip.mp4", text="That is just great.")
 import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import Pipeline
+from transformers import Pipeline, PreTrainedConfig
 
 
-FIELDS = {"file", "audio", "video", "text", "speaker", "context"}
+FIELDS = {"file", "audio", "video", "text", "speaker", "context", "speaker_clips"}
+CLIP_FIELDS = {"file", "audio", "video"}
 
 
 @contextmanager
@@ -51,6 +52,22 @@ def gate_names(weights: dict[str, torch.Tensor], experts: list[str], modalities:
     ]
 
 
+def adaptation_warning(config: PreTrainedConfig, modalities: Iterable[str], centred: Iterable[str]) -> str | None:
+    """What to say if a model gets speakers' centers otherwise than in training; None if it gets them as in training.
+
+    Args:
+        config: Config of the model; one of an older version has no `speaker_adaptation`.
+        modalities: The modalities of the sample, other than text.
+        centred: The modalities with a center.
+    """
+    trained, given = getattr(config, "speaker_adaptation", False), set(centred)
+    wrong = " and ".join(name for name in modalities if (name in given) != trained)
+    if not wrong:
+        return None
+    got, wanted = ("no center", "one") if trained else ("a center", "none")
+    return f"speaker_adaptation: got {got} of the speaker for {wrong}, wanted {wanted}, as the model was trained"
+
+
 class AffectRecognitionPipeline(Pipeline):
     """Recognises the emotion or sentiment of a speaker in a clip: a label or a score, with its distribution.
 
@@ -59,13 +76,19 @@ class AffectRecognitionPipeline(Pipeline):
     supports them. For a list of samples the pipeline returns a list. It processes `batch_size` samples at a time; the
     answer to a sample does not depend on the other samples.
 
+    A model that was trained with speaker adaptation also needs the key `speaker_clips`: a list of clips of the same
+    speaker, which may include the sample's own. Each is a file, or a mapping with some of the keys `file`, `audio` and
+    `video`. The mean of these clips is subtracted from the sample. The result of `speaker_center(clips)` may replace
+    the list.
+
     An answer is a dict:
 
     - `label` (classification) or `score` (regression: the mean of the distribution);
     - `probabilities` of all legal answers; `median` and `interval` (5 to 95 %) of a score, otherwise None;
     - `gate_weights`: the weights of the gate, by expert and modality, and by expert;
     - `seconds`: the length of the decoded sound or pictures, whichever is longer (None without media);
-    - `warnings`: missing input, such as parts of a file, parts of a long text, or all modalities;
+    - `warnings`: missing input, such as parts of a file, parts of a long text, or all modalities; speaker adaptation
+      other than in training;
     - `error`: the reason if a sample could not be answered with `on_error="report"`. The other values are then None or
       empty.
     """
@@ -86,11 +109,14 @@ class AffectRecognitionPipeline(Pipeline):
         Args:
             inputs: A sample or a list of samples.
             batch_size: Number of samples that the model processes at a time; 8 by default.
-            text, speaker, context: Defaults for samples without these values.
+            text, speaker, context, speaker_clips: Defaults for samples without these values. An error in the call's
+                `speaker_clips` is always raised.
             task: Name of a task of the processor; by default the task that the model was trained on.
             on_error: `"raise"` (default) raises a MediaError for a file that cannot be read and a ValueError for an
                 invalid argument. `"report"` returns the reason as the sample's `error` and continues.
         """
+        if kwargs.get("speaker_clips") is not None:
+            kwargs["speaker_clips"] = self.speaker_center(kwargs["speaker_clips"])  # once for all samples
         steps = self._sanitize_parameters(**kwargs)
         before, forward, after = (
             {**stored, **given}
@@ -122,6 +148,41 @@ class AffectRecognitionPipeline(Pipeline):
                     answers += self(chunk, batch_size=1, **kwargs)
         return answers if isinstance(inputs, list) else answers[0]
 
+    def speaker_center(self, clips: Sequence | Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        """Computes a speaker's center from `speaker_clips`: the fields of [`EGMFModel.speaker_center`].
+
+        A result of this method is returned unchanged.
+
+        Raises:
+            ValueError: If `clips` is no list of clips, or none of them has sound or pictures.
+            MediaError: If a file cannot be read.
+        """
+        if isinstance(clips, Mapping) and clips.keys() <= {"audio_center", "vision_center"}:
+            return clips
+        if not isinstance(clips, list | tuple) or not clips:
+            raise ValueError(f"speaker_clips: got {clips!r}, wanted a list of files or clips of the speaker")
+        center = self.model.model.speaker_center(map(self._speaker_batch, clips))
+        if not center:
+            raise ValueError("speaker_clips: got clips without sound and pictures, wanted some with either")
+        return {name: value.cpu() for name, value in center.items()}
+
+    def _speaker_batch(self, clip: Any) -> dict[str, torch.Tensor]:
+        """The tower inputs of one of the speaker's clips."""
+        clip = {"file": clip} if isinstance(clip, str | os.PathLike) else clip
+        if not isinstance(clip, Mapping) or not clip.keys() <= CLIP_FIELDS:
+            got = sorted(clip) if isinstance(clip, Mapping) else type(clip).__name__
+            raise ValueError(
+                f"speaker_clips: got {got}, wanted a file or a mapping with some of {sorted(CLIP_FIELDS)}"
+            )
+        inputs = self.processor.media_inputs([self._load(dict(clip))], return_tensors="pt")
+        return {name: value.to(self.device) for name, value in inputs.items()}
+
+    def _load(self, sample: dict) -> Any:
+        """Removes the media of a sample and returns them decoded."""
+        if (file := sample.pop("file", None)) is not None:
+            return self.processor.load_file(file)
+        return self.processor.load_media(sample.pop("audio", None), sample.pop("video", None))
+
     @staticmethod
     def _failed(error: str, task: Any) -> dict[str, Any]:
         """The result for a sample that could not be answered."""
@@ -130,10 +191,9 @@ class AffectRecognitionPipeline(Pipeline):
         return {**empty, "warnings": [], "error": error}
 
     def _sanitize_parameters(self, task=None, on_error=None, **shared):
-        if unknown := shared.keys() - {"text", "speaker", "context"}:
-            raise ValueError(
-                f"affect-recognition: got {sorted(unknown)}, wanted text, speaker, context, task, on_error"
-            )
+        if unknown := shared.keys() - {"text", "speaker", "context", "speaker_clips"}:
+            wanted = "text, speaker, context, task, on_error, speaker_clips"
+            raise ValueError(f"affect-recognition: got {sorted(unknown)}, wanted {wanted}")
         if on_error not in (None, "raise", "report"):
             raise ValueError(f"on_error: got {on_error!r}, wanted 'raise' or 'report'")
         before = {"shared": shared, "task": task, "on_error": on_error}
@@ -142,6 +202,7 @@ class AffectRecognitionPipeline(Pipeline):
     def preprocess(self, samples: list, shared: Mapping = {}, task=None, on_error="raise") -> dict[str, Any]:
         task = self.processor.tasks[task or self.processor.default_task]
         reports, answered, columns = [], [], []
+        centers: dict[int, Mapping] = {}  # by the identity of `speaker_clips`, which samples may share
         for sample in samples:
             sample = {"file": sample} if isinstance(sample, str | os.PathLike) else dict(sample)
             if unknown := sample.keys() - FIELDS:
@@ -154,10 +215,9 @@ class AffectRecognitionPipeline(Pipeline):
             missing: list[Warning] = []
             with _collected(self.processor.media_warning, missing):
                 try:
-                    if (file := sample.pop("file", None)) is not None:
-                        media = self.processor.load_file(file)
-                    else:
-                        media = self.processor.load_media(sample.pop("audio", None), sample.pop("video", None))
+                    media, clips = self._load(sample), sample.pop("speaker_clips", None)
+                    if clips is not None and id(clips) not in centers:
+                        centers[id(clips)] = self.speaker_center(clips)
                 except self.processor.media_error as error:
                     if on_error != "report":
                         raise
@@ -167,7 +227,13 @@ class AffectRecognitionPipeline(Pipeline):
             report |= {"seconds": max(durations, default=None), "warnings": list(map(str, missing))}
             if not str(sample.get("text") or "").strip() and not any(media):
                 report["warnings"].append("there is no text, no sound and no picture: the answer is a guess")
-            columns.append(sample | media._asdict())
+            center = centers.get(id(clips), {})
+            present = [name for name, clip in zip(("audio", "vision"), media, strict=True) if clip is not None]
+            if warning := adaptation_warning(
+                self.model.config, present, [n for n in present if f"{n}_center" in center]
+            ):
+                report["warnings"].append(warning)
+            columns.append(sample | media._asdict() | {"center": center})
             answered.append(report)
         if not columns:
             return {"reports": reports, "task": task, "inputs": None}
@@ -179,7 +245,18 @@ class AffectRecognitionPipeline(Pipeline):
             inputs = self.processor(task=task, **batch)
         for warning in cut:
             answered[warning.index]["warnings"].append(str(warning))
-        return {"reports": reports, "task": task, "inputs": dict(inputs)}
+        return {"reports": reports, "task": task, "inputs": dict(inputs) | self._centers(columns, inputs)}
+
+    @staticmethod
+    def _centers(columns: list[dict], inputs: Mapping) -> dict[str, torch.Tensor]:
+        """The centers of a batch, with zeros for samples that have none."""
+        fields = {}
+        for name in ("audio", "vision"):
+            own = [column["center"].get(f"{name}_center") for column in columns]
+            known = next((center for center in own if center is not None), None)
+            if known is not None and f"{name}_mask" in inputs:
+                fields[f"{name}_center"] = torch.cat([torch.zeros_like(known) if one is None else one for one in own])
+        return fields
 
     def _forward(self, model_inputs: dict[str, Any]) -> dict[str, Any]:
         inputs, scores = model_inputs.pop("inputs"), None

@@ -2,10 +2,14 @@
 
     python predict.py runs/avatars/model clip.mp4 --text "That is just great."
     python predict.py MODEL *.mp4 --transcripts transcripts.csv --task meld
+    python predict.py MODEL clip.mp4 --speaker_clips clip.mp4 others/*.mp4
 
 On a terminal it prints a table. To a file or a pipe it prints one JSON line per file: label or score, probabilities,
 median and interval of a score, gate weights, seconds decoded and warnings. If a file cannot be read, its `error` says
 why; the other files are still answered, and the exit status is 1.
+
+A model trained with speaker adaptation needs `--speaker_clips`, clips of the one speaker of all files; their mean is
+subtracted from the voice and the pictures.
 
 A transcripts file has the columns `file` (name or path), `text` and optionally `speaker`; see
 `egmf/data/transcripts.py` for its formats.
@@ -32,6 +36,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     words.add_argument("--text", help="what is said in the file")
     words.add_argument("--transcripts", type=Path, metavar="FILE.csv", help="what is said, by file")
     parser.add_argument("--task", help="task to ask; by default the one the model was trained on")
+    parser.add_argument("--speaker_clips", nargs="+", metavar="FILE", help="clips of the speaker of all files")
     parser.add_argument("--batch_size", type=positive, default=8, help="files that go through the model at a time")
     parsed = parser.parse_args(arguments)
     if parsed.text is not None and len(parsed.files) > 1:
@@ -73,11 +78,23 @@ def main(arguments: list[str]) -> int:
         print(error, file=sys.stderr)
         return 2
     recognize = pipeline("affect-recognition", model=args.model, trust_remote_code=True)
+    options = {"task": args.task, "on_error": "report"}
+    if args.speaker_clips:
+        if not hasattr(recognize, "speaker_center"):
+            print(
+                f"--speaker_clips: got {args.model}, wanted a model whose code has speaker adaptation", file=sys.stderr
+            )
+            return 2
+        try:
+            options["speaker_clips"] = recognize.speaker_center(args.speaker_clips)
+        except (recognize.processor.media_error, ValueError) as error:
+            print(f"--speaker_clips: {error}", file=sys.stderr)
+            return 2
     for_people, failed = sys.stdout.isatty(), False
     progress = tqdm(total=len(samples), unit="file", disable=None if len(samples) > 1 else True)
     for start in range(0, len(samples), args.batch_size):
         chunk = samples[start : start + args.batch_size]
-        for sample, answer in zip(chunk, recognize(chunk, task=args.task, on_error="report"), strict=True):
+        for sample, answer in zip(chunk, recognize(chunk, **options), strict=True):
             answer = {"file": os.fspath(sample["file"]), **answer}
             failed |= answer["error"] is not None
             progress.update()

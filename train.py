@@ -25,12 +25,13 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset, DatasetDict, concatenate_datasets
 from peft.helpers import disable_input_dtype_casting
 from transformers import TrainingArguments, set_seed
 
 from egmf.data.collator import AffectCollator, expand_by_task, prompt_lengths
 from egmf.data.mixture import check_corpora, expand_parts, load_corpora, mixture_of
+from egmf.data.speakers import Centers, name_speakers, speaker_centers
 from egmf.data.tower_cache import COLUMNS, TowerCache
 from egmf.files import writing
 from egmf.modeling_egmf import EGMFForConditionalGeneration
@@ -46,6 +47,7 @@ from egmf.training.assembly import (
     gather_trained_model,
     merge_lora,
     set_clip_statistics,
+    set_feature_statistics,
     set_trainable_towers,
     start_speech_tower,
     trained_towers,
@@ -127,6 +129,20 @@ def fill_cache(
     return cache
 
 
+def compute_centers(recipe: Recipe, model, processor, corpus: dict[str, Dataset], cache: TowerCache | None) -> Centers:
+    """Computes the centers of all speakers of train, at each speed, and of validation."""
+    tasks = [processor.tasks[recipe.data.tasks[0]]]
+    collator = AffectCollator(processor, tasks, recipe.data.modalities, with_answers=None, cache=cache)
+    centers: Centers = {}
+    for split, speeds in (("train", recipe.data.audio_speeds), ("validation", [1.0])):
+        if len(corpus[split]):
+            rows = expand_by_task(corpus[split], tasks)
+            found = speaker_centers(model, rows, collator, recipe.phases.fusion_batch_size, speeds)
+            for modality, own in found.items():
+                centers.setdefault(modality, {}).update(own)
+    return centers
+
+
 def with_lengths(rows: Dataset, collator: AffectCollator) -> Dataset:
     """Adds a column `length`, the number of prompt tokens, by which rows are grouped."""
     return rows.add_column("length", prompt_lengths(rows, collator))
@@ -181,6 +197,11 @@ def main(arguments: list[str]) -> None:
         if recipe.model.shrink != 1:
             recipe = dataclasses.replace(recipe, model=shrink(recipe.model, output / "shrunk"))
         language_model = resolve_language_model(recipe.model.language_model)
+    if data.speaker_adaptation:
+        corpora = [
+            DatasetDict({split: name_speakers(part.name, split, rows) for split, rows in splits.items()})
+            for part, splits in zip(data.parts, corpora, strict=True)
+        ]
     corpus = {split: concatenate_datasets([part[split] for part in corpora]) for split in ("train", "validation")}
     towers = build_towers(recipe)
     processor = build_processor(recipe, language_model, towers)
@@ -200,7 +221,10 @@ def main(arguments: list[str]) -> None:
         some = corpus["train"]["audio"][:: max(1, len(corpus["train"]) // 500)]
         heard = (inputs.load("audio", path)["audio"] for path in some)
         start_speech_tower(model.model.audio_tower, [clip for clip in heard if clip is not None])
-    speeds = tuple(data.audio_speeds)
+    speeds, centers = tuple(data.audio_speeds), None
+    if data.speaker_adaptation:
+        centers = compute_centers(recipe, model, processor, corpus, inputs)
+        set_feature_statistics(model, corpus["train"], centers)
     if recipe.phases.tower_epochs:
         for modality in towers:
             set_seed(training.seed)  # the readout starts with the same weights whether or not the cache was filled
@@ -212,7 +236,7 @@ def main(arguments: list[str]) -> None:
             epochs, rate = recipe.phases.tower_epochs, recipe.phases.tower_learning_rate
             pretrain(recipe, alone, collator, rows, phase, epochs, rate)
             alone.requires_grad_(False)
-    set_clip_statistics(model, corpus, inputs)
+    set_clip_statistics(model, corpus, inputs, centers)
     if recipe.phases.fusion_epochs:
         set_trainable_towers(model, with_experts)
         experts = FusionPretraining(model.to(training.device), processor, tasks, recipe.phases.fusion_label_smoothing)
@@ -225,6 +249,7 @@ def main(arguments: list[str]) -> None:
             augmented=tuple(with_experts),
             speeds=speeds,
             modality_dropout=data.modality_dropout,
+            centers=centers,
             blanks=training.world_size > 1,
         )
         epochs, rate = recipe.phases.fusion_epochs, recipe.phases.fusion_learning_rate
@@ -243,9 +268,10 @@ def main(arguments: list[str]) -> None:
         cache=cache,
         speeds=speeds,
         modality_dropout=data.modality_dropout,
+        centers=centers,
         blanks=training.world_size > 1,
     )
-    scoring = AffectCollator(processor, tasks, data.modalities, with_answers=False, cache=cache)
+    scoring = AffectCollator(processor, tasks, data.modalities, with_answers=False, cache=cache, centers=centers)
     train_rows, validation = with_lengths(asked, learning), {}
     for part, rows in zip(data.parts, corpora, strict=True):
         for name in part.tasks if len(rows["validation"]) else ():

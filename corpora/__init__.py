@@ -20,6 +20,9 @@ from corpora.converted import is_converted, load_converted
 
 CORPORA = ("avatars", "casia", "cherma", "generated", "meld", "mosei", "mosi", "mvsa", "ravdess", "simsv2")
 
+# The units of `CLUSTERS` that are speakers.
+SPEAKER_UNITS = ("actors", "people", "speakers")
+
 
 def load_corpus(name: str, source: str | os.PathLike | None = None, **options) -> DatasetDict:
     """Load a corpus by name.
@@ -71,3 +74,21 @@ def clusters_of(name: str, ids: Sequence[str], speakers: Sequence[str | None]) -
     unit, cluster_of = getattr(importlib.import_module(f"{__name__}.{name}"), "CLUSTERS", ("utterances", None))
     found = [cluster_of(*row) for row in zip(ids, speakers, strict=True)] if cluster_of else [None]
     return ("utterances", list(ids)) if None in found else (unit, found)
+
+
+def speakers_of(name: str, ids: Sequence[str], speakers: Sequence[str | None]) -> list[str]:
+    """The speaker of each row, for speaker adaptation.
+
+    If the clusters of a corpus are speakers, these are returned (RAVDESS, CASIA, Avatars). Otherwise the column
+    `speaker` is.
+
+    Raises:
+        ValueError: if the corpus does not name the speaker of every row.
+    """
+    unit, clusters = clusters_of(name, ids, speakers)
+    found = clusters if unit in SPEAKER_UNITS else list(speakers)
+    unnamed = [row_id for row_id, speaker in zip(ids, found, strict=True) if not speaker]
+    if unnamed:
+        got = f"no speaker in {len(unnamed)} of {len(found)} rows of {name}, such as {unnamed[0]}"
+        raise ValueError(f"speaker_adaptation: got {got}, wanted a corpus that names them all")
+    return found

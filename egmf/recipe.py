@@ -26,7 +26,7 @@ from egmf.configuration_egmf import EGMFConfig
 MODALITIES = ("text", "audio", "vision")
 # Fields of `EGMFConfig` that are derived from the LLM, towers, processor and corpus; recipes cannot set them.
 _DERIVED = {"text_config", "audio_config", "vision_config", "audio_feature_size", "vision_feature_size"}
-_DERIVED |= {"audio_input_rate", "pseudo_token_id", "lm_head_bias", "tie_word_embeddings"}
+_DERIVED |= {"audio_input_rate", "pseudo_token_id", "lm_head_bias", "tie_word_embeddings", "speaker_adaptation"}
 FUSION_FIELDS = tuple(name for name in EGMFConfig.__annotations__ if name not in _DERIVED and name in vars(EGMFConfig))
 
 
@@ -97,6 +97,10 @@ class DataArguments:
         default_factory=dict,
         metadata={"help": "by modality, the probability that training hides it; a row keeps at least one"},
     )
+    speaker_adaptation: bool = field(
+        default=False,
+        metadata={"help": "subtract the mean over the speaker's clips of the split from frozen towers and features"},
+    )
     max_context_tokens: int = field(default=256, metadata={"help": "tokens of the dialogue around it", "minimum": 0})
     modalities: list[str] = field(
         default_factory=lambda: list(MODALITIES), metadata={"help": "modalities the model may see"}
@@ -115,6 +119,9 @@ class DataArguments:
             raise ValueError(f"modalities: got {self.modalities}, wanted some of {', '.join(MODALITIES)}")
         if 1.0 not in self.audio_speeds or min(self.audio_speeds) <= 0:
             raise ValueError(f"audio_speeds: got {self.audio_speeds}, wanted positive ones with 1.0 among them")
+        if self.speaker_adaptation and not set(self.modalities) & {"audio", "vision"}:
+            wanted = "audio or vision among them"
+            raise ValueError(f"speaker_adaptation: got true with modalities {self.modalities}, wanted {wanted}")
 
     def _check_corpora(self) -> None:
         if not self.corpora:
@@ -252,6 +259,13 @@ def load_recipe(arguments: list[str]) -> Recipe:
     if data.corpora and phases.tower_epochs:
         wanted = "0 in a mixture: towers from scratch learn one task alone"
         raise ValueError(f"tower_epochs: got {phases.tower_epochs}, wanted {wanted}")
+    trained = [name for name in ("train_audio_tower", "train_vision_tower") if getattr(model, name)]
+    if phases.tower_epochs:
+        trained.append("tower_epochs")
+    if data.speaker_adaptation and trained:
+        raise ValueError(
+            f"speaker_adaptation: got true with {' and '.join(trained)}, wanted frozen towers or features"
+        )
     return recipe
 
 

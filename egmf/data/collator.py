@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset, concatenate_datasets
 
 from egmf.data.augmentation import augment
+from egmf.data.speakers import SPEAKER, Centers, stack_centers
 from egmf.data.tower_cache import COLUMNS, PREPROCESSORS, TowerCache
 from egmf.media_egmf import AudioClip, VideoClip
 from egmf.processing_egmf import AffectTask, EGMFProcessor, TextWarning
@@ -75,6 +76,7 @@ class AffectCollator:
         speeds: Speeds of audio in the cache, for training; each use of a row draws one.
         modality_dropout: Probability, by modality, of hiding it from a row, for training. A row keeps at least one of
             its modalities. Hiding the text also hides context and speaker, as in a row that has no text.
+        centers: Centers of the rows' speakers (column `SPEAKER`), for speaker adaptation.
         blanks: Whether to add masked inputs for trained towers that have none in a batch, so that all processes use
             the same parameters.
 
@@ -91,6 +93,7 @@ class AffectCollator:
     distort: Callable[[str, str, Any], Any] | None = None
     speeds: tuple[float, ...] = (1.0,)
     modality_dropout: dict[str, float] = field(default_factory=dict)
+    centers: Centers | None = None
     blanks: bool = False
     errors: dict[str, str] = field(default_factory=dict)
 
@@ -131,17 +134,18 @@ class AffectCollator:
         return blanks
 
     def _batch(self, rows: list[dict]):
-        columns = {}
+        columns, drawn = {}, [1.0] * len(rows)
         # In a fixed order, so that random draws are the same in every run.
         for modality in (name for name in self.modalities if name != "text"):
             if getattr(self.processor, PREPROCESSORS[modality]) is None:
                 names = (f"{modality}_features", f"{modality}_times")
                 columns |= {name: [row[name] for row in rows] for name in names}
             elif self.cache is not None:
-                for row in rows:
+                for place, row in enumerate(rows):
                     speed = 1.0
-                    if modality == "audio" and len(self.speeds) > 1:
-                        speed = self.speeds[int(torch.randint(len(self.speeds), ()))]
+                    if modality == "audio":
+                        several = len(self.speeds) > 1
+                        speed = drawn[place] = self.speeds[int(torch.randint(len(self.speeds), ())) if several else 0]
                     for name, value in self.cache.load(modality, row[COLUMNS[modality]], speed).items():
                         value = augment(modality, value) if modality in self.augmented else value
                         columns.setdefault(name, []).append(value)
@@ -154,15 +158,19 @@ class AffectCollator:
             columns |= {name: [row[name] for row in rows] for name in ("context", "following", "speaker")}
         places = {task.name: index for index, task in enumerate(self.tasks)}
         asked = [self.tasks[places[row["task"]]] for row in rows]
-        if self.with_answers is None:
-            return self.processor(text=text, task=asked, **columns)
-        gold = [gold_answer(row, task) for row, task in zip(rows, asked, strict=True)]
-        if self.with_answers:
-            return self.processor(text=text, task=asked, answer=gold, **columns)
-        batch = self.processor(text=text, task=asked, **columns)
-        pairs = zip(gold, asked, strict=True)
-        batch["answer_index"] = torch.tensor([task.answers.index(task.format(answer)) for answer, task in pairs])
-        batch["task_index"] = torch.tensor([places[task.name] for task in asked])
+        gold, centers = [], self.centers or {}
+        if self.with_answers is not None:
+            gold = [gold_answer(row, task) for row, task in zip(rows, asked, strict=True)]
+        batch = self.processor(text=text, task=asked, answer=gold if self.with_answers else None, **columns)
+        for modality in centers:
+            if f"{modality}_mask" in batch:
+                speeds = drawn if modality == "audio" else [1.0] * len(rows)
+                keys = [(row[SPEAKER], speed) for row, speed in zip(rows, speeds, strict=True)]
+                batch[f"{modality}_center"] = stack_centers(centers, modality, keys)
+        if self.with_answers is False:
+            pairs = zip(gold, asked, strict=True)
+            batch["answer_index"] = torch.tensor([task.answers.index(task.format(answer)) for answer, task in pairs])
+            batch["task_index"] = torch.tensor([places[task.name] for task in asked])
         return batch
 
     def _load(self, modality: str, row: dict) -> AudioClip | VideoClip | None:

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from egmf.data.collator import LABEL_COLUMNS, AffectCollator, expand_by_task, prompt_lengths
+from egmf.data.speakers import Centers
 from egmf.evaluation.label_maps import LabelMap
 from egmf.pipeline_egmf import gate_names
 from egmf.processing_egmf import AffectTask, EGMFProcessor
@@ -30,6 +31,7 @@ class Predictor:
         label_map: Maps answers to the labels of another task, if the rows have those.
         batch_size: Rows in a batch; it does not change answers.
         device: Where the model is.
+        centers: See [`AffectCollator`]. `distort` and `changes` do not change them.
     """
 
     model: torch.nn.Module
@@ -38,6 +40,7 @@ class Predictor:
     label_map: LabelMap | None
     batch_size: int
     device: torch.device
+    centers: Centers | None = None
 
     @property
     def label_task(self) -> AffectTask:
@@ -64,7 +67,9 @@ class Predictor:
             changes: Functions of a batch's inputs (after the towers) and the rows' ids that return changed inputs and
                 do not modify their argument. None: no change.
         """
-        collator = AffectCollator(self.processor, [self.task], modalities, with_answers=None, distort=distort)
+        collator = AffectCollator(
+            self.processor, [self.task], modalities, with_answers=None, distort=distort, centers=self.centers
+        )
         asked = expand_by_task(rows, [self.task])
         # Rows of similar lengths together need less padding.
         order = sorted(range(len(asked)), key=prompt_lengths(asked, collator).__getitem__)

@@ -168,7 +168,9 @@ def lose_frames(
             features = changed[f"{name}_features"] = inputs[f"{name}_features"].clone()
             for row, row_id in enumerate(ids):
                 frames = inputs[f"{name}_mask"][row].nonzero()[:, 0].tolist()
-                features[row, _lost(frames, rate, _rng(seed, row_id, name))] = 0
+                # With speaker adaptation, frames that equal the center become 0 in the model.
+                nothing = inputs[f"{name}_center"][row].to(features) if f"{name}_center" in inputs else 0
+                features[row, _lost(frames, rate, _rng(seed, row_id, name))] = nothing
     return changed
 
 

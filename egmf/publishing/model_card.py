@@ -195,6 +195,7 @@ def conditions(report: dict[str, Any], run: Run) -> list[str]:
     """The conditions under which a report's metrics were measured."""
     said = [f"{report['samples']} samples", f"task {report['task']}"]
     said += [f"labels by {report['label_map']}"] if report["label_map"] else []
+    said += ["speaker adaptation (all clips of each speaker)"] if report.get("speaker_adaptation") else []
     limited = len(report["modalities"]) < len(modalities(run.config))
     return said + ([f"sees {' and '.join(report['modalities'])} alone"] if limited else [])
 
@@ -297,6 +298,10 @@ print(processor.summarize(scores.log_probs, "{task.name}")[0])"""
     ]
     if features:
         note += f"The processor also takes {' and '.join(features)}, extracted and scaled like those in training. "
+    if run.config.get("speaker_adaptation"):
+        note += (
+            "It was trained with speaker adaptation: give the pipeline other clips of the speaker (`speaker_clips`). "
+        )
     note += "Loading runs the Python files of this repository: read them, and name a `revision`."
     if adapter_only:
         return f"{_load_adapter(run, repo_id)}\n{ask}\n```\n\n{note}"

@@ -25,6 +25,7 @@ from transformers import (
 from transformers import initialization as init
 from transformers.utils import is_bitsandbytes_available
 
+from egmf.data.speakers import SPEAKER, Centers, stack_centers
 from egmf.data.tower_cache import COLUMNS, PREPROCESSORS, TowerCache
 from egmf.media_inputs_egmf import TowerInput
 from egmf.modeling_egmf import EGMFForConditionalGeneration
@@ -111,11 +112,18 @@ def build_processor(recipe: Recipe, language_model: str, towers: dict[str, tuple
     return processor
 
 
-def feature_statistics(rows: Dataset, column: str) -> tuple[torch.Tensor, torch.Tensor] | None:
+def feature_statistics(
+    rows: Dataset, column: str, centers: Centers | None = None
+) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Mean and standard deviation (D,), in float64, over all frames of a column of features (T, D).
 
     The column is read twice in small batches, because all features of MOSEI do not fit in memory. The sum of a batch
     starts with the sum of the earlier ones, so that the result is the same as for all frames in one array.
+
+    Args:
+        rows: The training split.
+        column: `audio_features` or `vision_features`.
+        centers: Centers of the speakers, which are subtracted first.
 
     Returns:
         (mean, standard deviation); None if every clip is null.
@@ -125,7 +133,7 @@ def feature_statistics(rows: Dataset, column: str) -> tuple[torch.Tensor, torch.
     """
     total: np.ndarray | None = None
     count = 0
-    for frames in _frames(rows, column):
+    for frames in _frames(rows, column, centers):
         if total is not None and len(total) != frames.shape[1]:
             wanted = "one width (a model without a tower takes one kind of features)"
             raise ValueError(f"{column}: got clips of {len(total)} and of {frames.shape[1]} features, wanted {wanted}")
@@ -134,29 +142,48 @@ def feature_statistics(rows: Dataset, column: str) -> tuple[torch.Tensor, torch.
         return None
     mean = total / count
     total = np.zeros_like(mean)
-    for frames in _frames(rows, column):
+    for frames in _frames(rows, column, centers):
         total = _sum_on(total, np.square(frames - mean))
     return torch.from_numpy(mean), torch.from_numpy(np.sqrt(total / count))
 
 
-def _frames(rows: Dataset, column: str, batch_size: int = 64) -> Iterator[np.ndarray]:
+def _frames(rows: Dataset, column: str, centers: Centers | None = None, batch_size: int = 64) -> Iterator[np.ndarray]:
     """Yields the frames (N, D) of all clips in float64, for batches of clips."""
-    for table in rows.select_columns([column]).with_format("arrow").iter(batch_size):
-        frames = table.column(column).combine_chunks().flatten()  # drops null clips and the borders between clips
+    columns = [column] if centers is None else [column, SPEAKER]
+    for table in rows.select_columns(columns).with_format("arrow").iter(batch_size):
+        clips = table.column(column).combine_chunks()
+        frames = clips.flatten()  # drops null clips and the borders between clips
         widths = np.unique(frames.value_lengths().to_numpy())
         values = frames.flatten().to_numpy().astype(np.float64)
         if len(widths) > 1:
             raise ValueError(f"{column}: got clips of {widths[0]} and of {widths[1]} features, wanted one width")
         if len(widths):
-            yield values.reshape(-1, widths[0])
+            values = values.reshape(-1, widths[0])
+            if centers is not None:
+                keys = [(speaker, 1.0) for speaker in table.column(SPEAKER).to_pylist()]
+                offsets = stack_centers(centers, column.removesuffix("_features"), keys).double().numpy()
+                values = values - np.repeat(offsets, clips.value_lengths().fill_null(0).to_numpy(), axis=0)
+            yield values
 
 
 def _sum_on(total: np.ndarray | None, frames: np.ndarray) -> np.ndarray:
     return (frames if total is None else np.concatenate([total[None], frames])).sum(0)
 
 
-def set_clip_statistics(model: EGMFForConditionalGeneration, corpus, cache: TowerCache | None) -> None:
+def set_feature_statistics(model: EGMFForConditionalGeneration, rows: Dataset, centers: Centers) -> None:
+    """Sets the statistics of precomputed features again, from features from which the centers are subtracted."""
+    for modality in model.config.modalities[1:]:
+        if getattr(model.config, f"{modality}_feature_size") is not None:
+            statistics = feature_statistics(rows, f"{modality}_features", centers)
+            model.model.fusion.set_feature_statistics(modality, *statistics)
+
+
+def set_clip_statistics(
+    model: EGMFForConditionalGeneration, corpus, cache: TowerCache | None, centers: Centers | None = None
+) -> None:
     """Sets the mean and standard deviation of the fusion's clip statistics from the training split.
+
+    The centers of the speakers, if any, are subtracted first.
 
     Raises:
         ValueError: If a modality has no clips, or its tower will still be trained.
@@ -169,6 +196,8 @@ def set_clip_statistics(model: EGMFForConditionalGeneration, corpus, cache: Towe
                 features = cache.load(modality, row[COLUMNS[modality]])[f"{modality}_features"]
             if features is not None:
                 frames = torch.as_tensor(features, device="cpu").unsqueeze(0)  # (1, T, layers, size) or (1, T, size)
+                if centers is not None:
+                    frames = frames.float() - stack_centers(centers, modality, [(row[SPEAKER], 1.0)]).unsqueeze(1)
                 layers = frames.unbind(2) if frames.ndim == 4 else (frames,)
                 clips.append(module.measure(layers, torch.ones(frames.shape[:2]))[0].double())
         if not clips:
@@ -251,6 +280,7 @@ def build_model(
         pseudo_token_id=processor.pseudo_token_id,
         **recipe.fusion,
         audio_input_rate=processor.audio_input_rate if "audio" in towers else None,
+        speaker_adaptation=recipe.data.speaker_adaptation,
         **{f"{modality}_tower": tower for modality, (tower, _) in towers.items()},
         **{f"{modality}_feature_size": len(mean) for modality, (mean, _) in statistics.items()},
     )

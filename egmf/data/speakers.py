@@ -1,0 +1,84 @@
+"""Speaker adaptation: the centers of the speakers of a split, which the model subtracts from its audio and vision.
+
+A center is the mean over the speaker's clips of each clip's mean over its frames ([`EGMFModel.speaker_center`]). It
+needs no labels, but all clips of the speaker in the split.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from datasets import Dataset, Value
+from torch.utils.data import DataLoader
+
+from corpora import speakers_of
+
+
+if TYPE_CHECKING:  # the collator imports this file
+    from egmf.data.collator import AffectCollator
+
+
+SPEAKER = "adapted_speaker"  # the column with the speaker, unique over corpora and splits
+# Center by modality, and by speaker (column `SPEAKER`) and speed of the audio: (1, layers + 1, size) for a tower,
+# (1, feature size) for features.
+Centers = dict[str, dict[tuple[str, float], torch.Tensor]]
+
+
+def name_speakers(corpus: str, split: str, rows: Dataset) -> Dataset:
+    """Adds the column `SPEAKER` to the rows of a split.
+
+    Raises:
+        ValueError: If the corpus does not name the speaker of every row.
+    """
+    speakers = speakers_of(corpus, rows["id"][:], rows["speaker"][:])
+    return rows.add_column(SPEAKER, [f"{corpus}/{split}/{name}" for name in speakers], feature=Value("string"))
+
+
+def speaker_centers(
+    model, rows: Dataset, collator: "AffectCollator", batch_size: int, speeds: Iterable[float] = (1.0,)
+) -> Centers:
+    """Computes the centers of all speakers of a split. Several processes share the speakers.
+
+    Args:
+        model: An [`EGMFForConditionalGeneration`] whose towers are frozen.
+        rows: The split, with the columns `SPEAKER` and `task`.
+        collator: A collator for these rows. Its modalities are those with centers.
+        batch_size: Number of clips that the towers encode at a time.
+        speeds: Speeds of the audio. Clips at another speed have another voice, and so another center.
+    """
+    places: dict[str, list[int]] = {}
+    for place, speaker in enumerate(rows[SPEAKER][:]):
+        places.setdefault(speaker, []).append(place)
+    if single := [speaker for speaker, own in places.items() if len(own) == 1]:
+        logging.warning(
+            "speaker_adaptation: %d of %d speakers have one clip, whose own mean is subtracted (%s)",
+            *(len(single), len(places), ", ".join(single[:3])),
+        )
+    state = PartialState()
+    found: Centers = {}
+    for speaker in list(places)[state.process_index :: state.num_processes]:
+        own = places[speaker]
+        batches = [own[start : start + batch_size] for start in range(0, len(own), batch_size)]
+        for speed in speeds:
+            names = [name for name in collator.modalities if name == "audio" or name != "text" and speed == 1.0]
+            collate = dataclasses.replace(collator, modalities=names, speeds=(speed,), centers=None)
+            loader = DataLoader(rows, batch_sampler=batches, collate_fn=collate)
+            moved = ({name: value.to(model.device) for name, value in batch.items()} for batch in loader)
+            for field, center in model.model.speaker_center(moved).items():
+                found.setdefault(field.removesuffix("_center"), {})[speaker, speed] = center.cpu()
+    merged: Centers = {}
+    for part in gather_object([found]):
+        for modality, centers in part.items():
+            merged.setdefault(modality, {}).update(centers)
+    return merged
+
+
+def stack_centers(centers: Centers, modality: str, keys: list[tuple[str, float]]) -> torch.Tensor:
+    """The centers of several rows by (speaker, speed): (rows, ...). A speaker without the modality has zeros."""
+    known = centers[modality]
+    nothing = torch.zeros_like(next(iter(known.values())))
+    return torch.cat([known.get(key, nothing) for key in keys])

@@ -1,0 +1,496 @@
+"""Speaker adaptation: centers in the model, in training and evaluation, in the pipeline and in predict.py."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from commands import run
+from test_media_inputs import build_processor, tone, write_clip
+from test_modeling import TOLERANCE, greedy, largest_difference, pad
+from test_towers import IMAGE, whisper
+from transformers import CLIPVisionConfig, CLIPVisionModel, WhisperFeatureExtractor, pipeline
+
+from corpora import load_corpus, speakers_of
+from corpora.schema import build_split
+from egmf.configuration_egmf import EGMFConfig
+from egmf.data.collator import AffectCollator, expand_by_task
+from egmf.data.speakers import name_speakers, speaker_centers, stack_centers
+from egmf.data.tower_cache import TowerCache
+from egmf.evaluation.predictor import Predictor
+from egmf.evaluation.robustness import lose_frames
+from egmf.pipeline_egmf import adaptation_warning
+from egmf.processing_egmf import BUILTIN_TASKS
+from egmf.recipe import complete_record, load_recipe
+from egmf.training.assembly import feature_statistics, set_clip_statistics, set_feature_statistics
+from predict import main as predict_main
+
+
+REPO = Path(__file__).resolve().parents[1]
+MODALITIES = ["text", "audio", "vision"]
+TASK = BUILTIN_TASKS["mosi"]
+SPLIT = "generated/test"
+
+
+@pytest.fixture(scope="module")
+def centred(egmf, samples, make_batch):
+    """The batch of `samples` with a center for each row."""
+    batch = make_batch(samples)
+    generator = torch.Generator().manual_seed(1)
+    batch["audio_center"] = torch.randn(len(samples), 5, generator=generator)
+    batch["vision_center"] = torch.randn(len(samples), 7, generator=generator)
+    return batch
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, llm_folder, assemble):
+    """A checkpoint with both towers that was trained with adaptation, and clips."""
+    folder = tmp_path_factory.mktemp("place")
+    processor = build_processor(llm_folder())
+    processor.default_task = "meld"
+    torch.manual_seed(3)
+    towers = {"audio_tower": whisper(), "vision_tower": CLIPVisionModel(CLIPVisionConfig(**IMAGE))}
+    model = assemble(**towers, audio_input_rate=100, speaker_adaptation=True, clip_statistics=["audio", "vision"])
+    model.save_pretrained(folder / "model")
+    processor.save_pretrained(folder / "model")
+    for number in range(3):
+        write_clip(folder / f"{number}.mp4", 0.4 + 0.2 * number, seed=number)
+    soundfile.write(folder / "voice.wav", tone(0.3), 16000)
+    (folder / "broken.mp4").write_bytes(b"\0" * 500)
+    return folder, processor, model
+
+
+@pytest.fixture(scope="module")
+def recognize(place):
+    return pipeline("affect-recognition", model=str(place[0] / "model"), trust_remote_code=True)
+
+
+# The model
+
+
+def test_a_center_is_subtracted_from_features(egmf, samples, make_batch, centred):
+    shifted = make_batch(samples)
+    for name in ("audio", "vision"):
+        shifted[f"{name}_features"] = shifted[f"{name}_features"] - centred[f"{name}_center"].unsqueeze(1)
+    assert largest_difference(egmf, centred, shifted) < TOLERANCE
+    assert largest_difference(egmf, centred, make_batch(samples)) > 1e-3  # with audio or vision in three of four rows
+
+
+def test_a_center_of_zeros_changes_nothing(egmf, samples, make_batch):
+    batch = make_batch(samples)
+    zeros = {"audio_center": torch.zeros(len(samples), 5), "vision_center": torch.zeros(len(samples), 7)}
+    with torch.no_grad():
+        assert torch.equal(egmf(**batch).logits, egmf(**batch, **zeros).logits)
+
+
+def test_centred_rows_do_not_depend_on_batch_and_padding(egmf, samples, centred, row_of):
+    centers = {name: value for name, value in centred.items() if name.endswith("_center")}
+    for side in ("left", "right"):
+        assert largest_difference(egmf, centred, pad(centred, side) | centers) < TOLERANCE
+    with torch.no_grad():
+        together = egmf(**centred).logits
+        for index in range(len(samples)):
+            alone = egmf(**row_of(centred, index)).logits[0]
+            assert (together[index, centred["attention_mask"][index].bool()] - alone).abs().max() < TOLERANCE
+
+
+def test_every_call_uses_the_center(egmf, processor, samples, make_batch, centred):
+    """A call that dropped the centers would give the answers without them."""
+    plain, candidates = make_batch(samples), processor.candidates("meld")
+    shifted = dict(plain)
+    for name in ("audio", "vision"):
+        shifted[f"{name}_features"] = plain[f"{name}_features"] - centred[f"{name}_center"].unsqueeze(1)
+    calls = {
+        "scores": lambda batch: egmf.score_labels(candidates, **batch).log_probs,
+        "tokens": lambda batch: egmf.model.get_pseudo_tokens(**batch)[0],
+        "first": lambda batch: greedy(egmf, batch, output_scores=True, return_dict_in_generate=True).scores[0],
+        "uncached": lambda batch: greedy(
+            egmf, batch, output_scores=True, return_dict_in_generate=True, use_cache=False
+        ).scores[1],
+    }
+    for name, call in calls.items():
+        with torch.no_grad():
+            centred_answer, wanted, without = call(centred), call(shifted), call(plain)
+        here = torch.isfinite(wanted)  # the placeholder is suppressed
+        assert (centred_answer - wanted)[here].abs().max() < TOLERANCE, name
+        assert (centred_answer - without)[here].abs().max() > 1e-3, name
+    assert torch.equal(greedy(egmf, centred, num_beams=2), greedy(egmf, shifted, num_beams=2))
+
+
+def test_encoded_media_are_centred_once(place):
+    folder, processor, model = place
+    inputs = dict(processor(text=["so", "no"], video=[str(folder / "0.mp4"), str(folder / "1.mp4")], task="meld"))
+    center = model.model.speaker_center([dict(inputs)])
+    assert center["audio_center"].shape == (1, 3, 16) and center["vision_center"].shape[0] == 1
+    inputs |= {name: value.expand(2, *value.shape[1:]) for name, value in center.items()}
+    encoded = model.encode_media(inputs)
+    assert torch.equal(encoded["audio_center"], inputs["audio_center"]) and "input_features" not in encoded
+    twice = model.encode_media(encoded)
+    answers = [model.score_labels(processor.candidates("meld"), **batch).log_probs for batch in (inputs, encoded)]
+    assert (answers[0] - answers[1]).abs().max() < 1e-5
+    assert torch.equal(greedy(model, inputs), greedy(model, encoded))
+    assert torch.equal(greedy(model, encoded), greedy(model, twice))
+    # The hidden layers that reach the fusion have the mean of the speaker's clips at zero.
+    layers, mask, _ = model.model.read_modality("audio", **inputs)
+    means = torch.stack([torch.stack([layer[row][mask[row].bool()].mean(0) for layer in layers]) for row in (0, 1)])
+    assert means.mean(0).abs().max() < 1e-5 < means.abs().max()
+    without = {name: value for name, value in inputs.items() if not name.endswith("_center")}
+    assert (model.score_labels(processor.candidates("meld"), **without).log_probs - answers[0]).abs().max() > 1e-3
+
+
+def test_a_speakers_center_ignores_padding_and_batches(egmf, samples, make_batch, row_of):
+    batch = make_batch(samples)
+    wanted = torch.stack([samples[0]["audio_features"].mean(0), samples[1]["audio_features"].mean(0)]).mean(0)
+    together = egmf.model.speaker_center([pad(batch, "left")])
+    apart = egmf.model.speaker_center([row_of(batch, index) for index in range(len(samples))])
+    for center in (together, apart):
+        assert center.keys() == {"audio_center", "vision_center"}
+        assert torch.allclose(center["audio_center"], wanted[None], atol=1e-6)
+    assert egmf.model.speaker_center([row_of(batch, 2)]) == {}  # words alone
+
+
+@pytest.mark.parametrize(
+    ("field", "center", "message"),
+    [
+        ("audio_center", torch.zeros(4, 6), r"audio_center: got shape \(4, 6\), wanted \(4, 5\)"),
+        ("vision_center", torch.zeros(1, 7), r"vision_center: got shape \(1, 7\), wanted \(4, 7\)"),
+        ("audio_center", torch.full((4, 5), torch.nan), "audio_center: got NaN or infinite values, wanted finite"),
+    ],
+)
+def test_a_wrong_center_is_named(egmf, samples, make_batch, field, center, message):
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        egmf(**make_batch(samples), **{field: center})
+
+
+def test_a_wrong_center_of_a_tower_is_named(place):
+    folder, processor, model = place
+    inputs = processor(text="so", audio=str(folder / "voice.wav"), task="meld")
+    with pytest.raises(ValueError, match=r"audio_center: got shape \(1, 16\), wanted \(1, 3, 16\)"):
+        model(**inputs, audio_center=torch.zeros(1, 16))
+
+
+def test_the_config_says_how_a_model_was_trained(place, tmp_path):
+    assert EGMFConfig.from_pretrained(place[0] / "model").speaker_adaptation is True
+    config = json.loads((place[0] / "model" / "config.json").read_text())
+    del config["speaker_adaptation"]  # as in an older checkpoint
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert EGMFConfig.from_pretrained(tmp_path).speaker_adaptation is False
+    assert complete_record({"corpus": "mosi"})["speaker_adaptation"] is False
+
+
+# Corpora, training data
+
+
+def rows_of_speakers(offsets: dict[str, float], size: int = 60):
+    """Rows of the generated corpus, spoken in turn by these speakers; an offset is added to a speaker's features."""
+    rows = list(load_corpus("generated", size=size)["train"])
+    for number, row in enumerate(rows):
+        speaker, offset = list(offsets.items())[number % len(offsets)]
+        row["speaker"] = speaker
+        for name, sign in (("audio_features", 1), ("vision_features", -1)):
+            if row[name] is not None:
+                row[name] = np.asarray(row[name], np.float32) + np.float32(sign * offset)
+    return name_speakers("generated", "test", build_split(rows))
+
+
+def centers_of(model, processor, rows, **options):
+    collator = AffectCollator(processor, [TASK], MODALITIES, with_answers=None)
+    return speaker_centers(model, expand_by_task(rows, [TASK]), collator, batch_size=7, **options)
+
+
+@pytest.fixture(scope="module")
+def small(assemble):
+    return assemble(audio_feature_size=6, vision_feature_size=5, clip_statistics=["audio"])
+
+
+def test_an_offset_of_a_speaker_changes_nothing(small, processor):
+    """Neither the statistics that training saves nor the answers; without adaptation it changes both."""
+    answers, statistics = {}, {}
+    for adapted in (True, False):
+        for name, offsets in (("plain", {"Ann": 0.0, "Bea": 0.0}), ("offset", {"Ann": 3.0, "Bea": -2.0})):
+            rows = rows_of_speakers(offsets)
+            centers = centers_of(small, processor, rows) if adapted else None
+            set_clip_statistics(small, {"train": rows}, None, centers)
+            for modality in ("audio", "vision"):
+                found = feature_statistics(rows, f"{modality}_features", centers)
+                small.model.fusion.set_feature_statistics(modality, *found)
+            fusion = small.model.fusion
+            norms = (fusion.clip_statistics["audio"].norm, fusion.input_norm["audio"], fusion.input_norm["vision"])
+            statistics[adapted, name] = torch.cat([part.clone() for norm in norms for part in (norm.mean, norm.std)])
+            predict = Predictor(small, processor, TASK, None, 4, small.device, centers)
+            predictions = predict(rows.select(range(10)), MODALITIES)[0]
+            answers[adapted, name] = torch.tensor([list(row["distribution"].values()) for row in predictions])
+    assert torch.allclose(statistics[True, "plain"], statistics[True, "offset"], atol=1e-4)
+    assert (answers[True, "plain"] - answers[True, "offset"]).abs().max() < 1e-4
+    assert not torch.allclose(statistics[False, "plain"], statistics[False, "offset"], atol=0.1)
+    assert (answers[False, "plain"] - answers[False, "offset"]).abs().max() > 1e-3
+
+
+def test_statistics_are_those_of_centred_values(small, processor):
+    rows = rows_of_speakers({"Ann": 3.0, "Bea": -2.0})
+    centers = centers_of(small, processor, rows)
+    by_hand = {
+        speaker: np.mean([np.mean(row["audio_features"], 0) for row in rows if row["speaker"] == speaker
+                          and row["audio_features"] is not None], 0)
+        for speaker in ("Ann", "Bea")
+    }  # fmt: skip
+    for speaker, center in by_hand.items():
+        assert np.allclose(centers["audio"][f"{SPLIT}/{speaker}", 1.0], center[None], atol=1e-5)
+    centred = [row["audio_features"] - by_hand[row["speaker"]] for row in rows if row["audio_features"] is not None]
+    set_feature_statistics(small, rows, centers)
+    norm = small.model.fusion.input_norm["audio"]
+    assert np.allclose(norm.mean, np.concatenate(centred).mean(0), atol=1e-5)
+    assert np.allclose(norm.std, np.concatenate(centred).std(0), atol=1e-5)
+
+
+def test_a_speaker_without_a_modality_has_a_center_of_zeros(small, processor):
+    centers = centers_of(small, processor, rows_of_speakers({"Ann": 3.0}))
+    stacked = stack_centers(centers, "audio", [("nobody", 1.0), (f"{SPLIT}/Ann", 1.0)])
+    assert stacked.shape == (2, 6) and not stacked[0].any() and stacked[1].abs().min() > 1
+
+
+def test_a_speaker_with_one_clip_is_logged(small, processor, caplog):
+    rows = rows_of_speakers({f"speaker {number}": 0.0 for number in range(39)})
+    centers_of(small, processor, rows)
+    assert "speaker_adaptation: 38 of 39 speakers have one clip" in caplog.text
+
+
+def test_frames_that_are_lost_are_zero_after_centring(small, processor):
+    rows = rows_of_speakers({"Ann": 3.0})
+    predict = Predictor(small, processor, TASK, None, 4, small.device, centers_of(small, processor, rows))
+    collator = AffectCollator(processor, [TASK], MODALITIES, with_answers=None, centers=predict.centers)
+    batch = dict(collator(list(expand_by_task(rows, [TASK]))))
+    changed = lose_frames(predict, 1.0, 1111, batch, rows["id"][:])
+    features, mask, _ = small.model.read_modality("audio", **changed)
+    assert not features[mask.bool()].any()
+
+
+def test_each_speed_has_its_own_center(place, tmp_path):
+    """The mean of a speaker's only clip is 0 after centring, at whatever speed the collator draws."""
+    folder, processor, model = place
+    row = {"id": "a", "speaker": "Ann", "text": "so", "language": "en", "emotion": "joy"}
+    rows = name_speakers("meld", "train", build_split([{**row, "audio": str(folder / "voice.wav")}]))
+    cache = TowerCache(model, processor, ["audio"], folder=tmp_path)
+    cache.fill(rows.select_columns(["audio", "video"]), torch.device("cpu"), (1.0, 0.5))
+    meld, speeds = BUILTIN_TASKS["meld"], (1.0, 0.5)
+    rows = expand_by_task(rows, [meld])
+    collator = AffectCollator(processor, [meld], ["audio"], with_answers=True, cache=cache, speeds=speeds)
+    collator.centers = speaker_centers(model, rows, collator, 4, speeds)
+    first, other = collator.centers["audio"].values()
+    assert not torch.allclose(first, other, atol=1e-3)
+    torch.manual_seed(0)
+    batches = [collator(list(rows)) for _ in range(12)]
+    assert len({batch["audio_mask"].shape[1] for batch in batches}) == 2  # both speeds were drawn
+    for batch in batches:
+        layers, mask, _ = model.model.read_modality("audio", **batch)
+        assert max(layer[mask.bool()].mean(0).abs().max() for layer in layers) < 1e-5
+
+
+def test_speakers_of_the_corpora():
+    assert speakers_of("ravdess", ["03-01-06-01-02-01-12"], [None]) == ["12"]
+    assert speakers_of("casia", ["3_angry_07"], [None]) == ["3"]
+    assert speakers_of("avatars", ["avatars_test_brief_0012"], ["Avatar 3"]) == ["Avatar 3"]
+    assert speakers_of("meld", ["test_dia0_utt1"], ["Ross"]) == ["Ross"]
+    message = r"speaker_adaptation: got no speaker in 2 of 2 rows of mosi, such as a\$_\$1, wanted a corpus that names"
+    with pytest.raises(ValueError, match=message):
+        speakers_of("mosi", ["a$_$1", "a$_$2"], [None, None])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (["--train_audio_tower", "true"], "got true with train_audio_tower, wanted frozen towers or features"),
+        (["--tower_epochs", "1"], "got true with tower_epochs, wanted frozen towers or features"),
+        (["--modalities", "text"], r"got true with modalities \['text'\], wanted audio or vision among them"),
+    ],
+)
+def test_what_adaptation_does_not_support_is_named(fields, message):
+    with pytest.raises(ValueError, match=f"speaker_adaptation: {message}"):
+        load_recipe([str(REPO / "recipes/tiny.yaml"), "--speaker_adaptation", "true", *fields])
+
+
+# Runs
+
+
+@pytest.fixture(scope="module")
+def ravdess(tmp_path_factory):
+    """Two clips of each of RAVDESS's actors, each at the actor's own pitch and level, and a frozen tower."""
+    folder = tmp_path_factory.mktemp("ravdess")
+    (folder / "clips").mkdir()
+    for actor in range(1, 25):
+        for emotion in (3, 4):
+            wave = tone(0.3 + 0.1 * (emotion == 4), 100 + 40 * actor + 25 * emotion) * (0.2 + 0.03 * actor)
+            soundfile.write(folder / "clips" / f"03-01-{emotion:02}-01-01-01-{actor:02}.wav", wave, 16000)
+    torch.manual_seed(0)
+    whisper().save_pretrained(folder / "tower")
+    WhisperFeatureExtractor(feature_size=8, chunk_length=1).save_pretrained(folder / "tower")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapted(ravdess):
+    """The output folder of a small run with a frozen tower, three speeds and all phases that adaptation allows."""
+    fields = {
+        "corpus": "ravdess",
+        "corpus_dir": ravdess / "clips",
+        "corpus_options": '{"fold": 1}',
+        "tasks": "ravdess",
+        "modalities": "audio",
+        "modality_dropout": "{}",
+        "audio_tower": ravdess / "tower",
+        "audio_speeds": (1.0, 0.9),
+        "clip_statistics": "audio",
+        "speaker_adaptation": "true",
+        "fusion_epochs": 1,
+        "num_train_epochs": 1,
+        "output_dir": ravdess / "run",
+    }
+    arguments = [part for name, value in fields.items() for part in (f"--{name}", *np.atleast_1d(value))]
+    run("train", "recipes/tiny.yaml", *arguments, hub=ravdess / "hub")
+    return ravdess / "run"
+
+
+def evaluate(model: Path, output: Path, *arguments) -> tuple[dict, list[dict], str]:
+    outcome = run("eval", model, "--output", output, *arguments)
+    report = json.loads((output / "metrics.json").read_text())
+    lines = (output / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    return report, [json.loads(line) for line in lines], outcome.said
+
+
+def test_training_evaluation_and_pipeline_agree(adapted, ravdess):
+    corpus = ["--corpus", "ravdess", "--corpus_dir", ravdess / "clips"]
+    report, predictions, said = evaluate(adapted / "model", ravdess / "test", *corpus)
+    assert report["speaker_adaptation"] is True and len(predictions) == 8 and "speaker_adaptation" not in said
+    assert json.loads((adapted / "model" / "recipe.json").read_text())["speaker_adaptation"] is True
+    recognize = pipeline("affect-recognition", model=str(adapted / "model"), trust_remote_code=True)
+    assert recognize.model.config.speaker_adaptation is True
+    for row in predictions:
+        own = sorted(str(path) for path in (ravdess / "clips").glob(f"*-{row['id'][-2:]}.wav"))
+        answer = recognize(str(ravdess / "clips" / f"{row['id']}.wav"), speaker_clips=own)
+        assert answer["warnings"] == []
+        assert answer["probabilities"] == pytest.approx(row["distribution"], abs=1e-4)
+    # The validation split is centred in training as in evaluation.
+    _, validated, _ = evaluate(adapted / "model", ravdess / "validation", *corpus, "--split", "validation")
+    log = [json.loads(line) for line in (adapted / "log.jsonl").read_text().splitlines()]
+    loss = np.mean([-np.log(row["distribution"][row["gold"]]) for row in validated])
+    assert [row["eval_loss"] for row in log if "eval_loss" in row][-1] == pytest.approx(loss, abs=1e-4)
+
+
+def test_evaluation_without_the_recipe_warns(adapted, ravdess):
+    shutil.copytree(adapted / "model", ravdess / "bare")
+    (ravdess / "bare" / "recipe.json").unlink()
+    report, _, said = evaluate(
+        ravdess / "bare", ravdess / "unadapted", "--corpus", "ravdess", "--corpus_dir", ravdess / "clips"
+    )
+    assert report["speaker_adaptation"] is False
+    assert "speaker_adaptation: got no center of the speaker for audio, wanted one, as the model was trained" in said
+
+
+def test_a_run_on_features(tmp_path):
+    short = ["--corpus_options", '{"size": 48}', "--num_train_epochs", "1", "--speaker_adaptation", "true"]
+    run("train", "recipes/tiny.yaml", "--output_dir", tmp_path, *short, "--clip_statistics", "audio", "vision")
+    report, predictions, _ = evaluate(tmp_path / "model", tmp_path / "test", "--corpus", "generated")
+    assert report["speaker_adaptation"] is True and len(predictions) == 8
+    run(
+        "eval", tmp_path / "model", "--corpus", "generated", "--output", tmp_path / "mmin", "--robustness", "mmin"
+    )  # whole modalities disappear with their centers
+    assert json.loads((tmp_path / "mmin" / "mmin.json").read_text())["speaker_adaptation"] is True
+
+
+# The pipeline and predict.py
+
+
+def test_the_pipeline_centres_as_the_model(place, recognize):
+    folder, processor, model = place
+    names = [str(folder / f"{number}.mp4") for number in range(3)]
+    center = model.model.speaker_center(
+        processor.media_inputs([processor.load_file(name)], return_tensors="pt") for name in names
+    )
+    inputs = processor(text="so", video=names[0], task="meld")
+    wanted = model.score_labels(processor.candidates("meld"), **inputs, **center).log_probs[0].exp().tolist()
+    samples = {
+        "call": recognize(names[0], text="so", speaker_clips=names),
+        "key": recognize({"file": names[0], "text": "so", "speaker_clips": [{"file": name} for name in names]}),
+        "center": recognize({"file": names[0], "text": "so", "speaker_clips": recognize.speaker_center(names)}),
+    }
+    for name, answer in samples.items():
+        assert list(answer["probabilities"].values()) == pytest.approx(wanted, abs=1e-5), name
+        assert answer["warnings"] == []
+
+
+def test_samples_with_and_without_a_center_share_a_batch(place, recognize):
+    folder = place[0]
+    names, voice = [str(folder / f"{number}.mp4") for number in range(3)], str(folder / "voice.wav")
+    samples = [
+        {"file": names[0], "speaker_clips": names},
+        {"file": names[1]},
+        {"file": voice, "speaker_clips": names},
+        {"file": names[2], "speaker_clips": [voice]},
+        {"text": "so"},
+    ]
+    together, apart = recognize(samples), [recognize(sample) for sample in samples]
+    for one, other in zip(together, apart, strict=True):
+        assert one["probabilities"] == pytest.approx(other["probabilities"], abs=1e-5)
+        assert one["warnings"] == other["warnings"]
+    line = "speaker_adaptation: got no center of the speaker for {}, wanted one, as the model was trained"
+    assert [answer["warnings"] for answer in together] == [
+        [],
+        [line.format("audio and vision")],
+        [],
+        [line.format("vision")],
+        [],
+    ]
+    plain = recognize(names[0])
+    assert any(abs(plain["probabilities"][k] - v) > 1e-4 for k, v in together[0]["probabilities"].items())
+
+
+def test_a_center_for_a_model_that_was_trained_without():
+    message = "speaker_adaptation: got a center of the speaker for audio, wanted none, as the model was trained"
+    assert adaptation_warning(EGMFConfig(), ["audio", "vision"], ["audio"]) == message
+    assert adaptation_warning(EGMFConfig(), ["audio"], []) is None
+    assert adaptation_warning(EGMFConfig(speaker_adaptation=True), ["audio"], ["audio"]) is None
+
+
+@pytest.mark.parametrize(
+    ("clips", "message"),
+    [
+        ([], r"speaker_clips: got \[\], wanted a list of files or clips"),
+        ("one.mp4", "speaker_clips: got 'one.mp4', wanted a list of files or clips"),
+        ({"file": "one.mp4"}, "speaker_clips: got {'file': 'one.mp4'}, wanted a list of files or clips"),
+        ([3], "speaker_clips: got int, wanted a file or a mapping with some of"),
+        ([{"text": "so"}], r"speaker_clips: got \['text'\], wanted a file or a mapping with some of"),
+        ([{"audio": None}], "speaker_clips: got clips without sound and pictures, wanted some with either"),
+    ],
+)
+def test_wrong_speaker_clips_are_named(recognize, clips, message):
+    with pytest.raises(ValueError, match=message):
+        recognize({"text": "so"}, speaker_clips=clips)
+    with pytest.raises(ValueError, match=message):
+        recognize({"text": "so", "speaker_clips": clips})
+
+
+def test_an_unreadable_clip_of_the_speaker(place, recognize):
+    folder = place[0]
+    broken, good = str(folder / "broken.mp4"), str(folder / "0.mp4")
+    with pytest.raises(recognize.processor.media_error, match="broken.mp4"):
+        recognize(good, speaker_clips=[good, broken])
+    bad, fine = recognize([{"file": good, "speaker_clips": [broken]}, {"file": good}], on_error="report")
+    assert "Cannot read" in bad["error"] and "broken.mp4" in bad["error"] and fine["error"] is None
+
+
+def test_predict_centres_all_files(place, recognize, capsys):
+    folder = place[0]
+    model, names = str(folder / "model"), [str(folder / f"{number}.mp4") for number in range(3)]
+    assert predict_main([model, *names, "--batch_size", "2", "--speaker_clips", *names[:2]]) == 0
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    for name, answer in zip(names, answers, strict=True):
+        wanted = recognize(name, speaker_clips=names[:2])
+        assert answer["probabilities"] == pytest.approx(wanted["probabilities"], abs=1e-5)
+        assert answer["warnings"] == []
+    assert predict_main([model, names[0], "--speaker_clips", names[1], str(folder / "broken.mp4")]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and len(captured.err.strip().splitlines()) >= 1
+    assert "--speaker_clips: Cannot read" in captured.err and "broken.mp4" in captured.err
