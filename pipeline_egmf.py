@@ -157,7 +157,7 @@ class AffectRecognitionPipeline(Pipeline):
             ValueError: If `clips` is no list of clips, or none of them has sound or pictures.
             MediaError: If a file cannot be read.
         """
-        if isinstance(clips, Mapping) and clips.keys() <= {"audio_center", "vision_center"}:
+        if isinstance(clips, Mapping) and clips and clips.keys() <= {"audio_center", "vision_center"}:
             return clips
         if not isinstance(clips, list | tuple) or not clips:
             raise ValueError(f"speaker_clips: got {clips!r}, wanted a list of files or clips of the speaker")
@@ -229,9 +229,8 @@ class AffectRecognitionPipeline(Pipeline):
                 report["warnings"].append("there is no text, no sound and no picture: the answer is a guess")
             center = centers.get(id(clips), {})
             present = [name for name, clip in zip(("audio", "vision"), media, strict=True) if clip is not None]
-            if warning := adaptation_warning(
-                self.model.config, present, [n for n in present if f"{n}_center" in center]
-            ):
+            centred = [field.removesuffix("_center") for field in center]
+            if warning := adaptation_warning(self.model.config, present, centred):
                 report["warnings"].append(warning)
             columns.append(sample | media._asdict() | {"center": center})
             answered.append(report)
