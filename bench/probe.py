@@ -195,16 +195,19 @@ def build_cache(
     return cache
 
 
-def check_recipe(recipe: Recipe) -> None:
-    """Raises a ValueError for a mixture and for towers without trained weights."""
-    if len(recipe.data.parts) > 1:
-        got = ", ".join(part.name for part in recipe.data.parts)
-        raise ValueError(f"corpora: got {got}, wanted one corpus")
+def check_recipe(recipe: Recipe, adapted: bool) -> None:
+    """Raises a ValueError for a mixture, towers without trained weights, and speaker adaptation of text alone."""
+    if recipe.data.corpora:
+        raise ValueError(f"corpora: got a mixture of {', '.join(recipe.data.corpora)}, wanted `corpus` instead")
     if recipe.model.shrink != 1:
         raise ValueError(f"shrink: got {recipe.model.shrink}, wanted 1: a shrunk model has random weights")
-    for name in ("audio_tower", "vision_tower"):
-        if describes_new_tower(getattr(recipe.model, name)):
-            raise ValueError(f"{name}: got a description of a new tower, wanted the folder or Hub id of a trained one")
+    media = [modality for modality in recipe.data.modalities if modality != "text"]
+    for modality in media:
+        if describes_new_tower(getattr(recipe.model, f"{modality}_tower")):
+            wanted = "the folder or Hub id of a trained one"
+            raise ValueError(f"{modality}_tower: got a description of a new tower, wanted {wanted}")
+    if adapted and not media:
+        raise ValueError("speaker_adaptation: got text as the only modality, wanted audio or vision")
 
 
 def read_features(
@@ -328,7 +331,7 @@ def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, Recipe]:
 
 def main(arguments: list[str]) -> None:
     args, recipe = parse_arguments(arguments)
-    check_recipe(recipe)
+    check_recipe(recipe, args.speaker_adaptation)
     data = recipe.data
     (corpus,) = corpora = load_corpora(data.parts)
     if not len(corpus[args.split]):

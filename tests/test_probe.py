@@ -209,7 +209,7 @@ def test_speakers():
     [
         (
             {"corpora": {name: {"tasks": ["mosi"], "weight": 1} for name in ("generated", "mosi")}},
-            "corpora: got generated, mosi, wanted one corpus",
+            "corpora: got a mixture of generated, mosi, wanted `corpus` instead",
         ),
         (GENERATED | {"audio_tower": {"config": {}}}, "audio_tower: got a description of a new tower, wanted the fo"),
         (GENERATED | {"shrink": 2}, "shrink: got 2, wanted 1"),
@@ -218,6 +218,11 @@ def test_speakers():
 def test_recipes_that_it_cannot_probe(run, fields, message):
     with pytest.raises(ValueError, match=message):
         run(fields)
+
+
+def test_speaker_adaptation_needs_audio_or_vision(run):
+    with pytest.raises(ValueError, match="speaker_adaptation: got text as the only modality, wanted audio or vision"):
+        run(GENERATED, "--modalities", "text", "--speaker_adaptation")
 
 
 def write_sounds(folder: Path) -> None:
@@ -229,41 +234,35 @@ def write_sounds(folder: Path) -> None:
             soundfile.write(folder / f"03-01-{emotion:02}-01-01-01-{actor:02}.wav", 0.1 * sound, 16000)
 
 
-@pytest.fixture
-def hear(run, recipe_of, monkeypatch):
-    """`hear(corpus, **fields)`: metrics of a probe that runs after `train.py` has filled the cache of its tower."""
-
-    def heard(corpus: Path, **fields) -> dict:
-        fields |= {"corpus": "ravdess", "tasks": ["ravdess"], "modalities": ["audio"], "corpus_dir": str(corpus)}
-        recipe, splits = load_recipe([recipe_of(fields)]), load_corpus("ravdess", corpus)
-        towers, folder = build_towers(recipe), recipe.model.language_model
-        processor = build_processor(recipe, folder, towers)
-        model = build_model(recipe, folder, processor, towers, splits["train"])
-        fill_cache(recipe, model, processor, towers, [], splits, None)
-        computed, compute = [], TowerCache._compute
-
-        def counted(cache, todo, device):
-            computed.extend(path for _, path, _ in todo)
-            compute(cache, todo, device)
-
-        monkeypatch.setattr(TowerCache, "_compute", counted)
-        report = run(fields)
-        assert sorted(computed) == sorted(splits["test"]["audio"])  # the others are in the cache
-        return report["tasks"]["ravdess"]["metrics"]
-
-    return heard
+HEARD = {"corpus": "ravdess", "tasks": ["ravdess"], "modalities": ["audio"]}
 
 
-def test_a_tower_is_read_from_the_cache_of_training(hear, tmp_path):
+def test_a_tower_is_read_from_the_cache_of_training(run, recipe_of, monkeypatch, tmp_path):
     corpus, tower = tmp_path / "corpus", tmp_path / "tower"
     corpus.mkdir()
     write_sounds(corpus)
     whisper().get_encoder().save_pretrained(tower)
     WhisperFeatureExtractor(feature_size=8, chunk_length=1).save_pretrained(tower)
-    assert hear(corpus, audio_tower=str(tower))["accuracy"] == 1.0
+    fields = HEARD | {"corpus_dir": str(corpus), "audio_tower": str(tower)}
+
+    recipe, splits = load_recipe([recipe_of(fields)]), load_corpus("ravdess", corpus)
+    towers, folder = build_towers(recipe), recipe.model.language_model
+    processor = build_processor(recipe, folder, towers)
+    model = build_model(recipe, folder, processor, towers, splits["train"])
+    fill_cache(recipe, model, processor, towers, [], splits, None)  # train and validation, as train.py does
+    computed, compute = [], TowerCache._compute
+
+    def counted(cache, todo, device):
+        computed.extend(path for _, path, _ in todo)
+        compute(cache, todo, device)
+
+    monkeypatch.setattr(TowerCache, "_compute", counted)
+    result = run(fields)["tasks"]["ravdess"]
+    assert sorted(computed) == sorted(splits["test"]["audio"])
+    assert result["metrics"]["accuracy"] == 1.0
 
 
-def test_published_clips_and_a_pretrained_tower(hear, tmp_path):
+def test_published_clips_and_a_pretrained_tower(run, tmp_path):
     clips, tower = SHARED / "data" / "ravdess_av", SHARED / "models" / "whisper-base-encoder"
     if not clips.is_dir() or not tower.is_dir():
         pytest.skip(f"no ravdess_av or whisper-base-encoder in {SHARED} (EGMF_SHARED names another place)")
@@ -273,4 +272,5 @@ def test_published_clips_and_a_pretrained_tower(hear, tmp_path):
         for actor in (1, 2, 5, 6, *range(9, 15)):  # of test, validation and train
             name = f"03-01-{emotion}-01-01-01-{actor:02}.flac"
             (corpus / name).symlink_to(clips / name)
-    assert hear(corpus, audio_tower=str(tower), audio_window=3)["accuracy"] >= 0.75
+    fields = HEARD | {"corpus_dir": str(corpus), "audio_tower": str(tower), "audio_window": 3}
+    assert run(fields)["tasks"]["ravdess"]["metrics"]["accuracy"] >= 0.75
