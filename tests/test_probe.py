@@ -262,6 +262,7 @@ def test_a_tower_is_read_from_the_cache_of_training(run, recipe_of, monkeypatch,
     assert result["metrics"]["accuracy"] == 1.0
 
 
+@pytest.mark.slow
 def test_published_clips_and_a_pretrained_tower(run, tmp_path):
     clips, tower = SHARED / "data" / "ravdess_av", SHARED / "models" / "whisper-base-encoder"
     if not clips.is_dir() or not tower.is_dir():
