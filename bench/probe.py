@@ -9,8 +9,8 @@ what the fusion and the LLM add. Features of a row, for each of the recipe's `mo
   of those that occur in at least two rows.
 - audio, vision: mean and deviation over the clip's frames, of each hidden layer of the tower or of the precomputed
   features (`ClipStatistics.measure`). The tower is not trained, and its hidden layers come from the cache of
-  `train.py`. With `--speaker_adaptation`, the mean over the rows of the same speaker in the same split is subtracted;
-  it uses no labels.
+  `train.py`. If the recipe sets `speaker_adaptation`, the mean over the rows of the same speaker in the same split is
+  subtracted; it uses no labels.
 
 The columns of audio and vision are standardised with the training split and limited to 5 deviations, as in the fusion.
 Constant columns are dropped. They are divided by the root of their number, so that a row of each modality has a length
@@ -39,7 +39,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.model_selection import GroupKFold
 
-from corpora import clusters_of
+from corpora import clusters_of, speakers_of
 from egmf.data.collator import LABEL_COLUMNS, check_labels
 from egmf.data.mixture import check_corpora, load_corpora
 from egmf.data.tower_cache import COLUMNS, TowerCache
@@ -59,7 +59,6 @@ from train import autocast_of
 PENALTIES = (30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003)
 MAX_FOLDS = 5  # of the cross-validation
 DENSE_BYTES = 2**31  # a larger matrix that contains TF-IDF stays sparse, which is slower
-PEOPLE = ("actors", "people", "speakers")  # units of `clusters_of` that are speakers
 SHOWN = {"classification": ("accuracy", "weighted_f1", "ua"), "regression": ("mae", "corr")}
 
 Features = dict[str, np.ndarray]  # by modality: text (N,), token ids as a string; others (N, D), NaN if missing
@@ -147,21 +146,6 @@ def clip_statistics(rows: Dataset, modality: str, cache: TowerCache | None) -> n
     return statistics
 
 
-def speakers_of(corpus: str, rows: Dataset) -> list[str]:
-    """The speaker of each row: the column `speaker`, or the corpus's clusters if these are speakers.
-
-    Raises:
-        ValueError: If the corpus does not name them.
-    """
-    speakers = rows["speaker"][:]
-    if None not in speakers:
-        return speakers
-    unit, clusters = clusters_of(corpus, rows["id"][:], speakers)
-    if unit not in PEOPLE:
-        raise ValueError(f"speaker_adaptation: got {corpus}, wanted a corpus that names the speaker of every row")
-    return clusters
-
-
 def groups_of(corpus: str, rows: Dataset) -> list[str]:
     """The groups of the cross-validation: speakers if there are several, otherwise the corpus's clusters."""
     speakers = rows["speaker"][:]
@@ -195,28 +179,22 @@ def build_cache(
     return cache
 
 
-def check_recipe(recipe: Recipe, adapted: bool) -> None:
-    """Raises a ValueError for a mixture, towers without trained weights, and speaker adaptation of text alone."""
+def check_recipe(recipe: Recipe) -> None:
+    """Raises a ValueError for a mixture and for towers without trained weights."""
     if recipe.data.corpora:
         raise ValueError(f"corpora: got a mixture of {', '.join(recipe.data.corpora)}, wanted `corpus` instead")
     if recipe.model.shrink != 1:
         raise ValueError(f"shrink: got {recipe.model.shrink}, wanted 1: a shrunk model has random weights")
-    media = [modality for modality in recipe.data.modalities if modality != "text"]
-    for modality in media:
+    for modality in (name for name in recipe.data.modalities if name != "text"):
         if describes_new_tower(getattr(recipe.model, f"{modality}_tower")):
             wanted = "the folder or Hub id of a trained one"
             raise ValueError(f"{modality}_tower: got a description of a new tower, wanted {wanted}")
-    if adapted and not media:
-        raise ValueError("speaker_adaptation: got text as the only modality, wanted audio or vision")
 
 
 def read_features(
-    recipe: Recipe, corpus: DatasetDict, processor: EGMFProcessor, cache: TowerCache | None, adapted: bool
+    recipe: Recipe, corpus: DatasetDict, processor: EGMFProcessor, cache: TowerCache | None
 ) -> dict[str, Features]:
     """The features of each split, for the recipe's modalities that the training split has.
-
-    Args:
-        adapted: Whether to subtract the speakers' means from the statistics of audio and vision.
 
     Raises:
         ValueError: If the training split has none of the modalities.
@@ -228,8 +206,10 @@ def read_features(
                 found[split][modality] = token_texts(rows, processor)
                 continue
             values = clip_statistics(rows, modality, cache)
-            speakers = speakers_of(recipe.data.corpus, rows) if adapted else None
-            found[split][modality] = centre_by_speaker(values, speakers) if speakers else values
+            if recipe.data.speaker_adaptation:
+                speakers = speakers_of(recipe.data.corpus, rows["id"][:], rows["speaker"][:])
+                values = centre_by_speaker(values, speakers)
+            found[split][modality] = values
         if not is_present(found["train"][modality]).any():
             logging.warning("%s: no row of train has it; the probe does not read it", modality)
             for features in found.values():
@@ -314,7 +294,7 @@ def probe_task(task: AffectTask, corpus: DatasetDict, features: dict[str, Featur
 def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, Recipe]:
     parser = argparse.ArgumentParser(
         prog="python -m bench.probe",
-        usage="%(prog)s RECIPE [--any_field value ...] --output FILE.json [--split SPLIT] [--speaker_adaptation]",
+        usage="%(prog)s RECIPE [--any_field value ...] --output FILE.json [--split SPLIT]",
         description=__doc__,
         epilog="`python train.py --help` lists the fields of a recipe.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -322,16 +302,13 @@ def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, Recipe]:
     )
     parser.add_argument("--output", type=Path, required=True, help="JSON file for the metrics and the predictions")
     parser.add_argument("--split", default="test", choices=["train", "validation", "test"])
-    parser.add_argument(
-        "--speaker_adaptation", action="store_true", help="subtract each speaker's mean within the split"
-    )
     own, others = parser.parse_known_args(arguments)
     return own, load_recipe(others)
 
 
 def main(arguments: list[str]) -> None:
     args, recipe = parse_arguments(arguments)
-    check_recipe(recipe, args.speaker_adaptation)
+    check_recipe(recipe)
     data = recipe.data
     (corpus,) = corpora = load_corpora(data.parts)
     if not len(corpus[args.split]):
@@ -345,13 +322,13 @@ def main(arguments: list[str]) -> None:
         check_labels(f"{data.corpus} / {args.split}", corpus[args.split], task)
     corpus = DatasetDict({split: corpus[split] for split in ("train", "validation", args.split)})
     cache = build_cache(recipe, language_model, processor, towers, corpus) if towers else None
-    features = read_features(recipe, corpus, processor, cache, args.speaker_adaptation)
+    features = read_features(recipe, corpus, processor, cache)
     groups = groups_of(data.corpus, corpus["train"])
     results = {task.name: probe_task(task, corpus, features, groups, args.split) for task in tasks}
 
     modalities = [*features["train"]]
     report = {"corpus": data.corpus, "corpus_options": data.corpus_options, "modalities": modalities}
-    report |= {"speaker_adaptation": args.speaker_adaptation, "split": args.split, "tasks": results}
+    report |= {"speaker_adaptation": data.speaker_adaptation, "split": args.split, "tasks": results}
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(report, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     print(table_of(tasks, results, modalities))
