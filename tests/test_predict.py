@@ -25,21 +25,27 @@ ROOT = Path(__file__).resolve().parents[1]
 WORDS = ["that is just great", "no", "so"]
 
 
+def save_model_with_towers(folder: Path, language_model: str, assemble, **config):
+    """Writes a checkpoint with both towers to `folder / "model"`, and an audio file and a broken file beside it."""
+    processor = build_processor(language_model)
+    processor.default_task = "meld"
+    torch.manual_seed(3)
+    towers = {"audio_tower": whisper(), "vision_tower": CLIPVisionModel(CLIPVisionConfig(**IMAGE))}
+    model = assemble(**towers, audio_input_rate=100, **config)
+    model.save_pretrained(folder / "model")
+    processor.save_pretrained(folder / "model")
+    soundfile.write(folder / "voice.wav", tone(0.3), 16000)
+    (folder / "broken.mp4").write_bytes(b"\0" * 500)
+    return processor, model
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, llm_folder, assemble):
     """A folder with a checkpoint with both towers, two clips, an audio file and a broken file."""
     folder = tmp_path_factory.mktemp("place")
-    processor = build_processor(llm_folder())
-    processor.default_task = "meld"
-    torch.manual_seed(3)
-    towers = {"audio_tower": whisper(), "vision_tower": CLIPVisionModel(CLIPVisionConfig(**IMAGE))}
-    model = assemble(**towers, audio_input_rate=100)
-    model.save_pretrained(folder / "model")
-    processor.save_pretrained(folder / "model")
+    processor, model = save_model_with_towers(folder, llm_folder(), assemble)
     write_clip(folder / "one.mp4")
     write_clip(folder / "two.mp4", 0.4, sound=False, seed=1)
-    soundfile.write(folder / "three.wav", tone(0.3), 16000)
-    (folder / "broken.mp4").write_bytes(b"\0" * 500)
     return folder, processor, model
 
 
@@ -56,7 +62,7 @@ def predict(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
 
 
 def files(folder: Path) -> list[str]:
-    return [str(folder / name) for name in ("one.mp4", "two.mp4", "three.wav")]
+    return [str(folder / name) for name in ("one.mp4", "two.mp4", "voice.wav")]
 
 
 def test_answer_has_everything(place, recognize):
@@ -164,11 +170,11 @@ def test_predict_answers_as_the_pipeline_and_goes_on_past_a_bad_file(place, reco
         "file,text,speaker",
         "one.mp4,that is just great,",
         f"{folder / 'two.mp4'},no,",
-        "three.wav,so,",
+        "voice.wav,so,",
         "broken.mp4,,",
     ]
     (folder / "words.csv").write_text("\n".join(lines), encoding="utf-8")
-    names = ["one.mp4", "broken.mp4", str(folder / "two.mp4"), "three.wav"]
+    names = ["one.mp4", "broken.mp4", str(folder / "two.mp4"), "voice.wav"]
     outcome = predict(folder, *names, "--transcripts", "words.csv", "--batch_size", "2")
     assert outcome.returncode == 1, outcome.stderr
     assert outcome.stdout, outcome.stderr
@@ -223,7 +229,7 @@ def test_transcripts_as_spreadsheets_save_them(tmp_path, content):
         (b"file,text\none.mp4,so\none.mp4,no", "line 3: one.mp4 is there twice"),
         (b"file,text\none.mp4,so, so\ntwo.mp4,no", "line 2: got 3 cells, wanted 2, as in the header"),
         (b'file,text\none.mp4,"so\ntwo.mp4,no\n', "line 2: got a faulty quote"),
-        (b'file,text\ntwo.mp4,no\none.mp4,"so\nthree.wav,"no"\n', "line 3: got a faulty quote"),
+        (b'file,text\ntwo.mp4,no\none.mp4,"so\nvoice.wav,"no"\n', "line 3: got a faulty quote"),
         ("file,text\none.mp4,caf\u00e9".encode("cp1252"), "line 2: got a byte 0xe9 that is not UTF-8"),
         (b"file,text\n,so", "line 2: got no file"),
         (b"", "line 1: got '', wanted a header"),

@@ -9,10 +9,11 @@ import pytest
 import soundfile
 import torch
 from commands import run
-from test_media_inputs import build_processor, tone, write_clip
+from test_media_inputs import tone, write_clip
 from test_modeling import TOLERANCE, greedy, largest_difference, pad
-from test_towers import IMAGE, whisper
-from transformers import CLIPVisionConfig, CLIPVisionModel, WhisperFeatureExtractor, pipeline
+from test_predict import save_model_with_towers
+from test_towers import whisper
+from transformers import WhisperFeatureExtractor, pipeline
 
 from corpora import load_corpus, speakers_of
 from corpora.schema import build_split
@@ -49,17 +50,10 @@ def centred(egmf, samples, make_batch):
 def place(tmp_path_factory, llm_folder, assemble):
     """A checkpoint with both towers that was trained with adaptation, and clips."""
     folder = tmp_path_factory.mktemp("place")
-    processor = build_processor(llm_folder())
-    processor.default_task = "meld"
-    torch.manual_seed(3)
-    towers = {"audio_tower": whisper(), "vision_tower": CLIPVisionModel(CLIPVisionConfig(**IMAGE))}
-    model = assemble(**towers, audio_input_rate=100, speaker_adaptation=True, clip_statistics=["audio", "vision"])
-    model.save_pretrained(folder / "model")
-    processor.save_pretrained(folder / "model")
+    config = {"speaker_adaptation": True, "clip_statistics": ["audio", "vision"]}
+    processor, model = save_model_with_towers(folder, llm_folder(), assemble, **config)
     for number in range(3):
         write_clip(folder / f"{number}.mp4", 0.4 + 0.2 * number, seed=number)
-    soundfile.write(folder / "voice.wav", tone(0.3), 16000)
-    (folder / "broken.mp4").write_bytes(b"\0" * 500)
     return folder, processor, model
 
 
