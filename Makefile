@@ -7,7 +7,7 @@ INSTALLED := .venv/requirements.txt
 # One process of tests for each core, one thread for each process.
 test fast: export OMP_NUM_THREADS := 1
 FAST := $(addprefix tests/test_,$(addsuffix .py,comparison corpora corpora_convert corpora_formats evaluation fusion \
-	model_card modeling processing results results_avatars results_ravdess robustness towers))
+	model_card modeling processing results results_avatars results_folds robustness towers))
 
 .PHONY: help test fast quickstart results
 
@@ -50,7 +50,7 @@ $(QUICK)/score/metrics.json: $(QUICK)/model/recipe.json
 
 results: $(INSTALLED) ## results/*.md and the tables in README.md, from results/*.json
 	$(BIN)/python -m experiments.make_tables render
-	$(BIN)/python -m experiments.ravdess render
+	$(BIN)/python -m experiments.folds render
 	$(BIN)/python -m experiments.avatars render
 	$(BIN)/python -m experiments.performance
 

@@ -23,6 +23,9 @@ PIPELINES = {
 }
 
 
+ARCHITECTURE = 2  # counts changes after which weights of older checkpoints no longer fit
+
+
 @strict
 class EGMFConfig(PreTrainedConfig):
     r"""
@@ -59,10 +62,11 @@ class EGMFConfig(PreTrainedConfig):
         clip_statistics: The modalities (audio, vision) that add the mean and the standard deviation of the clip's
             frames to every position. For a tower, the statistics are computed for each layer.
         frame_pooling: Number of consecutive frames that are averaged before the fusion, by modality name (audio,
-            vision). Clip statistics use the frames before averaging.
+            vision). A tower's hidden layers are averaged before clip statistics, features after them.
         speaker_adaptation: Whether the model was trained with centers of speakers (`audio_center`, `vision_center`)
             and expects them. It changes no computation: the pipeline and `eval.py` warn if clips come without them.
         initializer_range: Standard deviation of new embeddings, and of a new head's weights.
+        architecture: Version of the layers. A checkpoint of another version is refused.
     """
 
     model_type = "egmf"
@@ -93,6 +97,7 @@ class EGMFConfig(PreTrainedConfig):
     speaker_adaptation: bool = False
     lm_head_bias: bool = False
     initializer_range: float = 0.02
+    architecture: int = ARCHITECTURE
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
@@ -152,6 +157,16 @@ class EGMFConfig(PreTrainedConfig):
                 raise ValueError(
                     f"frame_pooling: got {{{name!r}: {size}}}, wanted audio or vision with a number of frames >= 1"
                 )
+
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs) -> "EGMFConfig":
+        found = config_dict.get("architecture", 1)
+        if "text_config" in config_dict and found != ARCHITECTURE:
+            wanted = "AutoModel.from_pretrained(..., trust_remote_code=True), which uses the checkpoint's own code"
+            raise ValueError(
+                f"architecture: got a checkpoint of version {found} for code of {ARCHITECTURE}, wanted {wanted}"
+            )
+        return super().from_dict(config_dict, **kwargs)
 
     def to_dict(self) -> dict:
         fields = super().to_dict()

@@ -8,10 +8,13 @@
 
 Writes to the output folder `metrics.json` (also by group, if the corpus divides its rows into groups),
 `predictions.jsonl` (id, gold, greedy text, distribution, answers, gate weights) and PNG plots (the confusion matrix or
-predicted against true scores; gate weights by group or label), and prints one table. It evaluates two answers: the
-greedy text of plain `generate()`, where unparsable answers are counted and are wrong, and the most probable legal
-answer of `score_labels()`. For scores it also evaluates the mean and the median of the distribution. Intervals are
-95 %, by bootstrap over videos or dialogues.
+predicted against true scores; gate weights by group or label; a reliability diagram), and prints one table. It
+evaluates these answers: the greedy text of plain `generate()`, where unparsable answers are counted and are wrong; the
+most probable legal answer of `score_labels()`; and the same of the LLM without the expert readout (`llm`) and of the
+readout alone (`experts`). For scores it also evaluates the mean and the median of the distribution, and the mean of
+`llm` and of `experts`. Intervals are 95 %, by bootstrap over videos or dialogues. `calibration` in `metrics.json` has
+the expected calibration error (15 bins) and the negative log-likelihood, with and without the temperature fitted in
+training.
 
 With a label map, the corpus's labels are the gold labels, and `answers` are mapped to them; `greedy_text` and
 `distribution` remain the model's output. With `--robustness`, only `PROTOCOL.json`, `PROTOCOL.md` and `PROTOCOL.png`
@@ -36,12 +39,14 @@ from transformers.utils import cached_file
 
 from corpora import CORPORA, clusters_of, group_of, load_corpus
 from egmf.arguments import positive
+from egmf.commands import check_model, run_command
 from egmf.data.collator import LABEL_COLUMNS, AffectCollator, check_labels, expand_by_task
 from egmf.data.speakers import name_speakers, speaker_centers
 from egmf.evaluation import robustness
+from egmf.evaluation.calibration import calibration_of
 from egmf.evaluation.label_maps import LABEL_MAPS
 from egmf.evaluation.measures import measure_of, metrics_of
-from egmf.evaluation.plots import plot_conditions, plot_confusion, plot_gates, plot_scores
+from egmf.evaluation.plots import plot_conditions, plot_confusion, plot_gates, plot_reliability, plot_scores
 from egmf.evaluation.predictor import Predictor
 from egmf.evaluation.significance import intervals, mcnemar, paired_differences, resample
 from egmf.files import weights_digest
@@ -162,11 +167,19 @@ def evaluate(args: argparse.Namespace, predict: Predictor, rows, modalities: lis
     if others is not None:
         report["compared_to"] = compare(predictions, others, task, samples)
 
+    if predict.label_map is None:
+        temperature = getattr(predict.processor, "temperatures", {}).get(task.name, 1.0)
+        report["calibration"] = calibration_of(predictions, task, temperature)
+        plot_reliability(predictions, task, temperature, args.output / "reliability.png")
+
     write_report(args.output / "metrics.json", report)
     write_plots(predictions, groups, task, args.output)
 
     print(f"{args.corpus} / {args.split}: {len(rows)} samples; 95 % intervals by {len(set(clusters))} {unit}")
     print(table_of(metrics, spread))
+    for name in ("before", "after") if "calibration" in report else ():
+        figures = ", ".join(f"{key} {value:.4f}" for key, value in report["calibration"][name].items())
+        print(f"calibration {name} temperature {report['calibration']['temperature']:.3g}: {figures}")
     for answer, tests in report.get("compared_to", {}).items():
         for name, test in [*tests["differences"].items(), ("mcnemar", tests.get("mcnemar"))]:
             if test is not None:
@@ -197,6 +210,7 @@ def write_report(path: Path, report: dict) -> None:
 
 def main(arguments: list[str]) -> None:
     args = parse_arguments(arguments)
+    check_model(args.model)
     device = PartialState(cpu=not torch.accelerator.is_available()).device
     silence_other_ranks()
     with in_turns():  # transformers copies the model's code into its cache
@@ -245,4 +259,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_command(main, sys.argv[1:])

@@ -26,7 +26,7 @@ from .experts_egmf import (
     masked_mean,
     masked_softmax,
 )
-from .towers_egmf import tower_num_states, tower_size
+from .towers_egmf import average_frames, tower_num_states, tower_size
 
 
 def clip_fractions(mask: torch.Tensor, times: torch.Tensor | None, span: torch.Tensor) -> torch.Tensor:
@@ -65,25 +65,6 @@ def clip_span(inputs: Iterable[tuple[torch.Tensor | None, torch.Tensor | None]],
             first = torch.minimum(first, times.float().masked_fill(~known, torch.inf).amin(1))
             last = torch.maximum(last, times.float().masked_fill(~known, -torch.inf).amax(1))
     return torch.stack([first, last], 1).masked_fill((first >= last).unsqueeze(1), torch.nan)
-
-
-def average_frames(
-    features: torch.Tensor, mask: torch.Tensor, times: torch.Tensor | None, size: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Averages every `size` consecutive frames into one, ignoring masked frames.
-
-    (B, T, width), (B, T) and (B, T) become the same with T / size frames, rounded up.
-    """
-    missing = -mask.shape[1] % size
-    split = (mask.shape[1] + missing) // size, size
-    mask = F.pad(mask, (0, missing)).unflatten(1, split)
-    weights = mask / mask.sum(-1, keepdim=True).clamp(min=1)
-    features = F.pad(features, (0, 0, 0, missing)).unflatten(1, split)
-    features = torch.einsum("bts,btsd->btd", weights.to(features), features)
-    if times is not None:
-        times = F.pad(times.float(), (0, missing)).unflatten(1, split).masked_fill(~mask, 0.0)
-        times = (times * weights).sum(-1)
-    return features, mask.any(-1), times
 
 
 class ClockEmbedding(nn.Module):
@@ -125,9 +106,8 @@ class ClockEmbedding(nn.Module):
 class HierarchicalGate(nn.Module):
     """Mixes the experts' latents (B, E, M, K, d) into K tokens (B, K, d), conditioned on the context and the prompt.
 
-    Level 1 weights the modalities inside each expert (one weight per expert and modality). Level 2 weights the experts
-    (one weight per pseudo token and expert). The condition of both levels is the fused context, which is the mean of
-    all latents, and the prompt.
+    For each pseudo token, level 1 weights the modalities inside each expert, and level 2 weights the experts. The
+    condition of both levels is the fused context, which is the mean of all latents, and the prompt.
     """
 
     def __init__(self, config: EGMFConfig):
@@ -159,7 +139,7 @@ class HierarchicalGate(nn.Module):
 
         Returns:
             The mix of all experts (B, K, d), the output of each single expert (B, E, K, d), and the weights
-            `modality` (B, E, M) and `expert` (B, K, E).
+            `modality` (B, E, M), averaged over the pseudo tokens, and `expert` (B, K, E).
         """
         num_experts, num_tokens = latents.shape[1], latents.shape[3]
         available = present[:, None, :].expand(-1, num_experts, -1)  # (B, E, M)
@@ -178,11 +158,12 @@ class HierarchicalGate(nn.Module):
     def mix_by_level(self, latents, available, condition, names):
         """Returns each expert's output (B, E, K, d), the modality weights (B, E, M), the expert weights (B, K, E)."""
         pair_condition = condition[:, None, None] + names
-        modality = masked_softmax(self.score(self.modality_score, latents.mean(3), pair_condition), available)
-        by_expert = torch.einsum("bem,bemkd->bekd", modality.to(latents), latents)
+        scores = self.score(self.modality_score, latents, pair_condition.unsqueeze(3)).transpose(2, 3)  # (B, E, K, M)
+        modality = masked_softmax(scores, available.unsqueeze(2))
+        by_expert = torch.einsum("bekm,bemkd->bekd", modality.to(latents), latents)
         expert_condition = condition[:, None, None] + self.expert_embedding[:, None, :]
         scores = self.score(self.expert_score, by_expert, expert_condition)  # (B, E, K)
-        return by_expert, modality, scores.float().softmax(1).transpose(1, 2)
+        return by_expert, modality.mean(2), scores.float().softmax(1).transpose(1, 2)
 
     def mix_flat(self, latents, available, condition, names):
         """Like `mix_by_level`, with one softmax over all expert-modality pairs per pseudo token."""
@@ -237,7 +218,11 @@ class FeatureNorm(nn.Module):
 
 
 class LayerMix(nn.Module):
-    """Learned softmax mix of a tower's hidden layers: a tuple of (..., size) -> (..., size)."""
+    """Learned softmax mix of a tower's hidden layers: a tuple of (..., size) -> (..., size).
+
+    Each layer is first normalised over its channels. The last layers of Whisper have several times the variance of the
+    others and would otherwise dominate the mix.
+    """
 
     def __init__(self, num_layers: int):
         super().__init__()
@@ -245,7 +230,8 @@ class LayerMix(nn.Module):
 
     def forward(self, hidden_states: tuple[torch.Tensor, ...]) -> torch.Tensor:
         weights = self.weights.softmax(0)
-        return sum(weight * layer.to(weight.dtype) for weight, layer in zip(weights, hidden_states, strict=True))
+        layers = (F.layer_norm(layer.to(weights.dtype), layer.shape[-1:]) for layer in hidden_states)
+        return sum(weight * layer for weight, layer in zip(weights, layers, strict=True))
 
 
 class ClipStatistics(nn.Module):
@@ -357,7 +343,7 @@ class EGMFFusion(nn.Module):
             features = self.layer_mix[name](features)
         # Padding may contain NaN. It must not reach a sum, because 0 * NaN is NaN.
         features = features.to(weight.dtype).masked_fill(~mask.unsqueeze(-1), 0.0)
-        if name in self.frame_pooling:
+        if name in self.frame_pooling and name not in self.layer_mix:  # a tower's frames are averaged already
             features, mask, times = average_frames(features, mask, times, self.frame_pooling[name])
         features = self.input_norm[name](features)
         if self.training and self.feature_noise.get(name):
@@ -374,26 +360,25 @@ class EGMFFusion(nn.Module):
         inputs: dict[str, tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]],
         prompt: torch.Tensor,
         each_expert: bool = False,
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         """Computes the pseudo tokens.
 
         Args:
             inputs: By modality: features (B, T, width) or None, mask (B, T), times (B, T) in seconds or None.
             prompt: (B, H), the mean embedding of the tokens before the pseudo tokens.
-            each_expert: Whether to return the pseudo tokens of every single expert as well.
+            each_expert: Whether to return the latents of every single expert as well.
 
         Returns:
-            The pseudo tokens (B, K, H) and the gate weights. With `each_expert` the pseudo tokens are
-            (B, 1 + E, K, H): those of the mixed experts, followed by those of each single expert.
+            The pseudo tokens (B, K, H), the latents that they are projected from (B, K, d), and the gate weights. With
+            `each_expert` the latents are (B, 1 + E, K, d): those of the mix, followed by those of each single expert.
         """
         span = clip_span(((mask, times) for _, mask, times in inputs.values()), like=prompt)
         sequences = {name: self.sequence(name, *inputs[name], span) for name in self.widths}
         latents = torch.stack([expert(sequences) for expert in self.experts.values()], 1)  # (B, E, M, K, d)
         present = torch.stack([sequence.present for sequence in sequences.values()], 1)  # (B, M)
         mixed, by_expert, weights = self.gate(latents, present, prompt.to(latents.dtype))
-        if each_expert:
-            mixed = torch.cat([mixed.unsqueeze(1), by_expert], 1)
-        return self.projector(mixed), weights
+        fused = torch.cat([mixed.unsqueeze(1), by_expert], 1) if each_expert else mixed
+        return self.projector(mixed), fused, weights
 
 
 def init_fusion_weights(module: nn.Module, embedding_rms: float) -> bool:

@@ -9,7 +9,6 @@ tokens, H the LLM's hidden size.
 
 import copy
 import inspect
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -25,33 +24,14 @@ from transformers.utils import can_return_tuple, torch_compilable_check
 from .configuration_egmf import EGMFConfig
 from .experts_egmf import masked_mean
 from .fusion_egmf import EGMFFusion, init_fusion_weights
+from .media_features_egmf import MEDIA_INPUTS, MediaMixin
+from .readout_egmf import ExpertReadout, answer_prefixes
 from .scoring_egmf import ScoringMixin, accepts_position_ids, check_static_cache, uncompiled_on_cpu
-from .towers_egmf import (
-    build_tower,
-    check_positions,
-    encoder_of,
-    is_trained,
-    is_window,
-    load_tower,
-    read_audio,
-    read_frames,
-    tower_num_states,
-    tower_size,
-)
+from .towers_egmf import build_tower, encoder_of, is_trained, load_tower
 
 
 if TYPE_CHECKING:  # not imported at run time; transformers saves the imported file with every checkpoint
     from .pipeline_egmf import AffectRecognitionPipeline  # noqa: F401
-
-
-# The fields of a batch that a tower reads, and their modality.
-TOWER_INPUTS = {"input_features": "audio", "input_values": "audio", "pixel_values": "vision"}
-# All audio and vision fields of a batch: features or tower inputs, masks, times and centers.
-MEDIA_INPUTS = (
-    *("audio_features", "audio_mask", "audio_times", "vision_features", "vision_mask", "vision_times"),
-    *("audio_center", "vision_center"),
-    *TOWER_INPUTS,
-)
 
 
 @dataclass
@@ -63,6 +43,7 @@ class EGMFOutput(ModelOutput):
         last_hidden_state: (B, L, H), from `EGMFModel` only.
         gate_weights: `{"modality": (B, E, M), "expert": (B, K, E)}`, axes in the order of `config.experts` and
             `config.modalities`. The weight of an absent modality is exactly 0; the other weights sum to 1.
+        expert_states: (B, 1 + K, d), what the expert readout reads at every position of an answer.
     """
 
     loss: torch.Tensor | None = None
@@ -72,6 +53,7 @@ class EGMFOutput(ModelOutput):
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
     gate_weights: dict[str, torch.Tensor] | None = None
+    expert_states: torch.Tensor | None = None
 
 
 class EGMFPreTrainedModel(PreTrainedModel):
@@ -81,7 +63,7 @@ class EGMFPreTrainedModel(PreTrainedModel):
     input_modalities = ("text", "audio", "image")
     supports_gradient_checkpointing = True
     _skip_keys_device_placement = ["past_key_values"]
-    _keep_in_fp32_modules_strict = ["fusion"]
+    _keep_in_fp32_modules_strict = ["fusion", "readout"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -100,11 +82,14 @@ class EGMFPreTrainedModel(PreTrainedModel):
             init.lecun_normal_(module.weight)
             if module.bias is not None:
                 init.zeros_(module.bias)
+        elif isinstance(module, ExpertReadout):
+            init.zeros_(module.out[-1].weight)  # an untrained readout leaves the LLM as it is
+            init.ones_(module.gain)
         elif not init_fusion_weights(module, self.config.initializer_range):
             super()._init_weights(module)
 
 
-class EGMFModel(EGMFPreTrainedModel):
+class EGMFModel(MediaMixin, EGMFPreTrainedModel):
     """The LLM without its head, the towers and the fusion.
 
     Text passes through the LLM's input embeddings. Audio and vision are precomputed features or the output of a tower.
@@ -119,6 +104,7 @@ class EGMFModel(EGMFPreTrainedModel):
         self.audio_tower = build_tower(config.audio_config) if config.audio_config is not None else None
         self.vision_tower = build_tower(config.vision_config) if config.vision_config is not None else None
         self.fusion = EGMFFusion(config)
+        self.readout = ExpertReadout(config)
         self.post_init()
         self.freeze_towers()
 
@@ -141,122 +127,6 @@ class EGMFModel(EGMFPreTrainedModel):
             if tower is not None and not is_trained(tower):
                 tower.eval()
         return self
-
-    def get_audio_features(
-        self, inputs: torch.Tensor, mask: torch.Tensor
-    ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor, torch.Tensor]:
-        """The audio tower's hidden layers (B, T, size) each, mask (B, T) and seconds (B, T); see [`read_audio`]."""
-        return read_audio(self.audio_tower, inputs, mask, self.config.audio_input_rate)
-
-    def get_vision_features(self, frames: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The vision tower's hidden layers (B, F, size) each; see [`read_frames`]."""
-        return read_frames(self.vision_tower, frames, mask)
-
-    def encode_media(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Replaces the tower inputs of a processor's batch with the towers' hidden layers.
-
-        Scoring and generation of the returned batch run no tower, and the hidden layers of a frozen tower can be
-        cached. Gradients flow through towers that are trained.
-
-        Returns:
-            The batch with the hidden layers (B, T, layers + 1, size) as `audio_features` and `vision_features`, with
-            masks and times. A batch without tower inputs is returned unchanged.
-        """
-        encoded = dict(inputs)
-        for field in TOWER_INPUTS:
-            if encoded.get(field) is not None:
-                name = TOWER_INPUTS[field]
-                fields = [f"{name}_{part}" for part in ("features", "mask", "times")]
-                layers, mask, times = self._modality(name, None, encoded.pop(field), *map(encoded.get, fields[1:]))
-                encoded.update(zip(fields, (torch.stack(layers, 2), mask, times), strict=True))
-        return encoded
-
-    def _modalities(self, **media) -> dict[str, tuple]:
-        """Maps `MEDIA_INPUTS` to (features or hidden layers, mask, times) by modality, each None if absent."""
-        return {name: self.read_modality(name, **media) for name in ("audio", "vision")}
-
-    def read_modality(self, name: str, **media) -> tuple:
-        """Selects one modality from a batch's `MEDIA_INPUTS`: features or hidden layers, mask (B, T), times (B, T).
-
-        The batch's center is subtracted from the features or hidden layers. `encode_media` leaves this to the call
-        that reads its result.
-        """
-        features, mask, times = (media.get(f"{name}_{part}") for part in ("features", "mask", "times"))
-        candidates = (media.get(field) for field, modality in TOWER_INPUTS.items() if modality == name)
-        tower_inputs = next((value for value in candidates if value is not None), None)
-        features, mask, times = self._modality(name, features, tower_inputs, mask, times)
-        return self._subtract_center(name, features, media.get(f"{name}_center")), mask, times
-
-    def _subtract_center(self, name: str, features, center: torch.Tensor | None):
-        """Subtracts a center from features or from a tuple of hidden layers, in float32."""
-        if features is None or center is None:
-            return features
-        is_tower = isinstance(features, tuple)
-        layers = features if is_tower else (features,)
-        wanted = (len(layers[0]), *((len(layers),) if is_tower else ()), layers[0].shape[-1])
-        if center.shape != wanted:
-            raise ValueError(f"{name}_center: got shape {tuple(center.shape)}, wanted {wanted}")
-        finite = torch.isfinite(center).all()
-        torch_compilable_check(finite, f"{name}_center: got NaN or infinite values, wanted finite ones")
-        parts = center.float().reshape(len(center), len(layers), 1, -1).unbind(1)
-        centred = tuple(layer.float() - part for layer, part in zip(layers, parts, strict=True))
-        return centred if is_tower else centred[0]
-
-    @torch.no_grad()
-    def speaker_center(self, batches: Iterable[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """Computes the center of a speaker: the mean over the speaker's clips of each clip's mean over its frames.
-
-        Args:
-            batches: Batches of a processor that together have all clips of the speaker. Their own centers are ignored.
-
-        Returns:
-            `audio_center` and `vision_center`, (1, layers + 1, size) for a tower and (1, feature size) for features.
-            A modality that no clip has is left out.
-        """
-        sums: dict[str, torch.Tensor] = {}
-        counts: dict[str, int] = {}
-        for batch in batches:
-            encoded = self.encode_media(batch)
-            for name in ("audio", "vision"):
-                if encoded.get(f"{name}_features") is None:
-                    continue
-                for clip, mask in zip(encoded[f"{name}_features"], encoded[f"{name}_mask"].bool(), strict=True):
-                    if mask.any():
-                        field, mean = f"{name}_center", clip[mask].float().mean(0, keepdim=True)
-                        sums[field], counts[field] = sums.get(field, 0.0) + mean, counts.get(field, 0) + 1
-        return {field: total / counts[field] for field, total in sums.items()}
-
-    def _modality(self, name: str, features, tower_inputs, mask, times):
-        """Checks one modality's inputs and converts them to (features or hidden layers, mask, times)."""
-        if features is None and tower_inputs is None:
-            return None, None, None
-        if name not in self.config.modalities:
-            raise ValueError(f"{name}_features: got values, wanted None: the model has no {name} modality")
-        tower = getattr(self, f"{name}_tower")
-        if features is not None and tower_inputs is not None or (tower is None and features is None):
-            wanted = "one of features and the tower's input" if tower is not None else "precomputed features only"
-            raise ValueError(f"{name}_features: got a tower's input, wanted {wanted}")
-        if mask is None:
-            raise ValueError(f"{name}_mask: got None, wanted the mask that goes with {name}_features")
-        if features is not None:
-            if tower is None:
-                sizes = (getattr(self.config, f"{name}_feature_size"),)
-            else:  # precomputed hidden layers of the tower
-                sizes = (tower_num_states(tower.config), tower_size(tower.config))
-            if features.ndim != 2 + len(sizes) or features.shape[2:] != sizes:
-                wanted = ", ".join(map(str, ("batch", "frames", *sizes)))
-                raise ValueError(f"{name}_features: got shape {tuple(features.shape)}, wanted ({wanted})")
-            check_positions(name, features, mask)
-            return features if tower is None else features.unbind(2), mask, times
-        with torch.set_grad_enabled(torch.is_grad_enabled() and is_trained(tower)):
-            if name == "audio":
-                check_positions(name, tower_inputs, mask, is_window(tower_inputs, mask))
-                return self.get_audio_features(tower_inputs, mask)
-            if tower_inputs.ndim != 5:
-                wanted = "(batch, frames, 3, height, width)"
-                raise ValueError(f"pixel_values: got shape {tuple(tower_inputs.shape)}, wanted {wanted}")
-            check_positions(name, tower_inputs, mask)
-            return self.get_vision_features(tower_inputs, mask), mask, times
 
     def _text(self, inputs_embeds: torch.Tensor, utterance_mask: torch.Tensor):
         """Gathers the utterance's embeddings on the left: (B, T, H), mask (B, T) and no times.
@@ -292,39 +162,46 @@ class EGMFModel(EGMFPreTrainedModel):
         utterance_mask: torch.Tensor,
         inputs: dict,
         each_expert: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         """Computes the pseudo tokens and inserts them into the prompt.
 
         Returns:
-            The prompt's embeddings with the pseudo tokens (B, L, H), the pseudo tokens (B, K, H) and the gate weights.
-            With `each_expert` the pseudo tokens are (B, 1 + E, K, H) as in [`EGMFFusion.forward`], and the prompt
-            keeps its placeholders.
+            The prompt's embeddings with the pseudo tokens (B, L, H), the pseudo tokens (B, K, H), the expert readout's
+            states (B, 1 + K, d) and the gate weights. With `each_expert` the states are (B, 1 + E, 1 + K, d), of the
+            latents in the order of [`EGMFFusion.forward`].
         """
         placeholders = self.get_placeholder_mask(input_ids)
         embeds = self.get_input_embeddings()(input_ids)
         inputs = {"text": self._text(embeds, utterance_mask & padding_mask), **inputs}
         # The gate sees only the prompt before the pseudo tokens. The answer comes after them and cannot leak.
         before = padding_mask.bool() & (placeholders.cumsum(1) == 0) & ~utterance_mask.bool()
-        pseudo_tokens, gate_weights = self.fusion(inputs, masked_mean(embeds, before), each_expert)
-        if not each_expert:
-            embeds = embeds.masked_scatter(placeholders.unsqueeze(-1), pseudo_tokens.to(embeds.dtype))
-        return embeds, pseudo_tokens, gate_weights
+        prompt = masked_mean(embeds, before)
+        pseudo_tokens, latents, gate_weights = self.fusion(inputs, prompt, each_expert)
+        embeds = embeds.masked_scatter(placeholders.unsqueeze(-1), pseudo_tokens.to(embeds.dtype))
+        return embeds, pseudo_tokens, self.readout.states(latents, prompt), gate_weights
 
     def get_pseudo_tokens(
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
         utterance_mask: torch.Tensor,
-        each_expert: bool = False,
         **media,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Computes the pseudo tokens and the gate weights of a processor's batch without running the LLM's layers.
-
-        The pseudo tokens are (B, K, H), or (B, 1 + E, K, H) with `each_expert` as in [`EGMFFusion.forward`].
-        """
+        """Computes the pseudo tokens (B, K, H) and the gate weights of a processor's batch, without the LLM."""
         inputs = self._modalities(**media)
-        _, tokens, gate_weights = self.fuse(input_ids, attention_mask, utterance_mask, inputs, each_expert)
+        _, tokens, _, gate_weights = self.fuse(input_ids, attention_mask, utterance_mask, inputs)
         return tokens, gate_weights
+
+    def get_expert_states(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        utterance_mask: torch.Tensor,
+        each_expert: bool = False,
+        **media,
+    ) -> torch.Tensor:
+        """Computes the expert readout's states of a processor's batch without the LLM's layers, as in [`fuse`]."""
+        return self.fuse(input_ids, attention_mask, utterance_mask, self._modalities(**media), each_expert)[2]
 
     @can_return_tuple
     def forward(
@@ -342,7 +219,7 @@ class EGMFModel(EGMFPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids, inputs_embeds: wanted exactly one of them")
         media = {name: kwargs.pop(name, None) for name in MEDIA_INPUTS}
-        gate_weights = None
+        gate_weights, expert_states = None, kwargs.pop("expert_states", None)
         if utterance_mask is not None:
             if inputs_embeds is not None:
                 raise ValueError("inputs_embeds: got values with utterance_mask, wanted input_ids with placeholders")
@@ -354,7 +231,7 @@ class EGMFModel(EGMFPreTrainedModel):
                     f"{tuple(utterance_mask.shape)}, wanted input_ids' {tuple(input_ids.shape)}"
                 )
             inputs = self._modalities(**media)
-            inputs_embeds, _, gate_weights = self.fuse(input_ids, padding_mask, utterance_mask, inputs)
+            inputs_embeds, _, expert_states, gate_weights = self.fuse(input_ids, padding_mask, utterance_mask, inputs)
         else:
             if any(value is not None for value in media.values()):
                 raise ValueError("utterance_mask: got None with audio or vision, wanted the processor's mask")
@@ -380,6 +257,7 @@ class EGMFModel(EGMFPreTrainedModel):
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),
             gate_weights=gate_weights,
+            expert_states=expert_states,
         )
 
 
@@ -450,14 +328,14 @@ class EGMFForConditionalGeneration(EGMFPreTrainedModel, ScoringMixin, Generation
         model.lm_head = head
         for name, tower in towers.items():
             setattr(model.model, name, tower)
-        fusion = model.model.fusion.to_empty(device=language_model.device).float()
-        fusion.apply(model._init_weights)
+        for part in (model.model.fusion, model.model.readout):
+            part.to_empty(device=language_model.device).float().apply(model._init_weights)
         with torch.no_grad():
             # Some LLMs (Gemma 3) scale their embeddings after the lookup, so measure the output, not the weights.
             embeddings = language_model.get_input_embeddings()
             sample = torch.arange(0, embeddings.num_embeddings, embeddings.num_embeddings // 4096 + 1)
             scale = embeddings(sample.to(language_model.device)).float().square().mean().sqrt()
-            fusion.projector.embedding_rms.copy_(scale)
+            model.model.fusion.projector.embedding_rms.copy_(scale)
         model.generation_config = copy.deepcopy(language_model.generation_config)
         # Without a cache, a generated placeholder would count as a placeholder of the prompt.
         model.generation_config.suppress_tokens = [config.pseudo_token_id]
@@ -555,6 +433,8 @@ class EGMFForConditionalGeneration(EGMFPreTrainedModel, ScoringMixin, Generation
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        expert_states: torch.Tensor | None = None,
+        answer_prefix: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs,
@@ -574,6 +454,9 @@ class EGMFForConditionalGeneration(EGMFPreTrainedModel, ScoringMixin, Generation
                 subtracted from the features (B, feature size) or from the hidden layers (B, layers + 1, tower size).
             padding_mask: (B, L), the 2-D mask if `attention_mask` is 4-D.
             labels: (B, L), -100 except on the answer's tokens and EOS. Loss and logits are computed only there.
+            expert_states, answer_prefix: Used by `generate()` after the prompt: `expert_states` of the prompt's
+                output, and the beginnings of the answer at the last S positions, (B, S, 2 H) of [`answer_prefixes`].
+                By default a prompt without labels ends where its answer begins.
             logits_to_keep: Without labels: the number of last positions with logits (0 for all), or their indices.
             num_items_in_batch: Divisor of the summed loss: the number of labels in the whole accumulated batch.
 
@@ -599,12 +482,16 @@ class EGMFForConditionalGeneration(EGMFPreTrainedModel, ScoringMixin, Generation
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
+            expert_states=expert_states,
             **kwargs,
         )
         hidden, loss = outputs.last_hidden_state, None
         if labels is not None:
             answers = labels[:, 1:] != -100
-            logits = self._finish_logits(self.lm_head(hidden[:, :-1][answers]))
+            answering = hidden[:, :-1][answers]
+            if outputs.expert_states is not None:
+                answering = answering + self._read_answers(outputs.expert_states, labels[:, 1:], answers).to(answering)
+            logits = self._finish_logits(self.lm_head(answering))
             loss = self.loss_function(
                 logits=logits,
                 labels=None,
@@ -613,6 +500,9 @@ class EGMFForConditionalGeneration(EGMFPreTrainedModel, ScoringMixin, Generation
                 num_items_in_batch=num_items_in_batch,
             )
         else:
+            if outputs.expert_states is not None:
+                mask = padding_mask if padding_mask is not None else attention_mask
+                hidden = self._add_readout(hidden, mask, outputs.expert_states, answer_prefix)
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self._finish_logits(self.lm_head(hidden[:, kept]))
         return EGMFOutput(
@@ -622,7 +512,33 @@ class EGMFForConditionalGeneration(EGMFPreTrainedModel, ScoringMixin, Generation
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             gate_weights=outputs.gate_weights,
+            expert_states=outputs.expert_states,
         )
+
+    def _read_answers(self, states: torch.Tensor, labels: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
+        """The readout at the positions that `answers` (B, L) marks: (answer tokens, H), in the order of the mask."""
+        length = int(answers.sum(1).max())
+        order = (~answers).long().argsort(dim=1, stable=True)[:, :length]
+        tokens = labels.gather(1, order).clamp(min=0)
+        prefixes = answer_prefixes(self.model.get_input_embeddings()(tokens))[:, :-1]
+        return (self.model.readout.gain * self.model.readout(states, prefixes))[answers.gather(1, order)]
+
+    def _add_readout(self, hidden, mask, states, prefixes) -> torch.Tensor:
+        """Adds the readout to the last S positions of each row's hidden states (B, L, H)."""
+        last = hidden.new_full((len(hidden),), hidden.shape[1] - 1, dtype=torch.long)
+        if prefixes is None:  # outside of `generate()`, prompts may be padded on the right
+            prefixes = states.new_zeros(len(states), 1, self.model.readout.prefix.in_features)
+            if mask is not None:
+                last = (mask.long() * torch.arange(mask.shape[1], device=mask.device)).argmax(1)
+        read = (self.model.readout.gain * self.model.readout(states, prefixes)).to(hidden)
+        places = last.unsqueeze(1) + torch.arange(1 - read.shape[1], 1, device=hidden.device)
+        return hidden.scatter_add(1, places.unsqueeze(-1).expand_as(read), read)
+
+    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, **kwargs):
+        model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, **kwargs)
+        if outputs.expert_states is not None:
+            model_kwargs["expert_states"] = outputs.expert_states
+        return model_kwargs
 
     def prepare_inputs_for_generation(
         self, input_ids, attention_mask=None, is_first_iteration=False, use_cache=True, **kwargs
@@ -634,6 +550,7 @@ class EGMFForConditionalGeneration(EGMFPreTrainedModel, ScoringMixin, Generation
         # processes the prompt again.
         is_prompt = (is_first_iteration and (cache is None or not int(cache.get_seq_length()))) or not use_cache
         modalities = {name: kwargs.pop(name, None) for name in ("utterance_mask", *MEDIA_INPUTS)}
+        states, utterance_mask = kwargs.pop("expert_states", None), modalities["utterance_mask"]
         inputs = super().prepare_inputs_for_generation(
             input_ids,
             attention_mask=attention_mask,
@@ -646,6 +563,13 @@ class EGMFForConditionalGeneration(EGMFPreTrainedModel, ScoringMixin, Generation
             modalities["utterance_mask"] = F.pad(modalities["utterance_mask"], (0, new_tokens))
             inputs.update({name: value for name, value in modalities.items() if value is not None})
             inputs["padding_mask"] = attention_mask
+        if utterance_mask is not None:
+            if states is None and not is_prompt:
+                wanted = "those of `score_labels()`, which computed the cache"
+                raise ValueError(f"expert_states: got None with past_key_values, wanted {wanted}")
+            inputs["expert_states"] = None if is_prompt else states
+            answer = self.get_input_embeddings()(input_ids[:, utterance_mask.shape[1] :])
+            inputs["answer_prefix"] = answer_prefixes(answer)[:, -inputs["input_ids"].shape[1] :]
         return inputs
 
 

@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 from transformers import pipeline
 
 from egmf.arguments import positive
+from egmf.commands import check_model, run_command
 from egmf.data.transcripts import match_transcripts
 
 
@@ -72,24 +73,17 @@ def table_row(answer: dict) -> str:
 
 def main(arguments: list[str]) -> int:
     args = parse_arguments(arguments)
-    try:
-        samples = samples_of(args)
-    except (OSError, ValueError) as error:
-        print(error, file=sys.stderr)
-        return 2
+    samples = samples_of(args)
+    check_model(args.model)
     recognize = pipeline("affect-recognition", model=args.model, trust_remote_code=True)
     options = {"task": args.task, "on_error": "report"}
     if args.speaker_clips:
         if not hasattr(recognize, "speaker_center"):
-            print(
-                f"--speaker_clips: got {args.model}, wanted a model whose code has speaker adaptation", file=sys.stderr
-            )
-            return 2
+            raise ValueError(f"--speaker_clips: got {args.model}, wanted a model whose code has speaker adaptation")
         try:
             options["speaker_clips"] = recognize.speaker_center(args.speaker_clips)
         except (recognize.processor.media_error, ValueError) as error:
-            print(f"--speaker_clips: {error}", file=sys.stderr)
-            return 2
+            raise ValueError(f"--speaker_clips: {error}") from None
     for_people, failed = sys.stdout.isatty(), False
     progress = tqdm(total=len(samples), unit="file", disable=None if len(samples) > 1 else True)
     for start in range(0, len(samples), args.batch_size):
@@ -107,4 +101,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_command(main, sys.argv[1:])

@@ -75,6 +75,7 @@ class EGMFProcessor(MediaInputsMixin, ProcessorMixin):
         max_context_tokens: Maximum number of tokens of the context and following lines together. If they exceed it,
             whole utterances are dropped, starting with the farthest (the following one of two equally far ones).
         default_task: The task that is used if a call names none: the one that the model was trained on.
+        temperatures: Temperature of the distribution over answers by task, fitted to validation data; otherwise 1.
         chat_template: Kept for the tokenizer; the sequences of EGMF do not use it.
     """
 
@@ -92,6 +93,7 @@ class EGMFProcessor(MediaInputsMixin, ProcessorMixin):
         tasks: dict[str, Any] | None = None,
         max_context_tokens: int = 256,
         default_task: str | None = None,
+        temperatures: dict[str, float] | None = None,
         chat_template=None,
     ):
         super().__init__(tokenizer, chat_template=chat_template or getattr(tokenizer, "chat_template", None))
@@ -115,6 +117,7 @@ class EGMFProcessor(MediaInputsMixin, ProcessorMixin):
                 raise ValueError(f"`tasks[{name!r}]` holds a task of another name, {task.name!r}.")
             self.tasks[name] = task
         self.default_task = default_task
+        self.temperatures = dict(temperatures or {})
         if default_task is not None:
             self._task(default_task)
 
@@ -309,7 +312,7 @@ class EGMFProcessor(MediaInputsMixin, ProcessorMixin):
         return [AnswerText(text, one.parse(text)) for text, one in zip(texts, tasks, strict=True)]
 
     def summarize(self, log_probs: Any, task: str | AffectTask) -> list[AnswerDistribution]:
-        """Summarises the distributions over `task.answers`, one per row.
+        """Summarises the distributions over `task.answers`, one per row, at the task's temperature.
 
         Args:
             log_probs: `(B, C)` natural logarithms, normalised or not.
@@ -323,7 +326,7 @@ class EGMFProcessor(MediaInputsMixin, ProcessorMixin):
         if scores.ndim != 2 or scores.shape[1] != len(task.answers):
             wanted = f"(batch, {len(task.answers)}) for task {task.name!r}"
             raise ValueError(f"`log_probs` has the shape {tuple(scores.shape)}, wanted {wanted}.")
-        rows = scores.softmax(dim=-1).numpy()
+        rows = (scores / self.temperatures.get(task.name, 1.0)).softmax(dim=-1).numpy()
         if not np.isfinite(rows).all():
             raise ValueError("`log_probs` must have a finite value and neither NaN nor +inf in every row.")
         return [AnswerDistribution.over(task, row) for row in rows]

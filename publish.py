@@ -27,6 +27,7 @@ import httpx2
 from huggingface_hub import HfApi, ModelCard, get_token
 from huggingface_hub.errors import OfflineModeIsEnabled
 
+from egmf.commands import run_command
 from egmf.publishing.repository import build_folder, check_repo_id, read_run, upload
 
 
@@ -79,4 +80,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_command(main, sys.argv[1:])

@@ -11,9 +11,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_outputs import ModelOutput
+
+from .readout_egmf import answer_prefixes
 
 
 def accepts_position_ids(language_model: PreTrainedModel) -> bool:
@@ -49,15 +52,21 @@ class LabelScores(ModelOutput):
     """
     Args:
         log_probs: (B, C) log-probabilities of the candidate answers. The probabilities of the candidates sum to one.
+        llm_log_probs: (B, C), the same of the LLM without the expert readout.
+        expert_log_probs: (B, C), the same of the expert readout without the LLM.
         gate_weights: As in [`EGMFOutput`].
         past_key_values: The cache of the prompts without their last token. `generate(**inputs, past_key_values=...)`
             on the same inputs reuses it and does not process the prompts again. It can be used only once. None if the
             inputs are padded on the right or the LLM has another kind of cache.
+        expert_states: As in [`EGMFOutput`]; `generate()` needs them together with `past_key_values`.
     """
 
     log_probs: torch.Tensor | None = None
+    llm_log_probs: torch.Tensor | None = None
+    expert_log_probs: torch.Tensor | None = None
     gate_weights: dict[str, torch.Tensor] | None = None
     past_key_values: Cache | None = None
+    expert_states: torch.Tensor | None = None
 
 
 class AnswerTrie:
@@ -73,7 +82,7 @@ class AnswerTrie:
             continuation, such as "+0" before ".", is kept only on the path to a later decision.
         token_ids: The distinct ids of the continuations at all decisions.
         allowed: (nodes, token_ids) bool, the continuations of each node.
-        decisions: For each candidate, the (node, index into token_ids) pairs whose log-probabilities it sums.
+        steps: (C, nodes * token_ids), 1 for the decisions whose log-probabilities a candidate sums, and otherwise 0.
     """
 
     def __init__(self, candidates: list[list[int]]):
@@ -94,18 +103,18 @@ class AnswerTrie:
         node = {prefix: index for index, prefix in enumerate(self.paths)}
         self.token_ids = sorted({token for prefix in deciding for token in children[prefix]})
         column = {token: index for index, token in enumerate(self.token_ids)}
+        choices = [(node[prefix], column[token]) for prefix in deciding for token in children[prefix]]
         self.allowed = torch.zeros(len(self.paths), len(self.token_ids), dtype=torch.bool)
-        for prefix in deciding:
-            for token in children[prefix]:
-                self.allowed[node[prefix], column[token]] = True
-        self.decisions = [
-            [
-                (node[answer[:depth]], column[token])
-                for depth, token in enumerate(answer)
-                if len(children[answer[:depth]]) > 1
-            ]
-            for answer in answers
+        self.allowed[tuple(map(list, zip(*choices, strict=True)))] = True
+        taken = [
+            (index, node[answer[:depth]], column[token])
+            for index, answer in enumerate(answers)
+            for depth, token in enumerate(answer)
+            if len(children[answer[:depth]]) > 1
         ]
+        self.steps = torch.zeros(len(answers), *self.allowed.shape)
+        self.steps[tuple(map(list, zip(*taken, strict=True)))] = 1.0
+        self.steps = self.steps.flatten(1)
 
     def ancestors(self) -> torch.Tensor:
         """(nodes - 1, nodes - 1) bool: True if the column's node is the row's node or one of its ancestors."""
@@ -113,13 +122,20 @@ class AnswerTrie:
         return torch.tensor([[row[: len(seen)] == seen for seen in inner] for row in inner], dtype=torch.bool)
 
     def log_probs(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits of every node (B, nodes, token_ids) -> log-probabilities of the candidates (B, C)."""
+        """Logits of every node (..., nodes, token_ids) -> log-probabilities of the candidates (..., C)."""
         allowed = self.allowed.to(logits.device)
         steps = logits.float().masked_fill(~allowed, -torch.inf)
         # A node with one continuation has no allowed column. Its row is -inf and never summed.
         steps = torch.where(allowed, steps.log_softmax(-1), 0.0)
-        start = steps.new_zeros(len(steps))
-        return torch.stack([sum((steps[:, row, col] for row, col in path), start) for path in self.decisions], dim=1)
+        with torch.autocast(steps.device.type, enabled=False):  # half precision would round the sums
+            return F.linear(steps.flatten(-2), self.steps.to(steps.device))
+
+    def prefixes(self, embeddings: nn.Module) -> torch.Tensor:
+        """The beginning of the answer at each node as [`answer_prefixes`] describes it: (nodes, 2 H)."""
+        lengths = [len(path) for path in self.paths]
+        padded = [[*path, *[0] * (max(lengths) - len(path))] for path in self.paths]
+        ids = torch.tensor(padded, dtype=torch.long, device=embeddings.weight.device)
+        return answer_prefixes(embeddings(ids))[torch.arange(len(ids)), torch.tensor(lengths)]
 
 
 class ScoringMixin:
@@ -131,6 +147,7 @@ class ScoringMixin:
         candidates: list[list[int]],
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
+        gains: torch.Tensor | None = None,
         **inputs,
     ) -> LabelScores:
         """Computes the log-probability of every legal answer with one prefill and at most one more forward pass.
@@ -148,6 +165,7 @@ class ScoringMixin:
         Args:
             candidates: Token ids of every legal answer, from `processor.candidates(task)`.
             input_ids, attention_mask, **inputs: Output of the processor for prompts without answers.
+            gains: (G,), powers of the experts' factor to try instead of `readout.gain`. `log_probs` is then (B, G, C).
 
         Returns:
             [`LabelScores`] with `log_probs` (B, C) in the order of the candidates.
@@ -172,14 +190,29 @@ class ScoringMixin:
         elif len(trie.paths) > 1:
             inner = self._batch_states(trie, input_ids, attention_mask, inputs)
             hidden = torch.cat([hidden, inner], 1)
-        token_ids = torch.tensor(trie.token_ids, device=hidden.device)
-        bias = self.lm_head.bias[token_ids] if self.lm_head.bias is not None else None
-        logits = self._finish_logits(F.linear(hidden, self.lm_head.weight[token_ids], bias))
         if cache is not None and is_left_padded:
             cache.crop(-(cache.get_seq_length() - input_ids.shape[1] + 1))
         else:
             cache = None
-        return LabelScores(log_probs=trie.log_probs(logits), gate_weights=outputs.gate_weights, past_key_values=cache)
+        scores = {"past_key_values": cache, "expert_states": outputs.expert_states}
+        if outputs.expert_states is None:  # a prompt without `utterance_mask`: the LLM without EGMF
+            combined, llm, experts = hidden, None, None
+        else:
+            read = self.model.readout(outputs.expert_states, trie.prefixes(self.model.get_input_embeddings()))
+            read = read.to(hidden)
+            if gains is None:
+                combined = hidden + self.model.readout.gain.to(read) * read
+            else:  # (B, G, nodes, H)
+                combined = hidden.unsqueeze(1) + torch.einsum("g,bnh->bgnh", gains.to(read), read)
+            llm, experts = (trie.log_probs(self.answer_logits(trie, states)) for states in (hidden, read))
+        combined = trie.log_probs(self.answer_logits(trie, combined))
+        return LabelScores(combined, llm, experts, outputs.gate_weights, **scores)
+
+    def answer_logits(self, trie: AnswerTrie, states: torch.Tensor) -> torch.Tensor:
+        """Logits of the tokens that the trie's decisions choose among: (..., nodes, H) -> (..., nodes, token_ids)."""
+        token_ids = torch.tensor(trie.token_ids, device=states.device)
+        bias = self.lm_head.bias[token_ids] if self.lm_head.bias is not None else None
+        return self._finish_logits(F.linear(states, self.lm_head.weight[token_ids], bias))
 
     def _takes_tree_mask(self) -> bool:
         text_config = self.model.language_model.config

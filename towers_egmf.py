@@ -159,3 +159,22 @@ def read_frames(tower: PreTrainedModel, frames: torch.Tensor, mask: torch.Tensor
     return tuple(
         mean.new_zeros(*mask.shape, mean.shape[-1]).masked_scatter(mask.unsqueeze(-1), mean) for mean in means
     )
+
+
+def average_frames(
+    features: torch.Tensor, mask: torch.Tensor, times: torch.Tensor | None, size: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Averages every `size` consecutive frames into one, ignoring masked frames.
+
+    (B, T, width), (B, T) and (B, T) become the same with T / size frames, rounded up.
+    """
+    missing = -mask.shape[1] % size
+    split = (mask.shape[1] + missing) // size, size
+    mask = F.pad(mask, (0, missing)).unflatten(1, split)
+    weights = mask / mask.sum(-1, keepdim=True).clamp(min=1)
+    frames = F.pad(features, (0, 0, 0, missing)).unflatten(1, split)
+    features = torch.einsum("bts,btsd->btd", weights.float(), frames.float()).to(features.dtype)
+    if times is not None:
+        times = F.pad(times.float(), (0, missing)).unflatten(1, split).masked_fill(~mask, 0.0)
+        times = (times * weights).sum(-1)
+    return features, mask.any(-1), times

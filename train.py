@@ -52,8 +52,9 @@ from egmf.training.assembly import (
     start_speech_tower,
     trained_towers,
 )
+from egmf.training.calibration import calibrate
 from egmf.training.language_models import resolve_language_model
-from egmf.training.preemption import run_command
+from egmf.training.preemption import run_training
 from egmf.training.pretraining import FusionPretraining, TowerPretraining
 from egmf.training.shrinking import shrink
 from egmf.training.trainer import AffectTrainer, RunTrainer, check_media, check_reporters, metrics_of
@@ -297,7 +298,7 @@ def main(arguments: list[str]) -> None:
     # Under autocast, LoRA's cast of its input to float32 takes a quarter of a step and has no effect.
     with disable_input_dtype_casting(model, active=training.mixed_precision == "bf16"):
         trainer.train_or_resume()
-
+        calibrate(trainer, processor, data.tasks, validation.values(), recipe.phases)
     whole = gather_trained_model(recipe, trainer, learns_on)
     if whole is not None:
         with writing(output / "adapter"):
@@ -308,4 +309,4 @@ def main(arguments: list[str]) -> None:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    run_command(main, sys.argv[1:])
+    run_training(main, sys.argv[1:])

@@ -32,7 +32,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from datasets import Dataset, DatasetDict
 from scipy import sparse
 from sklearn.feature_extraction.text import TfidfVectorizer
@@ -40,18 +39,25 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.model_selection import GroupKFold
 
 from corpora import clusters_of, speakers_of
+from egmf.commands import run_command
 from egmf.data.collator import LABEL_COLUMNS, check_labels
 from egmf.data.mixture import check_corpora, load_corpora
 from egmf.data.tower_cache import COLUMNS, TowerCache
 from egmf.evaluation.measures import measure_of
-from egmf.fusion_egmf import ClipStatistics, FeatureNorm
+from egmf.fusion_egmf import FeatureNorm
 from egmf.processing_egmf import EGMFProcessor
 from egmf.recipe import MODALITIES, Recipe, load_recipe
 from egmf.tasks_egmf import AffectTask
-from egmf.training.assembly import build_model, build_processor, build_towers, describes_new_tower
+from egmf.training.assembly import (
+    build_model,
+    build_processor,
+    build_towers,
+    clip_statistics,
+    describes_new_tower,
+)
 from egmf.training.language_models import resolve_language_model
+from experiments.folds import unweighted_accuracy
 from experiments.pages import table
-from experiments.ravdess import unweighted_accuracy
 from train import autocast_of
 
 
@@ -124,20 +130,9 @@ def token_texts(rows: Dataset, processor: EGMFProcessor) -> np.ndarray:
     return np.array([" ".join(map(str, ids)) for ids in tokens], dtype=str)
 
 
-def clip_statistics(rows: Dataset, modality: str, cache: TowerCache | None) -> np.ndarray:
+def statistics_of(rows: Dataset, modality: str, cache: TowerCache | None) -> np.ndarray:
     """The statistics of each clip, (N, 2 * layers * width) in float32; NaN for a row without the modality."""
-    measured: list[np.ndarray | None] = []
-    tower = cache is not None and modality in cache.frozen
-    column = COLUMNS[modality] if tower else f"{modality}_features"
-    for row in rows.select_columns([column]).with_format("numpy"):
-        features = row[column]
-        if tower:
-            features = cache.load(modality, None if features is None else str(features))[f"{modality}_features"]
-        if features is not None:
-            frames = torch.as_tensor(features).unsqueeze(0)  # (1, T, layers, width) or (1, T, width)
-            layers = frames.unbind(2) if frames.ndim == 4 else (frames,)
-            features = ClipStatistics.measure(layers, torch.ones(frames.shape[:2]))[0].numpy()
-        measured.append(features)
+    measured = list(clip_statistics(rows, modality, cache))
     width = next((len(values) for values in measured if values is not None), 0)
     statistics = np.full((len(measured), width), np.nan, np.float32)
     for place, values in enumerate(measured):
@@ -205,7 +200,7 @@ def read_features(
             if modality == "text":
                 found[split][modality] = token_texts(rows, processor)
                 continue
-            values = clip_statistics(rows, modality, cache)
+            values = statistics_of(rows, modality, cache)
             if recipe.data.speaker_adaptation:
                 speakers = speakers_of(recipe.data.corpus, rows["id"][:], rows["speaker"][:])
                 values = centre_by_speaker(values, speakers)
@@ -347,4 +342,4 @@ def table_of(tasks: list[AffectTask], results: dict[str, dict], modalities: list
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    main(sys.argv[1:])
+    run_command(main, sys.argv[1:])

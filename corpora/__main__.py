@@ -20,6 +20,7 @@ from huggingface_hub import HfApi
 
 from corpora.convert import CONVERTIBLE, convert, describe
 from corpora.converted import LOCAL
+from egmf.commands import run_command
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -62,4 +63,4 @@ def main(arguments: list[str]) -> int:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    sys.exit(main(sys.argv[1:]))
+    run_command(main, sys.argv[1:])

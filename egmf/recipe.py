@@ -27,6 +27,7 @@ MODALITIES = ("text", "audio", "vision")
 # Fields of `EGMFConfig` that are derived from the LLM, towers, processor and corpus; recipes cannot set them.
 _DERIVED = {"text_config", "audio_config", "vision_config", "audio_feature_size", "vision_feature_size"}
 _DERIVED |= {"audio_input_rate", "pseudo_token_id", "lm_head_bias", "tie_word_embeddings", "speaker_adaptation"}
+_DERIVED |= {"architecture"}
 FUSION_FIELDS = tuple(name for name in EGMFConfig.__annotations__ if name not in _DERIVED and name in vars(EGMFConfig))
 
 
@@ -166,6 +167,22 @@ class PhaseArguments:
     fusion_batch_size: int = field(default=32, metadata={"help": "rows in a step of these phases", "minimum": 1})
     fusion_label_smoothing: float = field(
         default=0.0, metadata={"help": "probability that the fusion's target spreads evenly over all legal answers"}
+    )
+    expert_gain: float | None = field(
+        default=None,
+        metadata={
+            "help": "power of the experts' own answer beside the LLM's; by default fitted to the validation split "
+            "after training, or 1 without `fusion_epochs`; 0 trains and answers without the experts' own answer",
+            "minimum": 0,
+        },
+    )
+    temperature: float | None = field(
+        default=None,
+        metadata={
+            "help": "temperature of the distribution over answers; by default fitted for each task to the validation "
+            "split after training",
+            "minimum": 0,
+        },
     )
 
 

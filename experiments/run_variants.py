@@ -28,6 +28,9 @@ VARIANTS = {
     "no_semantic": ["--experts", "local", "global"],
     "no_global": ["--experts", "local", "semantic"],
     "flat": ["--gating", "flat"],
+    "mean": ["--gating", "mean"],
+    "no_readout": ["--expert_gain", "0"],
+    "adapted": ["--speaker_adaptation", "true"],
 }
 
 
@@ -36,7 +39,7 @@ def main() -> None:
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--corpus_dir", required=True)
     parser.add_argument("--runs_dir", type=Path, required=True)
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["full", "text"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[1111, 2222, 3333, 4444, 5555])
     args, more = parser.parse_known_args()
     fields = yaml.safe_load(args.recipe.read_text(encoding="utf-8"))

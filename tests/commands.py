@@ -7,7 +7,6 @@ import importlib
 import logging
 import multiprocessing
 import os
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +15,8 @@ from pathlib import Path
 import torch
 from huggingface_hub import constants
 
-from egmf.training.preemption import run_command
+from egmf.commands import run_command
+from egmf.training.preemption import run_training
 
 
 REPO = Path(__file__).resolve().parents[1]
@@ -74,7 +74,4 @@ def _child(script: str, arguments: list[str], said: Path, hub: Path | None, befo
     if before is not None:
         before()
     main = importlib.import_module(script).main
-    if script == "train":
-        run_command(main, arguments)
-    else:
-        sys.exit(main(arguments))
+    (run_training if script == "train" else run_command)(main, arguments)

@@ -185,8 +185,8 @@ def test_gate_depends_on_prompt_and_context(gating):
     }
     prompts = torch.randn(2, TEXT.hidden_size, generator=generator)
     same = {name: values[:1].expand(2, -1, -1) for name, values in features.items()}
-    by_prompt = fusion(inputs_of(**same), prompts)[1]
-    by_context = fusion(inputs_of(**features), prompts[:1].expand(2, -1))[1]
+    by_prompt = fusion(inputs_of(**same), prompts)[2]
+    by_context = fusion(inputs_of(**features), prompts[:1].expand(2, -1))[2]
     for weights in (by_prompt, by_context):
         for level in ("modality", "expert"):
             assert (weights[level][0] - weights[level][1]).abs().max() > 1e-3
@@ -198,7 +198,7 @@ def test_gate_depends_on_prompt_and_context(gating):
 def test_mean_gating_is_even():
     fusion = build_fusion(gating="mean").eval()
     inputs = inputs_of(audio=torch.randn(1, 4, 8), vision=torch.randn(1, 5, 6))
-    weights = fusion(inputs, torch.randn(1, TEXT.hidden_size))[1]
+    weights = fusion(inputs, torch.randn(1, TEXT.hidden_size))[2]
     torch.testing.assert_close(weights["modality"], torch.tensor([0, 0.5, 0.5]).expand(1, 3, 3))
     torch.testing.assert_close(weights["expert"], torch.full((1, 2, 3), 1 / 3))
 
@@ -238,16 +238,18 @@ def test_modalities_share_the_clip():
 
 @torch.no_grad()
 @pytest.mark.parametrize("gating", ["hierarchical", "flat", "mean"])
-def test_pseudo_tokens_mix_what_each_expert_gives(gating):
+def test_latents_of_the_mix_and_of_each_expert(gating):
     fusion = build_fusion(gating=gating).eval()
     inputs = inputs_of(audio=torch.randn(2, 12, 8), vision=torch.randn(2, 9, 6))
     prompt = torch.randn(2, TEXT.hidden_size)
-    tokens, weights = fusion(inputs, prompt)
-    each, _ = fusion(inputs, prompt, each_expert=True)
-    torch.testing.assert_close(each[:, 0], tokens)
-    assert each.shape == (2, 4, 2, TEXT.hidden_size)
+    tokens, mixed, weights = fusion(inputs, prompt)
+    _, each, _ = fusion(inputs, prompt, each_expert=True)
+    torch.testing.assert_close(each[:, 0], mixed)
+    torch.testing.assert_close(fusion.projector(mixed), tokens)
+    torch.testing.assert_close(torch.einsum("bke,bekd->bkd", weights["expert"], each[:, 1:]), mixed)
+    assert each.shape == (2, 4, 2, 32)
     alone = build_fusion(gating=gating, experts=["global"]).eval()
-    torch.testing.assert_close(alone(inputs, prompt, each_expert=True)[0][:, 1], alone(inputs, prompt)[0])
+    torch.testing.assert_close(alone(inputs, prompt, each_expert=True)[1][:, 1], alone(inputs, prompt)[1])
 
 
 # Noise

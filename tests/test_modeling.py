@@ -1,6 +1,7 @@
 """The model: independence from batch and padding, generation, missing modalities, errors, loss and training."""
 
 import itertools
+import json
 
 import pytest
 import torch
@@ -379,8 +380,10 @@ def test_precomputed_features_for_a_tower_and_the_reverse(egmf, processor):
 
 
 @pytest.mark.parametrize("padding_side", ["left", "right"])
-def test_loss_and_logits_on_the_answers_alone(egmf, samples, make_batch, processor, padding_side):
-    answers = ["joy", "anger", "neutral", "surprise"]
+def test_loss_and_logits_on_the_answers_alone(fresh_egmf, samples, make_batch, processor, padding_side):
+    """Without the expert readout, they are the logits of the same positions in a forward pass without labels."""
+    answers, egmf = ["joy", "anger", "neutral", "surprise"], fresh_egmf
+    egmf.model.readout.gain.zero_()
     batch = make_batch(samples, answer=answers, padding_side=padding_side)
     count = sum(len(processor.answer_ids("meld", answer)) + 1 for answer in answers)
     seen = []
@@ -423,7 +426,7 @@ def test_logits_to_keep(egmf, samples, make_batch):
 
 
 def test_gradients_reach_all_that_trains_and_nothing_else(fresh_egmf, samples, make_batch):
-    lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=LORA_TARGETS, modules_to_save=["fusion"])
+    lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=LORA_TARGETS, modules_to_save=["fusion", "readout"])
     model = get_peft_model(fresh_egmf, lora).train()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -462,3 +465,13 @@ def test_bf16_llm_keeps_the_fusion_in_float32(llm_folder, assemble, samples, mak
     batch = make_batch(samples, answer=["joy", "anger", "neutral", "surprise"])
     model(**batch).loss.backward()
     assert torch.isfinite(model.model.fusion.projector.token_embedding.grad).all()
+
+
+def test_a_checkpoint_of_other_layers_is_refused(egmf, tmp_path):
+    """Its weights would not fit; its own code, which it carries, loads it."""
+    egmf.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["architecture"]  # as before the expert readout
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="architecture: got a checkpoint of version 1 for code of 2, wanted"):
+        type(egmf).from_pretrained(tmp_path)

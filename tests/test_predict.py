@@ -16,6 +16,7 @@ from test_media_inputs import build_processor, tone, write_clip
 from test_towers import IMAGE, whisper
 from transformers import CLIPVisionConfig, CLIPVisionModel, pipeline
 
+from egmf.commands import is_mistake
 from egmf.data.collator import AffectCollator
 from egmf.data.transcripts import match_transcripts
 from predict import main
@@ -235,11 +236,12 @@ def test_transcripts_as_spreadsheets_save_them(tmp_path, content):
         (b"", "line 1: got '', wanted a header"),
     ],
 )
-def test_faulty_transcripts(tmp_path, capsys, content, message):
+def test_faulty_transcripts(tmp_path, content, message):
     (tmp_path / "words.csv").write_bytes(content)
-    assert main(["model", "one.mp4", "--transcripts", str(tmp_path / "words.csv")]) == 2
-    said = capsys.readouterr().err
-    assert "words.csv: " + message in said and len(said.splitlines()) == 1
+    with pytest.raises(ValueError) as error:
+        main(["model", "one.mp4", "--transcripts", str(tmp_path / "words.csv")])
+    said = str(error.value)
+    assert "words.csv: " + message in said and len(said.splitlines()) == 1 and is_mistake(error.value)
 
 
 def test_one_line_serves_no_two_files(tmp_path):

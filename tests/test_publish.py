@@ -188,7 +188,9 @@ def test_dry_run_writes_the_folder_and_says_what_it_could_not_check(trained, run
     for split in ("test", "validation"):
         measured = json.loads((trained / split / "metrics.json").read_text())
         assert (measured["split"], measured["corpus"]) == (split, "generated")
-        for answer, row in measured["answers"].items():
+        assert set(measured["answers"]) == {"greedy", "distribution", "experts", "llm"}
+        for answer in ("greedy", "distribution"):  # the model's own answers, not those of its parts
+            row = measured["answers"][answer]
             for name in ("accuracy", "weighted_f1"):
                 low, high = measured["intervals"][answer][name]
                 figures.append((split, answer, row[name], f"95 % interval {low:.4f} to {high:.4f}"))
@@ -256,8 +258,8 @@ def test_loads_by_id_and_revision_in_a_fresh_process(trained, hub, on_hub, tmp_p
     found = read(tmp_path, hub, commit.oid)
     assert found["module"].startswith("transformers_modules.")
     assert torch.equal(found["logits"], logits) and torch.equal(found["scores"], scores)
-    for answer, main, log_probs in zip(found["pipeline"], found["main"], scores, strict=True):
-        alone = dict(zip(("negative", "positive"), log_probs.exp().tolist(), strict=True))
+    summaries = [one.probabilities for one in processor.summarize(scores, "mosi")]
+    for answer, main, alone in zip(found["pipeline"], found["main"], summaries, strict=True):
         assert answer["probabilities"] == pytest.approx(alone, abs=1e-5)
         assert main["probabilities"] != pytest.approx(alone, abs=1e-3)
     assert not [path for _, path in hub.unknown if REPO in path]
@@ -490,7 +492,7 @@ def test_a_tower_travels_with_the_adapter_unless_the_hub_has_it(tmp_path, llm_fo
     tower = HubertModel(HubertConfig(**WAVE))
     tower.save_pretrained(tmp_path / "tower")
     model = assemble(audio_tower=str(tmp_path / "tower"), audio_input_rate=16000)
-    lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=LORA_TARGETS, modules_to_save=["fusion"])
+    lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=LORA_TARGETS, modules_to_save=["fusion", "readout"])
     adapted, run = get_peft_model(model, lora), tmp_path / "run"
     with torch.no_grad():
         for parameter in adapted.parameters():

@@ -28,12 +28,13 @@ def score_alone(model, row: dict, candidates: list[list[int]]) -> torch.Tensor:
             "input_ids": torch.cat([row["input_ids"], answer], 1),
             "attention_mask": torch.ones(1, prompt + len(candidate), dtype=torch.long),
             "utterance_mask": torch.cat([row["utterance_mask"], torch.zeros_like(answer)], 1),
+            "labels": torch.cat([torch.full_like(row["input_ids"], -100), answer], 1),
         }
-        logits = model(**inputs, use_cache=False).logits[0]
+        logits = model(**inputs, use_cache=False).logits
         score = 0.0
         for step, token in enumerate(candidate):
             legal = sorted({other[step] for other in candidates if other[:step] == candidate[:step]})
-            score += logits[prompt - 1 + step, legal].log_softmax(-1)[legal.index(token)].item()
+            score += logits[step, legal].log_softmax(-1)[legal.index(token)].item()
         scores.append(score)
     return torch.tensor(scores)
 
@@ -207,6 +208,7 @@ def test_samples_have_the_scored_distribution(fresh_egmf, processor, samples, ma
     egmf = fresh_egmf
     with torch.no_grad():  # less certain of its answers
         egmf.model.language_model.norm.weight.mul_(0.3)
+        egmf.model.readout.gain.fill_(3.0)
     batch = make_batch(samples[2:3], task=task)
     torch.manual_seed(1)
     generated = egmf.generate(
@@ -243,11 +245,34 @@ def test_generation_goes_on_from_the_scored_prompt(egmf, samples, make_batch, pr
     wanted = egmf.generate(**batch, **options)
 
     def answer():
-        read = egmf.score_labels(processor.candidates(name), **batch).past_key_values
-        assert torch.equal(egmf.generate(**batch, **options, past_key_values=read), wanted)
+        scores = egmf.score_labels(processor.candidates(name), **batch)
+        read = {"past_key_values": scores.past_key_values, "expert_states": scores.expert_states}
+        assert torch.equal(egmf.generate(**batch, **options, **read), wanted)
 
     lengths = forward_lengths(egmf, answer)
     assert lengths[0] == batch["input_ids"].shape[1] and lengths[2:] == [1] * (len(lengths) - 2)
+    read = egmf.score_labels(processor.candidates(name), **batch).past_key_values
+    with pytest.raises(ValueError, match="expert_states: got None with past_key_values, wanted"):
+        egmf.generate(**batch, **options, past_key_values=read)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["mosi", "mosei"])
+def test_scores_multiply_the_llm_and_the_experts(fresh_egmf, samples, make_batch, processor, name):
+    """The gain is the power of the experts' factor: 0 leaves the LLM alone, and several are tried at once."""
+    batch, candidates = make_batch(samples, name), processor.candidates(name)
+    readout = fresh_egmf.model.readout
+    scores = fresh_egmf.score_labels(candidates, **batch)
+    for part in (scores.llm_log_probs, scores.expert_log_probs):
+        assert (part - scores.log_probs).abs().max() > 1e-2
+    several = fresh_egmf.score_labels(candidates, **batch, gains=torch.tensor([0.0, 1.0, 4.0])).log_probs
+    torch.testing.assert_close(several[:, 0], scores.llm_log_probs)
+    torch.testing.assert_close(several[:, 1], scores.log_probs)
+    readout.gain.fill_(4.0)
+    torch.testing.assert_close(several[:, 2], fresh_egmf.score_labels(candidates, **batch).log_probs)
+    if name == "mosi":  # one token decides
+        product = (scores.llm_log_probs + 4 * scores.expert_log_probs).log_softmax(-1)
+        torch.testing.assert_close(several[:, 2], product)
 
 
 def test_no_cache_where_generation_could_not_go_on(egmf, assemble, samples, make_batch, processor):

@@ -97,7 +97,8 @@ def travelled(tmp_path_factory, llm_folder, assemble, samples):
                 parameter.add_(0.05 * torch.randn_like(parameter))
         batch = processor(**given)
         if name == "lora":
-            lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=LORA_TARGETS, modules_to_save=["fusion"])
+            saved = ["fusion", "readout"]
+            lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=LORA_TARGETS, modules_to_save=saved)
             adapted = get_peft_model(model, lora).eval()
             with torch.no_grad():
                 for parameter in adapted.parameters():
@@ -170,7 +171,7 @@ def test_merged_equals_unmerged(travelled):
     stands = here["lora"]["batch"]["attention_mask"].bool()
     for merged in (here, there):
         # Merging rounds each weight once more in float32, so what it moves grows with the logits (here up to 8).
-        torch.testing.assert_close(merged["lora"]["logits"][stands], here["unmerged"][stands], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(merged["lora"]["logits"][stands], here["unmerged"][stands], rtol=1e-5, atol=2e-5)
 
 
 def test_checkpoint_holds_its_own_code(travelled):
@@ -179,7 +180,8 @@ def test_checkpoint_holds_its_own_code(travelled):
     files = {path.name for path in folder.iterdir()}
     assert {
         f"{name}_egmf.py"
-        for name in "configuration fusion media modeling pipeline processing scoring tasks towers".split()
+        for name in "configuration fusion media media_features modeling pipeline processing readout scoring tasks "
+        "towers".split()
     } <= files
     assert {"config.json", "generation_config.json", "processor_config.json", "model.safetensors"} <= files
 

@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 from matplotlib import font_manager  # noqa: E402
 
+from egmf.evaluation.calibration import reliability, top_answers  # noqa: E402
 from egmf.processing_egmf import AffectTask  # noqa: E402
 
 
@@ -52,6 +53,21 @@ def plot_scores(rows: list[dict], answer: str, task: AffectTask, path: Path) -> 
         axes.scatter(pairs[:, 0] + noise, pairs[:, 1], s=8, alpha=0.4)
     axes.set(xlim=limits, ylim=limits, xlabel="gold score", ylabel=f"score ({answer})")
     axes.set_title(f"{task.name}: {len(pairs)} samples, {len(rows) - len(pairs)} unparsable")
+    _save(figure, path)
+
+
+def plot_reliability(rows: list[dict], task: AffectTask, temperature: float, path: Path) -> None:
+    """Draws accuracy against confidence in bins, at the fitted temperature and, if it is not 1, at temperature 1."""
+    figure, axes = plt.subplots(figsize=(5, 5))
+    axes.plot([0, 1], [0, 1], color="grey", linewidth=1)
+    for shown, power in {temperature: 1.0, 1.0: temperature}.items():  # one curve for a temperature of 1
+        confidence, right, _ = top_answers(rows, task, power)
+        counts, means, shares = zip(*reliability(confidence, right), strict=True)
+        axes.plot(means, shares, linewidth=1, label=f"temperature {shown:.3g}")
+        axes.scatter(means, shares, s=[10 + 300 * count / len(rows) for count in counts], alpha=0.5)
+    axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="probability of the answer", ylabel="share of correct answers")
+    axes.set_title(f"{task.name}: {len(rows)} samples")
+    axes.legend(frameon=False)
     _save(figure, path)
 
 

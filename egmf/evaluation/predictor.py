@@ -99,14 +99,21 @@ class Predictor:
         """The model's answers to each row of a batch."""
         model, processor, task = self.model, self.processor, self.task
         scores = model.score_labels(candidates=processor.candidates(task), **inputs)
-        read = {"past_key_values": scores.past_key_values} if scores.past_key_values is not None else {}
+        read = {name: scores.get(name) for name in ("past_key_values", "expert_states")}
+        read = read if scores.past_key_values is not None else {}
         generated = model.generate(**inputs, **read, max_new_tokens=processor.max_answer_tokens(task), do_sample=False)
         texts = processor.decode_answers(generated[:, inputs["input_ids"].shape[1] :], task)
         distributions = processor.summarize(scores.log_probs, task)
+        found = {"llm": scores.get("llm_log_probs"), "experts": scores.get("expert_log_probs")}
+        # The own code of an older checkpoint has no expert readout.
+        alone = {name: processor.summarize(part, task) for name, part in found.items() if part is not None}
         gates = gate_names(scores.gate_weights, model.config.experts, model.config.modalities)
         said = []
-        for greedy, distribution, gate in zip(texts, distributions, gates, strict=True):
+        for place, (greedy, distribution, gate) in enumerate(zip(texts, distributions, gates, strict=True)):
             answers = {"greedy": greedy.value, "distribution": task.parse(distribution.top)}
+            for name, rows in alone.items():
+                own = rows[place]
+                answers[name] = task.parse(own.top) if task.kind == "classification" else own.expected
             if task.kind == "regression":
                 answers |= {"expected": distribution.expected, "median": distribution.median}
             if self.label_map is not None:

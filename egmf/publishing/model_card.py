@@ -160,7 +160,7 @@ def eval_results(run: Run) -> list[EvalResult]:
     for report in run.evaluations.values():
         corpus = CORPORA.get(report["corpus"], Corpus(report["corpus"]))
         kind = kind_of(report)
-        for answer, figures in report["answers"].items():
+        for answer, figures in answers_of(report).items():
             for name, value in figures.items():
                 if not isinstance(value, float):
                     continue  # counts, tables by class, and undefined metrics
@@ -180,6 +180,11 @@ def eval_results(run: Run) -> list[EvalResult]:
                     )
                 )
     return results
+
+
+def answers_of(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The metrics of the model's answers, without those of its parts alone."""
+    return {answer: figures for answer, figures in report["answers"].items() if answer not in ("experts", "llm")}
 
 
 def kind_of(report: dict[str, Any]) -> str:
@@ -407,7 +412,7 @@ def _evaluation(run: Run) -> str:
         clusters = report.get("clusters")
         drawn = f"; intervals by {clusters['number']} {clusters['unit']}" if isinstance(clusters, dict) else ""
         parts.append(f"### {corpus.name}, {report['split']}: {', '.join(conditions(report, run))}{drawn}")
-        answers, rows = report["answers"], []
+        answers, rows = answers_of(report), []
         for name, value in next(iter(answers.values())).items():
             written = FIGURES.get(name, (name, name.replace("_", " ")))[1]
             if isinstance(value, dict):
@@ -416,6 +421,12 @@ def _evaluation(run: Run) -> str:
                 spread = report["intervals"]
                 rows.append([written, *(_cell(row[name], spread[kind].get(name)) for kind, row in answers.items())])
         parts.append(_table(["", *answers], rows))
+        if "calibration" in report:
+            figures = report["calibration"]["after"]
+            parts.append(
+                f"Expected calibration error of the probabilities (15 bins): {figures['ece']:.3f}; negative "
+                f"log-likelihood of the gold answers: {figures['nll']:.3f}."
+            )
     return "\n\n".join(parts)
 
 
@@ -459,9 +470,9 @@ def _limits(run: Run) -> str:
     )
     if not run.evaluations:
         limits.append("Nobody has measured it.")
-    limits.append(
-        "Its probabilities are a model's; nobody has calibrated them. Gate weights say what was mixed, not why."
-    )
+    if not any("calibration" in report for report in run.evaluations.values()):
+        limits.append("Nobody has measured how well its probabilities are calibrated.")
+    limits.append("Gate weights say what was mixed, not why.")
     return "\n".join(f"- {limit}" for limit in limits)
 
 

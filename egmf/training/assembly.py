@@ -1,6 +1,7 @@
 """Builds the model of a recipe from towers, processor, LLM and fusion, adds LoRA, and merges it after training."""
 
 import copy
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,6 +28,7 @@ from transformers.utils import is_bitsandbytes_available
 
 from egmf.data.speakers import SPEAKER, Centers, stack_centers
 from egmf.data.tower_cache import COLUMNS, PREPROCESSORS, TowerCache
+from egmf.fusion_egmf import ClipStatistics
 from egmf.media_inputs_egmf import TowerInput
 from egmf.modeling_egmf import EGMFForConditionalGeneration
 from egmf.processing_egmf import EGMFProcessor
@@ -178,28 +180,44 @@ def set_feature_statistics(model: EGMFForConditionalGeneration, rows: Dataset, c
             model.model.fusion.set_feature_statistics(modality, *statistics)
 
 
+def clip_statistics(
+    rows: Dataset, modality: str, cache: TowerCache | None, centers: Centers | None = None
+) -> Iterator[torch.Tensor | None]:
+    """Yields [`ClipStatistics.measure`] of each row's clip, (2 * layers * width,) in float32; None without a clip.
+
+    Args:
+        rows: Rows of a corpus.
+        modality: "audio" or "vision".
+        cache: Cache of the towers; a modality that it does not encode has precomputed features.
+        centers: Centers of the rows' speakers, which are subtracted first.
+    """
+    tower = cache if cache is not None and modality in cache.frozen else None
+    column = f"{modality}_features" if tower is None else COLUMNS[modality]
+    for row in rows.select_columns([column, *([] if centers is None else [SPEAKER])]).with_format("numpy"):
+        features = row[column]
+        if tower is not None:
+            features = tower.load(modality, None if features is None else str(features))[f"{modality}_features"]
+        if features is None:
+            yield None
+            continue
+        frames = torch.as_tensor(features, device="cpu").unsqueeze(0)  # (1, T, layers, width) or (1, T, width)
+        if centers is not None:
+            frames = frames.float() - stack_centers(centers, modality, [(str(row[SPEAKER]), 1.0)]).unsqueeze(1)
+        layers = frames.unbind(2) if frames.ndim == 4 else (frames,)
+        yield ClipStatistics.measure(layers, torch.ones(frames.shape[:2]))[0]
+
+
 def set_clip_statistics(
     model: EGMFForConditionalGeneration, corpus, cache: TowerCache | None, centers: Centers | None = None
 ) -> None:
-    """Sets the mean and standard deviation of the fusion's clip statistics from the training split.
-
-    The centers of the speakers, if any, are subtracted first.
+    """Sets the mean and standard deviation of the fusion's [`ClipStatistics`] from the training split.
 
     Raises:
         ValueError: If a modality has no clips, or its tower will still be trained.
     """
-    for modality, module in model.model.fusion.clip_statistics.items():
-        clips = []
-        for row in corpus["train"]:
-            features = row[f"{modality}_features"]
-            if cache is not None and modality in cache.frozen:
-                features = cache.load(modality, row[COLUMNS[modality]])[f"{modality}_features"]
-            if features is not None:
-                frames = torch.as_tensor(features, device="cpu").unsqueeze(0)  # (1, T, layers, size) or (1, T, size)
-                if centers is not None:
-                    frames = frames.float() - stack_centers(centers, modality, [(row[SPEAKER], 1.0)]).unsqueeze(1)
-                layers = frames.unbind(2) if frames.ndim == 4 else (frames,)
-                clips.append(module.measure(layers, torch.ones(frames.shape[:2]))[0].double())
+    for modality in model.model.fusion.clip_statistics:
+        measured = clip_statistics(corpus["train"], modality, cache, centers)
+        clips = [clip.double() for clip in measured if clip is not None]
         if not clips:
             raise ValueError(f"clip_statistics: got {modality}, wanted one with clips, and features or a frozen tower")
         std, mean = torch.std_mean(torch.stack(clips), 0, correction=0)
@@ -275,10 +293,14 @@ def build_model(
             found = feature_statistics(train_split, f"{modality}_features")
         if found is not None:
             statistics[modality] = found
+    # `--modalities` may leave out a modality of the recipe.
+    fusion = recipe.fusion | {
+        "clip_statistics": [name for name in recipe.fusion["clip_statistics"] or () if name in recipe.data.modalities]
+    }
     model = EGMFForConditionalGeneration.from_language_model(
         load_language_model(recipe, language_model),
         pseudo_token_id=processor.pseudo_token_id,
-        **recipe.fusion,
+        **fusion,
         audio_input_rate=processor.audio_input_rate if "audio" in towers else None,
         speaker_adaptation=recipe.data.speaker_adaptation,
         **{f"{modality}_tower": tower for modality, (tower, _) in towers.items()},
@@ -302,15 +324,27 @@ def set_trainable_towers(model: EGMFForConditionalGeneration, towers: list[str])
 
 
 def add_lora(recipe: Recipe, model: EGMFForConditionalGeneration, trained: list[str]) -> PeftModel:
-    """Adds LoRA to the LLM's projections. All weights of the fusion and of the `trained` towers are trained."""
+    """Adds LoRA to the LLM's projections. The weights of the `trained` towers are trained as well.
+
+    Experts, gate and readout are trained with the LLM if they have had no phase of their own. Otherwise they stay as
+    they are: with few clips the LLM's phase would only overfit them. The LLM then learns without the readout, and the
+    readout's gain is fitted afterwards. The projector is trained in both cases.
+    """
     lora = LoraConfig(
         task_type="CAUSAL_LM",
         r=recipe.model.lora_r,
         lora_alpha=recipe.model.lora_alpha,
         target_modules=recipe.model.lora_target_modules,
-        modules_to_save=["fusion", *(f"{modality}_tower" for modality in trained)],
+        modules_to_save=["fusion", "readout", *(f"{modality}_tower" for modality in trained)],
     )
-    return get_peft_model(model, lora)
+    whole = get_peft_model(model, lora)
+    if recipe.phases.fusion_epochs:
+        for name, parameter in whole.named_parameters():
+            if re.search(r"\.(fusion|readout)\.", name) and ".projector." not in name:
+                parameter.requires_grad_(False)
+    learns_alone = recipe.phases.fusion_epochs or recipe.phases.expert_gain == 0
+    whole.get_base_model().model.readout.gain.fill_(0.0 if learns_alone else 1.0)
+    return whole
 
 
 def gather_trained_model(recipe: Recipe, trainer: Trainer, trained: list[str]) -> PeftModel | None:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from egmf.commands import run_command
 from egmf.files import RunStopped
 
 
@@ -41,11 +42,14 @@ class Termination:
 termination = Termination()  # one per process, as there is one handler of a signal
 
 
-def run_command(main: Callable[[list[str]], None], arguments: list[str]) -> None:
-    """Runs a training command. SIGTERM ends it with status 143, a [`RunStopped`] with its message and no traceback."""
+def run_training(main: Callable[[list[str]], None], arguments: list[str]) -> None:
+    """Runs a training command like [`run_command`].
+
+    SIGTERM ends it with status 143, a [`RunStopped`] with its message and no traceback.
+    """
     signal.signal(signal.SIGTERM, termination)
     try:
-        main(arguments)
+        run_command(main, arguments)
     except RunStopped as stop:
         print(stop, file=sys.stderr)
         sys.exit(stop.status)

@@ -1,16 +1,13 @@
 """The training phases before the LLM: first each tower from scratch, then the fusion (experts, gate and projector).
 
-A step of the LLM costs many times a step of the rest, and the LLM learns little from random pseudo tokens. The fusion
-is therefore trained first: its pseudo tokens are compared with the LLM's embeddings of the legal answers, and the
-correct answer must be the nearest. The LLM then starts with pseudo tokens that already lie near the words of the
-answers.
+A step of the LLM costs many times a step of the rest, and the LLM learns little from random latents. The fusion is
+therefore trained first: the expert readout (`readout_egmf.py`) must give the correct answer through the LLM's head.
+The experts then stay as they are while the LLM learns.
 
 Towers from scratch are trained separately before that. Behind the fusion, other modalities explain the answers sooner,
 and a random tower would receive hardly any gradient. They then continue to train with the fusion on augmented inputs
 (`egmf/data/augmentation.py`). These phases are our own choice; the paper (arXiv 2601.07565) does not describe them.
 """
-
-import math
 
 import torch
 import torch.nn.functional as F
@@ -20,16 +17,12 @@ from transformers.utils import ModelOutput
 from egmf.experts_egmf import masked_mean
 from egmf.modeling_egmf import EGMFForConditionalGeneration
 from egmf.processing_egmf import AffectTask, EGMFProcessor
+from egmf.readout_egmf import answer_prefixes
+from egmf.scoring_egmf import AnswerTrie
 from egmf.towers_egmf import tower_size
 
 
 SCORE_WIDTH = 1 / 20  # of a task's range: the distance at which a score's target has fallen to 1 / e
-
-
-def position_weighted_mean(tokens: torch.Tensor) -> torch.Tensor:
-    """Weighted mean (tokens, H) -> (H,); the j-th token has weight 1 / j."""
-    weights = 1 / torch.arange(1, len(tokens) + 1, device=tokens.device, dtype=tokens.dtype)
-    return weights @ tokens / weights.sum()
 
 
 def score_targets(task: AffectTask) -> torch.Tensor:
@@ -88,23 +81,22 @@ class TowerPretraining(nn.Module):
 
 
 class FusionPretraining(nn.Module):
-    """The fusion and its towers, without the LLM's layers and head, for `Trainer`.
+    """The fusion, its towers and the expert readout, without the LLM's layers, for `Trainer`.
 
-    The probabilities of the answers are a softmax over scaled cosines. The cosine between a pseudo token and an
-    answer's prototype is averaged over the K pseudo tokens. A prototype is the mean of the LLM's embeddings of the
-    answer's tokens, minus the mean over the task's answers, which removes what all answers share. The j-th token has
-    weight 1 / j, because "+1.0" and "+0.1" have the same tokens and the first ones are more informative.
+    The readout's states pass through the LLM's head, as if the LLM itself added nothing. The probability of an answer
+    is the product over its tokens of the softmax over the legal continuations, as in `score_labels()`.
 
     The target of a label is that label. The target of a score is a distribution that decays with the distance from
     the gold score, to 1 / e at a twentieth of the range (`score_targets`). All of this is our own choice.
 
     The loss is that of the gated mix plus the mean of the losses of each expert without the others. Without the second
     part, the gate soon gives nearly all weight to the first useful expert, and the others learn little. The second
-    part trains only the experts: a tower that had to serve each expert separately would encode in its frames what an
-    expert is designed not to see, such as temporal order.
+    part trains only the experts and the readout: a tower that had to serve each expert separately would encode in its
+    frames what an expert is designed not to see, such as temporal order. A third part, -log of the probability that
+    the mix gives to legal tokens among the whole vocabulary, keeps plain `generate()` on legal answers.
 
     Args:
-        model: The model; its fusion and towers are shared, not copied.
+        model: The model; its fusion, towers and readout are shared, not copied.
         processor: Its processor.
         tasks: The tasks; a batch's `task_index` refers to this list.
         label_smoothing: Share of the target that is spread evenly over all legal answers.
@@ -121,23 +113,19 @@ class FusionPretraining(nn.Module):
     ):
         super().__init__()
         self.label_smoothing = label_smoothing
-        self.fusion = model.model.fusion
+        self.fusion, self.readout = model.model.fusion, model.model.readout
         self.towers = nn.ModuleList(
             tower for tower in (model.model.audio_tower, model.model.vision_tower) if tower is not None
         )
-        self.scale = nn.Parameter(torch.tensor(math.log(20.0)))
-        self._whole = [model.model]  # a list hides the LLM from `parameters()` and `state_dict()`
+        self._whole = [model]  # a list hides the LLM from `parameters()` and `state_dict()`
         model.model.language_model.requires_grad_(False)
-        embeddings = model.get_input_embeddings()
+        model.lm_head.requires_grad_(False)
+        self.fusion.projector.requires_grad_(False)  # no loss of this phase depends on it
+        self._answers = [LegalAnswers(model, processor, task) for task in tasks]
         sizes = [len(task.answers) for task in tasks]
-        prototypes = torch.zeros(len(tasks), max(sizes), embeddings.embedding_dim)
         targets = torch.zeros(len(tasks), max(sizes), max(sizes))
         for place, task in enumerate(tasks):
-            rows = [embeddings(torch.tensor(ids, device=model.device)) for ids in processor.candidates(task)]
-            means = torch.stack([position_weighted_mean(row.detach().float()) for row in rows])
-            prototypes[place, : len(means)] = F.normalize(means - means.mean(0), dim=-1)
-            targets[place, : len(means), : len(means)] = score_targets(task)
-        self.register_buffer("prototypes", prototypes, persistent=False)
+            targets[place, : sizes[place], : sizes[place]] = score_targets(task)
         self.register_buffer("targets", targets, persistent=False)
         self.register_buffer("legal", torch.arange(max(sizes)) < torch.tensor(sizes).unsqueeze(1), persistent=False)
 
@@ -146,33 +134,90 @@ class FusionPretraining(nn.Module):
         self.training = mode
         return self
 
-    def pseudo_tokens(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Pseudo tokens (B, 1 + E, K, H): of the mix, then of each expert, without gradient to the towers."""
-        model = self._whole[0]
+    def states(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The readout's states (B, 1 + E, 1 + K, d): of the mix; of each expert, without gradient to the towers."""
+        model = self._whole[0].model
         read = model.encode_media(inputs)
         taught = [name for name, value in read.items() if value is not None and value.requires_grad]
         if not taught:
-            return model.get_pseudo_tokens(**read, each_expert=True)[0]
-        mix, _ = model.get_pseudo_tokens(**read)
+            return model.get_expert_states(**read, each_expert=True)
+        mix = model.get_expert_states(**read)
         read |= {name: read[name].detach() for name in taught}
-        alone, _ = model.get_pseudo_tokens(**read, each_expert=True)
+        alone = model.get_expert_states(**read, each_expert=True)
         return torch.cat([mix.unsqueeze(1), alone[:, 1:]], 1)
 
     def forward(self, task_index: torch.Tensor, answer_index: torch.Tensor, **inputs) -> ModelOutput:
-        """Computes the loss and the mix's logits (B, answers).
+        """Computes the loss and the mix's log-probabilities (B, answers), -inf where a task has fewer answers.
 
         Args:
             task_index: Index of each row's task in `tasks`, (B,).
             answer_index: Index of each row's gold answer in the task's answers, (B,).
         """
-        tokens = self.pseudo_tokens(inputs)
-        prototypes = self.prototypes[task_index]
-        cosines = torch.einsum("bekh,bch->bec", F.normalize(tokens.float(), dim=-1), prototypes) / tokens.shape[2]
+        states = self.states(inputs)
+        shape = (*states.shape[:2], self.legal.shape[1])
+        log_probs = torch.full(shape, -torch.inf, device=states.device)
+        illegal = log_probs.new_zeros(len(states))
+        for place, answers in enumerate(self._answers):
+            rows = (task_index == place).nonzero().squeeze(1)
+            if len(rows):
+                some, count = states[rows], answers.count
+                log_probs = log_probs.index_put(
+                    (rows,), F.pad(answers.log_probs(some), (0, log_probs.shape[2] - count), value=-torch.inf)
+                )
+                illegal = illegal.index_put((rows,), answers.illegality(some[:, 0], answer_index[rows]))
         legal = self.legal[task_index].unsqueeze(1)
-        logits = (self.scale.exp() * cosines).masked_fill(~legal, -torch.inf)
-        surprise = -logits.log_softmax(-1).masked_fill(~legal, 0.0)  # (B, 1 + E, answers)
+        surprise = -log_probs.masked_fill(~legal, 0.0)  # (B, 1 + E, answers)
         evenly = legal / legal.sum(-1, keepdim=True)
         target = self.targets[task_index, answer_index].unsqueeze(1)
         target = (1 - self.label_smoothing) * target + self.label_smoothing * evenly
         losses = (target * surprise).sum(-1).mean(0)
-        return ModelOutput(loss=losses[0] + losses[1:].mean(), logits=logits[:, 0])
+        parts = {"logits": log_probs[:, 0], "illegality": illegal}
+        return ModelOutput(loss=losses[0] + losses[1:].mean() + illegal.mean(), **parts)
+
+
+class LegalAnswers:
+    """What the readout needs of a task's legal answers.
+
+    Args:
+        model: The model, whose embeddings and head are read and not copied.
+        processor, task: The processor and the task.
+    """
+
+    def __init__(self, model: EGMFForConditionalGeneration, processor: EGMFProcessor, task: AffectTask):
+        self.model, self.count = model, len(task.answers)
+        self.trie = AnswerTrie(processor.candidates(task))
+        embeddings = model.get_input_embeddings()
+        self.prefixes = self.trie.prefixes(embeddings)  # (nodes, 2 H)
+        answers = [[*processor.answer_ids(task, answer), processor.tokenizer.eos_token_id] for answer in task.answers]
+        continuations: dict[tuple[int, ...], set[int]] = {}
+        for answer in answers:
+            for depth, token in enumerate(answer):
+                continuations.setdefault(tuple(answer[:depth]), set()).add(token)
+        length = max(map(len, answers))
+        ids = torch.tensor([answer + answer[-1:] * (length - len(answer)) for answer in answers], device=model.device)
+        self.beginnings = answer_prefixes(embeddings(ids))[:, :-1]  # (answers, S, 2 H)
+        self.lengths = torch.tensor([len(answer) for answer in answers], device=model.device)
+        tokens = sorted({token for row in continuations.values() for token in row})
+        self.tokens = torch.tensor(tokens, device=model.device)
+        column = {token: index for index, token in enumerate(tokens)}
+        self.legal = torch.zeros(len(answers), length, len(tokens), dtype=torch.bool, device=model.device)
+        for row, answer in enumerate(answers):
+            for depth in range(length):
+                for token in continuations[tuple(answer[:depth])] if depth < len(answer) else tokens:
+                    self.legal[row, depth, column[token]] = True
+
+    def log_probs(self, states: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities of the answers: (..., 1 + K, d) -> (..., answers)."""
+        return self.trie.log_probs(self.model.answer_logits(self.trie, self._head_input(states, self.prefixes)))
+
+    def illegality(self, states: torch.Tensor, answer_index: torch.Tensor) -> torch.Tensor:
+        """-log of the probability of legal tokens, the mean over the gold answer's tokens: (B, 1 + K, d) -> (B,)."""
+        length = int(self.lengths[answer_index].max())
+        read = self._head_input(states, self.beginnings[answer_index, :length])
+        logits = self.model._finish_logits(self.model.lm_head(read)).float()  # (B, S, vocabulary)
+        legal = logits[..., self.tokens].masked_fill(~self.legal[answer_index, :length], -torch.inf)
+        inside = torch.arange(length, device=states.device) < self.lengths[answer_index].unsqueeze(1)
+        return ((logits.logsumexp(-1) - legal.logsumexp(-1)) * inside).sum(1) / inside.sum(1)
+
+    def _head_input(self, states: torch.Tensor, prefixes: torch.Tensor) -> torch.Tensor:
+        return self.model.model.readout(states, prefixes).to(self.model.lm_head.weight.dtype)

@@ -20,9 +20,18 @@ class JsonLinesLog(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero:
-            line = json.dumps({**self.fields, "step": state.global_step, **logs}) + "\n"
-            with writing(self.path), self.path.open("a", encoding="utf-8") as file:
-                file.write(line)
+            self._append({**self.fields, "step": state.global_step, **logs})
+
+    def add_once(self, step: int, logs: dict) -> None:
+        """Appends what is known after the last step, unless an earlier call of the same command has done so."""
+        entry = {**self.fields, "step": step, **logs}
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        if not any(json.loads(line).keys() == entry.keys() for line in lines):
+            self._append(entry)
+
+    def _append(self, entry: dict) -> None:
+        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
 
     def cut(self, step: int) -> None:
         """Removes this phase's entries after a step, which will be logged again, and incomplete lines."""

@@ -17,10 +17,12 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list, set_seed
+from datasets import Dataset
 from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
@@ -419,17 +421,37 @@ class AffectTrainer(RunTrainer):
         finally:
             self.data_collator = training_collator
 
+    @torch.no_grad()
+    def scores_by_gain(self, dataset: Dataset, gains: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scores a data set of one task with each gain of the expert readout.
+
+        Returns:
+            Log-probabilities (rows, gains, answers), and the indices of the gold answers (rows,).
+        """
+        self.model.eval()
+        found: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for inputs in self.get_eval_dataloader(dataset):
+            inputs = self._prepare_inputs(inputs)
+            answers, scores = self._score(self.model, inputs, gains=gains.to(self.args.device))
+            parts = self.accelerator.gather_for_metrics((scores.log_probs.contiguous(), answers[:, 0].contiguous()))
+            found.append(tuple(part.cpu() for part in parts))
+        return torch.cat([scores for scores, _ in found]), torch.cat([answers for _, answers in found])
+
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        inputs = self._prepare_inputs(inputs)
+        answers, scores = self._score(model, self._prepare_inputs(inputs))
+        # No loss here: Trainer would average over batches, and with several processes a row may occur twice.
+        return None, scores.log_probs, answers
+
+    def _score(self, model, inputs: dict, **options) -> tuple[torch.Tensor, Any]:
+        """The indices of gold answer and task (B, 2), and the scores of a batch of one task."""
         answers, tasks = inputs.pop("answer_index"), inputs.pop("task_index")
         candidates = self.scoring_collator.processor.candidates(self.scoring_collator.tasks[int(tasks[0])])
         answering = self.accelerator.unwrap_model(model)
         if "score_labels" not in vars(answering):
             register_fsdp_forward_method(answering, "score_labels")  # needed by FSDP2, no effect on other models
         with self.accelerator.autocast():
-            scores = answering.score_labels(candidates=candidates, **inputs)
-        # No loss here: Trainer would average over batches, and with several processes a row may occur twice.
-        return None, scores.log_probs, torch.stack([answers, tasks], 1)
+            scores = answering.score_labels(candidates=candidates, **options, **inputs)
+        return torch.stack([answers, tasks], 1), scores
 
 
 def metrics_of(tasks: list, predictions) -> dict[str, float | None]:

@@ -1,0 +1,52 @@
+"""How a command ends: with one line for a mistake of its user, with a traceback only for a fault of this project."""
+
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+
+MISTAKE = 2  # the exit status, as for arguments that argparse refuses
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def is_mistake(error: Exception) -> bool:
+    """Whether the user can correct an error: a file, the network, or a value that our own code refuses.
+
+    Our own code raises a ValueError for a wrong value and names it. One that a library raises is not meant for users.
+    """
+    if isinstance(error, OSError | ImportError):
+        return True
+    if not isinstance(error, ValueError):
+        return False
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    file = Path(last.filename).resolve()
+    ours = file.is_relative_to(REPOSITORY) and ".venv" not in file.parts or "transformers_modules" in file.parts
+    return ours and str(last.line).startswith("raise ")
+
+
+def run_command(main: Callable[[list[str]], Any], arguments: list[str]) -> None:
+    """Runs a command and exits with its status; a user's mistake is printed without a traceback and gives status 2."""
+    try:
+        sys.exit(main(arguments))
+    except Exception as error:
+        if not is_mistake(error):
+            raise
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(MISTAKE)
+
+
+def check_model(name: str) -> None:
+    """Raises a ValueError if a model's name is neither a folder with a model nor a Hub id."""
+    if Path(name).is_dir():
+        if not (Path(name) / "config.json").is_file():
+            raise ValueError(f"model: got {name}, a folder without config.json, wanted the `model` folder of a run")
+        return
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        raise ValueError(f"model: got {name!r}, wanted an existing folder or a Hub id (OWNER/NAME)") from None

@@ -1,0 +1,413 @@
+"""Trains and tests corpora with folds (RAVDESS, MVSA, CASIA), and writes results/folds.json and results/folds.md.
+
+    python -m experiments.folds run ravdess_faces --corpus_dir DIR --runs_dir RUNS_DIR --variants full audio
+    python -m experiments.folds probe ravdess_faces --corpus_dir DIR
+    python -m experiments.folds collect ravdess_faces RUNS_DIR
+    python -m experiments.folds render
+
+`run` trains and evaluates an experiment's recipe on each fold in turn, into `RUNS_DIR/VARIANT_fold<n>_<seed>/`, skips
+finished folds, and passes other arguments (`--audio_tower MODEL`) to `train.py`. With `--validation`, the fold after
+the tested one is the validation split, and the run is evaluated on that: settings are chosen there. `probe` measures
+linear probes (`bench/probe.py`). `collect` reads the runs, adds them to the JSON file and writes every answer to
+results/NAME_answers.csv. `render` reads only the JSON file and also fills the table in README.md.
+"""
+
+import argparse
+import csv
+import json
+import shlex
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from corpora import clusters_of
+from egmf.evaluation.significance import mcnemar
+from experiments.pages import RESULTS, percent, spread, table, write_page
+from experiments.run_variants import VARIANTS
+from metrics.emotion.measures import emotion_metrics
+
+
+ANSWERS = ("distribution", "greedy", "experts", "llm")
+RESAMPLES, BOOTSTRAP_SEED = 10_000, 0
+REPOSITORY = RESULTS.parent
+
+
+@dataclass
+class Experiment:
+    """A recipe and the folds that it is trained on.
+
+    Args:
+        title: Heading of its table.
+        recipe: Name of the recipe.
+        folds: Number of folds.
+        shown: The metrics of its table.
+        published: What others measured, one line.
+        single: Variants with one modality, with the best of which `full` is compared.
+    """
+
+    title: str
+    recipe: str
+    folds: int
+    shown: tuple[str, ...]
+    published: str
+    single: tuple[str, ...] = ()
+
+
+EXPERIMENTS = {
+    "ravdess": Experiment(
+        "RAVDESS: speech, 360 clips, six folds of four actors", "ravdess_smollm2", 6, ("ua", "accuracy"), ""
+    ),
+    "ravdess_faces": Experiment(
+        "RAVDESS: speech and faces, 1,440 clips, the five published folds",
+        "ravdess_faces_smollm2",
+        5,
+        ("accuracy", "ua"),
+        "Published on these folds (Luna-Jimenez et al. 2022, accuracy): speech 81.82 with a fine-tuned XLSR, face "
+        "62.13 with a bi-LSTM over frames, both 86.70.",
+        ("audio", "vision"),
+    ),
+    "mvsa": Experiment(
+        "MVSA: text and picture, 4,000 tweets, five folds",
+        "mvsa_smollm2",
+        5,
+        ("accuracy", "weighted_f1"),
+        "",
+        ("text", "vision"),
+    ),
+    "casia": Experiment(
+        "CASIA: Mandarin speech, 1,200 clips, one of four speakers held out",
+        "casia_smollm2",
+        4,
+        ("accuracy", "ua"),
+        "",
+    ),
+}
+# Names of the variants in tables.
+NAMES = {
+    "full": "all modalities",
+    "adapted": "the same, speaker adaptation",
+    "text": "text",
+    "audio": "speech",
+    "vision": "vision",
+    "no_local": "without the local expert",
+    "no_semantic": "without the semantic expert",
+    "no_global": "without the global expert",
+    "flat": "flat gate",
+    "mean": "mean gate",
+    "no_readout": "without the expert readout",
+}
+METRICS = {"accuracy": "accuracy", "weighted_f1": "weighted F1", "ua": "UA"}
+
+
+def fields_of(name: str) -> dict:
+    """The recipe of an experiment."""
+    return yaml.safe_load((REPOSITORY / "recipes" / f"{EXPERIMENTS[name].recipe}.yaml").read_text(encoding="utf-8"))
+
+
+def run(name: str, args: argparse.Namespace, more: list[str]) -> None:
+    """Trains and evaluates every unfinished fold, variant and seed, `args.jobs` at once."""
+    todo = [
+        (variant, fold, seed)
+        for seed in args.seeds
+        for variant in args.variants
+        for fold in args.folds or range(1, EXPERIMENTS[name].folds + 1)
+    ]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for _ in pool.map(lambda one: _run(name, args, more, *one), todo):
+            pass
+
+
+def _run(name: str, args: argparse.Namespace, more: list[str], variant: str, fold: int, seed: int) -> None:
+    folder, split = args.runs_dir / f"{variant}_fold{fold}_{seed}", "validation" if args.validation else "test"
+    if (folder / split / "metrics.json").exists():
+        print(f"{folder}: finished already")
+        return
+    fields = fields_of(name)
+    options = json.dumps(fields["corpus_options"] | {"fold": fold, "validation": args.validation})
+    train = ["train.py", f"recipes/{EXPERIMENTS[name].recipe}.yaml", "--corpus_dir", args.corpus_dir]
+    train += ["--output_dir", str(folder), "--seed", str(seed), "--corpus_options", options]
+    train += [*VARIANTS[variant], *more]
+    test = ["eval.py", str(folder / "model"), "--corpus", fields["corpus"], "--corpus_dir", args.corpus_dir]
+    test += ["--split", split, "--output", str(folder / split)]
+    folder.mkdir(parents=True, exist_ok=True)
+    shown = {args.corpus_dir: "DIR", str(args.runs_dir): "RUNS_DIR"}
+    lines = []
+    for command in (train, test):
+        words = [shown.get(word, word.replace(f"{args.runs_dir}/", "RUNS_DIR/")) for word in command]
+        # A local folder with the recipe's tower is not a part of the command that others need.
+        words = [Path(word).name if Path(word).is_absolute() else word for word in words]
+        lines.append(shlex.join(["python", *words]))
+    (folder / "command.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    for command in (train, test):
+        print(shlex.join(command), flush=True)
+        with (folder / "output.txt").open("a", encoding="utf-8") as output:
+            subprocess.run([sys.executable, *command], check=True, stdout=output, stderr=subprocess.STDOUT)
+
+
+def recalls(gold: np.ndarray, right: np.ndarray) -> dict[str, float]:
+    """The recall of each class: the share of its samples that are answered correctly."""
+    return {label: float(right[gold == label].mean()) for label in sorted(set(gold))}
+
+
+def unweighted_accuracy(gold: np.ndarray, right: np.ndarray) -> float:
+    """Mean of the classes' recalls."""
+    return float(np.mean(list(recalls(gold, right).values())))
+
+
+def measure(gold: list[str], given: list[str | None]) -> dict[str, float]:
+    """The metrics of `METRICS`."""
+    found = emotion_metrics(gold, given)
+    right = np.array([one == other for one, other in zip(gold, given, strict=True)])
+    figures = {"accuracy": found["accuracy"], "weighted_f1": found["weighted_f1"]}
+    return figures | {"ua": unweighted_accuracy(np.array(gold), right)}
+
+
+def interval(metric: str, gold: list[str], given: list[list[str | None]], clusters: list[str]) -> list[float]:
+    """95 % percentile interval of a metric's mean over seeds, under a bootstrap that draws clusters.
+
+    Args:
+        metric: One of `METRICS`.
+        gold: Labels of all samples.
+        given: Answers to them, by seed.
+        clusters: The cluster of each sample.
+    """
+    names, owner = np.unique(clusters, return_inverse=True)
+    labels, index = np.unique(gold, return_inverse=True)
+    count, rng = len(labels), np.random.default_rng(BOOTSTRAP_SEED)
+    drawn = rng.multinomial(len(names), [1 / len(names)] * len(names), size=RESAMPLES).astype(np.float64)
+    totals = np.zeros(RESAMPLES)
+    for answers in given:
+        place = {label: number for number, label in enumerate(labels)}
+        answered = np.array([place.get(answer, count) for answer in answers])
+        table_of_counts = np.zeros((len(names), count, count + 1))
+        np.add.at(table_of_counts, (owner, index, answered), 1)
+        confusion = (drawn @ table_of_counts.reshape(len(names), -1)).reshape(RESAMPLES, count, count + 1)
+        hits, support = np.einsum("rcc->rc", confusion[:, :, :count]), confusion.sum(2)
+        if metric == "ua":
+            totals += np.nanmean(np.where(support > 0, hits / support.clip(min=1), np.nan), 1)
+        elif metric == "accuracy":
+            totals += hits.sum(1) / support.sum(1)
+        else:
+            f1 = 2 * hits / (support + confusion[:, :, :count].sum(1)).clip(min=1)
+            totals += (f1 * support).sum(1) / support.sum(1)
+    return [round(float(bound), 6) for bound in np.quantile(totals / len(given), (0.025, 0.975))]
+
+
+def read_runs(name: str, runs_dir: Path) -> dict[str, dict[int, dict[str, dict]]]:
+    """The predictions of all folds: by variant, seed and id.
+
+    Raises:
+        ValueError: If a variant lacks a fold of a seed, or the folds do not test every sample exactly once.
+    """
+    found: dict[str, dict[int, dict[str, dict]]] = {}
+    folders = sorted(path.parent.parent.name for path in runs_dir.glob("*_fold*_*/test/predictions.jsonl"))
+    if not folders:
+        raise ValueError(f"{runs_dir}: no run has been evaluated")
+    for variant, seed in sorted({(one.partition("_fold")[0], int(one.rpartition("_")[2])) for one in folders}):
+        rows: dict[str, dict] = {}
+        for fold in range(1, EXPERIMENTS[name].folds + 1):
+            folder = runs_dir / f"{variant}_fold{fold}_{seed}"
+            if folder.name not in folders:
+                wanted = f"folds 1 to {EXPERIMENTS[name].folds} of every seed"
+                raise ValueError(f"{folder}: not evaluated, wanted {wanted}")
+            lines = (folder / "test" / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+            own = {row["id"]: row | {"fold": fold} for row in map(json.loads, lines)}
+            if own.keys() & rows.keys():
+                raise ValueError(f"{folder}: some of its samples were tested in another fold too")
+            rows |= own
+        found.setdefault(variant, {})[seed] = rows
+    return found
+
+
+def collect(name: str, runs_dir: Path) -> tuple[dict, list[dict]]:
+    """An experiment's part of results/folds.json, and every answer."""
+    runs = read_runs(name, runs_dir)
+    ids = sorted(next(iter(runs["full"].values())))
+    gold = [next(iter(runs["full"].values()))[row_id]["gold"] for row_id in ids]
+    unit, clusters = clusters_of(fields_of(name)["corpus"], ids, [None] * len(ids))
+    variants, answers = {}, []
+    for variant in (one for one in NAMES if one in runs):
+        seeds, figures = sorted(runs[variant]), {}
+        for answer in ANSWERS:
+            given = [[runs[variant][seed][row_id]["answers"][answer] for row_id in ids] for seed in seeds]
+            by_seed = [measure(gold, one) for one in given]
+            figures[answer] = {metric: [round(one[metric], 6) for one in by_seed] for metric in METRICS}
+            figures[answer]["unparsable"] = sum(one.count(None) for one in given)
+            if answer == "distribution":
+                for metric in EXPERIMENTS[name].shown:
+                    figures[answer][f"{metric}_interval"] = interval(metric, gold, given, clusters)
+        nll = [_nll(runs[variant][seed].values()) for seed in seeds]
+        command = (runs_dir / f"{variant}_fold1_{seeds[0]}" / "command.txt").read_text(encoding="utf-8").strip()
+        variants[variant] = {"seeds": seeds, "answers": figures, "nll": nll, "command": command}
+        for seed in seeds:
+            for row_id, label in zip(ids, gold, strict=True):
+                row = runs[variant][seed][row_id]
+                said = {answer: row["answers"][answer] for answer in ANSWERS}
+                answers.append({"variant": variant, "seed": seed, "id": row_id, "gold": label} | said)
+    tests = {}
+    for single in (one for one in EXPERIMENTS[name].single if one in runs):
+        for seed in sorted(runs["full"].keys() & runs[single].keys()):
+            right = [
+                [
+                    runs[variant][seed][row_id]["answers"]["distribution"] == label
+                    for row_id, label in zip(ids, gold, strict=True)
+                ]
+                for variant in ("full", single)
+            ]
+            tests.setdefault(single, []).append({"seed": seed} | mcnemar(*right))
+    sizes = {"samples": len(ids), "clusters": len(set(clusters)), "unit": unit, "classes": len(set(gold))}
+    return {"test_set": sizes, "variants": variants, "mcnemar": tests}, answers
+
+
+def _nll(rows) -> float:
+    """Mean negative log-likelihood of the gold answers."""
+    likelihood = [row["distribution"][row["gold"]] for row in rows]
+    return round(float(-np.log(np.clip(likelihood, np.finfo(np.float32).tiny, None)).mean()), 6)
+
+
+def probe(name: str, args: argparse.Namespace, more: list[str]) -> dict:
+    """Measures a linear probe of an experiment's variants on all folds."""
+    found = {}
+    for variant in args.variants:
+        rows: dict[str, dict] = {}
+        for fold in range(1, EXPERIMENTS[name].folds + 1):
+            file = args.runs_dir / f"probe_{variant}_fold{fold}.json"
+            options = json.dumps(fields_of(name)["corpus_options"] | {"fold": fold})
+            command = ["bench.probe", f"recipes/{EXPERIMENTS[name].recipe}.yaml", "--corpus_dir", args.corpus_dir]
+            command += ["--corpus_options", options, "--split", "test", "--output", str(file)]
+            if not file.exists():
+                args.runs_dir.mkdir(parents=True, exist_ok=True)
+                subprocess.run([sys.executable, "-m", *command, *VARIANTS[variant], *more], check=True)
+            [task] = json.loads(file.read_text(encoding="utf-8"))["tasks"].values()
+            rows |= {row["id"]: row for row in task["predictions"]}
+        gold, given = ([row[part] for row in rows.values()] for part in ("gold", "answer"))
+        found[variant] = {metric: round(value, 6) for metric, value in measure(gold, given).items()}
+    return found
+
+
+def main_table(name: str, part: dict) -> str:
+    """A table with one row per variant, and one per linear probe."""
+    shown = EXPERIMENTS[name].shown
+    rows = []
+    for variant, own in part["variants"].items():
+        for probe_row in (False, True):
+            if probe_row and variant not in part.get("probe", {}):
+                continue
+            label = NAMES[variant] + (", linear probe" if probe_row else "")
+            cells = [label, "" if probe_row else str(len(own["seeds"]))]
+            for metric in shown:
+                if probe_row:
+                    cells.append(percent(part["probe"][variant][metric]))
+                    continue
+                values = [100 * value for value in own["answers"]["distribution"][metric]]
+                low, high = own["answers"]["distribution"][f"{metric}_interval"]
+                cells.append(f"{spread(values, 2)} ({percent(low)} to {percent(high)})")
+            for answer in ("greedy", "experts", "llm"):
+                values = [] if probe_row else [100 * value for value in own["answers"][answer][shown[0]]]
+                cells.append("" if probe_row else spread(values, 2))
+            rows.append(cells)
+    head = ["model", "seeds", *(f"{METRICS[metric]} (95 % interval)" for metric in shown)]
+    first = METRICS[shown[0]]
+    return table([*head, f"{first}, greedy", f"{first}, experts alone", f"{first}, LLM alone"], rows)
+
+
+def headline(data: dict) -> str:
+    """The README's table: one row per experiment and variant with a single line of figures."""
+    rows = []
+    for name, part in data.items():
+        shown = EXPERIMENTS[name].shown[0]
+        for variant, own in part["variants"].items():
+            if variant not in ("full", "adapted", *EXPERIMENTS[name].single):
+                continue
+            values = [100 * value for value in own["answers"]["distribution"][shown]]
+            low, high = own["answers"]["distribution"][f"{shown}_interval"]
+            probed = part.get("probe", {}).get(variant)
+            cells = [EXPERIMENTS[name].title.partition(":")[0], NAMES[variant], METRICS[shown], spread(values, 2)]
+            rows.append([*cells, f"{percent(low)} to {percent(high)}", percent(probed[shown]) if probed else ""])
+    return table(["corpus", "model", "metric", "EGMF", "95 % interval", "linear probe"], rows)
+
+
+def render(data: dict) -> str:
+    """The text of results/folds.md."""
+    parts = [
+        "# Corpora with folds: test results",
+        "SmolLM2-135M-Instruct with LoRA. Every sample is tested once, in the fold that holds it out; figures are in "
+        "percent over the answers of all folds together, mean ± standard deviation over seeds. UA, unweighted "
+        "accuracy, is the mean of the classes' recalls. Intervals are percentile intervals of a bootstrap over actors "
+        f"or speakers, of MVSA over tweets ({RESAMPLES:,} resamples). The first columns are the most probable answer "
+        "of `score_labels()`; *greedy* is the text of plain `generate()`; *experts alone* is the expert readout "
+        "without the LLM, and *LLM alone* the LLM, which reads the pseudo tokens, without it. A *linear probe* reads "
+        "the same features (`bench/probe.py`) and learns from the same rows; its penalty is chosen by "
+        "cross-validation of the training rows.",
+        "Settings were chosen on validation folds (`--validation`), never on a test fold. A validation fold of one "
+        "run is a test fold of another, so the choice of settings has seen all actors, speakers and tweets, as in "
+        "every cross-validation; no model has.",
+    ]
+    for name, part in data.items():
+        one = EXPERIMENTS[name]
+        parts += [f"## {one.title}", *([one.published] if one.published else []), main_table(name, part)]
+        if part["mcnemar"]:
+            rows = [
+                [NAMES[single], str(test["seed"]), str(test["first_only"]), str(test["second_only"])]
+                + [f"{test['p_value']:.1e}"]
+                for single, tests in part["mcnemar"].items()
+                for test in tests
+            ]
+            parts.append("McNemar's exact test of all modalities against one:")
+            parts.append(table(["against", "seed", "only both correct", "only one correct", "p"], rows))
+        nll = [[NAMES[variant], f"{np.mean(own['nll']):.3f}"] for variant, own in part["variants"].items()]
+        parts.append(table(["model", "negative log-likelihood of the gold answer"], nll))
+        parts.append("```bash\n" + "\n".join(own["command"] for own in part["variants"].values()) + "\n```")
+    parts.append("Made from `results/folds.json` by `python -m experiments.folds render`.")
+    return "\n\n".join(parts) + "\n"
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    for command, text in (("run", "train and test every fold"), ("probe", "linear probes of every fold")):
+        runner = commands.add_parser(command, help=text)
+        runner.add_argument("name", choices=EXPERIMENTS)
+        runner.add_argument("--corpus_dir", required=True)
+        runner.add_argument("--runs_dir", type=Path, required=True)
+        runner.add_argument("--variants", nargs="+", choices=VARIANTS, default=["full"])
+        if command == "run":
+            runner.add_argument("--seeds", type=int, nargs="+", default=[1111])
+            runner.add_argument("--folds", type=int, nargs="+", help="by default all")
+            runner.add_argument("--validation", action="store_true", help="evaluate on the next fold instead")
+            runner.add_argument("--jobs", type=int, default=1, help="runs at the same time")
+    collector = commands.add_parser("collect", help="runs -> results/folds.json")
+    collector.add_argument("name", choices=EXPERIMENTS)
+    collector.add_argument("runs_dir", type=Path)
+    commands.add_parser("render", help="results/folds.json -> results/folds.md")
+    args, more = parser.parse_known_args(arguments)
+    file = RESULTS / "folds.json"
+    if more and args.command not in ("run", "probe"):
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
+    if args.command == "run":
+        run(args.name, args, more)
+        return
+    data = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    if args.command == "render":
+        write_page("folds", render(data), headline(data))
+        return
+    if args.command == "probe":
+        data.setdefault(args.name, {}).setdefault("probe", {}).update(probe(args.name, args, more))
+    else:
+        part, answers = collect(args.name, args.runs_dir)
+        data[args.name] = data.get(args.name, {}) | part
+        with (RESULTS / f"{args.name}_answers.csv").open("w", encoding="utf-8", newline="") as answer_file:
+            writer = csv.DictWriter(answer_file, list(answers[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(answers)
+    data = {name: data[name] for name in EXPERIMENTS if name in data}
+    file.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

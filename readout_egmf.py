@@ -1,0 +1,69 @@
+"""The expert readout of EGMF: the experts' own answer, token by token, which is added to the LLM's last hidden state.
+
+The LLM reads the experts only through pseudo tokens in its prompt. It has few examples to learn this from, and loses
+part of what the experts know. The readout is a second, short way from the experts to the answer. It is our own choice;
+the paper (arXiv 2601.07565) does not describe it.
+
+Shape letters: B samples, S positions of an answer, K pseudo tokens, d the fusion's hidden size, H the LLM's.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .configuration_egmf import EGMFConfig
+
+
+def answer_prefixes(embeds: torch.Tensor) -> torch.Tensor:
+    """Describes the beginnings of answers by their tokens' embeddings.
+
+    Args:
+        embeds: (B, S, H), the LLM's input embeddings of the answers' tokens.
+
+    Returns:
+        (B, S + 1, 2 H). Position s describes the first s tokens: the last of them and their mean, each scaled to a
+        root mean square of 1; zeros for s = 0.
+    """
+    embeds = embeds.detach().float()
+    counts = torch.arange(1, embeds.shape[1] + 1, device=embeds.device).unsqueeze(-1)
+    described = torch.cat([_unit(embeds), _unit(embeds.cumsum(1) / counts)], -1)
+    return F.pad(described, (0, 0, 1, 0))
+
+
+def _unit(vectors: torch.Tensor) -> torch.Tensor:
+    return F.rms_norm(vectors, vectors.shape[-1:], eps=1e-12)
+
+
+class ExpertReadout(nn.Module):
+    """Computes what the experts add to the LLM's last hidden state at the positions of an answer.
+
+    A query, computed from the prompt and the beginning of the answer, attends to the K fused latents. The result is
+    projected to the width of the LLM's head. The head is linear, so the sum of both states gives the product of two
+    distributions over the next token: the LLM's, and that of the experts alone, softmax(head(readout)). Both learn the
+    answers separately. The power of the second factor, `gain`, is fitted to validation data after training.
+    """
+
+    def __init__(self, config: EGMFConfig):
+        super().__init__()
+        size = config.fusion_hidden_size
+        self.prompt = nn.Linear(config.text_embedding_size, size)
+        self.prefix = nn.Linear(2 * config.text_embedding_size, size, bias=False)
+        self.norm = nn.LayerNorm(size)
+        self.key_value = nn.Linear(size, 2 * size)
+        self.out = nn.Sequential(nn.LayerNorm(size), nn.Linear(size, config.text_embedding_size, bias=False))
+        self.register_buffer("gain", torch.ones(1))
+
+    def states(self, latents: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
+        """Collects what all positions of an answer read: (..., K, d) latents, (B, H) prompt -> (..., 1 + K, d).
+
+        The latents are (B, K, d), or (B, 1 + E, K, d) for the mixed and for each single expert.
+        """
+        asked = self.prompt(_unit(prompt.to(latents)))
+        asked = asked.view(len(asked), *[1] * (latents.ndim - 2), -1).expand(*latents.shape[:-2], 1, -1)
+        return torch.cat([asked, self.norm(latents)], -2)
+
+    def forward(self, states: torch.Tensor, prefixes: torch.Tensor) -> torch.Tensor:
+        """(..., 1 + K, d) of `states`, (S, 2 H) or (B, S, 2 H) of `answer_prefixes` -> (..., S, H), before `gain`."""
+        query = states[..., :1, :] + self.prefix(prefixes.to(states))
+        key, value = self.key_value(states[..., 1:, :]).chunk(2, -1)
+        return self.out(F.scaled_dot_product_attention(query, key, value))

@@ -1,0 +1,89 @@
+"""Result tables of corpora with folds: metrics, intervals, paired tests, and the files in the repository."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+from experiments import folds
+from experiments.pages import README, RESULTS, fill_readme
+
+
+EMOTIONS = ("neutral", "calm", "happy", "sad", "angry", "fearful", "disgust", "surprised")
+ACTORS = {
+    1: (2, 5, 14, 15, 16),
+    2: (3, 6, 7, 13, 18),
+    3: (10, 11, 12, 19, 20),
+    4: (8, 17, 21, 23, 24),
+    5: (1, 4, 9, 22),
+}
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Five folds with one clip per actor and emotion. Neutral clips are wrong, and clips of actor 24; voice alone is
+    also wrong about sad ones."""
+    for variant in ("full", "audio"):
+        for fold, actors in ACTORS.items():
+            folder = tmp_path / f"{variant}_fold{fold}_1111"
+            (folder / "test").mkdir(parents=True)
+            (folder / "command.txt").write_text(f"python train.py {fold}\npython eval.py {fold}\n")
+            lines = []
+            for actor in actors:
+                for number, label in enumerate(EMOTIONS, 1):
+                    answer = "sad" if label == "neutral" else "neutral" if actor == 24 else label
+                    if variant == "audio" and label == "sad":
+                        answer = "happy"
+                    answers = dict.fromkeys(folds.ANSWERS, answer) | {"greedy": None if label == "neutral" else answer}
+                    row = {"id": f"03-01-{number:02}-01-01-01-{actor:02}", "gold": label, "answers": answers}
+                    lines.append(json.dumps(row | {"distribution": dict.fromkeys(EMOTIONS, 1 / 8)}))
+            (folder / "test/predictions.jsonl").write_text("\n".join(lines) + "\n")
+    return tmp_path
+
+
+def test_unweighted_accuracy_weighs_classes_alike():
+    gold = np.array(["a", "a", "a", "b"])
+    assert folds.unweighted_accuracy(gold, np.array([True, True, True, False])) == 0.5
+
+
+def test_collect_and_render(runs):
+    part, answers = folds.collect("ravdess_faces", runs)
+    assert part["test_set"] == {"samples": 192, "clusters": 24, "unit": "actors", "classes": 8}
+    assert len(answers) == 2 * 192
+    full = part["variants"]["full"]
+    right = 7 / 8 * 23 / 24
+    assert full["answers"]["distribution"]["accuracy"] == [pytest.approx(right, abs=1e-6)]
+    assert full["answers"]["greedy"]["unparsable"] == 24 and full["nll"] == [pytest.approx(np.log(8), abs=1e-6)]
+    # One actor of 24 has nothing right: drawn 0 to about 3 times.
+    low, high = full["answers"]["distribution"]["accuracy_interval"]
+    assert high == pytest.approx(7 / 8, abs=1e-6) and 0.7 < low < right
+    [test] = part["mcnemar"]["audio"]
+    assert (test["first_only"], test["second_only"]) == (23, 0) and test["p_value"] == pytest.approx(2 / 2**23)
+    data = {"ravdess_faces": part | {"probe": {"audio": {"accuracy": 0.5, "weighted_f1": 0.5, "ua": 0.25}}}}
+    text = folds.render(data)
+    assert re.search(r"\| all modalities \| 1 \| 83\.85 \(7\d\.\d\d to 87\.50\) \| 83\.85 \(", text)
+    assert "| speech, linear probe |  | 50.00 | 25.00 |" in text
+    assert "python train.py 1\npython eval.py 1" in text
+    assert "| RAVDESS | speech | accuracy | 71.88 |" in folds.headline(data)
+
+
+def test_intervals_of_all_metrics():
+    """A corpus of which every cluster looks alike has no spread."""
+    gold, given = ["a", "b", "b"] * 4, [["a", "b", None] * 4]
+    clusters = [str(place // 3) for place in range(12)]
+    for metric, value in folds.measure(gold, given[0]).items():
+        assert folds.interval(metric, gold, given, clusters) == [pytest.approx(value, abs=1e-6)] * 2
+
+
+def test_collect_wants_every_fold(runs):
+    (runs / "audio_fold3_1111" / "test/predictions.jsonl").unlink()
+    with pytest.raises(ValueError, match="audio_fold3_1111: not evaluated, wanted folds 1 to 5"):
+        folds.collect("ravdess_faces", runs)
+
+
+def test_page_and_readme_are_rendered_from_the_figures():
+    data = json.loads((RESULTS / "folds.json").read_text(encoding="utf-8"))
+    assert (RESULTS / "folds.md").read_text(encoding="utf-8") == folds.render(data)
+    readme = README.read_text(encoding="utf-8")
+    assert readme == fill_readme(readme, "folds", folds.headline(data))
