@@ -174,7 +174,9 @@ class SemanticExpert(nn.Module):
         states, mask = sequence.states if name == "text" else sequence.content, sequence.mask
         if name != "text" and states.shape[1] > 1:
             stretch = (sequence.fractions * self.num_stretches).long().clamp(max=self.num_stretches - 1)
-            inside = F.one_hot(stretch, self.num_stretches).bool() & mask[:, 1:, None]  # (B, T, stretches)
+            # Not `F.one_hot`, whose check of the values waits for an accelerator.
+            stretches = torch.arange(self.num_stretches, device=stretch.device)
+            inside = (stretch.unsqueeze(-1) == stretches) & mask[:, 1:, None]  # (B, T, stretches)
             share = inside / inside.sum(1, keepdim=True).clamp(min=1)
             # Padding may contain any value, including NaN.
             frames = states[:, 1:].masked_fill(~mask[:, 1:, None], 0.0)

@@ -15,6 +15,21 @@ from experiments.pages import RESULTS, table
 
 WAYS = ("plain", "floor", "egmf")
 ALL_LAYERS = 28  # layers of Qwen3-0.6B and Qwen3-1.7B
+# Measured by hand on one H100 (torch 2.11.0, commit 0542f57), and not since. Milliseconds of wall time, batch 16.
+ON_GPU = [
+    "## On a GPU",
+    "The ratios below are of CPU time and do not hold on a GPU, where steps and answers of models of this size wait "
+    "for kernel launches. One H100, torch 2.11.0, commit `0542f57`, bfloat16, batches of 16; not measured since:",
+    table(
+        ["Qwen3-0.6B, all layers, 114 tokens", "ms", "to prefill"],
+        [
+            ["prefill", "26.7", "1"],
+            ["`score_labels`, 7 labels / 61 scores", "41.5 / 69.1", "1.55 / 2.59"],
+            ["`generate`, 7 labels / 61 scores", "69.1 / 148.7", "2.59 / 5.59"],
+        ],
+    ),
+    table(["training step, SmolLM2-135M", "ms"], [["plain", "195"], ["floor", "217"], ["egmf", "262"]]),
+]
 GOALS = {"time to plain": 0.85, "time to floor": 1.10, "memory to plain": 0.60, "7 labels": 1.15, "61 scores": 1.35}
 
 
@@ -153,9 +168,11 @@ def render(data: dict) -> str:
     (memory_rows,) = {depth["memory_batch_size"] for figures in models.values() for depth in figures["depths"]}
     parts = [
         "# What training steps and answers cost",
+        *ON_GPU,
+        "## On a CPU",
         "Seconds are of CPU time on one core: other programs disturb them less than they disturb the clock. Medians "
         "(lowest to highest) of interleaved repetitions in one process; ratios are taken repetition by repetition.",
-        "## A training step",
+        "### A training step",
         f"`python -m bench.train_step --output results/performance.json`, {repetitions} repetitions. "
         + setting(step["machine"]),
         "*Plain* is LoRA on the bare LLM with the same text, logits at all positions, rows in random order, as PEFT "
@@ -183,7 +200,7 @@ def render(data: dict) -> str:
         "plain / floor / egmf. EGMF's weights are more by the fusion, which PEFT keeps twice. Qwen3-1.7B is not "
         "measured, for want of time on this machine.",
         measured_steps(models),
-        "## Answering",
+        "### Answering",
         f"`python -m bench.answer --output results/performance.json`, {len(next(iter(answer['seconds'].values())))} "
         "repetitions. " + setting(answer["machine"]),
         f"{name_of(answer['model'])} with random weights and {answer['layers']} of its {ALL_LAYERS} layers (what EGMF "
