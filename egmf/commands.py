@@ -17,11 +17,12 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 def is_mistake(error: Exception) -> bool:
     """Whether the user can correct an error: a file, the network, or a value that our own code refuses.
 
-    Our own code raises a ValueError for a wrong value and names it. One that a library raises is not meant for users.
+    Our own code raises a ValueError for a wrong value, or an ImportError for a missing package, and names it. One that
+    a library raises is not meant for users.
     """
-    if isinstance(error, OSError | ImportError):
+    if isinstance(error, OSError):
         return True
-    if not isinstance(error, ValueError):
+    if not isinstance(error, ValueError | ImportError):
         return False
     last = traceback.extract_tb(error.__traceback__)[-1]
     file = Path(last.filename).resolve()

@@ -181,9 +181,12 @@ class PhaseArguments:
         metadata={
             "help": "temperature of the distribution over answers; by default fitted for each task to the validation "
             "split after training",
-            "minimum": 0,
         },
     )
+
+    def __post_init__(self):
+        if self.temperature is not None and not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature: got {self.temperature}, wanted a positive number")
 
 
 # TrainingArguments that describe the machine or the location of the run.

@@ -17,6 +17,7 @@ from egmf.commands import is_mistake
             r"unknown ['--lora_rank', '8'], wanted fields of a recipe",
         ),
         ("train", ["recipes/tiny.yaml", "--tasks", "stress"], "task"),
+        ("train", ["recipes/tiny.yaml", "--temperature", "0"], "temperature: got 0.0, wanted a positive number"),
         ("train", ["recipes/mosi_smollm2.yaml", "--corpus_dir", "/nowhere"], "/nowhere: no such file, expected MOSI"),
         ("eval", ["runs/none/model", "--corpus", "mosi", "--output", "x"], "model: got 'runs/none/model', wanted an"),
         ("eval", ["tests", "--corpus", "mosi", "--output", "x"], "model: got tests, a folder without config.json"),

@@ -417,6 +417,20 @@ def folder_of(model, processor, root, modality: str = "audio", **options) -> str
     return TowerCache(model, processor, [modality], folder=root, **options).folders[modality].name
 
 
+def test_entries_of_pooled_frames_are_others(media, files, tmp_path, monkeypatch):
+    """A run never reads frames that another recipe has averaged."""
+    processor, model = media
+    lengths, folders = {}, {}
+    for size in (None, 2, 4):
+        monkeypatch.setattr(model.config, "frame_pooling", {"audio": size} if size else {})
+        cache = TowerCache(model, processor, ["audio"], folder=tmp_path)
+        cache.fill([{"audio": files["wav"]}], torch.device("cpu"))
+        folders[size] = cache.folders["audio"].name
+        lengths[size] = len(cache.load("audio", files["wav"])["audio_features"])
+    assert len(set(folders.values())) == 3
+    assert (lengths[2], lengths[4]) == (-(-lengths[None] // 2), -(-lengths[None] // 4))
+
+
 def test_entries_of_another_precision_are_others(media, tmp_path):
     processor, model = media
     precisions = {

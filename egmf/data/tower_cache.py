@@ -95,10 +95,11 @@ class TowerCache:
             settings |= {"class": type(tower).__name__, "config": tower.config.to_dict()}
             settings["attention"] = tower.config._attn_implementation  # `to_dict` does not include it
             settings["input_rate"] = self.model.config.audio_input_rate
+            settings["frame_pooling"] = self.model.config.frame_pooling.get(modality)
             settings["autocast"] = str(self.autocast)
             settings["device"] = (tower.device.type, _float32_precision(tower.device.type))
             code += [towers_egmf, EGMFModel.encode_media, EGMFModel._modality]
-            code += [EGMFModel.get_audio_features, EGMFModel.get_vision_features]
+            code += [EGMFModel.get_audio_features, EGMFModel.get_vision_features, EGMFModel._pool]
             weights = sorted(tower.state_dict().items())
         code.append(TowerCache._tensors)
         settings["code"] = [hashlib.sha256(inspect.getsource(part).encode()).hexdigest() for part in code]
