@@ -16,33 +16,52 @@ from .configuration_egmf import EGMFConfig
 
 
 @dataclass
-class ModalitySequence:
-    """One modality as a sequence: a state token (present or absent), followed by the frames.
+class ClipSequence:
+    """All modalities of a batch as one sequence: a state token each (present or absent), and the frames side by side.
+
+    Operations on the frames of all modalities thus run once. A GPU spends more time on launching them than on the
+    frames that other modalities add.
 
     Args:
-        content: (B, 1 + T, d) content embeddings.
-        clock: (B, 1 + T, d) time embeddings; zero for the state token.
+        states: (B, M, d) state tokens.
+        frames: (B, T, d) content embeddings of the frames, modality by modality; zero at padding.
+        clock: (B, T, d) time embeddings of the frames.
         fractions: (B, T) times of the frames as fractions of the clip, from 0 to 1.
-        mask: (B, 1 + T) bool, True at valid positions. The state token is always valid.
-        present: (B,) bool, True if the sample has this modality.
+        padding: (B, T) bool, True where no valid frame is.
+        lengths: Number of frames of each modality, at least 1 (masked if the batch lacks the modality).
+        owner: (T,) index of the modality of each frame.
+        inside: (B, M, T) bool, True at the valid frames of a modality.
+        share: (B, M, T), weights for the mean over a modality's frames; zero for an absent modality.
+        present: (B, M) bool, True if the sample has the modality.
+        own: (M, M) bool, the identity matrix.
     """
 
-    content: torch.Tensor
+    states: torch.Tensor
+    frames: torch.Tensor
     clock: torch.Tensor
     fractions: torch.Tensor
-    mask: torch.Tensor
+    padding: torch.Tensor
+    lengths: dict[str, int]
+    owner: torch.Tensor
+    inside: torch.Tensor
+    share: torch.Tensor
     present: torch.Tensor
+    own: torch.Tensor
 
-    @property
-    def states(self) -> torch.Tensor:
-        """(B, 1 + T, d), the sum of content and time embeddings."""
-        return self.content + self.clock
+    def split(self, frames: torch.Tensor, dim: int = 1) -> dict[str, torch.Tensor]:
+        """Splits a tensor with T frames by modality."""
+        return dict(zip(self.lengths, frames.split([*self.lengths.values()], dim), strict=True))
 
 
 def masked_mean(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Mean of (B, T, d) over the positions where `mask` (B, T) is True; zero if there are none."""
-    weights = mask.unsqueeze(-1).to(states.dtype)
-    return (states * weights).sum(1) / weights.sum(1).clamp(min=1)
+    weights = mask / mask.sum(1, keepdim=True).clamp(min=1)
+    return torch.einsum("bt,btd->bd", weights.to(states.dtype), states)
+
+
+def attention_bias(mask: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """0 where a mask is True and -inf where it is False, which scaled dot-product attention adds to its scores."""
+    return mask.to(like.dtype).log()
 
 
 def masked_softmax(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -50,12 +69,16 @@ def masked_softmax(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
     A weight is exactly 0 where `mask` is False; a row without any True is all 0.
     """
-    weights = scores.float().masked_fill(~mask, torch.finfo(torch.float32).min).softmax(-1)
-    return weights.masked_fill(~mask, 0.0)
+    absent = ~mask
+    weights = scores.float().masked_fill(absent, torch.finfo(torch.float32).min).softmax(-1)
+    return weights.masked_fill(absent, 0.0)
 
 
 class Attention(nn.Module):
-    """Multi-head attention of queries (B, Q, d) over the keys (B, S, d) where `mask` (B, S) is True."""
+    """Multi-head attention of queries (B or 1, Q, d) over keys (B, S, d).
+
+    `bias` (B, Q or 1, S) of [`attention_bias`] selects the keys; every query needs at least one.
+    """
 
     def __init__(self, config: EGMFConfig):
         super().__init__()
@@ -65,10 +88,11 @@ class Attention(nn.Module):
         self.key_value = nn.Linear(size, 2 * size)
         self.out = nn.Linear(size, size)
 
-    def forward(self, queries: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def forward(self, queries: torch.Tensor, keys: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         query = self.query(queries).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         key, value = self.key_value(keys).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None, None, :])
+        query = query.expand(len(keys), -1, -1, -1)
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias.unsqueeze(1))
         return self.out(attended.transpose(1, 2).flatten(2))
 
 
@@ -85,7 +109,7 @@ class FeedForward(nn.Sequential):
 
 
 class LatentPooling(nn.Module):
-    """Pools a sequence with K learned queries: (B, S, d) and its mask -> K distinct latents (B, K, d)."""
+    """Pools the keys of each modality with K learned queries, the same for all modalities, into K distinct latents."""
 
     def __init__(self, config: EGMFConfig):
         super().__init__()
@@ -95,9 +119,12 @@ class LatentPooling(nn.Module):
         self.feed_forward = FeedForward(config)
 
     def forward(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        queries = self.queries.unsqueeze(0).expand(states.shape[0], -1, -1)
-        latents = queries + self.attention(queries, self.norm(states), mask)
-        return latents + self.feed_forward(latents)
+        """Keys (B, S, d), and a mask (B, M, S) that selects those of each modality -> (B, M, K, d)."""
+        queries = self.queries.repeat(mask.shape[1], 1).unsqueeze(0)
+        bias = attention_bias(mask, queries).repeat_interleave(len(self.queries), 1)
+        latents = queries + self.attention(queries, self.norm(states), bias)
+        latents = latents + self.feed_forward(latents)
+        return latents.unflatten(1, (mask.shape[1], -1))
 
 
 class LocalExpert(nn.Module):
@@ -127,24 +154,23 @@ class LocalExpert(nn.Module):
         self.peak_embedding = nn.Parameter(torch.empty(size))
         self.pooling = LatentPooling(config)
 
-    def forward(self, sequences: dict[str, ModalitySequence]) -> torch.Tensor:
+    def forward(self, clip: ClipSequence) -> torch.Tensor:
         """-> (B, M, K, d)."""
-        latents = []
-        for name, sequence in sequences.items():
-            states, mask = [sequence.content[:, :1]], [sequence.mask[:, :1]]
-            frames, frame_mask = sequence.content[:, 1:], sequence.mask[:, 1:]
-            if frames.shape[1]:
-                deviation = frames - masked_mean(frames, frame_mask).unsqueeze(1)
-                frames = self.contrast[name](torch.cat([frames, deviation], dim=-1))
-                frames = frames.masked_fill(~frame_mask.unsqueeze(-1), 0.0)
-                for conv, scale in zip(self.scales[name], self.scale_embedding, strict=True):
-                    scaled = F.gelu(frames + conv(frames.transpose(1, 2)).transpose(1, 2)) + scale
-                    hidden = scaled.masked_fill(~frame_mask.unsqueeze(-1), torch.finfo(scaled.dtype).min)
-                    peak = hidden.amax(1, keepdim=True).masked_fill(~sequence.present[:, None, None], 0.0)
-                    states += [scaled, peak + self.peak_embedding]
-                    mask += [frame_mask, sequence.present.unsqueeze(1)]
-            latents.append(self.pooling(torch.cat(states, 1), torch.cat(mask, 1)))
-        return torch.stack(latents, 1)
+        means = clip.share.to(clip.frames) @ clip.frames
+        deviation = clip.frames - means[:, clip.owner]
+        pairs = zip(clip.split(clip.frames).values(), clip.split(deviation).values(), strict=True)
+        frames = [contrast(torch.cat(pair, -1)) for contrast, pair in zip(self.contrast.values(), pairs, strict=True)]
+        frames = torch.cat(frames, 1).masked_fill(clip.padding.unsqueeze(-1), 0.0)
+        by_time = clip.split(frames.mT, -1)  # (B, d, T) each
+        convolved = [torch.stack([conv(by_time[name]) for conv in scales], 1) for name, scales in self.scales.items()]
+        scaled = F.gelu(frames.mT.unsqueeze(1) + torch.cat(convolved, -1)) + self.scale_embedding.unsqueeze(-1)
+        hidden = scaled.masked_fill(clip.padding[:, None, None], torch.finfo(scaled.dtype).min)
+        peaks = torch.stack([part.amax(-1) for part in clip.split(hidden, -1).values()], 1)  # (B, M, scales, d)
+        peaks = peaks.masked_fill(~clip.present[:, :, None, None], 0.0) + self.peak_embedding
+        states = torch.cat([clip.states, *scaled.mT.unbind(1), peaks.flatten(1, 2)], 1)
+        own_peaks = (clip.own & clip.present.unsqueeze(1)).repeat_interleave(scaled.shape[1], 2)
+        own_states = clip.own.expand(len(states), -1, -1)
+        return self.pooling(states, torch.cat([own_states, *[clip.inside] * scaled.shape[1], own_peaks], -1))
 
 
 class SemanticExpert(nn.Module):
@@ -168,38 +194,32 @@ class SemanticExpert(nn.Module):
         self.others = nn.Linear(size, size)
         self.relation = FeedForward(config, in_size=4 * size)
 
-    def summarize(self, name: str, sequence: ModalitySequence) -> torch.Tensor:
-        """Summarises one modality in K latents: (B, K, d)."""
+    def summarize(self, clip: ClipSequence) -> torch.Tensor:
+        """Summarises each modality in K latents: (B, M, K, d)."""
         # Word order carries meaning. Audio and vision give the same summary when played backwards.
-        states, mask = sequence.states if name == "text" else sequence.content, sequence.mask
-        if name != "text" and states.shape[1] > 1:
-            stretch = (sequence.fractions * self.num_stretches).long().clamp(max=self.num_stretches - 1)
-            # Not `F.one_hot`, whose check of the values waits for an accelerator.
-            stretches = torch.arange(self.num_stretches, device=stretch.device)
-            inside = (stretch.unsqueeze(-1) == stretches) & mask[:, 1:, None]  # (B, T, stretches)
-            share = inside / inside.sum(1, keepdim=True).clamp(min=1)
-            # Padding may contain any value, including NaN.
-            frames = states[:, 1:].masked_fill(~mask[:, 1:, None], 0.0)
-            means = torch.einsum("bts,btd->bsd", share.to(frames), frames)
-            states, mask = torch.cat([states[:, :1], means], 1), torch.cat([mask[:, :1], inside.any(1)], 1)
-        return self.norm(self.pooling(states, mask))
+        words = next(iter(clip.lengths.values()))
+        text = clip.frames[:, :words] + clip.clock[:, :words]
+        numbers = torch.arange(self.num_stretches, device=text.device).unsqueeze(1)
+        stretch = (clip.fractions[:, words:] * self.num_stretches).long().clamp(max=self.num_stretches - 1)
+        within = (stretch.unsqueeze(1) == numbers).unsqueeze(1) & clip.inside[:, 1:, None, words:]  # (B, M - 1, n, T)
+        counts = within.sum(-1)
+        share = within / counts.clamp(min=1).unsqueeze(-1)
+        means = share.flatten(1, 2).to(text) @ clip.frames[:, words:]
+        used = (clip.own[:, 1:, None] & (counts > 0).unsqueeze(1)).flatten(2)  # (B, M, (M - 1) n)
+        own = clip.own.expand(len(text), -1, -1)
+        mask = torch.cat([own, clip.inside[..., :words], used], -1)
+        return self.norm(self.pooling(torch.cat([clip.states, text, means], 1), mask))
 
-    def forward(self, sequences: dict[str, ModalitySequence]) -> torch.Tensor:
+    def forward(self, clip: ClipSequence) -> torch.Tensor:
         """-> (B, M, K, d)."""
-        summaries = {name: self.summarize(name, sequence) for name, sequence in sequences.items()}
-        latents = []
-        for name, latent in summaries.items():
-            keys = [self.nothing.expand(len(latent), 1, -1)]
-            key_mask = [sequences[name].mask[:, :1]]
-            for other, sequence in sequences.items():
-                if other != name:
-                    keys.append(summaries[other])
-                    key_mask.append(sequence.present[:, None].expand(-1, latent.shape[1]))
-            attended = self.cross_attention(latent, torch.cat(keys, 1), torch.cat(key_mask, 1))
-            own, others = self.own(latent), self.others(attended)
-            relation = self.relation(torch.cat([own, others, own * others, (own - others).abs()], dim=-1))
-            latents.append(latent + relation)
-        return torch.stack(latents, 1)
+        summaries = self.summarize(clip)
+        latents, each = summaries.flatten(1, 2), summaries.shape[2]
+        keys = torch.cat([self.nothing.expand(len(latents), 1, -1), latents], 1)
+        others = (~clip.own & clip.present.unsqueeze(1)).repeat_interleave(each, 2)
+        bias = attention_bias(F.pad(others, (1, 0), value=True), keys).repeat_interleave(each, 1)
+        own, others = self.own(latents), self.others(self.cross_attention(latents, keys, bias))
+        relation = self.relation(torch.cat([own, others, own * others, (own - others).abs()], dim=-1))
+        return (latents + relation).view_as(summaries)
 
 
 class GlobalLayer(nn.Module):
@@ -211,9 +231,9 @@ class GlobalLayer(nn.Module):
         self.attention = Attention(config)
         self.feed_forward = FeedForward(config)
 
-    def forward(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def forward(self, states: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         normed = self.norm(states)
-        states = states + self.attention(normed, normed, mask)
+        states = states + self.attention(normed, normed, bias)
         return states + self.feed_forward(states)
 
 
@@ -233,29 +253,27 @@ class GlobalExpert(nn.Module):
         self.layers = nn.ModuleList(GlobalLayer(config) for _ in range(config.global_num_layers))
         self.pooling = LatentPooling(config)
 
-    def components(self, name: str, sequence: ModalitySequence) -> tuple[torch.Tensor, torch.Tensor]:
-        """The state token and the C cosine components, (B, 1 + C, d), with their mask (B, 1 + C)."""
-        mask = sequence.mask[:, 1:, None]
-        orders = torch.arange(len(self.component_embedding), device=mask.device)
+    def components(self, clip: ClipSequence) -> torch.Tensor:
+        """The C cosine components of each modality, (B, M, C, d)."""
+        orders = torch.arange(len(self.component_embedding), device=clip.frames.device).unsqueeze(1)
         # The transform scales its components by 2 / T, and the mean (order 0) by 1 / T.
-        weights = torch.where(orders > 0, 2.0, 1.0) / mask.sum(1, keepdim=True).clamp(min=1)
-        waves = (math.pi * sequence.fractions.unsqueeze(-1) * orders).cos() * weights * mask  # (B, T, C)
-        frames = sequence.content[:, 1:].masked_fill(~mask, 0.0)
-        components = torch.einsum("btc,btd->bcd", waves.to(frames), frames)
-        components = self.proj[name](components) + self.component_embedding
-        states = torch.cat([sequence.content[:, :1], components], 1)
-        component_mask = sequence.present[:, None].expand(-1, len(orders))
-        return states, torch.cat([sequence.mask[:, :1], component_mask], 1)
+        waves = (math.pi * clip.fractions.unsqueeze(1) * orders).cos() * (orders.clamp(max=1) + 1)  # (B, C, T)
+        weights = (waves.unsqueeze(1) * clip.share.unsqueeze(2)).flatten(1, 2)
+        components = (weights.to(clip.frames) @ clip.frames).unflatten(1, (-1, len(orders)))
+        matrices = torch.stack([proj.weight for proj in self.proj.values()])
+        biases = torch.stack([proj.bias for proj in self.proj.values()]).unsqueeze(1)
+        return torch.einsum("bmcd,med->bmce", components, matrices) + biases + self.component_embedding
 
-    def forward(self, sequences: dict[str, ModalitySequence]) -> torch.Tensor:
+    def forward(self, clip: ClipSequence) -> torch.Tensor:
         """-> (B, M, K, d)."""
-        parts = [self.components(name, sequence) for name, sequence in sequences.items()]
-        states, mask = (torch.cat(column, 1) for column in zip(*parts, strict=True))
+        components = self.components(clip)
+        states = torch.cat([clip.states.unsqueeze(2), components], 2)
+        # The state tokens are always valid.
+        valid = F.pad(clip.present.unsqueeze(-1).expand(components.shape[:3]), (1, 0), value=True)  # (B, M, 1 + C)
+        states, bias = states.flatten(1, 2), attention_bias(valid.flatten(1), states).unsqueeze(1)
         for layer in self.layers:
-            states = layer(states, mask)
-        split = states.shape[1] // len(parts)
-        parts = zip(states.split(split, 1), mask.split(split, 1), strict=True)
-        return torch.stack([self.pooling(part, part_mask) for part, part_mask in parts], 1)
+            states = layer(states, bias)
+        return self.pooling(states, (clip.own.unsqueeze(-1) & valid.unsqueeze(1)).flatten(2))
 
 
 EXPERT_CLASSES = {"local": LocalExpert, "semantic": SemanticExpert, "global": GlobalExpert}

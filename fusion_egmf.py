@@ -8,7 +8,6 @@ H the LLM's hidden size.
 """
 
 import math
-from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -18,53 +17,30 @@ from transformers import initialization as init
 from .configuration_egmf import EGMFConfig
 from .experts_egmf import (
     EXPERT_CLASSES,
+    ClipSequence,
     GlobalExpert,
     LatentPooling,
     LocalExpert,
-    ModalitySequence,
     SemanticExpert,
-    masked_mean,
     masked_softmax,
 )
 from .towers_egmf import average_frames, tower_num_states, tower_size
 
 
-def clip_fractions(mask: torch.Tensor, times: torch.Tensor | None, span: torch.Tensor) -> torch.Tensor:
+def clip_fractions(times: torch.Tensor, unknown: torch.Tensor, in_order: torch.Tensor) -> torch.Tensor:
     """Computes the times of the frames as fractions of the clip, (B, T) from 0 to 1.
 
-    A frame with a known time is placed by its seconds, every other frame by its order.
+    A frame with a known time is placed by its seconds between the first and the last known second of the sample, over
+    all modalities. Every other frame, and all if there are fewer than two distinct known seconds, by its order.
 
     Args:
-        mask: (B, T) bool.
-        times: (B, T) seconds, NaN if unknown, or None.
-        span: (B, 2) first and last known second over all modalities, NaN if unknown.
+        times: (B, T) seconds.
+        unknown: (B, T) bool, True for padding and frames without a time.
+        in_order: (B, T), each frame's fraction by its order among the frames of its modality.
     """
-    fractions = (mask.cumsum(1) - 0.5) / mask.sum(1, keepdim=True).clamp(min=1)
-    if times is not None:
-        start, end = span[:, :1], span[:, 1:]
-        by_seconds = (times.float() - start) / (end - start)
-        fractions = torch.where(torch.isfinite(by_seconds), by_seconds, fractions)
-    return fractions.clamp(0, 1)
-
-
-def clip_span(inputs: Iterable[tuple[torch.Tensor | None, torch.Tensor | None]], like: torch.Tensor) -> torch.Tensor:
-    """Computes the first and the last known second of each sample over all modalities.
-
-    Args:
-        inputs: (mask, times) of each modality, (B, T) each or None.
-        like: Any tensor with B rows on the device of the result.
-
-    Returns:
-        (B, 2) seconds, NaN for a sample with fewer than two distinct known times.
-    """
-    first = torch.full((len(like),), torch.inf, device=like.device)
-    last = -first
-    for mask, times in inputs:
-        if mask is not None and times is not None and times.shape[1]:
-            known = mask.bool() & torch.isfinite(times)
-            first = torch.minimum(first, times.float().masked_fill(~known, torch.inf).amin(1))
-            last = torch.maximum(last, times.float().masked_fill(~known, -torch.inf).amax(1))
-    return torch.stack([first, last], 1).masked_fill((first >= last).unsqueeze(1), torch.nan)
+    start = times.masked_fill(unknown, torch.inf).amin(1, keepdim=True)
+    end = times.masked_fill(unknown, -torch.inf).amax(1, keepdim=True)
+    return torch.where(unknown | (start >= end), in_order, (times - start) / (end - start))
 
 
 class ClockEmbedding(nn.Module):
@@ -84,23 +60,15 @@ class ClockEmbedding(nn.Module):
         seconds = 2 * math.pi / (0.25 * 2.0 ** torch.arange(self.SECOND_OCTAVES, dtype=torch.float32))
         return torch.cat([fraction, seconds])
 
-    def forward(self, fractions: torch.Tensor, times: torch.Tensor | None) -> torch.Tensor:
-        """(B, T) fractions of the clip and (B, T) seconds (NaN if unknown) -> (B, T, d)."""
-        seconds = torch.full_like(fractions, torch.nan) if times is None else times.to(fractions.dtype)
-        known = torch.isfinite(seconds)
-        clock = torch.cat(
-            [
-                fractions.unsqueeze(-1).expand(-1, -1, self.FRACTION_OCTAVES),
-                seconds.masked_fill(~known, 0.0).unsqueeze(-1).expand(-1, -1, self.SECOND_OCTAVES),
-            ],
-            dim=-1,
-        )
-        angles = clock * self.frequencies
+    def forward(self, fractions: torch.Tensor, times: torch.Tensor, unknown: torch.Tensor) -> torch.Tensor:
+        """(B, T) fractions of the clip and seconds, and whether the seconds are unknown -> (B, T, d)."""
+        seconds = times.masked_fill(unknown, 0.0).unsqueeze(-1).expand(-1, -1, self.SECOND_OCTAVES)
+        angles = torch.cat([fractions.unsqueeze(-1).expand(-1, -1, self.FRACTION_OCTAVES), seconds], -1)
+        angles = angles * self.frequencies
+        waves = torch.stack([angles.sin(), angles.cos()], -2)
         # Unknown seconds become zeros: their cosine would otherwise encode second zero.
-        wave_mask = torch.ones_like(angles)
-        wave_mask[..., self.FRACTION_OCTAVES :] = known.unsqueeze(-1).to(angles.dtype)
-        waves = torch.cat([angles.sin() * wave_mask, angles.cos() * wave_mask], dim=-1)
-        return self.proj(waves.to(self.proj.weight.dtype))
+        unused = F.pad(unknown.unsqueeze(-1).expand_as(seconds), (self.FRACTION_OCTAVES, 0)).unsqueeze(-2)
+        return self.proj(waves.masked_fill(unused, 0.0).flatten(-2).to(self.proj.weight.dtype))
 
 
 class HierarchicalGate(nn.Module):
@@ -229,9 +197,8 @@ class LayerMix(nn.Module):
         self.weights = nn.Parameter(torch.empty(num_layers))
 
     def forward(self, hidden_states: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        weights = self.weights.softmax(0)
-        layers = (F.layer_norm(layer.to(weights.dtype), layer.shape[-1:]) for layer in hidden_states)
-        return sum(weight * layer for weight, layer in zip(weights, layers, strict=True))
+        layers = torch.stack(hidden_states, -2).to(self.weights.dtype)
+        return torch.einsum("n,...nd->...d", self.weights.softmax(0), F.layer_norm(layers, layers.shape[-1:]))
 
 
 class ClipStatistics(nn.Module):
@@ -252,9 +219,10 @@ class ClipStatistics(nn.Module):
         """(B, T, width) per layer and mask (B, T) -> (B, 2 * layers * width) in float32: means, then deviations."""
         mask = mask.bool()
         frames = torch.cat(layers, -1).float().masked_fill(~mask.unsqueeze(-1), 0.0)
-        mean = masked_mean(frames, mask)
-        variance = masked_mean((frames - mean.unsqueeze(1)).square(), mask)
-        return torch.cat([mean, (variance + 1e-6).sqrt()], -1)  # a root of 0 would have an infinite gradient
+        share = (mask / mask.sum(1, keepdim=True).clamp(min=1)).unsqueeze(1)  # (B, 1, T)
+        mean = share @ frames
+        variance = share @ (frames - mean).square()
+        return torch.cat([mean, (variance + 1e-6).sqrt()], -1).squeeze(1)  # a root of 0 has an infinite gradient
 
     def forward(self, layers: tuple[torch.Tensor, ...], mask: torch.Tensor) -> torch.Tensor:
         return self.proj(self.dropout(self.norm(self.measure(layers, mask))))
@@ -311,49 +279,74 @@ class EGMFFusion(nn.Module):
         norm.mean.copy_(mean)
         norm.std.copy_(torch.where(std > 1e-6, std, 1.0))
 
-    def sequence(
-        self, name: str, features, mask: torch.Tensor | None, times: torch.Tensor | None, span: torch.Tensor
-    ) -> ModalitySequence:
-        """Builds the sequence of one modality.
+    def _read(self, name: str, features, mask: torch.Tensor | None, times: torch.Tensor | None, batch_size: int):
+        """One modality's frames (B, T, width), clip statistics (B, d), mask (B, T) bool and seconds (B, T).
 
-        Args:
-            name: The modality.
-            features: (B, T, width), or a tower's hidden layers as a tuple, or None if the batch lacks the modality.
-            mask: (B, T).
-            times: (B, T) seconds, NaN if unknown, or None.
-            span: (B, 2), the result of [`clip_span`] for all modalities.
+        Without clip statistics they are None.
         """
-        index, batch_size = list(self.widths).index(name), len(span)
-        weight = self.input_proj[name].weight
-        if features is None and self.training and torch.is_grad_enabled():
-            # In distributed training every process must use all parameters in a step, so use a masked blank frame.
-            layers = self.layer_mix[name].weights.numel() if name in self.layer_mix else 0
-            mask = torch.zeros(batch_size, 1, dtype=torch.bool, device=weight.device)
-            blank = weight.new_zeros(batch_size, 1, self.widths[name])
-            features = (blank,) * layers if layers else blank
-        if features is None:
-            state = self.absent_embedding[index].expand(batch_size, 1, -1)
-            mask = torch.ones(batch_size, 1, dtype=torch.bool, device=weight.device)
-            return ModalitySequence(state, torch.zeros_like(state), state.new_zeros(batch_size, 0), mask, ~mask[:, 0])
-        mask, layers = mask.bool(), features if name in self.layer_mix else (features,)
-        state_embedding, present = self.present_embedding[index].expand(batch_size, -1), mask.any(1)
-        if name in self.clip_statistics:  # every position of the modality receives the statistics of the clip
-            state_embedding = state_embedding + self.clip_statistics[name](layers, mask)
-        if name in self.layer_mix:
+        weight, is_tower = self.input_proj[name].weight, name in self.layer_mix
+        if features is None or not mask.shape[1]:
+            # A masked blank frame. In distributed training every process must use all parameters in a step.
+            mask, times = torch.zeros(batch_size, 1, dtype=torch.bool, device=weight.device), None
+            features = weight.new_zeros(batch_size, 1, self.widths[name])
+            features = (features,) * self.layer_mix[name].weights.numel() if is_tower else features
+        mask, statistics = mask.bool(), None
+        if name in self.clip_statistics:
+            statistics = self.clip_statistics[name](features if is_tower else (features,), mask)
+        if is_tower:
             features = self.layer_mix[name](features)
-        # Padding may contain NaN. It must not reach a sum, because 0 * NaN is NaN.
-        features = features.to(weight.dtype).masked_fill(~mask.unsqueeze(-1), 0.0)
-        if name in self.frame_pooling and name not in self.layer_mix:  # a tower's frames are averaged already
+        elif name in self.frame_pooling:  # a tower's frames are averaged already
+            features = features.masked_fill(~mask.unsqueeze(-1), 0.0)
             features, mask, times = average_frames(features, mask, times, self.frame_pooling[name])
-        features = self.input_norm[name](features)
+        times = torch.full_like(mask, torch.nan, dtype=torch.float32) if times is None else times.float()
+        return features.to(weight.dtype), statistics, mask, times
+
+    def _project(self, name: str, features: torch.Tensor, padding: torch.Tensor) -> torch.Tensor:
+        """Normalises and projects the frames of one modality: (B, T, width) and padding (B, T) -> (B, T, d)."""
+        # Padding may contain NaN. It must not reach a sum, because 0 * NaN is NaN.
+        features = self.input_norm[name](features.masked_fill(padding.unsqueeze(-1), 0.0))
         if self.training and self.feature_noise.get(name):
             features = features + self.feature_noise[name] * torch.randn_like(features)
-        frames = self.dropout(self.input_proj[name](features) + state_embedding.unsqueeze(1))
-        state = torch.where(present[:, None], state_embedding, self.absent_embedding[index])
-        fractions = clip_fractions(mask, times, span)
-        content = torch.cat([state.unsqueeze(1).to(frames), frames], 1)
-        clock = F.pad(self.clock(fractions, times).to(frames), (0, 0, 1, 0))
-        return ModalitySequence(content, clock, fractions, F.pad(mask, (1, 0), value=True), present)
+        return self.input_proj[name](features)
+
+    def sequence(
+        self, inputs: dict[str, tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]], batch_size: int
+    ) -> ClipSequence:
+        """Builds the sequence of all modalities from the inputs of [`forward`]."""
+        read = [self._read(name, *inputs[name], batch_size) for name in self.widths]
+        features, statistics, masks, times = zip(*read, strict=True)
+        lengths = {name: mask.shape[1] for name, mask in zip(self.widths, masks, strict=True)}
+        mask, seconds = torch.cat(masks, 1), torch.cat(times, 1)
+        numbers, padding = torch.arange(len(lengths), device=mask.device), ~mask
+        owner = torch.cat([numbers[place].expand(length) for place, length in enumerate(lengths.values())])
+        inside = (owner == numbers.unsqueeze(1)) & mask.unsqueeze(1)
+        counts = inside.sum(-1, keepdim=True)
+        share = inside / counts.clamp(min=1)
+        unknown = padding | ~(seconds.abs() < torch.inf)
+        in_order = ((inside.cumsum(-1) - 0.5) * share).sum(1)
+        fractions = clip_fractions(seconds, unknown, in_order)
+
+        present, embedding = (counts > 0).squeeze(-1), self.present_embedding
+        if self.clip_statistics:  # every position of the modality receives the statistics of the clip
+            none = embedding.new_zeros(batch_size, embedding.shape[1])
+            embedding = embedding + torch.stack([none if part is None else part for part in statistics], 1)
+        embedding = embedding.expand(batch_size, -1, -1)
+        parts = zip(self.widths, features, padding.split([*lengths.values()], 1), strict=True)
+        frames = torch.cat([self._project(*part) for part in parts], 1)
+        frames = self.dropout(frames + embedding[:, owner]).masked_fill(padding.unsqueeze(-1), 0.0)
+        return ClipSequence(
+            states=torch.where(present.unsqueeze(-1), embedding, self.absent_embedding).to(frames),
+            frames=frames,
+            clock=self.clock(fractions, seconds, unknown).to(frames),
+            fractions=fractions,
+            padding=padding,
+            lengths=lengths,
+            owner=owner,
+            inside=inside,
+            share=share,
+            present=present,
+            own=numbers.unsqueeze(1) == numbers,
+        )
 
     def forward(
         self,
@@ -372,11 +365,9 @@ class EGMFFusion(nn.Module):
             The pseudo tokens (B, K, H), the latents that they are projected from (B, K, d), and the gate weights. With
             `each_expert` the latents are (B, 1 + E, K, d): those of the mix, followed by those of each single expert.
         """
-        span = clip_span(((mask, times) for _, mask, times in inputs.values()), like=prompt)
-        sequences = {name: self.sequence(name, *inputs[name], span) for name in self.widths}
-        latents = torch.stack([expert(sequences) for expert in self.experts.values()], 1)  # (B, E, M, K, d)
-        present = torch.stack([sequence.present for sequence in sequences.values()], 1)  # (B, M)
-        mixed, by_expert, weights = self.gate(latents, present, prompt.to(latents.dtype))
+        clip = self.sequence(inputs, len(prompt))
+        latents = torch.stack([expert(clip) for expert in self.experts.values()], 1)  # (B, E, M, K, d)
+        mixed, by_expert, weights = self.gate(latents, clip.present, prompt.to(latents.dtype))
         fused = torch.cat([mixed.unsqueeze(1), by_expert], 1) if each_expert else mixed
         return self.projector(mixed), fused, weights
 

@@ -103,8 +103,9 @@ class MediaMixin:
         wanted = (len(layers[0]), *((len(layers),) if is_tower else ()), layers[0].shape[-1])
         if center.shape != wanted:
             raise ValueError(f"{name}_center: got shape {tuple(center.shape)}, wanted {wanted}")
-        finite = torch.isfinite(center).all()
-        torch_compilable_check(finite, f"{name}_center: got NaN or infinite values, wanted finite ones")
+        if center.device.type == "cpu":
+            finite = torch.isfinite(center).all()
+            torch_compilable_check(finite, f"{name}_center: got NaN or infinite values, wanted finite ones")
         parts = center.float().reshape(len(center), len(layers), 1, -1).unbind(1)
         centred = tuple(layer.float() - part for layer, part in zip(layers, parts, strict=True))
         return centred if is_tower else centred[0]

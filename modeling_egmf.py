@@ -129,31 +129,14 @@ class EGMFModel(MediaMixin, EGMFPreTrainedModel):
         return self
 
     def _text(self, inputs_embeds: torch.Tensor, utterance_mask: torch.Tensor):
-        """Gathers the utterance's embeddings on the left: (B, T, H), mask (B, T) and no times.
-
-        All three are None if no sample has text.
-        """
-        utterance_mask = utterance_mask.bool()
+        """The utterance's embeddings (B, T, H), mask (B, T) and no times."""
+        if utterance_mask.device.type != "cpu":
+            # They are read where they are: the host would have to wait for the length of the longest utterance.
+            return inputs_embeds, utterance_mask, None
         length = int(utterance_mask.sum(1).max())
-        if not length:
-            return None, None, None
         order = (~utterance_mask).long().argsort(dim=1, stable=True)[:, :length]
         embeds = inputs_embeds.gather(1, order.unsqueeze(-1).expand(-1, -1, inputs_embeds.shape[-1]))
         return embeds, utterance_mask.gather(1, order), None
-
-    def get_placeholder_mask(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Marks the placeholders: (B, L) -> (B, L) bool. Checks that every row has exactly K of them."""
-        mask = input_ids == self.config.pseudo_token_id
-        wanted = self.config.num_pseudo_tokens
-        counts = mask.sum(1)
-        torch_compilable_check(
-            (counts == wanted).all(),
-            lambda: (
-                f"input_ids: got {counts.tolist()} placeholders (token {self.config.pseudo_token_id}) per sample, "
-                f"wanted num_pseudo_tokens={wanted} in each"
-            ),
-        )
-        return mask
 
     def fuse(
         self,
@@ -170,14 +153,23 @@ class EGMFModel(MediaMixin, EGMFPreTrainedModel):
             states (B, 1 + K, d) and the gate weights. With `each_expert` the states are (B, 1 + E, 1 + K, d), of the
             latents in the order of [`EGMFFusion.forward`].
         """
-        placeholders = self.get_placeholder_mask(input_ids)
-        embeds = self.get_input_embeddings()(input_ids)
-        inputs = {"text": self._text(embeds, utterance_mask & padding_mask), **inputs}
+        placeholders = input_ids == self.config.pseudo_token_id
+        seen, wanted = placeholders.cumsum(1), self.config.num_pseudo_tokens
+        if input_ids.device.type == "cpu":  # the host would have to wait for an accelerator
+            torch_compilable_check(
+                (seen[:, -1] == wanted).all(),
+                lambda: (
+                    f"input_ids: got {seen[:, -1].tolist()} placeholders (token {self.config.pseudo_token_id}) per "
+                    f"sample, wanted num_pseudo_tokens={wanted} in each"
+                ),
+            )
+        embeds, uttered = self.get_input_embeddings()(input_ids), utterance_mask.bool()
+        inputs = {"text": self._text(embeds, uttered & padding_mask.bool()), **inputs}
         # The gate sees only the prompt before the pseudo tokens. The answer comes after them and cannot leak.
-        before = padding_mask.bool() & (placeholders.cumsum(1) == 0) & ~utterance_mask.bool()
-        prompt = masked_mean(embeds, before)
+        prompt = masked_mean(embeds, padding_mask.bool() & (seen == 0) & ~uttered)
         pseudo_tokens, latents, gate_weights = self.fusion(inputs, prompt, each_expert)
-        embeds = embeds.masked_scatter(placeholders.unsqueeze(-1), pseudo_tokens.to(embeds.dtype))
+        places = (seen - 1).clamp(0, wanted - 1).unsqueeze(-1).expand_as(embeds)
+        embeds = torch.where(placeholders.unsqueeze(-1), pseudo_tokens.to(embeds.dtype).gather(1, places), embeds)
         return embeds, pseudo_tokens, self.readout.states(latents, prompt), gate_weights
 
     def get_pseudo_tokens(

@@ -26,7 +26,7 @@ def answer_prefixes(embeds: torch.Tensor) -> torch.Tensor:
     """
     embeds = embeds.detach().float()
     counts = torch.arange(1, embeds.shape[1] + 1, device=embeds.device).unsqueeze(-1)
-    described = torch.cat([_unit(embeds), _unit(embeds.cumsum(1) / counts)], -1)
+    described = _unit(torch.stack([embeds, embeds.cumsum(1) / counts], -2)).flatten(-2)
     return F.pad(described, (0, 0, 1, 0))
 
 

@@ -1,4 +1,4 @@
-"""Scoring of answers: the distribution over all legal answers, from one prefill and one tree-masked forward pass.
+"""Scoring of answers: the distribution over all legal answers, from one tree-masked forward pass.
 
 The first functions check what an LLM supports (positions, tree masks) and reject static caches that change answers.
 
@@ -6,15 +6,18 @@ Shape letters: B samples, C candidate answers, H the LLM's hidden size.
 """
 
 import inspect
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.modeling_outputs import ModelOutput
+from transformers.utils.generic import maybe_autocast
 
 from .readout_egmf import answer_prefixes
 
@@ -55,9 +58,10 @@ class LabelScores(ModelOutput):
         llm_log_probs: (B, C), the same of the LLM without the expert readout.
         expert_log_probs: (B, C), the same of the expert readout without the LLM.
         gate_weights: As in [`EGMFOutput`].
-        past_key_values: The cache of the prompts without their last token. `generate(**inputs, past_key_values=...)`
-            on the same inputs reuses it and does not process the prompts again. It can be used only once. None if the
-            inputs are padded on the right or the LLM has another kind of cache.
+        past_key_values: With `use_cache`, the cache of the prompts without their last token. `generate(**inputs,
+            past_key_values=..., expert_states=...)` on the same inputs reuses it and does not process the prompts
+            again. It can be used only once. None if the inputs are padded on the right or the LLM has another kind of
+            cache.
         expert_states: As in [`EGMFOutput`]; `generate()` needs them together with `past_key_values`.
     """
 
@@ -70,22 +74,26 @@ class LabelScores(ModelOutput):
 
 
 class AnswerTrie:
-    """The prefix tree of a set of answers, reduced to the nodes that decisions need.
+    """The prefix tree of a set of answers, reduced to the N nodes that decisions need.
 
     A decision is a node with more than one continuation.
 
     Args:
         candidates: Token ids of each answer. No answer may be a prefix of another one (the processor appends EOS).
+        device: Device of the tensors.
 
     Attributes:
         paths: The token ids that lead to each node; node 0 is the root, with an empty path. A node with a single
             continuation, such as "+0" before ".", is kept only on the path to a later decision.
-        token_ids: The distinct ids of the continuations at all decisions.
-        allowed: (nodes, token_ids) bool, the continuations of each node.
-        steps: (C, nodes * token_ids), 1 for the decisions whose log-probabilities a candidate sums, and otherwise 0.
+        tokens: (N - 1,), the last token of each inner node.
+        depths: (N - 1,), the number of tokens on the path to each inner node.
+        hidden: (N - 1, N - 1) bool: False if the column's node is the row's node or one of its ancestors.
+        token_ids: (V,), the distinct ids of the continuations at all decisions.
+        illegal: (N, V) bool, False for the continuations of each node, and for all of a node that is no decision.
+        steps: (C, N * V), 1 for the decisions whose log-probabilities a candidate sums, and otherwise 0.
     """
 
-    def __init__(self, candidates: list[list[int]]):
+    def __init__(self, candidates: Sequence[Sequence[int]], device: torch.device | str = "cpu"):
         answers = [tuple(candidate) for candidate in candidates]
         children: dict[tuple[int, ...], set[int]] = {}
         for answer in answers:
@@ -100,42 +108,50 @@ class AnswerTrie:
         deciding = [prefix for prefix, tokens in children.items() if len(tokens) > 1]
         needed = {()} | {prefix[:depth] for prefix in deciding for depth in range(len(prefix) + 1)}
         self.paths = sorted(needed, key=lambda prefix: (len(prefix), prefix))
+        inner = self.paths[1:]
+        self.tokens = torch.tensor([path[-1] for path in inner], dtype=torch.long, device=device)
+        self.depths = torch.tensor([len(path) for path in inner], dtype=torch.long, device=device)
+        hidden = [[row[: len(seen)] != seen for seen in inner] for row in inner]
+        self.hidden = torch.tensor(hidden, dtype=torch.bool, device=device).view(len(inner), len(inner))
         node = {prefix: index for index, prefix in enumerate(self.paths)}
-        self.token_ids = sorted({token for prefix in deciding for token in children[prefix]})
-        column = {token: index for index, token in enumerate(self.token_ids)}
-        choices = [(node[prefix], column[token]) for prefix in deciding for token in children[prefix]]
-        self.allowed = torch.zeros(len(self.paths), len(self.token_ids), dtype=torch.bool)
-        self.allowed[tuple(map(list, zip(*choices, strict=True)))] = True
+        token_ids = sorted({token for prefix in deciding for token in children[prefix]})
+        column = {token: index for index, token in enumerate(token_ids)}
+        illegal = torch.ones(len(self.paths), len(token_ids), dtype=torch.bool)
+        for prefix, tokens in children.items():
+            if prefix in node:
+                illegal[node[prefix], [column[token] for token in tokens] if len(tokens) > 1 else slice(None)] = False
         taken = [
             (index, node[answer[:depth]], column[token])
             for index, answer in enumerate(answers)
             for depth, token in enumerate(answer)
             if len(children[answer[:depth]]) > 1
         ]
-        self.steps = torch.zeros(len(answers), *self.allowed.shape)
-        self.steps[tuple(map(list, zip(*taken, strict=True)))] = 1.0
-        self.steps = self.steps.flatten(1)
-
-    def ancestors(self) -> torch.Tensor:
-        """(nodes - 1, nodes - 1) bool: True if the column's node is the row's node or one of its ancestors."""
-        inner = self.paths[1:]
-        return torch.tensor([[row[: len(seen)] == seen for seen in inner] for row in inner], dtype=torch.bool)
+        steps = torch.zeros(len(answers), *illegal.shape)
+        steps[tuple(map(list, zip(*taken, strict=True)))] = 1.0
+        self.token_ids = torch.tensor(token_ids, device=device)
+        self.illegal, self.steps = illegal.to(device), steps.flatten(1).to(device)
+        longest = max(map(len, self.paths))
+        padded = [[*path, *[0] * (longest - len(path))] for path in self.paths]
+        self._padded = torch.tensor(padded, dtype=torch.long, device=device)
+        self._lengths = torch.tensor([len(path) for path in self.paths], device=device)
 
     def log_probs(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits of every node (..., nodes, token_ids) -> log-probabilities of the candidates (..., C)."""
-        allowed = self.allowed.to(logits.device)
-        steps = logits.float().masked_fill(~allowed, -torch.inf)
-        # A node with one continuation has no allowed column. Its row is -inf and never summed.
-        steps = torch.where(allowed, steps.log_softmax(-1), 0.0)
-        with torch.autocast(steps.device.type, enabled=False):  # half precision would round the sums
-            return F.linear(steps.flatten(-2), self.steps.to(steps.device))
+        """Logits of every node (..., N, V) -> log-probabilities of the candidates (..., C)."""
+        steps = logits.float().masked_fill(self.illegal, torch.finfo(torch.float32).min).log_softmax(-1)
+        with maybe_autocast(steps.device.type, enabled=False):  # half precision would round the sums
+            return F.linear(steps.flatten(-2), self.steps)
 
     def prefixes(self, embeddings: nn.Module) -> torch.Tensor:
-        """The beginning of the answer at each node as [`answer_prefixes`] describes it: (nodes, 2 H)."""
-        lengths = [len(path) for path in self.paths]
-        padded = [[*path, *[0] * (max(lengths) - len(path))] for path in self.paths]
-        ids = torch.tensor(padded, dtype=torch.long, device=embeddings.weight.device)
-        return answer_prefixes(embeddings(ids))[torch.arange(len(ids)), torch.tensor(lengths)]
+        """The beginning of the answer at each node as [`answer_prefixes`] describes it: (N, 2 H)."""
+        described = answer_prefixes(embeddings(self._padded))
+        places = self._lengths.view(-1, 1, 1).expand(-1, 1, described.shape[-1])
+        return described.gather(1, places).squeeze(1)
+
+
+@lru_cache(maxsize=64)
+def answer_trie(candidates: tuple[tuple[int, ...], ...], device: torch.device) -> AnswerTrie:
+    """The trie of some candidates on a device; a task's batches share it."""
+    return AnswerTrie(candidates, device)
 
 
 class ScoringMixin:
@@ -148,9 +164,10 @@ class ScoringMixin:
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         gains: torch.Tensor | None = None,
+        use_cache: bool = False,
         **inputs,
     ) -> LabelScores:
-        """Computes the log-probability of every legal answer with one prefill and at most one more forward pass.
+        """Computes the log-probability of every legal answer with one forward pass.
 
         The probability of an answer is the product over its tokens of the softmax over the legal continuations,
 
@@ -158,96 +175,103 @@ class ScoringMixin:
 
         `generate()` with the processor's logits processor samples from the same distribution.
 
-        The inner nodes of the answers' token trie follow the prompt as one sequence, with a tree attention mask and
-        their depths as positions. An LLM that does not support this mask processes the branches as a batch of
-        sequences. The head is evaluated only for the token ids that a decision chooses between.
+        The inner nodes of the answers' token trie follow the prompt in the same sequence, with a tree attention mask
+        and their depths as positions. An LLM that does not support this mask processes the prompt, and then the
+        branches as a batch of sequences. The head is evaluated only for the token ids that a decision chooses between.
 
         Args:
             candidates: Token ids of every legal answer, from `processor.candidates(task)`.
             input_ids, attention_mask, **inputs: Output of the processor for prompts without answers.
             gains: (G,), powers of the experts' factor to try instead of `readout.gain`. `log_probs` is then (B, G, C).
+            use_cache: Whether to return the prompts' cache for `generate()`.
 
         Returns:
             [`LabelScores`] with `log_probs` (B, C) in the order of the candidates.
         """
-        trie = AnswerTrie(candidates)
+        trie = answer_trie(tuple(map(tuple, candidates)), input_ids.device)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        # The answer must directly follow the prompt, so move the padding to the left.
-        order = attention_mask.bool().long().argsort(dim=1, stable=True)
-        is_left_padded = torch.equal(order, torch.arange(order.shape[1], device=order.device).expand_as(order))
-        input_ids, attention_mask = input_ids.gather(1, order), attention_mask.gather(1, order)
-        if inputs.get("utterance_mask") is not None:
-            inputs["utterance_mask"] = inputs["utterance_mask"].gather(1, order)
-        takes_tree = self._takes_tree_mask()
-        outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=takes_tree, **inputs)
-        hidden, cache = outputs.last_hidden_state[:, -1:], outputs.past_key_values if takes_tree else None
-        if cache is not None and not all(type(layer) is DynamicLayer for layer in cache.layers):
-            cache = None
-        if len(trie.paths) > 1 and cache is not None:
-            inner = self._tree_states(trie, attention_mask, cache)
-            hidden = torch.cat([hidden, inner], 1)
-        elif len(trie.paths) > 1:
-            inner = self._batch_states(trie, input_ids, attention_mask, inputs)
-            hidden = torch.cat([hidden, inner], 1)
-        if cache is not None and is_left_padded:
-            cache.crop(-(cache.get_seq_length() - input_ids.shape[1] + 1))
+        if self._takes_tree_mask():
+            hidden, outputs = self._tree_states(trie, input_ids, attention_mask, inputs, use_cache)
+        else:
+            hidden, outputs = self._batch_states(trie, input_ids, attention_mask, inputs)
+        cache = outputs.past_key_values
+        if cache is not None and (attention_mask[:, 1:] >= attention_mask[:, :-1]).all():
+            cache.crop(-len(trie.paths))  # the nodes and the last token of the prompt
         else:
             cache = None
-        scores = {"past_key_values": cache, "expert_states": outputs.expert_states}
         if outputs.expert_states is None:  # a prompt without `utterance_mask`: the LLM without EGMF
-            combined, llm, experts = hidden, None, None
+            log_probs, llm, experts = trie.log_probs(self.answer_logits(trie, hidden)), None, None
         else:
             read = self.model.readout(outputs.expert_states, trie.prefixes(self.model.get_input_embeddings()))
             read = read.to(hidden)
-            if gains is None:
-                combined = hidden + self.model.readout.gain.to(read) * read
-            else:  # (B, G, nodes, H)
-                combined = hidden.unsqueeze(1) + torch.einsum("g,bnh->bgnh", gains.to(read), read)
-            llm, experts = (trie.log_probs(self.answer_logits(trie, states)) for states in (hidden, read))
-        combined = trie.log_probs(self.answer_logits(trie, combined))
-        return LabelScores(combined, llm, experts, outputs.gate_weights, **scores)
+            powers = (self.model.readout.gain if gains is None else gains).to(read)
+            combined = hidden.unsqueeze(1) + powers.view(1, -1, 1, 1) * read.unsqueeze(1)  # (B, G, N, H)
+            every = torch.cat([hidden.unsqueeze(1), read.unsqueeze(1), combined], 1)
+            llm, experts, *rest = trie.log_probs(self.answer_logits(trie, every)).unbind(1)
+            log_probs = rest[0] if gains is None else torch.stack(rest, 1)
+        return LabelScores(
+            log_probs=log_probs,
+            llm_log_probs=llm,
+            expert_log_probs=experts,
+            gate_weights=outputs.gate_weights,
+            past_key_values=cache,
+            expert_states=outputs.expert_states,
+        )
 
     def answer_logits(self, trie: AnswerTrie, states: torch.Tensor) -> torch.Tensor:
-        """Logits of the tokens that the trie's decisions choose among: (..., nodes, H) -> (..., nodes, token_ids)."""
-        token_ids = torch.tensor(trie.token_ids, device=states.device)
-        bias = self.lm_head.bias[token_ids] if self.lm_head.bias is not None else None
-        return self._finish_logits(F.linear(states, self.lm_head.weight[token_ids], bias))
+        """Logits of the tokens that the trie's decisions choose among: (..., N, H) -> (..., N, V)."""
+        bias = self.lm_head.bias[trie.token_ids] if self.lm_head.bias is not None else None
+        return self._finish_logits(F.linear(states, self.lm_head.weight[trie.token_ids], bias))
 
     def _takes_tree_mask(self) -> bool:
-        text_config = self.model.language_model.config
-        return text_config._attn_implementation in ("eager", "sdpa") and not uses_cache_index(
-            self.model.language_model
-        )
+        """Whether the LLM accepts a 4-D mask and has full attention in all layers."""
+        language_model = self.model.language_model
+        config = language_model.config.get_text_config(decoder=True)
+        if config._attn_implementation not in ("eager", "sdpa") or uses_cache_index(language_model):
+            return False
+        return all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
 
-    def _tree_states(self, trie: AnswerTrie, attention_mask: torch.Tensor, cache: Cache) -> torch.Tensor:
-        """Hidden states of the trie's inner nodes (B, nodes - 1, H), from one forward pass after the cached prompt."""
-        device, batch_size = attention_mask.device, attention_mask.shape[0]
-        tokens = torch.tensor([path[-1] for path in trie.paths[1:]], device=device).expand(batch_size, -1)
-        depths = torch.tensor([len(path) for path in trie.paths[1:]], device=device)
-        seen = torch.cat(
-            [
-                attention_mask.bool().unsqueeze(1).expand(-1, len(depths), -1),
-                trie.ancestors().to(device).expand(batch_size, -1, -1),
-            ],
-            dim=-1,
-        )
-        embeds = self.model.get_input_embeddings()(tokens)
-        mask = torch.zeros(seen.shape, dtype=embeds.dtype, device=device)
-        mask = mask.masked_fill(~seen, torch.finfo(embeds.dtype).min).unsqueeze(1)
-        outputs = self.model.language_model(
-            inputs_embeds=embeds,
+    def _tree_states(self, trie: AnswerTrie, input_ids, attention_mask, inputs: dict, use_cache: bool):
+        """Hidden states of the trie's nodes (B, N, H), and the output of the forward pass that has computed them."""
+        (batch_size, length), nodes = input_ids.shape, len(trie.paths) - 1
+        ids = torch.cat([input_ids, trie.tokens.expand(batch_size, -1)], 1)
+        padding_mask = F.pad(attention_mask, (0, nodes), value=1)
+        if inputs.get("utterance_mask") is not None:
+            inputs = inputs | {"utterance_mask": F.pad(inputs["utterance_mask"], (0, nodes))}
+        counts = attention_mask.cumsum(1)
+        positions = torch.cat([(counts - 1).clamp(min=0), counts[:, -1:] - 1 + trie.depths], 1)
+        # A node sees the prompt, its ancestors and itself.
+        hidden = torch.ones(length + nodes, length + nodes, dtype=torch.bool, device=ids.device).triu(1)
+        hidden[length:, length:] = trie.hidden
+        hidden = hidden | (padding_mask == 0).unsqueeze(1)
+        mask = torch.zeros(hidden.shape, dtype=self.model.language_model.dtype, device=ids.device)
+        mask = mask.masked_fill_(hidden, torch.finfo(mask.dtype).min).unsqueeze(1)
+        outputs = self.model(
+            input_ids=ids,
             attention_mask=mask,
-            position_ids=attention_mask.sum(1, keepdim=True) + depths - 1,
-            past_key_values=cache,
-            use_cache=True,
-            return_dict=True,
+            padding_mask=padding_mask,
+            position_ids=positions,
+            use_cache=use_cache,
+            **inputs,
         )
-        return outputs.last_hidden_state
+        states = outputs.last_hidden_state
+        # The prompt ends at its last position that is no padding.
+        last = (attention_mask * torch.arange(1, length + 1, device=ids.device)).argmax(1)
+        root = states.gather(1, last.view(-1, 1, 1).expand(-1, 1, states.shape[-1]))
+        return torch.cat([root, states[:, length:]], 1), outputs
 
-    def _batch_states(self, trie: AnswerTrie, input_ids, attention_mask, inputs: dict) -> torch.Tensor:
-        """Like `_tree_states` for an LLM that supports no tree mask: each branch of the trie is a sequence."""
-        inner = trie.paths[1:]
+    def _batch_states(self, trie: AnswerTrie, input_ids, attention_mask, inputs: dict):
+        """Like `_tree_states` for an LLM without tree masks: the prompt, then each branch of the trie."""
+        # The answer must directly follow the prompt, so move the padding to the left.
+        order = attention_mask.bool().long().argsort(dim=1, stable=True)
+        input_ids, attention_mask = input_ids.gather(1, order), attention_mask.gather(1, order)
+        if inputs.get("utterance_mask") is not None:
+            inputs = inputs | {"utterance_mask": inputs["utterance_mask"].gather(1, order)}
+        prompt = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **inputs)
+        inner, root = trie.paths[1:], prompt.last_hidden_state[:, -1:]
+        if not inner:
+            return root, prompt
         branches = [path for path in inner if not any(other[:-1] == path for other in inner)]
         length, batch_size, prompt_length = max(map(len, branches)), *input_ids.shape
         tokens = torch.tensor([list(path) + [path[-1]] * (length - len(path)) for path in branches])
@@ -274,4 +298,4 @@ class ScoringMixin:
             next((row, len(path) - 1) for row, branch in enumerate(branches) if branch[: len(path)] == path)
             for path in inner
         ]
-        return torch.stack([states[:, row, depth] for row, depth in places], 1)
+        return torch.cat([root, torch.stack([states[:, row, depth] for row, depth in places], 1)], 1), prompt

@@ -6,7 +6,7 @@ from torch import nn
 from transformers import CLIPVisionConfig, LlamaConfig, MobileNetV2Config
 
 from egmf.configuration_egmf import EGMFConfig
-from egmf.fusion_egmf import ClipStatistics, ClockEmbedding, EGMFFusion, average_frames, clip_fractions, clip_span
+from egmf.fusion_egmf import ClipStatistics, ClockEmbedding, EGMFFusion, average_frames, clip_fractions
 from egmf.modeling_egmf import EGMFModel
 
 
@@ -125,9 +125,7 @@ def test_only_the_global_expert_knows_a_clip_from_the_same_played_backwards():
     fusion = build_fusion(local_kernel_sizes=[1]).eval()  # a width of one has no direction of its own
 
     def latents(expert, audio, vision):
-        inputs, span = inputs_of(audio=audio, vision=vision), torch.full((2, 2), torch.nan)
-        sequences = {name: fusion.sequence(name, *inputs[name], span) for name in ("text", "audio", "vision")}
-        return fusion.experts[expert](sequences)
+        return fusion.experts[expert](fusion.sequence(inputs_of(audio=audio, vision=vision), 2))
 
     for expert in ("local", "semantic"):
         forwards, backwards = latents(expert, audio, vision), latents(expert, audio.flip(1), vision.flip(1))
@@ -144,10 +142,7 @@ def test_all_but_the_local_expert_hear_the_other_modality():
     fusion = build_fusion().eval()
 
     def latents(expert, vision):
-        inputs = inputs_of(audio=audio, vision=vision)
-        span = torch.full((1, 2), torch.nan)
-        sequences = {name: fusion.sequence(name, *inputs[name], span) for name in ("text", "audio", "vision")}
-        return fusion.experts[expert](sequences)[:, 1]  # audio's
+        return fusion.experts[expert](fusion.sequence(inputs_of(audio=audio, vision=vision), 1))[:, 1]  # audio's
 
     assert torch.equal(latents("local", vision), latents("local", -vision))
     assert (latents("semantic", vision) - latents("semantic", -vision)).abs().max() > 1e-2
@@ -161,12 +156,10 @@ def test_local_expert_sees_short_stretches_only():
     frames = torch.randn(1, 40, 8, generator=torch.Generator().manual_seed(2))
     expert = fusion.experts["local"]
     peaks = []
-    expert.pooling.register_forward_pre_hook(lambda module, args: peaks.append(args[0][:, -1]))
+    # The last keys are the peaks of text, audio and vision.
+    expert.pooling.register_forward_pre_hook(lambda module, args: peaks.append(args[0][:, -2]))
     for order in (frames, frames.roll(20, dims=1)):
-        mask, span = torch.ones(1, 40, dtype=torch.long), torch.full((1, 2), torch.nan)
-        sequence = fusion.sequence("audio", order, mask, None, span)
-        sequence.clock = torch.zeros_like(sequence.clock)  # its share would not move with the frames
-        expert({"audio": sequence})
+        expert(fusion.sequence(inputs_of(audio=order), 1))
     changed = (peaks[0] - peaks[1]).abs() > 1e-4
     assert changed.float().mean() < 0.3
 
@@ -212,28 +205,38 @@ def test_seconds_place_a_frame_whatever_the_rate():
     torch.manual_seed(0)
     clock = ClockEmbedding(8)
     fractions = torch.tensor([[0.2, 0.5, 0.8]])
-    known = clock(fractions, torch.tensor([[0.0, 0.5, 1.0]]))
-    assert (known - clock(fractions, torch.tensor([[0.0, 0.7, 1.0]])))[0, 1].abs().max() > 1e-2
-    unknown = clock(fractions, torch.full((1, 3), torch.nan))
-    assert torch.equal(unknown, clock(fractions, None))
-    assert (unknown - clock(fractions, torch.zeros(1, 3))).abs().min(1).values.max() > 1e-3
+    none = torch.zeros(1, 3, dtype=torch.bool)
+    known = clock(fractions, torch.tensor([[0.0, 0.5, 1.0]]), none)
+    assert (known - clock(fractions, torch.tensor([[0.0, 0.7, 1.0]]), none))[0, 1].abs().max() > 1e-2
+    unknown = clock(fractions, torch.full((1, 3), torch.nan), ~none)
+    assert torch.isfinite(unknown).all()
+    assert (unknown - clock(fractions, torch.zeros(1, 3), none)).abs().min(1).values.max() > 1e-3
 
 
+@torch.no_grad()
 def test_modalities_share_the_clip():
     """Pictures of only the second half align with the second half of the sound; without times, the order counts."""
-    mask = torch.ones(1, 5, dtype=torch.bool)
+    fusion = build_fusion().eval()
     sound, pictures = torch.linspace(0, 2, 5).unsqueeze(0), torch.tensor([[1.0, 1.5, 2.0]])
-    span = clip_span([(mask, sound), (mask[:, :3], pictures), (mask[:, :2], None), (None, None)], like=mask)
-    assert span.tolist() == [[0, 2]]
-    assert clip_fractions(mask[:, :3], pictures, span).tolist() == [[0.5, 0.75, 1]]
-    assert clip_fractions(mask[:, :2], None, span).tolist() == [[0.25, 0.75]]
+
+    def fractions_of(sound, pictures) -> list[list[float]]:
+        inputs = inputs_of(text=torch.zeros(1, 2, 16), audio=torch.zeros(1, 5, 8), vision=torch.zeros(1, 3, 6))
+        inputs["audio"] = (*inputs["audio"][:2], sound)
+        inputs["vision"] = (*inputs["vision"][:2], pictures)
+        clip = fusion.sequence(inputs, 1)
+        return [part[0].tolist() for part in clip.split(clip.fractions).values()]
+
+    assert fractions_of(sound, pictures) == [[0.25, 0.75], [0, 0.25, 0.5, 0.75, 1], [0.5, 0.75, 1]]
     unknown = torch.tensor([[0.0, torch.nan, 2.0]])
-    assert clip_fractions(mask[:, :3], unknown, span).tolist() == [[0, 0.5, 1]]
-    lone = clip_span([(mask[:, :1], torch.tensor([[3.0]]))], like=mask)
-    assert clip_fractions(mask[:, :1], torch.tensor([[3.0]]), lone).tolist() == [[0.5]]
-    late = torch.tensor([[1.0, 2.0, 50.0]])  # padding may hold anything
-    padded = torch.tensor([[True, True, False]])
-    assert clip_fractions(padded, late, clip_span([(padded, late)], like=mask))[0, :2].tolist() == [0, 1]
+    assert fractions_of(sound, unknown)[2] == [0, 0.5, 1]
+    order = [pytest.approx((place + 0.5) / 5) for place in range(5)]
+    lone = torch.tensor([[torch.nan, 3.0, torch.nan]])
+    assert fractions_of(None, lone)[1:] == [order, [pytest.approx((place + 0.5) / 3) for place in range(3)]]
+
+
+def test_padding_has_no_place_in_the_clip():
+    late, unknown = torch.tensor([[1.0, 2.0, 50.0]]), torch.tensor([[False, False, True]])
+    assert clip_fractions(late, unknown, torch.zeros(1, 3))[0, :2].tolist() == [0, 1]
 
 
 @torch.no_grad()
@@ -250,6 +253,29 @@ def test_latents_of_the_mix_and_of_each_expert(gating):
     assert each.shape == (2, 4, 2, 32)
     alone = build_fusion(gating=gating, experts=["global"]).eval()
     torch.testing.assert_close(alone(inputs, prompt, each_expert=True)[1][:, 1], alone(inputs, prompt)[1])
+
+
+@torch.no_grad()
+def test_text_may_be_read_where_it_is():
+    """On an accelerator, the whole prompt is the text, and a mask marks the utterance."""
+    fusion, prompt = build_fusion().eval(), torch.randn(2, TEXT.hidden_size)
+    audio, words = torch.randn(2, 12, 8), torch.randn(2, 20, 16)
+    alone = inputs_of(text=words[:, 5:9], audio=audio)
+    inside = inputs_of(text=words, audio=audio)
+    inside["text"][1][:, :5] = inside["text"][1][:, 9:] = 0
+    torch.testing.assert_close(fusion(inside, prompt)[0], fusion(alone, prompt)[0], rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_fusion_is_one_graph_for_torch_compile():
+    """No graph break, and no compilation anew for other lengths."""
+    fusion, graphs = build_fusion().eval(), []
+    compiled = torch.compile(fusion, backend=lambda graph, _: graphs.append(1) or graph, fullgraph=True, dynamic=True)
+    for frames in (12, 17, 30):
+        inputs = inputs_of(text=torch.randn(2, frames - 3, 16), audio=torch.randn(2, frames, 8))
+        prompt = torch.randn(2, TEXT.hidden_size)
+        torch.testing.assert_close(compiled(inputs, prompt)[0], fusion(inputs, prompt)[0])
+    assert len(graphs) == 1
 
 
 # Noise

@@ -98,7 +98,7 @@ class Predictor:
     def _answers(self, inputs: dict[str, torch.Tensor]) -> list[dict]:
         """The model's answers to each row of a batch."""
         model, processor, task = self.model, self.processor, self.task
-        scores = model.score_labels(candidates=processor.candidates(task), **inputs)
+        scores = model.score_labels(candidates=processor.candidates(task), use_cache=True, **inputs)
         read = {name: scores.get(name) for name in ("past_key_values", "expert_states")}
         read = read if scores.past_key_values is not None else {}
         generated = model.generate(**inputs, **read, max_new_tokens=processor.max_answer_tokens(task), do_sample=False)

@@ -185,7 +185,7 @@ class LegalAnswers:
 
     def __init__(self, model: EGMFForConditionalGeneration, processor: EGMFProcessor, task: AffectTask):
         self.model, self.count = model, len(task.answers)
-        self.trie = AnswerTrie(processor.candidates(task))
+        self.trie = AnswerTrie(processor.candidates(task), model.device)
         embeddings = model.get_input_embeddings()
         self.prefixes = self.trie.prefixes(embeddings)  # (nodes, 2 H)
         answers = [[*processor.answer_ids(task, answer), processor.tokenizer.eos_token_id] for answer in task.answers]
