@@ -65,5 +65,5 @@ class ExpertReadout(nn.Module):
     def forward(self, states: torch.Tensor, prefixes: torch.Tensor) -> torch.Tensor:
         """(..., 1 + K, d) of `states`, (S, 2 H) or (B, S, 2 H) of `answer_prefixes` -> (..., S, H), before `gain`."""
         query = states[..., :1, :] + self.prefix(prefixes.to(states))
-        key, value = self.key_value(states[..., 1:, :]).chunk(2, -1)
+        key, value = self.key_value(states)[..., 1:, :].chunk(2, -1)  # the whole is contiguous, a part is not
         return self.out(F.scaled_dot_product_attention(query, key, value))

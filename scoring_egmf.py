@@ -86,7 +86,7 @@ class AnswerTrie:
         paths: The token ids that lead to each node; node 0 is the root, with an empty path. A node with a single
             continuation, such as "+0" before ".", is kept only on the path to a later decision.
         tokens: (N - 1,), the last token of each inner node.
-        depths: (N - 1,), the number of tokens on the path to each inner node.
+        positions: (N - 1,), the place of each inner node's token in the answer, from 0.
         hidden: (N - 1, N - 1) bool: False if the column's node is the row's node or one of its ancestors.
         token_ids: (V,), the distinct ids of the continuations at all decisions.
         illegal: (N, V) bool, False for the continuations of each node, and for all of a node that is no decision.
@@ -110,7 +110,7 @@ class AnswerTrie:
         self.paths = sorted(needed, key=lambda prefix: (len(prefix), prefix))
         inner = self.paths[1:]
         self.tokens = torch.tensor([path[-1] for path in inner], dtype=torch.long, device=device)
-        self.depths = torch.tensor([len(path) for path in inner], dtype=torch.long, device=device)
+        self.positions = torch.tensor([len(path) - 1 for path in inner], dtype=torch.long, device=device)
         hidden = [[row[: len(seen)] != seen for seen in inner] for row in inner]
         self.hidden = torch.tensor(hidden, dtype=torch.bool, device=device).view(len(inner), len(inner))
         node = {prefix: index for index, prefix in enumerate(self.paths)}
@@ -206,8 +206,8 @@ class ScoringMixin:
             read = self.model.readout(outputs.expert_states, trie.prefixes(self.model.get_input_embeddings()))
             read = read.to(hidden)
             powers = (self.model.readout.gain if gains is None else gains).to(read)
-            combined = hidden.unsqueeze(1) + powers.view(1, -1, 1, 1) * read.unsqueeze(1)  # (B, G, N, H)
-            every = torch.cat([hidden.unsqueeze(1), read.unsqueeze(1), combined], 1)
+            parts = hidden.unsqueeze(1), read.unsqueeze(1)
+            every = torch.cat([*parts, parts[0].addcmul(powers.view(1, -1, 1, 1), parts[1])], 1)  # (B, 2 + G, N, H)
             llm, experts, *rest = trie.log_probs(self.answer_logits(trie, every)).unbind(1)
             log_probs = rest[0] if gains is None else torch.stack(rest, 1)
         return LabelScores(
@@ -240,7 +240,7 @@ class ScoringMixin:
         if inputs.get("utterance_mask") is not None:
             inputs = inputs | {"utterance_mask": F.pad(inputs["utterance_mask"], (0, nodes))}
         counts = attention_mask.cumsum(1)
-        positions = torch.cat([(counts - 1).clamp(min=0), counts[:, -1:] - 1 + trie.depths], 1)
+        positions = torch.cat([(counts - 1).clamp(min=0), counts[:, -1:] + trie.positions], 1)
         # A node sees the prompt, its ancestors and itself.
         hidden = torch.ones(length + nodes, length + nodes, dtype=torch.bool, device=ids.device).triu(1)
         hidden[length:, length:] = trie.hidden
@@ -257,8 +257,8 @@ class ScoringMixin:
         )
         states = outputs.last_hidden_state
         # The prompt ends at its last position that is no padding.
-        last = (attention_mask * torch.arange(1, length + 1, device=ids.device)).argmax(1)
-        root = states.gather(1, last.view(-1, 1, 1).expand(-1, 1, states.shape[-1]))
+        last = counts.argmax(1).view(-1, 1, 1)
+        root = states.gather(1, last.expand(-1, 1, states.shape[-1]))
         return torch.cat([root, states[:, length:]], 1), outputs
 
     def _batch_states(self, trie: AnswerTrie, input_ids, attention_mask, inputs: dict):

@@ -1,6 +1,6 @@
 """Counts the operations that EGMF launches on an accelerator beside the LLM's own. No accelerator is needed.
 
-    python -m bench.launches
+    python -m bench.launches --output results/performance.json
 
 The model runs on torch's meta device, which computes shapes only. A forward pass that had to read a value back to the
 host, and so wait for the device, would fail there. Views launch nothing and are not counted; every other operation
@@ -8,7 +8,8 @@ counts once, although some backends launch more or fewer kernels for it. The cou
 is a small Llama.
 """
 
-import json
+import argparse
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from bench.answer import BATCH, LINES, TASKS
-from bench.measuring import FRAMES, SMOLLM2, WIDTH, build_rows
+from bench.measuring import FRAMES, SMOLLM2, WIDTH, build_rows, record
 from egmf.data.collator import AffectCollator, expand_by_task
 from egmf.modeling_egmf import EGMFForConditionalGeneration
 from egmf.processing_egmf import EGMFProcessor
@@ -109,12 +110,18 @@ def count() -> dict[str, int]:
         with LaunchCounter(llm) as scoring:
             model.score_labels(candidates, **batch)
         found["fusion"] = fusion.count
-        found[f"score_labels beyond it, {shown}"] = scoring.count - fusion.count
+        found[f"score_labels, {shown}"] = scoring.count - fusion.count
     return found
 
 
 def main() -> None:
-    print(json.dumps(count(), indent=1))
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--output", type=Path, required=True, help="JSON file that gets the figures")
+    args = parser.parse_args()
+    found = count()
+    record(args.output, "launches", found)
+    for name, launched in found.items():
+        print(f"{name}: {launched} launches")
 
 
 if __name__ == "__main__":

@@ -2,9 +2,10 @@
 
     python -m bench.train_step --output results/performance.json
     python -m bench.answer --output results/performance.json
+    python -m bench.launches --output results/performance.json
     python -m experiments.performance
 
-The first two commands measure and write the JSON file; the third renders it.
+The first three commands measure and write the JSON file; the last renders it.
 """
 
 import json
@@ -15,6 +16,12 @@ from experiments.pages import RESULTS, table
 
 WAYS = ("plain", "floor", "egmf")
 ALL_LAYERS = 28  # layers of Qwen3-0.6B and Qwen3-1.7B
+# Launches of commit e8c8094, counted in the same way on a CPU.
+LAUNCHES_BEFORE = {
+    "fusion": "712",
+    "score_labels, 7 labels": "66",
+    "score_labels, 61 scores": "66, and the LLM's layers a second time",
+}
 # Measured by hand on one H100 (torch 2.11.0, commit 0542f57), and not since. Milliseconds of wall time, batch 16.
 ON_GPU = [
     "## On a GPU",
@@ -30,6 +37,20 @@ ON_GPU = [
     ),
     table(["training step, SmolLM2-135M", "ms"], [["plain", "195"], ["floor", "217"], ["egmf", "262"]]),
 ]
+
+
+def launches(figures: dict[str, int]) -> list[str]:
+    """The paragraphs on launched operations."""
+    rows = [[name, LAUNCHES_BEFORE[name], str(count)] for name, count in figures.items()]
+    return [
+        "Launched operations, counted without a GPU (`python -m bench.launches --output results/performance.json`): a "
+        "forward pass of the fusion with text, voice and face, and `score_labels` beside the fusion and the LLM's own "
+        "layers. *Before* is commit `e8c8094`, counted on a CPU. Nothing in either waits for the GPU; before, the "
+        "fusion waited four times.",
+        table(["forward pass", "before", "launches"], rows),
+    ]
+
+
 GOALS = {"time to plain": 0.85, "time to floor": 1.10, "memory to plain": 0.60, "7 labels": 1.15, "61 scores": 1.35}
 
 
@@ -169,6 +190,7 @@ def render(data: dict) -> str:
     parts = [
         "# What training steps and answers cost",
         *ON_GPU,
+        *launches(data["launches"]),
         "## On a CPU",
         "Seconds are of CPU time on one core: other programs disturb them less than they disturb the clock. Medians "
         "(lowest to highest) of interleaved repetitions in one process; ratios are taken repetition by repetition.",
