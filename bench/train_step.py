@@ -114,7 +114,7 @@ class Bench:
             + ["--load_best_model_at_end", "false", "--disable_tqdm", "true", "--remove_unused_columns", "false"]
             + ["--num_train_epochs", "1"]
         )
-        attention = {"attn_implementation": recipe.model.attn_implementation}
+        attention = {"attn_implementation": "eager"}  # as `attn_implementation: auto` on a CPU
         processor = build_processor(recipe, resolve_language_model(SMOLLM2), {})
         self.tasks = [processor.tasks[name] for name in recipe.data.tasks]
         self.collator = AffectCollator(processor, self.tasks, recipe.data.modalities, with_answers=True)

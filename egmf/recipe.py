@@ -51,7 +51,9 @@ class ModelArguments:
     train_audio_tower: bool = field(default=False, metadata={"help": "train it whole; otherwise it is frozen"})
     train_vision_tower: bool = field(default=False, metadata={"help": "train it whole; otherwise it is frozen"})
     num_frames: int = field(default=16, metadata={"help": "frames of a video, spread evenly over it", "minimum": 1})
-    attn_implementation: str = field(default="sdpa", metadata={"help": "attention of the LLM, e.g. sdpa or eager"})
+    attn_implementation: str = field(
+        default="auto", metadata={"help": "attention of the LLM, such as sdpa; auto: eager on a CPU, elsewhere sdpa"}
+    )
     load_in_4bit: bool = field(default=False, metadata={"help": "the LLM in 4 bits while it trains, by bitsandbytes"})
     lora_r: int = field(default=16, metadata={"help": "rank of LoRA", "minimum": 1})
     lora_alpha: int = field(default=32, metadata={"help": "scale of LoRA", "minimum": 1})

@@ -261,7 +261,10 @@ def load_language_model(recipe: Recipe, folder: str) -> PreTrainedModel:
     Raises:
         ValueError: If the recipe sets `load_in_4bit` and bitsandbytes is not installed.
     """
-    options: dict[str, Any] = {"attn_implementation": recipe.model.attn_implementation}
+    attention = recipe.model.attn_implementation
+    if attention == "auto":
+        attention = "eager" if recipe.training.device.type == "cpu" else "sdpa"
+    options: dict[str, Any] = {"attn_implementation": attention}
     if recipe.model.load_in_4bit:
         if not is_bitsandbytes_available():
             wanted = "the package bitsandbytes beside it (pip install bitsandbytes)"
