@@ -9,18 +9,18 @@ The measurements alternate in one process, on one batch of 16 prompts of about 1
 - `generate`: greedy generation restricted to the same legal answers.
 
 The LLM has the shape of Qwen3-0.6B, random weights in bfloat16, and a quarter of the layers. EGMF's own cost does not
-grow with the number of layers, so its share is smaller for the whole LLM. Times are CPU seconds on one core.
+grow with the number of layers, so its share is smaller for the whole LLM. Times are CPU seconds on one core. With
+`--device cuda --layers 28` they are those of the whole LLM on a GPU, in wall seconds.
 """
 
 import argparse
 import statistics
-import time
 from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer
 
-from bench.measuring import FRAMES, SMOLLM2, WIDTH, build_llm, build_rows, machine, record, take_turns
+from bench.measuring import FRAMES, SMOLLM2, WIDTH, build_llm, build_rows, clock, machine, record, take_turns
 from egmf.data.collator import AffectCollator, expand_by_task
 from egmf.modeling_egmf import EGMFForConditionalGeneration
 from egmf.processing_egmf import EGMFProcessor
@@ -35,14 +35,16 @@ TASKS = {"meld": "7 labels", "mosei": "61 scores"}
 BATCH, LINES = 16, (6, 8)
 
 
-def build(layers: int = LAYERS) -> tuple[EGMFForConditionalGeneration, EGMFProcessor]:
+def build(
+    layers: int = LAYERS, name: str = MODEL, device: torch.device | str = "cpu"
+) -> tuple[EGMFForConditionalGeneration, EGMFProcessor]:
     """A model with the recipes' fusion, and a processor."""
     processor = EGMFProcessor(AutoTokenizer.from_pretrained(resolve_language_model(SMOLLM2)), num_pseudo_tokens=8)
     sizes = {f"{modality}_feature_size": WIDTH for modality in FRAMES}
-    llm = build_llm(MODEL, layers)
+    llm = build_llm(name, layers)
     llm.generation_config.pad_token_id = processor.tokenizer.pad_token_id
     model = EGMFForConditionalGeneration.from_language_model(llm, pseudo_token_id=processor.pseudo_token_id, **sizes)
-    return model.eval(), processor
+    return model.eval().to(device), processor
 
 
 @torch.no_grad()
@@ -56,14 +58,15 @@ def prefill(model: EGMFForConditionalGeneration, batch: dict[str, torch.Tensor])
     model.lm_head(read.last_hidden_state[:, -1:])
 
 
-def ways_of(model: EGMFForConditionalGeneration, processor: EGMFProcessor) -> tuple[dict, int]:
+def ways_of(
+    model: EGMFForConditionalGeneration, processor: EGMFProcessor, batch_size: int = BATCH
+) -> tuple[dict, int]:
     """The functions to measure, by name, and the mean number of tokens of a prompt."""
-    rows, ways = build_rows(BATCH, LINES), {}
+    rows, ways = build_rows(batch_size, LINES), {}
     for name, shown in TASKS.items():
         task = processor.tasks[name]
-        batch = dict(
-            AffectCollator(processor, [task], ["text", "audio", "vision"], None)(list(expand_by_task(rows, [task])))
-        )
+        collator = AffectCollator(processor, [task], ["text", "audio", "vision"], None)
+        batch = dict(collator(list(expand_by_task(rows, [task]))).to(model.device))
         candidates, constraint = processor.candidates(name), processor.logits_processor(name, batch)
         options = {"logits_processor": constraint, "max_new_tokens": processor.max_answer_tokens(name)}
         ways[f"prefill, {shown}"] = lambda b=batch: prefill(model, b)
@@ -72,10 +75,10 @@ def ways_of(model: EGMFForConditionalGeneration, processor: EGMFProcessor) -> tu
     return ways, round(batch["attention_mask"].sum(1).float().mean().item())
 
 
-def seconds_of(way) -> float:
-    begun = time.process_time()
+def seconds_of(way, device: torch.device) -> float:
+    begun = clock(device)
     way()
-    return time.process_time() - begun
+    return clock(device) - begun
 
 
 def main() -> None:
@@ -83,16 +86,20 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="JSON file that gets the figures")
     parser.add_argument("--layers", type=int, default=LAYERS)
     parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--device", type=torch.device, default="cpu")
+    parser.add_argument("--model", default=MODEL, help="a published model whose shape the LLM has")
+    parser.add_argument("--batch_size", type=int, default=BATCH)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    begun = machine()
-    ways, tokens = ways_of(*build(args.layers))
-    seconds = take_turns({name: lambda way=way: seconds_of(way) for name, way in ways.items()}, args.repetitions + 1)
+    begun = machine(args.device)
+    ways, tokens = ways_of(*build(args.layers, args.model, args.device), args.batch_size)
+    timed = {name: lambda way=way: seconds_of(way, args.device) for name, way in ways.items()}
+    seconds = take_turns(timed, args.repetitions + 1)
     seconds = {name: values[1:] for name, values in seconds.items()}  # the first repetition allocates memory
-    setting = {"model": MODEL, "layers": args.layers, "batch_size": BATCH, "tokens": tokens}
+    setting = {"model": args.model, "layers": args.layers, "batch_size": args.batch_size, "tokens": tokens}
     for name, values in seconds.items():
-        print(f"{name}: {BATCH / statistics.median(values):.2f} samples a second", flush=True)
-    record(args.output, "answer", {"machine": begun, **setting, "seconds": seconds})
+        print(f"{name}: {args.batch_size / statistics.median(values):.2f} samples a second", flush=True)
+    record(args.output, "answer", {"machine": begun, **setting, "seconds": seconds}, args.device)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import random
+import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -75,6 +76,14 @@ def take_turns(ways: dict[str, Callable[[], float]], repetitions: int) -> dict[s
     return found
 
 
+def clock(device: torch.device) -> float:
+    """CPU seconds on a CPU; on an accelerator wall seconds, when all that was launched before has finished."""
+    if device.type == "cpu":
+        return time.process_time()
+    torch.accelerator.synchronize()
+    return time.perf_counter()
+
+
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of all live tensors that operations create in the forward and backward pass."""
 
@@ -101,16 +110,22 @@ class LiveBytes(TorchDispatchMode):
         self.held -= size
 
 
-def peak_memory(function: Callable[[], object]) -> int:
+def peak_memory(function: Callable[[], object], device: torch.device) -> int:
     """The peak bytes of tensors that torch creates while `function` runs; earlier tensors do not count."""
+    if device.type != "cpu":
+        torch.accelerator.reset_peak_memory_stats()
+        before = torch.accelerator.memory_allocated()
+        function()
+        return torch.accelerator.max_memory_allocated() - before
     with LiveBytes() as tracker:
         function()
     return tracker.peak
 
 
-def machine() -> dict[str, str | int | float]:
+def machine(device: torch.device) -> dict[str, str | int | float]:
     """The hardware and software that the measurements depend on."""
     return {
+        "device": "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
@@ -122,8 +137,9 @@ def machine() -> dict[str, str | int | float]:
     }
 
 
-def record(file: Path, section: str, figures: dict) -> None:
-    """Writes a section of the JSON file and keeps the sections of other benchmarks."""
+def record(file: Path, section: str, figures: dict, device: torch.device | None = None) -> None:
+    """Writes a section of the JSON file and keeps the others. Figures of an accelerator have sections of their own."""
+    section += f" on {device.type}" if device is not None and device.type != "cpu" else ""
     data = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     data[section] = figures
     file.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")

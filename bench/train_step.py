@@ -16,6 +16,9 @@ collator, in CPU seconds on one core; other programs affect CPU time less than w
 torch uses beyond the weights during a step on one batch of the recipe's size, with the same rows for all three. The
 models are the pretrained SmolLM2-135M, and Qwen3-0.6B with random weights, full width and vocabulary, and two small
 numbers of layers. Time and memory grow linearly with the layers, so two depths determine the cost of all layers.
+
+With `--device cuda`, both models have all their layers and batches of 16 rows; times are wall seconds, and memory is
+what torch has allocated.
 """
 
 import argparse
@@ -23,7 +26,6 @@ import copy
 import gc
 import statistics
 import tempfile
-import time
 from pathlib import Path
 
 import torch
@@ -34,7 +36,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Trainer, TrainerCallback
 
-from bench.measuring import SMOLLM2, build_llm, build_rows, machine, peak_memory, record, take_turns
+from bench.measuring import SMOLLM2, build_llm, build_rows, clock, machine, peak_memory, record, take_turns
 from egmf.data.collator import AffectCollator, expand_by_task
 from egmf.recipe import load_recipe
 from egmf.training.assembly import add_lora, build_model, build_processor
@@ -52,16 +54,19 @@ MODELS = {  # recipe, rows in a batch, layers
 }
 
 
+ON_ACCELERATOR = {SMOLLM2: ("mosi_smollm2", 16, (None,)), "Qwen/Qwen3-0.6B": ("meld_qwen3_features", 16, (28,))}
+
+
 class StepClock(TrainerCallback):
-    """Measures the CPU seconds of the training steps."""
+    """Measures the seconds of the training steps."""
 
     seconds = 0.0
 
     def on_step_begin(self, args, state, control, **kwargs):
-        self.begun = time.process_time()
+        self.begun = clock(args.device)
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.seconds += time.process_time() - self.begun
+        self.seconds += clock(args.device) - self.begun
 
 
 class Floor(nn.Module):
@@ -105,16 +110,16 @@ def plain_collator(collator: AffectCollator):
 class Bench:
     """The three methods with one LLM, and their training rows."""
 
-    def __init__(self, model_name: str, layers: int | None, folder: str):
-        name = MODELS[model_name][0]
+    def __init__(self, model_name: str, layers: int | None, folder: str, device: torch.device):
+        name, on_cpu = MODELS[model_name][0], device.type == "cpu"
         quiet = {"logging": "no", "eval": "no", "save": "no"}
         self.recipe = recipe = load_recipe(
-            [str(ROOT / f"recipes/{name}.yaml"), "--output_dir", folder, "--tasks", "meld", "--use_cpu", "true"]
+            [str(ROOT / f"recipes/{name}.yaml"), "--output_dir", folder, "--tasks", "meld", "--use_cpu", str(on_cpu)]
             + [part for kind, value in quiet.items() for part in (f"--{kind}_strategy", value)]
             + ["--load_best_model_at_end", "false", "--disable_tqdm", "true", "--remove_unused_columns", "false"]
             + ["--num_train_epochs", "1"]
         )
-        attention = {"attn_implementation": "eager"}  # as `attn_implementation: auto` on a CPU
+        attention = {"attn_implementation": "eager" if on_cpu else "sdpa"}  # as `attn_implementation: auto`
         processor = build_processor(recipe, resolve_language_model(SMOLLM2), {})
         self.tasks = [processor.tasks[name] for name in recipe.data.tasks]
         self.collator = AffectCollator(processor, self.tasks, recipe.data.modalities, with_answers=True)
@@ -153,13 +158,13 @@ class Bench:
 
 
 def epoch(trainer: Trainer, lean: bool) -> float:
-    """CPU seconds of the steps of one epoch."""
-    clock = StepClock()
-    trainer.add_callback(clock)
+    """Seconds of the steps of one epoch."""
+    steps = StepClock()
+    trainer.add_callback(steps)
     with disable_input_dtype_casting(trainer.model, active=lean):
         trainer.train()
-    trainer.remove_callback(clock)
-    return clock.seconds
+    trainer.remove_callback(steps)
+    return steps.seconds
 
 
 def step_memory(trainer: Trainer, lean: bool) -> int:
@@ -167,16 +172,15 @@ def step_memory(trainer: Trainer, lean: bool) -> int:
 
     This is the peak of a first step, which comes before the state is created, plus the bytes of the state.
     """
-    peak = peak_memory(lambda: epoch(trainer, lean))
+    peak = peak_memory(lambda: epoch(trainer, lean), trainer.args.device)
     states = trainer.optimizer.state.values()
     return peak + sum(value.nbytes for state in states for value in state.values() if isinstance(value, torch.Tensor))
 
 
-def measure(model_name: str, layers: int | None, repetitions: int) -> dict:
-    """Memory of the three methods on one batch of the recipe's size, and time on smaller batches."""
-    _, batch_size, _ = MODELS[model_name]
+def measure(model_name: str, layers: int | None, batch_size: int, repetitions: int, device: torch.device) -> dict:
+    """Memory of the three methods on one batch of the recipe's size, and time on batches of `batch_size`."""
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(model_name, layers, folder)
+        bench = Bench(model_name, layers, folder, device)
         recipes_size = bench.recipe.training.per_device_train_batch_size
         memory, weights = {}, {}
         for name, trainer in bench.trainers(1, recipes_size).items():
@@ -197,17 +201,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, required=True, help="JSON file that gets the figures")
     parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--device", type=torch.device, default="cpu")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    found = {"machine": machine(), "models": {}}
-    for name, (recipe, batch_size, depths) in MODELS.items():
+    found = {"machine": machine(args.device), "models": {}}
+    models = MODELS if args.device.type == "cpu" else ON_ACCELERATOR
+    for name, (recipe, batch_size, depths) in models.items():
         setting = {"recipe": recipe, "batch_size": batch_size, "batches": BATCHES, "depths": []}
         found["models"][name] = setting
         for layers in depths:
-            setting["depths"].append(measure(name, layers, args.repetitions))
+            setting["depths"].append(measure(name, layers, batch_size, args.repetitions, args.device))
             median = {way: statistics.median(values) for way, values in setting["depths"][-1]["seconds"].items()}
             print(name, layers, {way: round(seconds, 2) for way, seconds in median.items()}, flush=True)
-        record(args.output, "train_step", found)
+        record(args.output, "train_step", found, args.device)
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def test_peak_memory_counts_what_is_held_at_once():
             second = first + 1
             del first, second
 
-    assert measuring.peak_memory(hold) == pytest.approx(8e6, rel=0.01)
+    assert measuring.peak_memory(hold, torch.device("cpu")) == pytest.approx(8e6, rel=0.01)
 
 
 def test_floor_is_the_llms_own_loss(llm_folder, samples, make_batch):

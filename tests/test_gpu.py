@@ -1,0 +1,118 @@
+"""What has to hold on a GPU. Every test skips without CUDA.
+
+pytest tests/test_gpu.py
+python -m bench.answer --device cuda --layers 28 --output FILE
+python -m bench.train_step --device cuda --output FILE
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from test_towers import whisper
+from transformers import pipeline
+
+import train as train_script
+from egmf.modeling_egmf import EGMFForConditionalGeneration
+
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+RECIPE = Path(__file__).resolve().parents[1] / "recipes/tiny.yaml"
+TASKS = ["meld", "mosei"]
+
+
+def on_gpu(batch) -> dict[str, torch.Tensor]:
+    return {name: value.to("cuda") for name, value in batch.items()}
+
+
+def train(output: Path, *fields) -> list[dict]:
+    """Trains on the GPU and returns the lines of its log."""
+    train_script.main([str(RECIPE), "--output_dir", str(output), *map(str, fields)])
+    return [json.loads(line) for line in (output / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-3), (torch.bfloat16, 0.05)])
+def test_scores_are_those_of_the_cpu(fresh_egmf, processor, samples, make_batch, task, dtype, tolerance):
+    batch, candidates = make_batch(samples, task), processor.candidates(task)
+    wanted = fresh_egmf.score_labels(candidates, **batch).log_probs.exp()
+    for part in (fresh_egmf.model.language_model, fresh_egmf.lm_head):
+        part.to(dtype)
+    found = fresh_egmf.to("cuda").score_labels(candidates, **on_gpu(batch)).log_probs.exp()
+    assert (found.cpu() - wanted).abs().max() < tolerance
+
+
+def test_scoring_waits_for_nothing(fresh_egmf, processor, samples, make_batch):
+    model, batch, candidates = fresh_egmf.to("cuda"), on_gpu(make_batch(samples)), processor.candidates("meld")
+    model.score_labels(candidates, **batch)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        model.score_labels(candidates, **batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_generation_is_that_of_the_cpu(fresh_egmf, processor, samples, make_batch):
+    batch = make_batch(samples)
+    options = {"max_new_tokens": 4, "do_sample": False}
+    wanted = fresh_egmf.generate(**batch, **options)
+    assert torch.equal(fresh_egmf.to("cuda").generate(**on_gpu(batch), **options).cpu(), wanted)
+
+
+def test_compiled_fusion_gives_the_same(fresh_egmf, samples, make_batch):
+    model, batch = fresh_egmf.to("cuda"), on_gpu(make_batch(samples))
+    with torch.no_grad():
+        wanted = model.model.get_pseudo_tokens(**batch)[0]
+        model.model.fusion.compile(fullgraph=True, dynamic=True)
+        torch.testing.assert_close(model.model.get_pseudo_tokens(**batch)[0], wanted, rtol=0, atol=1e-3)
+
+
+def test_training_in_bf16_resumes_where_it_stopped(tmp_path):
+    fields = ["--bf16", "true", "--lr_scheduler_type", "constant", "--warmup_steps", 0, "--logging_steps", 1]
+    fields += [
+        "--save_strategy",
+        "steps",
+        "--save_steps",
+        2,
+        "--eval_strategy",
+        "no",
+        "--load_best_model_at_end",
+        "false",
+    ]
+    whole = train(tmp_path / "whole", *fields, "--max_steps", 4)
+    train(tmp_path / "parts", *fields, "--max_steps", 2)
+    resumed = train(tmp_path / "parts", *fields, "--max_steps", 4)
+    losses = [[line["loss"] for line in lines if "loss" in line] for lines in (whole, resumed)]
+    assert len(losses[0]) == 4 and losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+def test_checkpoint_on_several_devices(fresh_egmf, processor, samples, make_batch, tmp_path):
+    batch, candidates = make_batch(samples), processor.candidates("meld")
+    wanted = fresh_egmf.score_labels(candidates, **batch).log_probs
+    fresh_egmf.save_pretrained(tmp_path)
+    model = EGMFForConditionalGeneration.from_pretrained(tmp_path, device_map="auto")
+    found = model.score_labels(candidates, **on_gpu(batch)).log_probs
+    assert (found.cpu() - wanted).abs().max() < 1e-3
+
+
+def test_pipeline_answers_on_a_gpu(fresh_egmf, processor, tmp_path):
+    for part in (fresh_egmf, processor):
+        part.save_pretrained(tmp_path)
+    devices = "cpu", "cuda"
+    asked = [pipeline("affect-recognition", str(tmp_path), trust_remote_code=True, device=one) for one in devices]
+    wanted, found = (ask({"text": "that is wonderful"}, task="meld") for ask in asked)
+    assert found["label"] == wanted["label"]
+    assert found["probabilities"] == pytest.approx(wanted["probabilities"], abs=1e-3)
+
+
+def test_tower_in_bf16_hears_what_it_hears_in_float32(assemble):
+    model = assemble(audio_tower=whisper(), audio_input_rate=100).to("cuda")
+    shape = 2, model.config.audio_config.num_mel_bins, 100
+    inputs, mask = torch.randn(shape, device="cuda"), torch.ones(2, 100, dtype=torch.long, device="cuda")
+    with torch.no_grad():
+        wanted = torch.stack(model.model.get_audio_features(inputs, mask)[0])
+        model.model.audio_tower.to(torch.bfloat16)
+        found = torch.stack(model.model.get_audio_features(inputs, mask)[0])
+    assert found.dtype == torch.bfloat16
+    assert torch.nn.functional.cosine_similarity(found.float().flatten(), wanted.flatten(), dim=0) > 0.999
