@@ -38,6 +38,7 @@ from transformers import AutoModel, AutoProcessor
 from transformers.utils import cached_file
 
 from corpora import CORPORA, clusters_of, group_of, load_corpus
+from corpora.splits import SPLITS_FILE, read_splits
 from egmf.arguments import positive
 from egmf.commands import check_model, run_command
 from egmf.data.collator import LABEL_COLUMNS, AffectCollator, check_labels, expand_by_task
@@ -59,7 +60,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model", help="folder or Hub id of a trained model")
     parser.add_argument("--corpus", required=True, choices=CORPORA)
-    parser.add_argument("--corpus_dir", help="folder with the corpus's published files")
+    parser.add_argument("--corpus_dir", help="folder with the corpus's published files; of a table, its file")
     parser.add_argument("--corpus_options", type=json.loads, help="JSON; by default those the model was trained with")
     parser.add_argument("--task", help="task to ask; by default the first that the model was trained on")
     parser.add_argument("--split", default="test", choices=["train", "validation", "test"])
@@ -229,8 +230,14 @@ def main(arguments: list[str]) -> None:
     options = args.corpus_options
     if options is None:
         options = trained["corpus_options"] if trained.get("corpus") == args.corpus else part.get("options", {})
+    if args.corpus == "table":  # the splits that training made; what it has not seen is test data
+        options = {"splits": read_splits(Path(args.model).parent / SPLITS_FILE)} | options
     with in_turns():  # loading may generate the corpus
-        rows = load_corpus(args.corpus, args.corpus_dir, **options)[args.split]
+        corpus = load_corpus(args.corpus, args.corpus_dir, **options)
+    rows = corpus[args.split]
+    if not len(rows):
+        wanted = f"one with rows: {', '.join(f'{name} ({len(part)})' for name, part in corpus.items() if len(part))}"
+        raise ValueError(f"split: got {args.split}, which has no rows in {args.corpus}, wanted {wanted}")
     adapted = trained.get("speaker_adaptation", False)
     if adapted:
         rows = name_speakers(args.corpus, args.split, rows)

@@ -6,10 +6,13 @@
 Phases: each tower from scratch (`tower_epochs`), the fusion without the LLM (`fusion_epochs`), the fusion and the LLM
 with LoRA. `num_train_epochs: 0` stops after the towers.
 
+`--dry_run` shows rows, a prompt, parameters and memory, and stops.
+
 Writes to `output_dir`: checkpoints in a folder per phase (repeat the command to resume), `log.jsonl`, `training.png`,
-trained towers in `towers/` (for `audio_tower` and `vision_tower` of other recipes), `model/` (merged, in float32, for
-`AutoModel.from_pretrained(..., trust_remote_code=True)`; `recipe.json` in it has the recipe's fields and the packages'
-versions) and `adapter/` (the weights trained last, for `publish.py --adapter_only`).
+the splits of a table in `splits.csv`, trained towers in `towers/` (for `audio_tower` and `vision_tower` of other
+recipes), `model/` (merged, in float32, for `AutoModel.from_pretrained(..., trust_remote_code=True)`; `recipe.json` in
+it has the recipe's fields and the packages' versions) and `adapter/` (the weights trained last, for `publish.py
+--adapter_only`).
 """
 
 import copy
@@ -29,8 +32,10 @@ from datasets import Dataset, DatasetDict, concatenate_datasets
 from peft.helpers import disable_input_dtype_casting
 from transformers import TrainingArguments, set_seed
 
+from corpora.report import describe_corpus, find_doubts
+from corpora.splits import SPLITS_FILE, write_splits
 from egmf.data.collator import AffectCollator, expand_by_task, prompt_lengths
-from egmf.data.mixture import check_corpora, expand_parts, load_corpora, mixture_of
+from egmf.data.mixture import check_corpora, load_corpora, mix_rows
 from egmf.data.speakers import Centers, name_speakers, speaker_centers
 from egmf.data.tower_cache import COLUMNS, TowerCache
 from egmf.files import writing
@@ -53,6 +58,7 @@ from egmf.training.assembly import (
     trained_towers,
 )
 from egmf.training.calibration import calibrate
+from egmf.training.dry_run import describe_model, describe_prompt
 from egmf.training.language_models import resolve_language_model
 from egmf.training.preemption import run_training
 from egmf.training.pretraining import FusionPretraining, TowerPretraining
@@ -183,6 +189,21 @@ def save_model(recipe: Recipe, model: EGMFForConditionalGeneration, processor: E
         (folder / "recipe.json").write_text(json.dumps(fields, indent=2) + "\n")
 
 
+def report_corpora(recipe: Recipe, corpora: list[DatasetDict], output: Path) -> None:
+    """Says what tables (in a dry run: all corpora) contain, and writes down the splits of a table.
+
+    Raises:
+        ValueError: If the run began with other rows or splits.
+    """
+    for part, corpus in zip(recipe.data.parts, corpora, strict=True):
+        if part.name == "table" or recipe.dry_run:
+            print("\n".join([f"{part.name}: {part.source or 'no files'}", *describe_corpus(corpus)]), flush=True)
+            for doubt in find_doubts(corpus):
+                logging.warning("%s: %s", part.name, doubt)
+        if part.name == "table" and not recipe.dry_run:
+            write_splits(output / SPLITS_FILE, corpus)
+
+
 def main(arguments: list[str]) -> None:
     recipe = load_recipe(arguments)
     training, data = recipe.training, recipe.data
@@ -190,14 +211,17 @@ def main(arguments: list[str]) -> None:
     check_reporters(training.report_to)
     check_sharding(recipe)
     output = Path(training.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
+    if not recipe.dry_run:
+        output.mkdir(parents=True, exist_ok=True)
     set_seed(training.seed)
 
     with in_turns():  # creates generated corpora, shrunk models and the converted LLM
-        corpora = load_corpora(data.parts)
+        corpora = load_corpora(data)
         if recipe.model.shrink != 1:
             recipe = dataclasses.replace(recipe, model=shrink(recipe.model, output / "shrunk"))
         language_model = resolve_language_model(recipe.model.language_model)
+    if PartialState().is_main_process:
+        report_corpora(recipe, corpora, output)
     if data.speaker_adaptation:
         corpora = [
             DatasetDict({split: name_speakers(part.name, split, rows) for split, rows in splits.items()})
@@ -208,11 +232,18 @@ def main(arguments: list[str]) -> None:
     processor = build_processor(recipe, language_model, towers)
     tasks = [processor.tasks[name] for name in data.tasks]
     check_corpora(data.parts, corpora, processor, data.modalities)
-    asked, mixture = expand_parts(data.parts, corpora, processor, "train"), mixture_of(data.parts, corpora)
+    if training.eval_strategy != "no" and not len(corpus["validation"]):
+        raise ValueError(f"eval_strategy: got {training.eval_strategy.value} without validation rows, wanted no")
+    asked, mixture = mix_rows(data.parts, corpora, processor, data.balance_classes)
     model = build_model(recipe, language_model, processor, towers, corpus["train"])
 
     training.remove_unused_columns = False  # the collator reads the corpus's columns
     learns_on = trained_towers(recipe, towers)
+    if recipe.dry_run:
+        collator = AffectCollator(processor, tasks, data.modalities, with_answers=True)
+        model = add_lora(recipe, model, learns_on)
+        print("\n".join([*describe_prompt(asked[0], collator), *describe_model(recipe, model, asked, collator)]))
+        return
     with_experts = list(towers) if recipe.phases.tower_epochs else learns_on
     inputs = fill_cache(recipe, model, processor, towers, with_experts, corpus, None) if towers else None
     if inputs is not None and training.process_index == 0:
@@ -233,9 +264,10 @@ def main(arguments: list[str]) -> None:
             collator = AffectCollator(
                 processor, tasks[:1], [modality], with_answers=False, cache=inputs, speeds=speeds
             )
-            rows, phase = expand_by_task(corpus["train"], tasks[:1]), output / f"{modality}_tower"
+            first = [dataclasses.replace(data.parts[0], tasks=data.tasks[:1])]
+            rows, own_mixture = mix_rows(first, corpora, processor, data.balance_classes)
             epochs, rate = recipe.phases.tower_epochs, recipe.phases.tower_learning_rate
-            pretrain(recipe, alone, collator, rows, phase, epochs, rate)
+            pretrain(recipe, alone, collator, rows, output / f"{modality}_tower", epochs, rate, own_mixture)
             alone.requires_grad_(False)
     set_clip_statistics(model, corpus, inputs, centers)
     if recipe.phases.fusion_epochs:

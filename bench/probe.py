@@ -305,7 +305,7 @@ def main(arguments: list[str]) -> None:
     args, recipe = parse_arguments(arguments)
     check_recipe(recipe)
     data = recipe.data
-    (corpus,) = corpora = load_corpora(data.parts)
+    (corpus,) = corpora = load_corpora(data)
     if not len(corpus[args.split]):
         raise ValueError(f"split: got {args.split}, which is empty, wanted one with rows")
     language_model = resolve_language_model(recipe.model.language_model)

@@ -1,5 +1,6 @@
-"""Readers for published and generated corpora; all return a `datasets.DatasetDict` with the same schema.
+"""Readers for published and generated corpora, and for tables of your own clips.
 
+All return a `datasets.DatasetDict` with the same schema.
 Each module reads one corpus through `load(source, **options)`. `corpora/schema.py` describes the columns. This package
 does not depend on the model. `python -m corpora` converts a large corpus once; `load_corpus` also reads the result.
 
@@ -18,7 +19,7 @@ from datasets import DatasetDict
 from corpora.converted import is_converted, load_converted
 
 
-CORPORA = ("avatars", "casia", "cherma", "generated", "meld", "mosei", "mosi", "mvsa", "ravdess", "simsv2")
+CORPORA = ("avatars", "casia", "cherma", "generated", "meld", "mosei", "mosi", "mvsa", "ravdess", "simsv2", "table")
 
 # The units of `CLUSTERS` that are speakers.
 SPEAKER_UNITS = ("actors", "people", "speakers")
@@ -29,8 +30,9 @@ def load_corpus(name: str, source: str | os.PathLike | None = None, **options) -
 
     Args:
         name: one of `CORPORA`.
-        source: the folder (or file) with the published files, or a folder written by `python -m corpora`. For
-            `avatars`: the folder to which clips are written. For `generated`: `None`, because it has no files.
+        source: the folder (or file) with the published files, or a folder written by `python -m corpora`. For `table`:
+            your own table, see `corpora/table.py`. For `avatars`: the folder to which clips are written. For
+            `generated`: `None`, because it has no files.
         **options: options of the module's `load`; for a converted folder, those of
             `corpora.converted.load_converted`.
 
@@ -52,7 +54,7 @@ def load_corpus(name: str, source: str | os.PathLike | None = None, **options) -
         if option not in known:
             raise ValueError(f"corpus {name!r}: unknown option {option!r}, expected one of {', '.join(known)}")
     if source is None and name != "generated":
-        raise ValueError(f"corpus {name!r}: source is None, expected the folder with its files")
+        raise ValueError(f"corpus {name!r}: source is None, expected the folder with its files (--corpus_dir)")
     return load(source, **options)
 
 

@@ -1,5 +1,8 @@
 """Code that the corpus readers share: notes about repairs, the result of reading, and the repair of values."""
 
+import codecs
+import csv
+import io
 import logging
 import re
 from collections.abc import Callable, Iterator
@@ -15,6 +18,8 @@ from corpora.schema import build_split
 
 # Five of these 32 bytes are undefined in Python's cp1252 codec and stay unchanged.
 _CP1252 = {code: bytes([code]).decode("cp1252", errors="ignore") or chr(code) for code in range(0x80, 0xA0)}
+_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+DELIMITERS = ",;\t|"
 _SHOWN = 3  # ids shown in each note
 
 
@@ -101,6 +106,67 @@ class Ids:
 def repair_text(text: str) -> str:
     """Strip outer whitespace; replace U+0080 to U+009F by the characters for these bytes in cp1252."""
     return text.translate(_CP1252).strip()
+
+
+def decode_text(file: Path) -> str:
+    """The content of a UTF-8 file, or of a UTF-16 file with a byte order mark, as spreadsheet programs save tables.
+
+    Raises:
+        ValueError: If it is neither; the message names the line.
+    """
+    content = file.read_bytes()
+    encoding = next((name for mark, name in _MARKS.items() if content.startswith(mark)), "utf-8")
+    try:
+        return content.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        got = f"a byte 0x{content[error.start]:02x} that is not {encoding.upper()}"
+        raise ValueError(f"{file}: line {line}: got {got}, wanted the file saved as UTF-8") from None
+
+
+def read_csv(file: Path) -> tuple[list[str], Iterator[tuple[int, dict[str, str] | str]]]:
+    """Read a CSV file in the forms that spreadsheet programs save ([`decode_text`]); all cells are text.
+
+    The delimiter is the one of `DELIMITERS` that divides the header into the most columns. Empty lines are left out.
+
+    Returns:
+        The header, and the line and cells of each row; the cells are a string that says what is wrong if their number
+        differs from the header's.
+
+    Raises:
+        ValueError: If a column comes twice, or (while iterating) a quote is not closed.
+    """
+    content = decode_text(file)
+    first = content.split("\n", 1)[0]
+    delimiter = max(DELIMITERS, key=lambda mark: len(next(csv.reader([first], delimiter=mark), [])))
+    lines = csv.reader(io.StringIO(content, newline=""), delimiter=delimiter, strict=True)
+    header = [name.strip() for name in _next_cells(file, lines) or ()]
+    for name in header:
+        if name and header.count(name) > 1:
+            raise ValueError(f"{file}: line 1: got the column {name} twice, wanted each column once")
+    return header, _csv_rows(file, lines, header, delimiter)
+
+
+def _csv_rows(file: Path, lines: Any, header: list[str], delimiter: str) -> Iterator[tuple[int, dict[str, str] | str]]:
+    while True:
+        line = lines.line_num + 1
+        cells = _next_cells(file, lines)
+        if cells is None:
+            return
+        if len(cells) != len(header) and any(cells):
+            wanted = f"{len(header)}, as in the header: put a text that contains {delimiter!r} into double quotes"
+            yield line, f"got {len(cells)} cells, wanted {wanted}"
+        elif any(cell.strip() for cell in cells):
+            yield line, dict(zip(header, cells, strict=True))
+
+
+def _next_cells(file: Path, lines: Any) -> list[str] | None:
+    line = lines.line_num + 1
+    try:
+        return next(lines, None)
+    except csv.Error as error:
+        wanted = "every opening quote closed, and quotes inside a text doubled"
+        raise ValueError(f"{file}: line {line}: got a faulty quote ({error}), wanted {wanted}") from None
 
 
 def finite(values: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:

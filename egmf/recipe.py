@@ -21,6 +21,7 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from egmf.configuration_egmf import EGMFConfig
+from egmf.tasks_egmf import BUILTIN_TASKS, AffectTask
 
 
 MODALITIES = ("text", "audio", "vision")
@@ -37,7 +38,7 @@ class ModelArguments:
 
     language_model: str = field(metadata={"help": "local folder or Hub id of a causal LLM, or `tiny-random`"})
     shrink: int = field(
-        default=1, metadata={"help": "2, 4, 8 or 16: a dry run on random models that are this many times smaller"}
+        default=1, metadata={"help": "2, 4, 8 or 16: rehearse on random models that are this many times smaller"}
     )
     audio_tower: str | dict = field(
         default="", metadata={"help": "folder or Hub id of a speech encoder, or a mapping that describes a new one"}
@@ -78,20 +79,37 @@ class CorpusPart:
 class DataArguments:
     """The training data: one corpus (`corpus`, `tasks`, `corpus_options`), or a mixture of several (`corpora`).
 
+    A task is the name of a built-in one, or a mapping with the fields of `AffectTask`: `{name: stress, labels: [calm,
+    tense], prompt: ...}`. `tasks` then holds its name, and `task_definitions` the mapping. Without tasks, those of a
+    table follow from its labels ([`infer_tasks`](data/tasks.py)).
+
     A mixture maps the name of each corpus to its `tasks`, its `weight` (its share of an epoch's rows, relative to the
     other weights; see `mixture.py`) and optionally its `options`. `tasks` then lists the tasks of all corpora, each
     once.
     """
 
-    corpus: str = field(default="", metadata={"help": "name of a corpus, see `corpora.CORPORA`"})
-    tasks: list[str] = field(
-        default_factory=list, metadata={"help": "what is asked of every row, see `tasks_egmf.BUILTIN_TASKS`"}
+    corpus: str = field(
+        default="", metadata={"help": "name of a corpus, see `corpora.CORPORA`; `table` for your own clips"}
     )
+    tasks: list = field(
+        default_factory=list,
+        metadata={
+            "help": "what is asked of every row: names of `tasks_egmf.BUILTIN_TASKS`, or mappings such as "
+            '{"name": "stress", "labels": ["calm", "tense"], "prompt": "..."}; a table needs none'
+        },
+    )
+    task_definitions: dict[str, dict] = field(default_factory=dict, init=False)
     corpora: dict = field(default_factory=dict, metadata={"help": "a mixture, see `DataArguments`"})
     corpus_dir: str | None = field(
-        default=None, metadata={"help": "folder with the corpus's files; of a mixture, with a folder per corpus"}
+        default=None,
+        metadata={
+            "help": "folder with the corpus's files; of a mixture, with a folder per corpus; of a table, its file"
+        },
     )
-    corpus_options: dict = field(default_factory=dict, metadata={"help": "options of its `load`"})
+    corpus_options: dict = field(default_factory=dict, metadata={"help": "options of its `load` in `corpora/`"})
+    balance_classes: bool = field(
+        default=False, metadata={"help": "draw every label equally often, for labels of different frequency"}
+    )
     audio_speeds: list[float] = field(
         default_factory=lambda: [1.0],
         metadata={"help": "speeds; training draws one at each use of a clip; 1.1 is a tenth faster and higher"},
@@ -110,12 +128,14 @@ class DataArguments:
     )
 
     def __post_init__(self):
-        self.tasks = list(self.tasks)
+        self.tasks = [self._name_of(task) for task in self.tasks]
         for name, rate in self.modality_dropout.items():
             if name not in MODALITIES or not isinstance(rate, int | float) or not 0 <= rate < 1:
                 wanted = "text, audio or vision with a rate in [0, 1)"
                 raise ValueError(f"modality_dropout: got {{{name!r}: {rate}}}, wanted {wanted}")
         self._check_corpora()
+        for part in self.corpora.values():
+            part["tasks"] = [self._name_of(task) for task in part["tasks"]]
         for part in self.parts:
             self.tasks += [task for task in part.tasks if task not in self.tasks]
         if not self.modalities or set(self.modalities) - set(MODALITIES):
@@ -126,9 +146,29 @@ class DataArguments:
             wanted = "audio or vision among them"
             raise ValueError(f"speaker_adaptation: got true with modalities {self.modalities}, wanted {wanted}")
 
+    def define(self, tasks: list[AffectTask]) -> None:
+        """Adds tasks, for a recipe that names none."""
+        self.tasks = [self._name_of(task.to_dict()) for task in tasks]
+
+    def _name_of(self, task: str | dict) -> str:
+        """The name of a task; keeps the definition of one that is not built in.
+
+        Raises:
+            ValueError: If a mapping does not describe a task, or has the name of another one.
+        """
+        if not isinstance(task, dict):
+            return task
+        name, kind = task.get("name"), "classification" if "labels" in task else "regression"
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"tasks: got {task}, wanted a `name` in it")
+        if name in BUILTIN_TASKS or name in self.task_definitions:
+            raise ValueError(f"tasks: got {name!r} again, wanted a name that is neither built in nor used before")
+        self.task_definitions[name] = AffectTask.from_dict({"kind": kind} | task).to_dict()
+        return name
+
     def _check_corpora(self) -> None:
         if not self.corpora:
-            if not self.corpus or not self.tasks:
+            if not self.corpus or not self.tasks and self.corpus != "table":
                 got = f"corpus {self.corpus!r} and tasks {self.tasks}"
                 raise ValueError(f"corpus: got {got}, wanted both, or `corpora`, a mixture")
             return
@@ -198,7 +238,11 @@ _OWN = (ModelArguments, DataArguments, PhaseArguments)
 
 @dataclass
 class Recipe:
-    """A parsed recipe; `fusion` has all of `FUSION_FIELDS`, `fields` has the names of the fields that were set."""
+    """A parsed recipe.
+
+    `fusion` has all of `FUSION_FIELDS`, `fields` has the names of the fields that were set, and `dry_run` says whether
+    the command line asked to stop before training.
+    """
 
     model: ModelArguments
     fusion: dict[str, Any]
@@ -206,6 +250,7 @@ class Recipe:
     phases: PhaseArguments
     training: TrainingArguments
     fields: set[str]
+    dry_run: bool = False
 
     def record(self) -> dict[str, Any]:
         """All fields except TrainingArguments, for `recipe.json`; `fusion` is a nested mapping."""
@@ -257,7 +302,7 @@ def load_recipe(arguments: list[str]) -> Recipe:
     if not isinstance(said, dict):
         raise ValueError(f"{path}: got {type(said).__name__}, wanted a mapping of fields")
     namespace, unknown = parser.parse_known_args(arguments)
-    given = {name: value for name, value in vars(namespace).items() if name != "recipe"}
+    given = {name: value for name, value in vars(namespace).items() if name not in ("recipe", "dry_run")}
     fusion = said.pop("fusion", {})
     if not isinstance(fusion, dict):
         raise ValueError(f"{path}: fusion: got {fusion!r}, wanted a mapping of {', '.join(FUSION_FIELDS)}")
@@ -277,7 +322,8 @@ def load_recipe(arguments: list[str]) -> Recipe:
     if "language_model" not in merged:
         raise ValueError(f"{path}: language_model: got nothing, wanted a local folder or the Hub id of a causal LLM")
     model, data, phases, training = (_made(kind, merged) for kind in (*_OWN, TrainingArguments))
-    recipe = Recipe(model, fusion, data, phases, training, fields=said.keys() | given.keys())
+    dry_run = "dry_run" in namespace
+    recipe = Recipe(model, fusion, data, phases, training, said.keys() | given.keys(), dry_run)
     if data.corpora and phases.tower_epochs:
         wanted = "0 in a mixture: towers from scratch learn one task alone"
         raise ValueError(f"tower_epochs: got {phases.tower_epochs}, wanted {wanted}")
@@ -362,10 +408,14 @@ def _parser() -> argparse.ArgumentParser:
         action.default, action.required = argparse.SUPPRESS, False
     parser.description = "Trains EGMF by a recipe. Every field of the recipe can be overridden."
     parser.add_argument("recipe", help="a YAML file, see recipes/")
+    shown = "build everything, show rows, a prompt, parameters and memory, and stop"
+    parser.add_argument("--dry_run", "--dry-run", action="store_true", default=argparse.SUPPRESS, help=shown)
     for arguments in _OWN:
         group = parser.add_argument_group(str(arguments.__doc__).split("\n")[0])
         hints = get_type_hints(arguments)
         for part in fields(arguments):
+            if not part.init:
+                continue
             default = _default(part)
             shown = "" if default is MISSING else f" (default: {default!r})"
             _add(group, part.name, hints[part.name], part.metadata["help"] + shown)
@@ -385,7 +435,7 @@ def _add(group: Any, name: str, hint: Any, text: str, kind: type | None = None) 
     kinds = tuple(get_origin(one) or one for one in kinds) if kind is None else (kind,)
     if list in kinds:
         items = {inner for one in (hint, *get_args(hint)) if get_origin(one) is list for inner in get_args(one)}
-        group.add_argument(*names, nargs="*", type=(items or {str}).pop(), **options)
+        group.add_argument(*names, nargs="*", type=(items or {_name_or_mapping}).pop(), **options)
     elif dict in kinds and str in kinds:
         group.add_argument(*names, type=_name_or_mapping, **options)
     elif dict in kinds:

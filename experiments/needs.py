@@ -36,6 +36,7 @@ from egmf.processing_egmf import EGMFProcessor
 from egmf.recipe import Recipe, load_recipe
 from egmf.towers_egmf import encoder_of, tower_num_states, tower_size
 from egmf.training.assembly import add_lora
+from egmf.training.dry_run import TRAINED_BYTES, count_parameters, kept_tensors
 from egmf.training.language_models import byte_tokenizer
 from egmf.training.shrinking import published_config
 
@@ -97,7 +98,7 @@ def build(recipe: Recipe, layers: int) -> tuple[torch.nn.Module, EGMFProcessor]:
     else:
         options = {f"{name}_feature_size": width for name, (_, width) in features_of(recipe).items()}
     for name in ("num_pseudo_tokens", "fusion_hidden_size", "fusion_intermediate_size", "fusion_dropout"):
-        options[name] = getattr(recipe.model, name)
+        options[name] = recipe.fusion[name]
     model = EGMFForConditionalGeneration.from_language_model(llm, pseudo_token_id=processor.pseudo_token_id, **options)
     return add_lora(recipe, model, []).train(), processor
 
@@ -143,22 +144,11 @@ def cost_of(recipe: Recipe, layers: int, tokens: int) -> Cost:
         features[f"{name}_features"] = [torch.randn(shape)]
     empty = processor(text=[""], task=task, answer=[task.answers[0]])["input_ids"].shape[1]
     batch = processor(text=["a" * max(0, tokens - empty)], task=task, answer=[task.answers[0]], **features)
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # the tensor keeps its address in use
-        return tensor
-
     with FlopCounterMode(display=False) as operations, _Kernels() as kernels:
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            with disable_input_dtype_casting(model), torch.autocast("cpu", torch.bfloat16):
-                loss = model(**batch).loss
+        with kept_tensors(model) as kept, disable_input_dtype_casting(model), torch.autocast("cpu", torch.bfloat16):
+            loss = model(**batch).loss
         loss.backward()
-    kept_bytes = sum(size for size, _ in kept.values())
-    return Cost(kept_bytes, operations.get_total_flops(), kernels.count)
+    return Cost(kept(), operations.get_total_flops(), kernels.count)
 
 
 def tower_operations(recipe: Recipe) -> float:
@@ -169,12 +159,7 @@ def tower_operations(recipe: Recipe) -> float:
     positions["audio"] = AUDIO_RATE * SECONDS[recipe.data.corpus]
     vision = towers["vision"].config
     positions["vision"] = recipe.model.num_frames * ((vision.image_size // vision.patch_size) ** 2 + 1)
-    return sum(2.0 * count(tower) * positions[name] for name, tower in towers.items())
-
-
-def count(module: torch.nn.Module, trained: bool | None = None) -> int:
-    """The number of parameters: all (None), only trained (True) or only frozen (False) ones."""
-    return sum(p.numel() for p in module.parameters() if trained is None or p.requires_grad == trained)
+    return sum(2.0 * count_parameters(tower) * positions[name] for name, tower in towers.items())
 
 
 def disk_of(recipe: Recipe) -> float:
@@ -201,7 +186,7 @@ def needs() -> list[dict]:
     layer, trained = {}, {}
     for size in SIZES:
         recipe = load("meld_qwen3_features", size)
-        counts = [count(build(recipe, layers)[0], trained=True) for layers in (1, 2)]
+        counts = [count_parameters(build(recipe, layers)[0], trained=True) for layers in (1, 2)]
         trained[size] = counts[1] - counts[0]
         one, two = (cost_of(recipe, layers, TOKENS["features"]) for layers in (1, 2))
         layer[size] = two.plus(one, -1)
@@ -210,18 +195,18 @@ def needs() -> list[dict]:
         smallest = load(name, SIZES[0])
         kind = name.rpartition("_")[2]
         around = cost_of(smallest, 1, TOKENS["features"]).plus(layer[SIZES[0]], -1)
-        fusion = count(build(smallest, 1)[0], trained=True) - trained[SIZES[0]]
+        fusion = count_parameters(build(smallest, 1)[0], trained=True) - trained[SIZES[0]]
         for size in SIZES:
             recipe = load(name, size)
             llm = published_config(recipe.model.language_model)
             with torch.device("meta"):
-                frozen = count(AutoModelForCausalLM.from_config(llm))
-            frozen += sum(map(count, towers_of(recipe).values()))
+                frozen = count_parameters(AutoModelForCausalLM.from_config(llm))
+            frozen += sum(map(count_parameters, towers_of(recipe).values()))
             learns = fusion + llm.num_hidden_layers * trained[size]
             batch, tokens = recipe.training.per_device_train_batch_size, TOKENS[kind]
             kept = around.kept + llm.num_hidden_layers * layer[size].kept * LONGEST / TOKENS["features"]
             logits = 3 * 4 * VOCABULARY * ANSWER
-            memory = (2 * frozen + 16 * learns + batch * (kept + logits)) * SPARE + OVERHEAD
+            memory = (2 * frozen + TRAINED_BYTES * learns + batch * (kept + logits)) * SPARE + OVERHEAD
             per_row = around.operations + llm.num_hidden_layers * layer[size].operations * tokens / TOKENS["features"]
             kernels = around.kernels + llm.num_hidden_layers * layer[size].kernels
             train, validation = ROWS[recipe.data.corpus]

@@ -135,10 +135,13 @@ def test_the_commands_of_the_start_are_in_the_readme():
 def test_evaluation_commands_fit_the_recipes():
     trained = {}
     for recipe, *options in commands("train.py"):
+        if recipe == "recipes/own_clips.yaml":  # tests/test_table.py runs these
+            continue
         fields = yaml.safe_load((ROOT / recipe).read_text(encoding="utf-8"))
         assert options[:2] == ["--corpus_dir", "DIR"]
         trained[fields["corpus"]] = fields
     evaluated = {args.corpus: args for args in map(eval_script.parse_arguments, commands("eval.py"))}
+    del evaluated["table"]
     assert set(trained) == set(evaluated) == {"mosi", "meld"}
     for corpus, args in evaluated.items():
         assert args.model == f"{trained[corpus]['output_dir']}/model"

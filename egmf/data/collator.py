@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset, concatenate_datasets
 
 from egmf.data.augmentation import augment
+from egmf.data.clips import load_row_media
 from egmf.data.speakers import SPEAKER, Centers, stack_centers
 from egmf.data.tower_cache import COLUMNS, PREPROCESSORS, TowerCache
 from egmf.media_egmf import AudioClip, VideoClip
@@ -175,9 +176,11 @@ class AffectCollator:
 
     def _load(self, modality: str, row: dict) -> AudioClip | VideoClip | None:
         """The row's clip; None if there is none or its file cannot be read."""
-        file = {COLUMNS[modality]: row[COLUMNS[modality]]}
+        name = row[COLUMNS[modality]]
+        if name is None:
+            return None
         try:
-            media = self.processor.load_media(**file, sound_track=False)
+            media = load_row_media(self.processor, COLUMNS[modality], name)
         except self.processor.media_error as error:
             self.errors[row["id"]] = str(error)
             return None

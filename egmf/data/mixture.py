@@ -1,4 +1,4 @@
-"""Mixtures of corpora: loading, checks, and a sampler that draws rows by weights."""
+"""Mixtures of corpora and of labels: loading, checks, and a sampler that draws rows by weights."""
 
 import logging
 from collections.abc import Iterator
@@ -9,15 +9,19 @@ from torch.utils.data import Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from corpora import load_corpus
-from egmf.data.collator import check_labels, expand_by_task
+from egmf.data.collator import LABEL_COLUMNS, check_labels, expand_by_task
+from egmf.data.tasks import infer_tasks
 from egmf.data.tower_cache import COLUMNS, PREPROCESSORS
-from egmf.processing_egmf import EGMFProcessor
-from egmf.recipe import CorpusPart
+from egmf.processing_egmf import AffectTask, EGMFProcessor
+from egmf.recipe import CorpusPart, DataArguments
 
 
-def load_corpora(parts: list[CorpusPart]) -> list[DatasetDict]:
-    """The corpora of a recipe, in its order."""
-    return [load_corpus(part.name, part.source, **part.options) for part in parts]
+def load_corpora(data: DataArguments) -> list[DatasetDict]:
+    """The corpora of a recipe, in its order. Without tasks in the recipe, adds those that follow from the labels."""
+    corpora = [load_corpus(part.name, part.source, **part.options) for part in data.parts]
+    if not data.tasks:
+        data.define(infer_tasks(corpora[0]))
+    return corpora
 
 
 def check_corpora(
@@ -26,9 +30,11 @@ def check_corpora(
     """Checks that each corpus's labels are answers of its tasks, and logs features and clips that will not be used.
 
     Raises:
-        ValueError: If a label is not an answer.
+        ValueError: If a label is not an answer, or there are no rows to train on.
     """
     for part, corpus in zip(parts, corpora, strict=True):
+        if not len(corpus["train"]):
+            raise ValueError(f"{part.name} / train: got no rows, wanted some to learn from")
         for split in ("train", "validation"):
             for name in part.tasks:
                 check_labels(f"{part.name} / {split}", corpus[split], processor.tasks[name])
@@ -48,26 +54,55 @@ def _has_any(rows: Dataset, column: str) -> bool:
     return any(table.column(column).null_count < len(table) for table in tables)
 
 
-def expand_parts(parts: list[CorpusPart], corpora: list[DatasetDict], processor: EGMFProcessor, split: str) -> Dataset:
-    """All rows of a split, corpus by corpus, each repeated for each task of its corpus ([`expand_by_task`])."""
-    return concatenate_datasets(
-        [
-            expand_by_task(corpus[split], [processor.tasks[name] for name in part.tasks])
-            for part, corpus in zip(parts, corpora, strict=True)
-        ]
-    )
+def mix_rows(
+    parts: list[CorpusPart], corpora: list[DatasetDict], processor: EGMFProcessor, balanced: bool
+) -> tuple[Dataset, tuple[list[int], list[float]] | None]:
+    """All training rows, corpus by corpus, each repeated for each task of its corpus ([`expand_by_task`]).
+
+    Args:
+        parts, corpora: The recipe's corpora.
+        processor: The processor, with the tasks.
+        balanced: Whether to draw all labels of a task equally often. Scores are drawn as they come.
+
+    Returns:
+        The rows, and (sizes, weights) of the groups in them for [`MixtureTrainer`]. A group is a corpus or, if
+        balanced, one label of a task. None for one corpus that is not balanced.
+    """
+    groups: list[tuple[Dataset, float]] = []
+    for part, corpus in zip(parts, corpora, strict=True):
+        tasks = [processor.tasks[name] for name in part.tasks]
+        if not balanced:
+            groups.append((expand_by_task(corpus["train"], tasks), part.weight))
+            continue
+        for task in tasks:
+            by_label = _by_label(expand_by_task(corpus["train"], [task]), task)
+            groups += [(rows, part.weight / len(tasks) / len(by_label)) for rows in by_label]
+    rows = concatenate_datasets([group for group, _ in groups])
+    if len(groups) == 1:
+        return rows, None
+    return rows, ([len(group) for group, _ in groups], [weight for _, weight in groups])
+
+
+def _by_label(rows: Dataset, task: AffectTask) -> list[Dataset]:
+    """The rows of each label; scores are not divided."""
+    if task.kind != "classification":
+        return [rows]
+    places: dict[str, list[int]] = {}
+    for place, label in enumerate(rows[LABEL_COLUMNS[task.kind]][:]):
+        places.setdefault(label, []).append(place)
+    return [rows.select(own) for own in places.values()]
 
 
 class MixtureSampler(Sampler[int]):
-    """Draws rows of several corpora, which follow each other in the dataset, by weights.
+    """Draws rows of several groups (corpora or labels), which follow each other in the dataset, by weights.
 
-    An epoch has as many rows as all corpora together; the share of each corpus is its weight divided by the sum of the
-    weights. Across epochs, each row of a corpus is drawn once before any is drawn again, in a new random order each
+    An epoch has as many rows as all groups together; the share of each group is its weight divided by the sum of the
+    weights. Across epochs, each row of a group is drawn once before any is drawn again, in a new random order each
     round. The rows of an epoch depend only on its number and the seed, so a resumed run draws the same rows.
 
     Args:
-        sizes: Number of rows of each corpus.
-        weights: Weight of each corpus.
+        sizes: Number of rows of each group.
+        weights: Weight of each group.
         seed: Seed of the order.
         lengths: Length of each row; rows of similar lengths are then grouped at random.
         batch_size: Size of these groups.
@@ -118,11 +153,3 @@ class MixtureSampler(Sampler[int]):
         for number in place:
             seed = (seed * 1_000_003 + number + 1) % 2**63
         return torch.Generator().manual_seed(seed)
-
-
-def mixture_of(parts: list[CorpusPart], corpora: list[DatasetDict]) -> tuple[list[int], list[float]] | None:
-    """(sizes, weights) of the corpora for [`MixtureTrainer`]; None for a single corpus."""
-    if len(parts) == 1:
-        return None
-    sizes = [len(part.tasks) * len(corpus["train"]) for part, corpus in zip(parts, corpora, strict=True)]
-    return sizes, [part.weight for part in parts]

@@ -23,7 +23,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 import egmf.media_readers_egmf as media_readers_egmf
+from corpora.clips import split_part
 from egmf import media_egmf, media_inputs_egmf, towers_egmf
+from egmf.data.clips import load_row_media
 from egmf.files import writing
 from egmf.media_egmf import AudioClip
 from egmf.media_inputs_egmf import Media, TowerInput
@@ -89,7 +91,7 @@ class TowerCache:
         settings["packages"] = {name: _version(name) for name in PACKAGES}
         if modality == "vision":
             settings["num_frames"] = self.processor.num_frames
-        code, weights = [media_egmf, media_readers_egmf, media_inputs_egmf, _Files], []
+        code, weights = [media_egmf, media_readers_egmf, media_inputs_egmf, load_row_media, _Files], []
         if modality in self.frozen:
             tower = self._tower(modality)
             settings |= {"class": type(tower).__name__, "config": tower.config.to_dict()}
@@ -110,10 +112,11 @@ class TowerCache:
         return digest.hexdigest()[:16]
 
     def _entry(self, modality: str, path: str, speed: float = 1.0) -> Path:
-        if path not in self._hashes:
-            with open(path, "rb") as file:
-                self._hashes[path] = hashlib.file_digest(file, "sha256").hexdigest()
-        content = self._hashes[path] + (f"-{speed}" if speed != 1.0 else "")
+        whole, _, _ = split_part(path)
+        if whole not in self._hashes:
+            with open(whole, "rb") as file:
+                self._hashes[whole] = hashlib.file_digest(file, "sha256").hexdigest()
+        content = self._hashes[whole] + path.removeprefix(whole) + (f"-{speed}" if speed != 1.0 else "")
         return self.folders[modality] / content[:2] / f"{content}.safetensors"
 
     def fill(self, rows: Iterable[dict], device: torch.device, speeds: Iterable[float] = (1.0,)) -> None:
@@ -230,14 +233,13 @@ class _Files(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray | None] | str:
         modality, path, speed = self.files[index]
-        media = {"audio": path} if modality == "audio" else {"video": path, "sound_track": False}
         if self.inputs is not None and modality in self.inputs.trained and speed == 1.0:
             if (modality, path) in self.inputs.errors:
                 return self.inputs.errors[modality, path]
             if self.inputs.has(modality, path):
                 return vars(self.inputs.load(modality, path)[COLUMNS[modality]])
         try:
-            clips = self.processor.load_media(**media)
+            clips = load_row_media(self.processor, COLUMNS[modality], path)
             if speed != 1.0:
                 rate = clips.audio.sampling_rate
                 clips = Media(AudioClip(soxr.resample(clips.audio.samples, speed * rate, rate), rate, []), None)

@@ -107,6 +107,7 @@ def build_processor(recipe: Recipe, language_model: str, towers: dict[str, tuple
         **{PREPROCESSORS[modality]: preprocessor for modality, (_, preprocessor) in towers.items()},
         num_pseudo_tokens=recipe.fusion["num_pseudo_tokens"],
         num_frames=recipe.model.num_frames,
+        tasks=recipe.data.task_definitions,
         max_context_tokens=recipe.data.max_context_tokens,
         default_task=recipe.data.tasks[0],
     )

@@ -1,4 +1,4 @@
-"""Dry runs: `train.py RECIPE --shrink 16` trains smaller random models with the recipe's configurations.
+"""Rehearsals: `train.py RECIPE --shrink 16` trains smaller random models with the recipe's configurations.
 
 Each model that the recipe names (the LLM and the towers) is built with random weights from its configuration, with
 layers, widths and attention heads divided by the number. Everything is loaded, stepped, saved and evaluated as in a
@@ -7,7 +7,7 @@ audio frames, tokenizer and preprocessors stay unchanged.
 
 A configuration comes from the folder or the Hub repository that the recipe names. If the Hub cannot be reached, it
 comes from `recipes/published_configs.json`, with a byte tokenizer instead of the LLM's, and the log says so. A model
-that is not in this file is an error. Only dry runs read the file.
+that is not in this file is an error. Only rehearsals read the file.
 """
 
 import dataclasses

@@ -62,10 +62,10 @@ def data_seed_of(args: TrainingArguments) -> int:
 
 
 class MixtureTrainer(Trainer):
-    """Trainer whose training rows may be a mixture of corpora.
+    """Trainer whose training rows may be a mixture of corpora or labels ([`mix_rows`]).
 
     Args:
-        mixture: (sizes, weights) of the corpora, whose rows follow each other in the training set. None: one corpus.
+        mixture: (sizes, weights) of the groups, whose rows follow each other in the training set. None: one group.
         args, kwargs: See `transformers.Trainer`.
     """
 
@@ -79,7 +79,7 @@ class MixtureTrainer(Trainer):
         strategy, mixture = self.args.train_sampling_strategy, self.mixture
         if mixture is not None and strategy == "sequential":
             wanted = "random or group_by_length"
-            raise ValueError(f"train_sampling_strategy: got {strategy!r} for a mixture of corpora, wanted {wanted}")
+            raise ValueError(f"train_sampling_strategy: got {strategy!r} for a mixture, wanted {wanted}")
         if mixture is None and strategy == "group_by_length":
             # Trainer's own sampler draws the groups from the global random state, which differs between processes and
             # between a run and its resumption.

@@ -1,0 +1,103 @@
+"""Splits for a table that names none."""
+
+import csv
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from datasets import DatasetDict
+
+from corpora.clips import split_part
+
+
+SPLITS = ("train", "validation", "test")
+SHARES = (0.7, 0.15, 0.15)
+SPLITS_FILE = "splits.csv"  # in the folder of a run
+
+
+def make_splits(rows: Sequence[dict[str, Any]], seed: int) -> str:
+    """Fill `split` in all rows. Rows of one group stay together, and labels are spread as evenly as possible.
+
+    The groups are the speakers. If a row has no speaker, or all have the same, the groups are the dialogues, or else
+    the recordings. Train gets 70 % of the rows, validation and test 15 % each, as far as whole groups allow; test and
+    then validation get at least one group while train keeps one.
+
+    Args:
+        rows: Rows with `speaker`, `dialogue` and `recording` (None if unknown) and `emotion` (None for scores).
+        seed: Seed of the order of the groups.
+
+    Returns:
+        The kind of groups: "speaker", "dialogue", "recording" or "row".
+    """
+    by = next((name for name in ("speaker", "dialogue", "recording") if _divides(rows, name)), "row")
+    keys = [row[by] if by != "row" else number for number, row in enumerate(rows)]
+    groups = {key: place for place, key in enumerate(dict.fromkeys(keys))}
+    labels = {label: place for place, label in enumerate(dict.fromkeys(row["emotion"] for row in rows))}
+    counts = np.zeros((len(groups), len(labels)))  # rows of each group and label
+    for key, row in zip(keys, rows, strict=True):
+        counts[groups[key], labels[row["emotion"]]] += 1
+    chosen = _divide(counts, np.random.default_rng(seed))
+    for key, row in zip(keys, rows, strict=True):
+        row["split"] = SPLITS[chosen[groups[key]]]
+    return by
+
+
+def clip_key(row: Mapping[str, Any]) -> str:
+    """What names a row in a file of splits: its id and the size of its file, as other clips may have the same name."""
+    file = row["audio"] or row["video"]
+    return row["id"] if file is None else f"{row['id']} {os.path.getsize(split_part(file)[0])}"
+
+
+def write_splits(file: str | os.PathLike, corpus: DatasetDict) -> None:
+    """Write the split of all rows as CSV.
+
+    Raises:
+        ValueError: If the file is there already, and has other rows or splits.
+    """
+    found = {
+        clip_key(row): split for split, rows in corpus.items() for row in rows.select_columns(["id", "audio", "video"])
+    }
+    if os.path.isfile(file):
+        known = read_splits(file)
+        changed = sum(found.get(key) != known.get(key) for key in found.keys() | known.keys())
+        if changed:
+            got = f"{changed} rows that are new, gone or in another split since the run began"
+            raise ValueError(f"{file}: got {got}, wanted another output_dir for another table")
+        return
+    with open(file, "w", encoding="utf-8", newline="") as target:
+        writer = csv.writer(target)
+        writer.writerow(("clip", "split"))
+        writer.writerows(found.items())
+
+
+def read_splits(file: str | os.PathLike) -> dict[str, str]:
+    """The split of each row by [`clip_key`], from a file of [`write_splits`]; empty if there is none."""
+    if not os.path.isfile(file):
+        return {}
+    with open(file, encoding="utf-8", newline="") as source:
+        return {row["clip"]: row["split"] for row in csv.DictReader(source)}
+
+
+def _divides(rows: Sequence[Mapping[str, Any]], name: str) -> bool:
+    values = {row[name] for row in rows}
+    return None not in values and len(values) > 1
+
+
+def _divide(counts: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The split of each group (groups,), as an index into `SPLITS`, from its rows by label (groups, labels)."""
+    order = rng.permutation(len(counts))
+    order = order[np.argsort(-counts[order].sum(1), kind="stable")]  # large groups first: small ones fill the gaps
+    wanted = np.outer(SHARES, counts.sum(0))  # (splits, labels)
+    chosen = np.zeros(len(counts), int)
+    for group in order:
+        # The squared distance to what is wanted falls most in the split that lacks most of the group's labels.
+        gains = (wanted * counts[group]).sum(1) - (counts[group] ** 2).sum() / 2
+        chosen[group] = int(np.argmax(gains))
+        wanted[chosen[group]] -= counts[group]
+    for split in (2, 1):
+        sizes = Counter(chosen.tolist())
+        if not sizes[split] and sizes[0] > 1:
+            chosen[next(group for group in reversed(order) if chosen[group] == 0)] = split
+    return chosen

@@ -1,0 +1,468 @@
+"""Your own clips and labels, from a table.
+
+The source is one of:
+
+- a table: CSV or TSV (UTF-8 or UTF-16; comma, semicolon, tab or `|`), JSON lines, or parquet;
+- a folder in the form of `datasets`' audiofolder, videofolder or imagefolder, with `metadata.csv` or with a folder for
+  each label; or with tables such as `train.csv` and `test.csv`;
+- a folder that `datasets` saved with `save_to_disk`;
+- the id of a dataset on the Hub.
+
+One row is one utterance. These columns are read; `load` takes other names through `columns`:
+
+| column | content |
+| --- | --- |
+| `file` (or `file_name`) | sound, an image, or a video with its sound; or columns `audio`, `video`, `image` |
+| `text` | the words |
+| `label` or `score` | the name of a class or a number |
+| `speaker` | who speaks |
+| `dialogue` | rows of one dialogue, in the order of the table, are each other's context |
+| `split` | train, validation or test |
+| `language` | "en", "zh" |
+| `start`, `end` | the part of the file in which the utterance is, in seconds or as 0:01:02.5 |
+| `id` | unique; by default the file with its part, or a digest of the words |
+
+Paths are relative to the table. Other columns are ignored. Every row is checked before anything is computed, and each
+wrong row gets one line. `corpora/splits.py` makes the splits of a table without the column.
+"""
+
+import hashlib
+import logging
+import math
+import mimetypes
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets import Audio, ClassLabel, Dataset, DatasetDict, Image, Video
+from datasets.packaged_modules.audiofolder.audiofolder import AudioFolder
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+from datasets.packaged_modules.videofolder.videofolder import VideoFolder
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from corpora.clips import name_part, store_clip
+from corpora.reading import read_csv, repair_text
+from corpora.schema import build_split, check_count
+from corpora.splits import SPLITS, clip_key, make_splits
+
+
+logger = logging.getLogger(__name__)
+
+CLUSTERS = ("speakers", lambda row_id, speaker: speaker)
+MEDIA = ("file", "audio", "video", "image")
+COLUMNS = ("id", *MEDIA, "text", "label", "score", "speaker", "dialogue", "split", "language", "start", "end")
+SPLIT_NAMES = {name: name for name in SPLITS} | {
+    "training": "train",
+    **dict.fromkeys(("valid", "val", "dev", "development"), "validation"),
+    **dict.fromkeys(("testing", "eval", "evaluation"), "test"),
+}
+BUILDERS = {".jsonl": "json", ".parquet": "parquet"}
+TABLES = (".csv", ".tsv", *BUILDERS)
+SHOWN = 100  # wrong rows that are listed
+_SAVED = ("dataset_dict.json", "state.json")  # of `save_to_disk`
+
+
+@dataclass
+class _Part:
+    """Rows of one file or one split.
+
+    Args:
+        name: The file or split, for messages.
+        rows: Pairs of a place, such as "line 3", and the cells of the row; the cells are a string with the reason if
+            the row could not be read.
+        folder: Where relative paths begin; None if the rows must not name files (datasets of the Hub).
+        split: The split of all rows, if the source names it.
+    """
+
+    name: str
+    rows: Iterator[tuple[str, dict[str, Any] | str]]
+    folder: Path | None
+    split: str | None = None
+
+
+@dataclass
+class _Found:
+    """Rows that were read, and one line for each row that is wrong."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+    seen: dict[str, str] = field(default_factory=dict)  # id -> place
+
+
+class _Wrong(Exception):
+    """A cell that cannot be used; the message names the column, what came and what was wanted."""
+
+
+def load(
+    source: str | os.PathLike,
+    columns: Mapping[str, str] | None = None,
+    context: int = 8,
+    seed: int = 0,
+    splits: Mapping[str, str] | None = None,
+    drop_wrong_rows: bool = False,
+    config: str | None = None,
+) -> DatasetDict:
+    """Load a table. A column `label` fills `emotion`; numbers in `label` or `score` fill `sentiment`.
+
+    Args:
+        source: see above.
+        columns: the table's own names, by the names above: `{"label": "emotion"}`.
+        context: maximum number of preceding utterances of the dialogue in each row.
+        seed: random seed of the splits, if the table names none.
+        splits: the splits that a run wrote down (`corpora.splits.read_splits`), for a table that names none. Rows that
+            are not in it belong to `test`.
+        drop_wrong_rows: whether to log wrong rows and leave them out, instead of raising an error.
+        config: configuration of a Hub dataset that has several.
+
+    Raises:
+        ValueError: if the source cannot be read, lacks a column, or has wrong rows. The message lists every wrong row
+            with its place (up to 100).
+        FileNotFoundError: if the source does not exist.
+    """
+    check_count("context", context)
+    check_count("seed", seed)
+    columns, found = dict(columns or {}), _Found()
+    for name in columns.keys() - set(COLUMNS):
+        raise ValueError(f"columns: got {name!r}, wanted some of {', '.join(COLUMNS)}")
+    for part in _parts(str(source), config):
+        _read_part(part, columns, found)
+    if found.wrong:
+        more = [f"and {len(found.wrong) - SHOWN} more"] if len(found.wrong) > SHOWN else []
+        lines = "\n".join([*found.wrong[:SHOWN], *more])
+        count = f"{len(found.wrong)} of {len(found.rows) + len(found.wrong)} rows are wrong"
+        if not drop_wrong_rows:
+            wanted = "--corpus_options '{\"drop_wrong_rows\": true}' leaves them out"
+            raise ValueError(f"{source}: {count}; correct them ({wanted}):\n{lines}")
+        logger.warning("%s: %s and left out:\n%s", source, count, lines)
+    if not found.rows:
+        raise ValueError(f"{source}: got no rows, wanted at least one utterance")
+    _assign_splits(str(source), found.rows, seed, splits)
+    _number_labels(found.rows)
+    _add_context(found.rows, context)
+    return DatasetDict(
+        {split: build_split(_schema_row(row) for row in found.rows if row["split"] == split) for split in SPLITS}
+    )
+
+
+# --- where rows come from --------------------------------------------------------------------------------------------
+
+
+def _parts(source: str, config: str | None) -> Iterable[_Part]:
+    path = Path(source)
+    if path.is_file():
+        return [_table(path, None)]
+    if path.is_dir() and any((path / name).is_file() for name in _SAVED):
+        return _splits_of(datasets.load_from_disk(source), path)
+    if path.is_dir():
+        return _folder(path)
+    if path.suffix.lower() in TABLES or not _is_id(source):
+        wanted = f"a table ({', '.join(TABLES)}), a folder or the id of a dataset on the Hub"
+        raise FileNotFoundError(f"{source}: no such file or folder, wanted {wanted}")
+    where = f"{source} is no file or folder here, and on the Hub"
+    return _splits_of(_loaded(where, source, name=config), None)
+
+
+def _folder(folder: Path) -> list[_Part]:
+    """Tables or clips in a folder. Names of folders and of tables may say the split, as `datasets` reads them."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and not file.name.startswith("."))
+    tables = [file for file in files if file.name in AudioFolder.METADATA_FILENAMES]
+    tables = tables or [file for file in files if file.suffix.lower() in TABLES]
+    words = {
+        file: [word for part in file.relative_to(folder).parts for word in re.split("[^a-z]+", part.lower())]
+        for file in tables
+    }
+    splits = {file: next((SPLIT_NAMES[word] for word in words[file] if word in SPLIT_NAMES), None) for file in tables}
+    one = len(set(splits.values())) == 1  # then it is no division
+    if tables:
+        return [_table(file, None if one else splits[file]) for file in tables]
+    return [_Part(str(folder), _clip_rows(folder, files), folder)]
+
+
+def _clip_rows(folder: Path, files: list[Path]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Clips whose folder is their label, and the folder around it their split."""
+    clips = [file.relative_to(folder) for file in files if _kind(file.name)]
+    divided = any(len(clip.parts) > 2 and clip.parts[0].lower() in SPLIT_NAMES for clip in clips)
+    for clip in clips:
+        label = clip.parts[-2] if len(clip.parts) > 1 + divided else None
+        cells = {"file": str(clip), "label": label}
+        yield str(clip), cells | ({"split": clip.parts[0]} if divided else {})
+
+
+def _is_id(source: str) -> bool:
+    try:
+        validate_repo_id(source)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _loaded(source: str, *arguments, **options) -> Any:
+    """Call `datasets.load_dataset` without progress bars; its errors become one line that names the source."""
+    shown = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        return datasets.load_dataset(*arguments, **options)
+    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
+        reason = " ".join(str(error.__cause__ or error).split())[:300]
+        raise ValueError(f"{source}: got no dataset that can be read ({type(error).__name__}: {reason})") from error
+    finally:
+        if not shown:
+            datasets.enable_progress_bars()
+
+
+def _splits_of(loaded: Dataset | DatasetDict, folder: Path | None) -> Iterator[_Part]:
+    """The parts of what `datasets` loaded. The only split of a dataset is not taken as a split."""
+    parts = {"": loaded} if isinstance(loaded, Dataset) else dict(loaded)
+    for name, rows in parts.items():
+        if len(parts) > 1 and name not in SPLIT_NAMES:
+            raise ValueError(f"split: got {name!r} in the dataset, wanted some of {', '.join(SPLIT_NAMES)}")
+        split = SPLIT_NAMES[name] if len(parts) > 1 else None
+        yield _Part(name or "dataset", _dataset_rows(rows), folder, split)
+
+
+def _dataset_rows(rows: Dataset) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows with undecoded media; the numbers of a `ClassLabel` become its names."""
+    names = {}
+    for column, feature in rows.features.items():
+        if isinstance(feature, Audio | Image | Video):
+            rows = rows.cast_column(column, type(feature)(decode=False))
+        elif isinstance(feature, ClassLabel):
+            names[column] = feature.int2str
+    for number, row in enumerate(rows, 1):
+        for column, name_of in names.items():
+            row[column] = name_of(row[column]) if row[column] not in (None, -1) else None
+        yield f"row {number}", row
+
+
+def _table(file: Path, split: str | None) -> _Part:
+    suffix = file.suffix.lower()
+    if suffix in BUILDERS:
+        rows = _dataset_rows(_loaded(str(file), BUILDERS[suffix], data_files=str(file), split="train"))
+    elif suffix in (".csv", ".tsv"):
+        rows = ((f"line {line}", cells) for line, cells in read_csv(file)[1])
+    else:
+        raise ValueError(f"{file}: got a file *{suffix}, wanted a table ({', '.join(TABLES)})")
+    return _Part(str(file), rows, file.parent, split)
+
+
+# --- from cells to rows ----------------------------------------------------------------------------------------------
+
+
+def _read_part(part: _Part, columns: dict[str, str], found: _Found) -> None:
+    places: dict[str, str] = {}
+    for place, cells in part.rows:
+        where = f"{part.name}: {place}"
+        if isinstance(cells, str):
+            found.wrong.append(f"{where}: {cells}")
+            continue
+        if not places:
+            places = _places(part.name, list(cells), columns)
+        try:
+            row = _row(where, {name: cells[own] for name, own in places.items()}, part)
+            if row["id"] is None:  # words alone
+                name = "text-" + hashlib.sha256(row["text"].encode()).hexdigest()[:10]
+                again = (f"{name}-{number}" for number in count(2))
+                row["id"] = name if name not in found.seen else next(one for one in again if one not in found.seen)
+            if row["id"] in found.seen:
+                raise _Wrong(f"got {row['id']!r} again ({found.seen[row['id']]}), wanted each clip or id once")
+        except _Wrong as error:
+            found.wrong.append(f"{where}: {error}")
+            continue
+        found.seen[row["id"]] = where
+        found.rows.append(row)
+
+
+def _places(name: str, header: list[str], columns: dict[str, str]) -> dict[str, str]:
+    """The table's column for each of `COLUMNS` that it has. Logs the columns that are not read."""
+    for ours, own in columns.items():
+        if own not in header:
+            raise ValueError(f"{name}: columns: got {ours}: {own!r}, wanted one of its columns {', '.join(header)}")
+    by_name = {own.lower(): own for own in reversed(header)}
+    by_name.setdefault("file", by_name.get("file_name"))
+    places = {ours: by_name[ours] for ours in COLUMNS if by_name.get(ours)} | columns
+    got = f"{name}: got the columns {', '.join(header)}"
+    hint = "; other names go into corpus_options: {columns: {label: NAME}}"
+    if not {"text", *MEDIA} & places.keys():
+        raise ValueError(f"{got}, wanted file, audio, video, image or text{hint}")
+    if not {"label", "score"} & places.keys():
+        raise ValueError(f"{got}, wanted label or score{hint}")
+    ignored = [own for own in header if own not in places.values()]
+    if ignored:
+        logger.info("%s: not read: %s", name, ", ".join(ignored))
+    return places
+
+
+def _row(where: str, cells: dict[str, Any], part: _Part) -> dict[str, Any]:
+    """A row with the names of the schema, and what `_schema_row` removes. Words alone get no id.
+
+    Raises:
+        _Wrong: For the first cell that is wrong.
+    """
+    text = {name: None if _is_empty(value) else str(value).strip() for name, value in cells.items()}
+    row: dict[str, Any] = {name: text.get(name) for name in ("text", "speaker", "dialogue", "language")}
+    row |= {name: row[name] and repair_text(row[name]) for name in ("text", "speaker")}
+    row |= {"where": where, "id": None, "audio": None, "video": None, "recording": None}
+    for name in reversed(MEDIA):  # the first one names the row
+        if not _is_empty(cells.get(name)):
+            file = _file(name, cells[name], part.folder)
+            row |= dict.fromkeys(_media_columns(name, file), file)
+            row |= {"recording": file, "id": text[name] if isinstance(cells[name], str) else file}
+    if not row["text"] and not row["recording"]:
+        raise _Wrong("got neither words nor a file, wanted one of them")
+    if text.get("start") or text.get("end"):
+        start, end = _part_of_file(text, row)
+        named = ("id", "audio", "video")
+        row |= {name: name_part(row[name], start, end) for name in named if row[name] is not None}
+    row["id"] = text.get("id") or row["id"]
+    for name in ("label", "score"):
+        if name in cells and not text[name]:
+            raise _Wrong(f"{name}: got nothing, wanted the {name} of the row")
+    row["emotion"] = text.get("label")
+    row["sentiment"] = _number("score", text["score"]) if text.get("score") else None
+    row["split"] = part.split
+    if part.split is None and "split" in cells:
+        row["split"] = SPLIT_NAMES.get(str(text["split"]).lower())
+        if row["split"] is None:
+            raise _Wrong(f"split: got {text['split'] or 'nothing'}, wanted one of {', '.join(SPLITS)}")
+    row["named_split"] = row["split"]
+    return row
+
+
+def _part_of_file(text: dict[str, str | None], row: dict[str, Any]) -> tuple[float | None, float | None]:
+    start, end = (_seconds(name, text.get(name)) for name in ("start", "end"))
+    if not row["recording"]:
+        raise _Wrong(f"start: got {text.get('start') or 0} without a file, wanted the file that the part is in")
+    if end is not None and end <= (start or 0.0):
+        raise _Wrong(f"end: got {text['end']}, wanted more than start ({text.get('start') or 0})")
+    if row["video"]:
+        raise _Wrong("start: got a part of a video or image, wanted a part of a sound file, or the part in a file")
+    return start, end
+
+
+def _is_empty(value: Any) -> bool:
+    return (
+        value is None or isinstance(value, float) and math.isnan(value) or isinstance(value, str) and not value.strip()
+    )
+
+
+def _file(name: str, value: Any, folder: Path | None) -> str:
+    """The path of a file; the bytes of a dataset are stored first."""
+    if isinstance(value, dict) and value.get("bytes"):
+        return store_clip(value["bytes"], Path(value.get("path") or "").suffix)
+    value = value.get("path") if isinstance(value, dict) else value
+    if not isinstance(value, str):
+        raise _Wrong(f"{name}: got {type(value).__name__}, wanted the path of a file or its content")
+    if "://" in value:
+        raise _Wrong(f"{name}: got the address {value}, wanted a file on this machine")
+    if folder is None:
+        raise _Wrong(f"{name}: got the path {value} in a dataset of the Hub, wanted the file's content")
+    path = folder / value.strip()
+    if not path.is_file():
+        raise _Wrong(
+            f"{name}: got {value.strip()}, {'a folder' if path.is_dir() else 'which does not exist'}, wanted a file"
+        )
+    if not path.stat().st_size:
+        raise _Wrong(f"{name}: got {value.strip()}, which is empty, wanted a clip")
+    return str(path)
+
+
+def _media_columns(name: str, file: str) -> tuple[str, ...]:
+    """The columns of the schema that a file fills."""
+    if name != "file":
+        return ("audio",) if name == "audio" else ("video",)
+    columns = _kind(file)
+    if not columns:
+        wanted = "the suffix of sound, video or an image, or the column audio, video or image"
+        raise _Wrong(f"file: got {Path(file).name}, wanted {wanted}")
+    return columns
+
+
+def _kind(file: str) -> tuple[str, ...]:
+    """The columns that a file fills, by its suffix; none if it is not media."""
+    suffix, kind = Path(file).suffix.lower(), (mimetypes.guess_type(file)[0] or "").partition("/")[0]
+    if kind == "video" or suffix in VideoFolder.EXTENSIONS:
+        return "audio", "video"
+    if kind == "audio" or suffix in AudioFolder.EXTENSIONS:
+        return ("audio",)
+    return ("video",) if kind == "image" or suffix in ImageFolder.EXTENSIONS else ()
+
+
+def _number(name: str, text: str) -> float:
+    number = _finite(text)
+    if number is None:
+        raise _Wrong(f"{name}: got {text!r}, wanted a number such as 0.5")
+    return number
+
+
+def _finite(text: str) -> float | None:
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _seconds(name: str, text: str | None) -> float | None:
+    """Seconds, or a time such as 0:01:02.5 (also with a comma, as in subtitles); None for None."""
+    if text is None:
+        return None
+    if not re.fullmatch(r"(\d+:){0,2}\d+([.,]\d*)?", text):
+        raise _Wrong(f"{name}: got {text!r}, wanted seconds or a time such as 0:01:02.5")
+    seconds = 0.0
+    for part in text.replace(",", ".").split(":"):
+        seconds = 60 * seconds + float(part)
+    return seconds
+
+
+# --- over all rows ---------------------------------------------------------------------------------------------------
+
+
+def _assign_splits(source: str, rows: list[dict], seed: int, known: Mapping[str, str] | None) -> None:
+    """Fill `split` in all rows."""
+    named = [row for row in rows if row["split"]]
+    if len(named) == len(rows):
+        return
+    if named:
+        row = next(row for row in rows if not row["split"])
+        raise ValueError(f"{row['where']}: split: got nothing, wanted one as in {named[0]['where']}")
+    if known is not None:
+        for row in rows:
+            row["split"] = known.get(clip_key(row), "test")
+        learned = sum(row["split"] != "test" for row in rows)
+        if learned:
+            logger.warning("%s: %d of %d rows were in train or validation of this run", source, learned, len(rows))
+        return
+    by = make_splits(rows, seed)
+    counts = ", ".join(f"{name} {sum(row['split'] == name for row in rows)}" for name in SPLITS)
+    logger.info("%s: names no splits; made by %s with seed %d: %s", source, by, seed, counts)
+
+
+def _number_labels(rows: list[dict]) -> None:
+    """Labels that are all numbers are scores as well."""
+    numbers = [_finite(row["emotion"]) if row["emotion"] is not None else None for row in rows]
+    if None not in numbers and all(row["sentiment"] is None for row in rows):
+        for row, number in zip(rows, numbers, strict=True):
+            row["sentiment"] = number
+
+
+def _add_context(rows: list[dict], context: int) -> None:
+    """Fill `context` from the earlier rows of the same dialogue. A dialogue's number may repeat in another split."""
+    turns: dict[tuple, list[dict]] = {}
+    for row in rows:
+        row["context"] = []
+        if row["dialogue"] is not None:
+            said = turns.setdefault((row["named_split"], row["dialogue"]), [])
+            row["context"] = said[max(0, len(said) - context) :]
+            if row["text"]:
+                said.append({"speaker": row["speaker"], "text": row["text"]})
+
+
+def _schema_row(row: dict[str, Any]) -> dict[str, Any]:
+    left_out = ("where", "dialogue", "split", "recording", "named_split")
+    return {name: value for name, value in row.items() if name not in left_out} | {"text": row["text"] or ""}

@@ -1,0 +1,73 @@
+"""Tasks that follow from the labels of a table, for a recipe that names none."""
+
+import logging
+import math
+from decimal import Decimal
+
+from datasets import DatasetDict
+
+from egmf.processing_egmf import AffectTask
+
+
+STEPS = tuple(Decimal(step) * 10**power for power in range(4) for step in ("0.1", "0.2", "0.5"))
+MOST_ANSWERS = 61  # of a score, as from -3 to 3 in tenths
+
+
+def infer_tasks(corpus: DatasetDict, name: str = "table") -> list[AffectTask]:
+    """A task for the labels of a corpus, in all splits: scores if all labels are numbers, classes otherwise.
+
+    A corpus with labels and scores gets two tasks, the second of which is called `NAME_score`. The question is in
+    Chinese if all rows are, otherwise in English.
+
+    Raises:
+        ValueError: If not all rows have a label or a score, there is only one label, or the scores span too little.
+    """
+    labels, scores, languages = (
+        [value for rows in corpus.values() for value in rows[column][:]]
+        for column in ("emotion", "sentiment", "language")
+    )
+    named, numbered = (None not in values and bool(values) for values in (labels, scores))
+    numbers_as_labels = named and numbered and all(_is_number(label) for label in labels)
+    language = "zh" if set(languages) == {"zh"} else "en"
+    tasks = []
+    if named and not numbers_as_labels:
+        if len(set(labels)) < 2:
+            raise ValueError(f"label: got {labels[0]!r} in every row, wanted two or more different labels")
+        tasks.append(AffectTask(name, "classification", tuple(sorted(set(labels))), language=language))
+        logging.info("task %s: one of %s", name, ", ".join(tasks[-1].answers))
+    if numbered:
+        task = _score_task(f"{name}_score" if tasks else name, scores, language)
+        tasks.append(task)
+        range_seen = f"scores from {min(scores):g} to {max(scores):g}"
+        rounded = f"answers from {task.low:g} to {task.high:g} in steps of {task.step:g}"
+        logging.info("task %s: %s, %s", task.name, range_seen, rounded)
+        if numbers_as_labels:
+            logging.info("For numbers that name classes, give the recipe `tasks: [{name: %s, labels: [...]}]`", name)
+    if not tasks:
+        raise ValueError("tasks: got none, and rows without a label, wanted `label` or `score` in every row")
+    return tasks
+
+
+def _is_number(label: str) -> bool:
+    try:
+        return math.isfinite(float(label))
+    except ValueError:
+        return False
+
+
+def _score_task(name: str, scores: list[float], language: str) -> AffectTask:
+    """The range of the scores, widened to multiples of the smallest of `STEPS` that gives at most `MOST_ANSWERS`."""
+    # Six digits undo float32, in which corpora keep scores.
+    lowest, highest = (Decimal(f"{value:.6g}") for value in (min(scores), max(scores)))
+    if highest - lowest < Decimal("0.2"):
+        wanted = "a range of at least 0.2, as answers have one decimal: multiply them"
+        raise ValueError(f"score: got scores from {lowest} to {highest}, wanted {wanted}")
+    whole = all(float(score).is_integer() for score in scores)
+    for step in STEPS:
+        low, high = math.floor(lowest / step) * step, math.ceil(highest / step) * step
+        if (high - low) / step < MOST_ANSWERS and (step >= 1 or not whole):
+            return AffectTask(
+                name, "regression", low=float(low), high=float(high), step=float(step), language=language
+            )
+    wanted = f"a range of at most {STEPS[-1] * (MOST_ANSWERS - 1)}"
+    raise ValueError(f"score: got scores from {lowest} to {highest}, wanted {wanted}")

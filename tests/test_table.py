@@ -1,0 +1,567 @@
+"""Your own clips: tables in every form, their mistakes, splits, tasks from labels, and the run before it starts."""
+
+import csv
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import soundfile
+import torch
+import yaml
+from commands import run
+from datasets import Audio, ClassLabel, Dataset, DatasetDict
+from safetensors.torch import load_file
+from test_corpora import MELD_FILE_OF, published, write_meld
+from test_media_inputs import build_processor, tone, write_clip
+from test_towers import whisper
+from transformers import WhisperFeatureExtractor
+
+from corpora import clusters_of, load_corpus, meld
+from corpora.report import describe_corpus, find_doubts
+from corpora.splits import make_splits, read_splits, write_splits
+from egmf.data.clips import load_row_media
+from egmf.data.collator import AffectCollator, expand_by_task
+from egmf.data.mixture import MixtureSampler, mix_rows
+from egmf.data.tasks import infer_tasks
+from egmf.recipe import load_recipe
+from egmf.training.dry_run import describe_prompt
+
+
+ROOT = Path(__file__).resolve().parents[1]
+ROWS = [
+    {"file": "clips/a1.wav", "text": "I told you, twice", "label": "calm", "speaker": "Ann", "split": "train"},
+    {"file": "clips/a2.wav", "text": "Where were you?", "label": "tense", "speaker": "Ann", "split": "train"},
+    {"file": "clips/b1.wav", "text": "None", "label": "calm", "speaker": "Bob", "split": "dev"},
+    {"file": "clips/b2.wav", "text": "Sie sagt „ja“", "label": "tense", "speaker": "Bob", "split": "test"},
+    {"file": "clips/c1.wav", "text": "", "label": "tense", "speaker": "007", "split": "test"},
+]
+
+
+def write_sounds(folder: Path, names: list[str]) -> None:
+    for number, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(folder / name, tone(0.3 + 0.02 * number, 150.0 + 40 * number), 16000)
+
+
+def write_csv(file: Path, rows: list[dict], delimiter: str = ",", encoding: str = "utf-8") -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w", newline="", encoding=encoding) as target:
+        writer = csv.DictWriter(target, list(rows[0]), delimiter=delimiter)
+        writer.writeheader()
+        writer.writerows(rows)
+    return file
+
+
+def write_words(folder: Path, rows: list[tuple], columns: str = "text label speaker dialogue") -> Path:
+    return write_csv(folder / "words.csv", [dict(zip(columns.split(), row, strict=False)) for row in rows])
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory) -> Path:
+    """A folder with the clips of `ROWS`."""
+    folder = tmp_path_factory.mktemp("table")
+    write_sounds(folder, [row["file"] for row in ROWS])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(clips) -> dict[str, list[dict]]:
+    return {split: rows.to_list() for split, rows in load_corpus("table", write_csv(clips / "a.csv", ROWS)).items()}
+
+
+# --- forms -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_table_becomes_rows_of_the_schema(clips, expected):
+    assert {split: len(rows) for split, rows in expected.items()} == {"train": 2, "validation": 1, "test": 2}
+    first, none, last = expected["train"][0], expected["validation"][0], expected["test"][1]
+    assert first["id"] == "clips/a1.wav" and first["audio"] == str(clips / "clips/a1.wav") and first["video"] is None
+    assert first["text"] == "I told you, twice" and first["emotion"] == "calm" and first["sentiment"] is None
+    assert none["text"] == "None" and last["text"] == "" and last["speaker"] == "007"
+
+
+@pytest.mark.parametrize(
+    "form", ["semicolon.csv", "excel.csv", "mark.csv", "tabs.tsv", "lines.jsonl", "table.parquet"]
+)
+def test_all_tables_give_the_same_rows(form, clips, expected):
+    file = clips / form
+    if form.endswith(("csv", "tsv")):
+        delimiter = {"semicolon.csv": ";", "mark.csv": ","}.get(form, "\t")
+        write_csv(file, ROWS, delimiter, {"excel.csv": "utf-16", "mark.csv": "utf-8-sig"}.get(form, "utf-8"))
+    elif form == "lines.jsonl":
+        file.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
+    else:
+        pd.DataFrame(ROWS).to_parquet(file)
+    assert {split: rows.to_list() for split, rows in load_corpus("table", file).items()} == expected
+
+
+def test_folders_of_datasets_give_the_same_rows(tmp_path, clips, expected):
+    parts = {"train": ROWS[:2], "validation": ROWS[2:3], "test": ROWS[3:]}
+    for split, rows in parts.items():
+        listed = [
+            {"file_name": row["file"]} | {name: row[name] for name in ("text", "label", "speaker")} for row in rows
+        ]
+        shutil.copytree(clips / "clips", tmp_path / "folder" / split / "clips")
+        write_csv(tmp_path / "folder" / split / "metadata.csv", listed)
+    folder = load_corpus("table", tmp_path / "folder")
+    saved = DatasetDict(
+        {
+            split: Dataset.from_list([row | {"audio": str(clips / row["file"])} for row in rows])
+            .remove_columns(["file", "split"])
+            .cast_column("audio", Audio())
+            .cast_column("label", ClassLabel(names=["calm", "tense"]))
+            for split, rows in parts.items()
+        }
+    )
+    saved.save_to_disk(tmp_path / "saved")
+    # A data set in parquet has the sound in the table.
+    for split, rows in saved.items():
+        rows.to_parquet(tmp_path / "shards" / f"{split}-00000-of-00001.parquet")
+    for split, rows in parts.items():
+        write_csv(
+            clips / "by_split" / f"{split}.csv", [row | {"file": f"../{row['file']}", "split": ""} for row in rows]
+        )
+    others = [load_corpus("table", folder) for folder in (tmp_path / "saved", tmp_path / "shards", clips / "by_split")]
+    for corpus in (folder, *others):
+        for split, rows in corpus.items():
+            assert [row["emotion"] for row in rows] == [row["emotion"] for row in expected[split]]
+            assert [row["text"] for row in rows] == [row["text"] for row in expected[split]]
+            for row, other in zip(rows, expected[split], strict=True):
+                assert Path(row["audio"]).read_bytes() == Path(other["audio"]).read_bytes()
+
+
+def test_folders_by_class_name_the_labels(tmp_path):
+    write_sounds(tmp_path, [f"{label}/{number}.wav" for label in ("calm", "tense") for number in range(3)])
+    corpus = load_corpus("table", tmp_path)
+    assert Counter(label for rows in corpus.values() for label in rows["emotion"]) == {"calm": 3, "tense": 3}
+    assert all(len(rows) for rows in corpus.values())
+    write_sounds(tmp_path / "divided", [f"{split}/{label}/1.wav" for split in ("train", "test") for label in "ab"])
+    divided = load_corpus("table", tmp_path / "divided")
+    assert divided["train"]["id"][:] == ["train/a/1.wav", "train/b/1.wav"] and divided["test"]["emotion"][:] == [
+        "a",
+        "b",
+    ]
+
+
+def test_a_file_fills_what_it_holds(tmp_path):
+    write_clip(tmp_path / "talk.mp4")
+    write_sounds(tmp_path, ["talk.flac"])
+    shutil.copy(tmp_path / "talk.mp4", tmp_path / "face.JPG")
+    rows = [{"file": name, "label": "x", "split": "train"} for name in ("talk.mp4", "talk.flac", "face.JPG")]
+    found = load_corpus("table", write_csv(tmp_path / "t.csv", rows))["train"]
+    names = [[row[column] and Path(row[column]).name for column in ("audio", "video")] for row in found]
+    assert names == [["talk.mp4", "talk.mp4"], ["talk.flac", None], [None, "face.JPG"]]
+    beside = [{"audio": "talk.flac", "image": "face.JPG", "label": "x", "split": "train"}]
+    (row,) = load_corpus("table", write_csv(tmp_path / "t.csv", beside))["train"]
+    assert (Path(row["audio"]).name, Path(row["video"]).name) == ("talk.flac", "face.JPG")
+
+
+def test_other_names_are_mapped(tmp_path, caplog):
+    caplog.set_level("INFO")
+    file = write_words(tmp_path, [("yes", "calm", "1", "x"), ("no", "tense", "2", "y")], "Words Emotion Actor Note")
+    columns = {"text": "Words", "label": "Emotion", "speaker": "Actor"}
+    corpus = load_corpus("table", file, columns=columns)
+    assert sorted(label for rows in corpus.values() for label in rows["emotion"]) == ["calm", "tense"]
+    assert "not read: Note" in caplog.text
+    for wrong, message in (
+        ({"label": "Emotoin"}, "columns: got label: 'Emotoin', wanted one of its columns Words, Emotion"),
+        ({"lable": "Emotion"}, "columns: got 'lable', wanted some of id, file"),
+        ({"text": "Words"}, "got the columns Words, Emotion, Actor, Note, wanted label or score"),
+        ({"label": "Emotion"}, "wanted file, audio, video, image or text"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_corpus("table", file, columns=wrong)
+
+
+# --- mistakes --------------------------------------------------------------------------------------------------------
+
+
+WRONG = """\
+file,text,label,speaker,split,start,end
+good.wav,"Hello, you",calm,Ann,train,,
+lost.wav,hi,calm,Ann,train,,
+good.wav,again,tense,Ann,train,,
+next.wav,oh,,Ann,train,,
+note.dat,oh,tense,Bob,test,,
+next.wav,oh,tense,Bob,tset,,
+next.wav,oh, yes,tense,Bob,test,,
+next.wav,oh,tense,Bob,test,3,1
+next.wav,oh,tense,Bob,test,soon,
+void.wav,oh,tense,Bob,test,,
+,,tense,Bob,test,,
+http://example.org/a.wav,oh,tense,Bob,test,,
+,words alone,tense,Bob,test,,
+"""
+SAID = """\
+line 3: file: got lost.wav, which does not exist, wanted a file
+line 4: got 'good.wav' again ({file}: line 2), wanted each clip or id once
+line 5: label: got nothing, wanted the label of the row
+line 6: file: got note.dat, wanted the suffix of sound, video or an image, or the column audio, video or image
+line 7: split: got tset, wanted one of train, validation, test
+line 8: got 8 cells, wanted 7, as in the header: put a text that contains ',' into double quotes
+line 9: end: got 1, wanted more than start (3)
+line 10: start: got 'soon', wanted seconds or a time such as 0:01:02.5
+line 11: file: got void.wav, which is empty, wanted a clip
+line 12: got neither words nor a file, wanted one of them
+line 13: file: got the address http://example.org/a.wav, wanted a file on this machine
+"""
+
+
+@pytest.fixture
+def wrong(tmp_path) -> Path:
+    write_sounds(tmp_path, ["good.wav", "next.wav"])
+    (tmp_path / "note.dat").write_text("x")
+    (tmp_path / "void.wav").touch()
+    (tmp_path / "wrong.csv").write_text(WRONG)
+    return tmp_path / "wrong.csv"
+
+
+def test_every_wrong_row_gets_one_line(wrong):
+    with pytest.raises(ValueError) as error:
+        load_corpus("table", wrong)
+    head, *lines = str(error.value).splitlines()
+    assert head.startswith(f"{wrong}: 11 of 13 rows are wrong; correct them")
+    assert lines == [f"{wrong}: {line}" for line in SAID.format(file=wrong).splitlines()]
+
+
+def test_wrong_rows_are_left_out_on_demand(wrong, caplog):
+    corpus = load_corpus("table", wrong, drop_wrong_rows=True)
+    assert [row["id"] for rows in corpus.values() for row in rows][0] == "good.wav" and len(corpus["test"]) == 1
+    assert "11 of 13 rows are wrong and left out" in caplog.text and "line 12: got neither" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("text,label\n", "got no rows"),
+        ('text,label\n"yes,calm\n', "line 2: got a faulty quote"),
+        ('text,"label\nyes,calm\n', "line 1: got a faulty quote"),
+        ("text,label,text\na,b,c\n", "line 1: got the column text twice"),
+        ('text,score\nyes,"0,5"\n', "line 2: score: got '0,5', wanted a number such as 0.5"),
+        ("text,score\nyes,nan\n", "line 2: score: got 'nan', wanted a number"),
+        (
+            b"text,label\nd\xe9j\xe0,calm\n",
+            "line 2: got a byte 0xe9 that is not UTF-8, wanted the file saved as UTF-8",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_said(content, message, tmp_path):
+    file = tmp_path / "t.csv"
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=message):
+        load_corpus("table", file)
+
+
+def test_a_source_that_is_nothing_is_said(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"clips.csv: no such file or folder, wanted a table \(.csv"):
+        load_corpus("table", tmp_path / "clips.csv")
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 not really")
+    with pytest.raises(ValueError, match="broken.parquet: got no dataset that can be read"):
+        load_corpus("table", tmp_path / "broken.parquet")
+    (tmp_path / "clips.xlsx").write_bytes(b"PK")
+    with pytest.raises(ValueError, match=r"got a file \*.xlsx, wanted a table"):
+        load_corpus("table", tmp_path / "clips.xlsx")
+
+
+def test_doubts_name_their_rows(tmp_path):
+    write_sounds(tmp_path, ["a.wav", "b.wav"])
+    shutil.copy(tmp_path / "a.wav", tmp_path / "copy.wav")
+    labels = {"a.wav": ("calm", "train"), "b.wav": ("Calm", "train"), "copy.wav": ("tense", "test")}
+    rows = [{"file": name, "label": label, "split": split} for name, (label, split) in labels.items()]
+    corpus = load_corpus("table", write_csv(tmp_path / "t.csv", rows))
+    assert find_doubts(corpus) == [
+        "the same clip is in train (a.wav) and in test (copy.wav)",
+        "label 'calm' has one clip: a.wav in train",
+        "label 'Calm' has one clip: b.wav in train",
+        "label 'tense' has one clip: copy.wav in test",
+        "labels 'Calm', 'calm' look like one",
+    ]
+    said = describe_corpus(corpus)
+    assert said[0] == "train: 2 rows" and "  audio: in 2 rows, seconds 0.3 to 0.32, median 0.31" in said
+
+
+# --- splits, context, parts ------------------------------------------------------------------------------------------
+
+
+def test_made_splits_keep_speakers_apart_and_labels_even():
+    rng = np.random.default_rng(0)
+    rows = [
+        {"speaker": str(speaker), "dialogue": None, "recording": None, "emotion": label}
+        for speaker in range(20)
+        for label in ["calm"] * int(rng.integers(3, 6)) + ["tense"] * 2
+    ]
+    assert make_splits(rows, 0) == "speaker"
+    splits = {name: [row for row in rows if row["split"] == name] for name in ("train", "validation", "test")}
+    for name, share in (("train", 0.7), ("validation", 0.15), ("test", 0.15)):
+        assert len(splits[name]) / len(rows) == pytest.approx(share, abs=0.06)
+        assert sum(row["emotion"] == "tense" for row in splits[name]) / 40 == pytest.approx(share, abs=0.06)
+    speakers = [{row["speaker"] for row in part} for part in splits.values()]
+    assert sum(map(len, speakers)) == len(set.union(*speakers)) == 20
+    before = [row["split"] for row in rows]
+    make_splits(rows, 0)
+    assert before == [row["split"] for row in rows]
+    make_splits(rows, 1)
+    assert before != [row["split"] for row in rows]
+
+
+@pytest.mark.parametrize(("groups", "sizes"), [(1, [4, 1, 1]), (2, [3, 0, 3]), (3, [2, 2, 2])])
+def test_few_speakers_still_give_a_test_split(groups, sizes):
+    rows = [{"speaker": str(n % groups), "dialogue": None, "recording": None, "emotion": None} for n in range(6)]
+    assert make_splits(rows, 0) == ("speaker" if groups > 1 else "row")
+    assert [Counter(row["split"] for row in rows)[name] for name in ("train", "validation", "test")] == sizes
+
+
+def test_written_splits_hold_for_a_table_that_has_grown(tmp_path):
+    write_sounds(tmp_path, [f"{number}.wav" for number in range(6)])
+    rows = [{"file": f"{number}.wav", "label": "ab"[number % 2]} for number in range(6)]
+    made = load_corpus("table", write_csv(tmp_path / "t.csv", rows[:5]))
+    write_splits(tmp_path / "splits.csv", made)
+    write_splits(tmp_path / "splits.csv", made)  # a run that goes on
+    known = read_splits(tmp_path / "splits.csv")
+    again = load_corpus("table", write_csv(tmp_path / "t.csv", rows[::-1]), splits=known)
+    for split in ("train", "validation"):
+        assert set(again[split]["id"]) == set(made[split]["id"]) != set()
+    assert set(again["test"]["id"]) == set(made["test"]["id"]) | {"5.wav"}
+    with pytest.raises(ValueError, match="splits.csv: got 1 rows that are new, gone or in another split"):
+        write_splits(tmp_path / "splits.csv", again)
+    # Other clips of the same names were not trained on.
+    write_sounds(tmp_path / "other", [f"{number}.wav" for number in (5, 0, 1, 2, 3, 4)])
+    other = load_corpus("table", write_csv(tmp_path / "other" / "t.csv", rows), splits=known)
+    assert len(other["test"]) == 6
+
+
+def test_dialogues_give_context(tmp_path):
+    rows = [("one", "a", "Ann", "1"), ("two", "b", "Bob", "1"), ("new", "a", "Ann", "2"), ("three", "a", "Ann", "1")]
+    file = write_words(tmp_path, rows)
+    found = {row["text"]: row["context"] for part in load_corpus("table", file, context=2).values() for row in part}
+    assert found["one"] == found["new"] == []
+    assert found["three"] == [{"speaker": "Ann", "text": "one"}, {"speaker": "Bob", "text": "two"}]
+
+
+def test_a_part_of_a_recording_is_heard_as_the_same_part_in_a_file(tmp_path, llm_folder):
+    sound = np.concatenate([tone(0.5, 200.0), tone(0.5, 400.0), tone(0.5, 800.0)])
+    soundfile.write(tmp_path / "long.wav", sound, 16000)
+    soundfile.write(tmp_path / "cut.wav", sound[8000:16000], 16000)
+    rows = [("long.wav", "0.5", "1"), ("long.wav", "0:00:01", ""), ("cut.wav", "", "")]
+    rows = [{"file": file, "label": "x", "split": "train", "start": start, "end": end} for file, start, end in rows]
+    part, rest, cut = load_corpus("table", write_csv(tmp_path / "t.csv", rows))["train"]
+    assert part["id"] == "long.wav#t=0.5,1" and rest["id"] == "long.wav#t=1"
+    processor = build_processor(llm_folder())
+    heard = [load_row_media(processor, "audio", row["audio"]).audio for row in (part, rest, cut)]
+    assert np.array_equal(heard[0].samples, heard[2].samples)
+    assert np.array_equal(heard[1].samples, soundfile.read(tmp_path / "long.wav", dtype="float32")[0][16000:])
+    with pytest.raises(processor.media_error, match="the recording ends after 1.5 seconds"):
+        load_row_media(processor, "audio", str(tmp_path / "long.wav#t=2,3"))
+
+
+# --- tasks and balance -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "low", "high", "step"),
+    [
+        (["-2.8", "3.1", "0.05"], -2.8, 3.1, 0.1),
+        (["0", "1", "10"], 0.0, 10.0, 1.0),
+        (["0.5", "99"], 0.0, 100.0, 2.0),
+        (["0.3", "0.9"], 0.3, 0.9, 0.1),
+    ],
+)
+@pytest.mark.parametrize("column", ["score", "label"])
+def test_numbers_make_a_score_task_with_the_range_seen(column, values, low, high, step, tmp_path, caplog):
+    caplog.set_level("INFO")
+    rows = [(f"text {number}", value) for number, value in enumerate(values)]
+    (task,) = infer_tasks(load_corpus("table", write_words(tmp_path, rows, f"text {column}")))
+    assert (task.name, task.kind, task.low, task.high, task.step) == ("table", "regression", low, high, step)
+    assert "task table: scores from" in caplog.text and len(task.answers) <= 61
+
+
+def test_labels_and_scores_make_two_tasks(tmp_path):
+    file = write_words(tmp_path, [("yes", "calm", "0.1"), ("no", "tense", "0.9")], "text label score")
+    corpus = load_corpus("table", file)
+    first, second = infer_tasks(corpus)
+    assert (first.name, first.labels, second.name) == ("table", ("calm", "tense"), "table_score")
+    with pytest.raises(ValueError, match="label: got 'calm' in every row, wanted two or more"):
+        infer_tasks(load_corpus("table", write_words(tmp_path, [("yes", "calm"), ("no", "calm")], "text label")))
+    with pytest.raises(ValueError, match="score: got scores from 0.01 to 0.05, wanted a range of at least 0.2"):
+        infer_tasks(load_corpus("table", write_words(tmp_path, [("yes", "0.01"), ("no", "0.05")], "text score")))
+
+
+def test_a_recipe_defines_tasks_and_records_them(tmp_path):
+    stress = {"name": "stress", "labels": ["calm", "tense"], "prompt": "Calm or tense?", "cue": "Answer:"}
+    recipe = load_recipe([str(ROOT / "recipes/own_clips.yaml"), "--tasks", json.dumps(stress), "meld"])
+    assert recipe.data.tasks == ["stress", "meld"]
+    assert recipe.record()["task_definitions"]["stress"] == stress | {"kind": "classification", "language": "en"}
+    for wrong, message in (
+        ({"labels": ["a", "b"]}, "tasks: got .*, wanted a `name` in it"),
+        (stress | {"name": "meld"}, "tasks: got 'meld' again"),
+        (stress | {"labels": ["calm"]}, "Task 'stress': wanted two or more different `labels`"),
+        ({"name": "pain", "low": 0.0, "high": 10.0}, "Task 'pain': wanted `low` < `high`"),
+        (stress | {"colour": "red"}, "Task 'stress': .*colour"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_recipe([str(ROOT / "recipes/own_clips.yaml"), "--tasks", json.dumps(wrong)])
+
+
+def test_balanced_classes_are_drawn_equally_often(tmp_path, processor):
+    rows = [(f"text {number}", "rare" if number < 3 else "common", "train") for number in range(30)]
+    corpus = load_corpus("table", write_words(tmp_path, rows, "text label split"))
+    data = load_recipe([str(ROOT / "recipes/own_clips.yaml")]).data
+    data.define(infer_tasks(corpus))
+    processor.tasks["table"] = infer_tasks(corpus)[0]
+    try:
+        plain, none = mix_rows(data.parts, [corpus], processor, balanced=False)
+        mixed, mixture = mix_rows(data.parts, [corpus], processor, balanced=True)
+    finally:
+        del processor.tasks["table"]
+    assert none is None and sorted(plain["text"]) == sorted(mixed["text"])
+    labels, drawn = mixed["emotion"][:], list(MixtureSampler(*mixture, seed=0))
+    assert len(drawn) == 30 and Counter(labels[place] for place in drawn) == {"rare": 15, "common": 15}
+
+
+# --- the same as the built-in corpora --------------------------------------------------------------------------------
+
+
+def meld_table(folder: Path, file: Path) -> Path:
+    """MELD's CSV files as one table."""
+    frames = []
+    for split, name in MELD_FILE_OF.items():
+        frame = pd.read_csv(folder / name, dtype=str, keep_default_na=False)
+        numbers = frame[["Dialogue_ID", "Utterance_ID"]].astype(int)
+        frame = frame.loc[numbers.sort_values(["Dialogue_ID", "Utterance_ID"]).index]
+        names = {"Utterance": "text", "Speaker": "speaker", "Emotion": "label", "Dialogue_ID": "dialogue"}
+        table = frame.rename(columns=names)[[*names.values()]].assign(split=split, language="en")
+        frames.append(table.assign(id=f"{split}_dia" + frame["Dialogue_ID"] + "_utt" + frame["Utterance_ID"]))
+    pd.concat(frames).to_csv(file, index=False)
+    return file
+
+
+def ravdess_table(folder: Path, file: Path, **options) -> Path:
+    rows = []
+    for split, part in load_corpus("ravdess", folder, **options).items():
+        for row in part:
+            own = {name: row[name] for name in ("id", "text", "language")}
+            rows.append(own | {"file": Path(row["audio"]).name, "label": row["emotion"], "split": split})
+    return write_csv(file, rows)
+
+
+def test_meld_as_a_table_has_the_same_rows(tmp_path):
+    for name, folder in (("small", write_meld(tmp_path)), ("published", published("meld"))):
+        table = load_corpus("table", meld_table(folder, tmp_path / f"{name}.csv"), context=3)
+        for split, rows in load_corpus("meld", folder, context=3).items():
+            assert table[split].to_list() == rows.to_list(), name
+
+
+def test_ravdess_as_a_table_has_the_same_rows(tmp_path):
+    folder = published("ravdess")
+    for clip in folder.glob("*.flac"):
+        (tmp_path / clip.name).symlink_to(clip)
+    table = load_corpus("table", ravdess_table(tmp_path, tmp_path / "t.csv", fold=2))
+    for split, rows in load_corpus("ravdess", tmp_path, fold=2).items():
+        assert table[split].to_list() == rows.to_list()
+        ids, speakers = rows["id"][:], [str(int(row_id[-2:])) for row_id in rows["id"]]
+        assert clusters_of("table", ids, speakers)[1] == [speaker for speaker in speakers]
+
+
+@pytest.fixture(scope="module")
+def tower(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tower")
+    torch.manual_seed(0)
+    whisper().get_encoder().save_pretrained(folder)
+    WhisperFeatureExtractor(feature_size=8, chunk_length=1).save_pretrained(folder)
+    return folder
+
+
+def small(tower: Path) -> list:
+    """Overrides that make `own_clips.yaml` small."""
+    fields = {"language_model": "tiny-random", "audio_tower": tower, "audio_window": 0, "bf16": "false"}
+    fields |= {"fusion_hidden_size": 16, "fusion_intermediate_size": 32, "num_pseudo_tokens": 2}
+    fields |= {"fusion_epochs": 1, "num_train_epochs": 1, "per_device_train_batch_size": 4, "logging_steps": 1}
+    return [word for name, value in fields.items() for word in (f"--{name}", value)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("corpus", ["meld", "ravdess"])
+def test_a_table_trains_and_answers_as_the_built_in_corpus(corpus, tower, tmp_path):
+    folder, options = tmp_path / "corpus", {}
+    folder.mkdir()
+    if corpus == "ravdess":
+        names = [f"03-01-{emotion:02}-01-01-01-{actor:02}.wav" for emotion in (1, 5) for actor in range(1, 13)]
+        write_sounds(folder, names)
+        table = ravdess_table(folder, folder / "t.csv")
+    else:
+        lines = [
+            f"{n},sentence {n},{'Ann' if n % 2 else 'Bob'},{meld.EMOTIONS[n % 7]},x,{n // 5},{n % 5},1,1,x,x"
+            for n in range(14)
+        ]
+        table, options = meld_table(write_meld(folder, lines), folder / "t.csv"), {"context": 3}
+    given = ["--corpus_options", json.dumps(options)]
+    found = {}
+    for name, source in ((corpus, folder), ("table", table)):
+        output = tmp_path / name
+        fields = ["--corpus", name, "--corpus_dir", source, "--tasks", corpus, "--output_dir", output, *given]
+        extra = ["--clip_statistics"] if corpus == "meld" else []
+        run("train", "recipes/own_clips.yaml", *small(tower), *fields, *extra)
+        run("eval", output / "model", "--corpus", name, "--corpus_dir", source, "--output", output / "test", *given)
+        log = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+        losses = [row["loss"] for row in log if "loss" in row]
+        found[name] = (
+            losses,
+            (output / "test/predictions.jsonl").read_text(),
+            load_file(output / "model/model.safetensors"),
+        )
+    (losses, answers, weights), (own_losses, own_answers, own_weights) = found[corpus], found["table"]
+    assert losses == own_losses and len(losses) >= 3
+    assert answers == own_answers
+    assert all(torch.equal(weights[name], own_weights[name]) for name in weights)
+
+
+# --- the section of the README ---------------------------------------------------------------------------------------
+
+
+def section() -> str:
+    return (ROOT / "README.md").read_text(encoding="utf-8").split("## Train on your own clips\n")[1].split("\n## ")[0]
+
+
+@pytest.mark.slow
+def test_the_section_of_the_readme_runs_as_printed(tower, tmp_path):
+    table = section().split("```csv\n")[1].split("```")[0]
+    assert len(table.splitlines()) == 6
+    (tmp_path / "clips.csv").write_text(table)
+    write_sounds(tmp_path, [*(row["file"] for row in csv.DictReader(table.splitlines())), "new_clip.wav"])
+    lines = [line for line in section().split("```bash\n")[1].splitlines() if line.startswith("python ")]
+    assert [line.split()[1] for line in lines] == ["train.py", "train.py", "eval.py", "predict.py"]
+    said = []
+    for line in lines:
+        script, *arguments = next(csv.reader([line.removeprefix("python ")], delimiter=" "))
+        arguments = [word.replace("runs/own_clips", str(tmp_path / "run")) for word in arguments]
+        arguments = [str(tmp_path / word) if word in ("clips.csv", "new_clip.wav") else word for word in arguments]
+        if script == "train.py":
+            arguments += [str(word) for word in (*small(tower), "--output_dir", tmp_path / "run")]
+        said.append(run(script.removesuffix(".py"), *arguments).said)
+        if len(said) == 1:
+            assert not (tmp_path / "run").exists(), "a dry run writes nothing"
+    plan, _, evaluation, answer = said
+    for words in ("train: ", "speakers", "labels: ", "learned", "pseudo tokens", "parameters", "memory of a step"):
+        assert words in plan
+    assert "table / test: " in evaluation
+    answer = json.loads(answer.strip().splitlines()[-1])
+    assert answer["label"] in ("calm", "tense") and sum(answer["probabilities"].values()) == pytest.approx(1)
+    recorded = yaml.safe_load((tmp_path / "run/model/recipe.json").read_text())
+    assert recorded["task_definitions"]["table"]["labels"] == ["calm", "tense"]
+    assert len(read_splits(tmp_path / "run/splits.csv")) == 5
+
+
+def test_a_dry_run_shows_what_the_model_reads_and_learns(tmp_path, processor):
+    file = write_words(tmp_path, [("hello", "joy", "Ann", "1"), ("so what", "anger", "Bob", "1")])
+    rows = [
+        row for part in load_corpus("table", file).values() for row in expand_by_task(part, [processor.tasks["meld"]])
+    ]
+    row = next(row for row in rows if row["text"] == "so what")
+    lines = describe_prompt(row, AffectCollator(processor, [processor.tasks["meld"]], ["text", "audio"], True))
+    assert "Ann: hello\\n" in lines[0] and "Bob: so what\\nEmotion: anger" in lines[0]
+    assert [line.split()[0] for line in lines[1:]] == ["read", "pseudo", "read", "utterance", "read", "learned"]
+    assert lines[-1].endswith("|a|n|g|e|r|<|endoftext|>") and lines[2].split()[2] == "3"
