@@ -202,8 +202,8 @@ class LegalAnswers:
         column = {token: index for index, token in enumerate(tokens)}
         self.legal = torch.zeros(len(answers), length, len(tokens), dtype=torch.bool, device=model.device)
         for row, answer in enumerate(answers):
-            for depth in range(length):
-                for token in continuations[tuple(answer[:depth])] if depth < len(answer) else tokens:
+            for depth in range(len(answer)):
+                for token in continuations[tuple(answer[:depth])]:
                     self.legal[row, depth, column[token]] = True
 
     def log_probs(self, states: torch.Tensor) -> torch.Tensor:
@@ -211,13 +211,15 @@ class LegalAnswers:
         return self.trie.log_probs(self.model.answer_logits(self.trie, self._head_input(states, self.prefixes)))
 
     def illegality(self, states: torch.Tensor, answer_index: torch.Tensor) -> torch.Tensor:
-        """-log of the probability of legal tokens, the mean over the gold answer's tokens: (B, 1 + K, d) -> (B,)."""
-        length = int(self.lengths[answer_index].max())
-        read = self._head_input(states, self.beginnings[answer_index, :length])
-        logits = self.model._finish_logits(self.model.lm_head(read)).float()  # (B, S, vocabulary)
-        legal = logits[..., self.tokens].masked_fill(~self.legal[answer_index, :length], -torch.inf)
-        inside = torch.arange(length, device=states.device) < self.lengths[answer_index].unsqueeze(1)
-        return ((logits.logsumexp(-1) - legal.logsumexp(-1)) * inside).sum(1) / inside.sum(1)
+        """-log of the probability of legal tokens at a random token of each gold answer: (B, 1 + K, d) -> (B,).
+
+        One token, because the head of the whole vocabulary costs more than everything else in a step.
+        """
+        place = (torch.rand(len(states), device=states.device) * self.lengths[answer_index]).long()
+        read = self._head_input(states, self.beginnings[answer_index, place].unsqueeze(1))
+        logits = self.model._finish_logits(self.model.lm_head(read)).float().squeeze(1)  # (B, vocabulary)
+        legal = logits[:, self.tokens].masked_fill(~self.legal[answer_index, place], -torch.inf)
+        return logits.logsumexp(-1) - legal.logsumexp(-1)
 
     def _head_input(self, states: torch.Tensor, prefixes: torch.Tensor) -> torch.Tensor:
         return self.model.model.readout(states, prefixes).to(self.model.lm_head.weight.dtype)
