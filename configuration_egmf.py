@@ -61,6 +61,8 @@ class EGMFConfig(PreTrainedConfig):
             name, in units of the features' standard deviation. It regularises weak or contaminated features.
         clip_statistics: The modalities (audio, vision) that add the mean and the standard deviation of the clip's
             frames to every position. For a tower, the statistics are computed for each layer.
+        tower_layers: The hidden states of a tower that are read, by modality name (audio, vision); 0 is the input of
+            the first layer. By default all; `from_language_model` chooses 8, evenly spread, of a tower with more.
         frame_pooling: Number of consecutive frames that are averaged before the fusion, by modality name (audio,
             vision). A tower's hidden layers are averaged before clip statistics, features after them.
         speaker_adaptation: Whether the model was trained with centers of speakers (`audio_center`, `vision_center`)
@@ -93,6 +95,7 @@ class EGMFConfig(PreTrainedConfig):
     gating: Literal["hierarchical", "flat", "mean"] = "hierarchical"
     feature_noise: dict[str, float | int] | None = None
     clip_statistics: list[str] | tuple[str, ...] = ()
+    tower_layers: dict[str, list[int]] | None = None
     frame_pooling: dict[str, int] | None = None
     speaker_adaptation: bool = False
     lm_head_bias: bool = False
@@ -110,6 +113,7 @@ class EGMFConfig(PreTrainedConfig):
         # transformers ties weights only if the top-level config says so. The LLM's config has the value.
         self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
         self.feature_noise = dict(self.feature_noise or {})
+        self.tower_layers = dict(self.tower_layers or {})
         self.frame_pooling = dict(self.frame_pooling or {})
         self.experts = list(self.experts)
         self.clip_statistics = list(self.clip_statistics)
@@ -152,6 +156,11 @@ class EGMFConfig(PreTrainedConfig):
                 raise ValueError(
                     f"feature_noise: got {{{name!r}: {deviation}}}, wanted audio or vision with a deviation >= 0"
                 )
+        for name, layers in self.tower_layers.items():
+            increasing = sorted({abs(layer) for layer in layers})
+            if name not in ("audio", "vision") or not layers or list(layers) != increasing:
+                wanted = "audio or vision with increasing numbers of hidden states"
+                raise ValueError(f"tower_layers: got {{{name!r}: {layers}}}, wanted {wanted}")
         for name, size in self.frame_pooling.items():
             if name not in ("audio", "vision") or size < 1:
                 raise ValueError(

@@ -23,6 +23,8 @@ are written: all metrics, their summary as a table, and a plot (see `robustness.
 A model whose recipe has `speaker_adaptation` gets each row with the center of its speaker's rows of the split, and
 `metrics.json` says so.
 
+The hidden layers of the towers are cached in `HF_HOME` for later evaluations, also of other models with these towers.
+
 Several processes share the samples, and the main process writes the same files as a single process.
 """
 
@@ -43,6 +45,7 @@ from egmf.arguments import positive
 from egmf.commands import check_model, run_command
 from egmf.data.collator import LABEL_COLUMNS, AffectCollator, check_labels, expand_by_task
 from egmf.data.speakers import name_speakers, speaker_centers
+from egmf.data.tower_cache import COLUMNS, TowerCache
 from egmf.evaluation import robustness
 from egmf.evaluation.calibration import calibration_of
 from egmf.evaluation.label_maps import LABEL_MAPS
@@ -52,7 +55,7 @@ from egmf.evaluation.predictor import Predictor
 from egmf.evaluation.significance import intervals, mcnemar, paired_differences, resample
 from egmf.files import weights_digest
 from egmf.pipeline_egmf import adaptation_warning
-from egmf.processes import in_turns, silence_other_ranks
+from egmf.processes import default_workers, in_turns, silence_other_ranks
 from egmf.processing_egmf import EGMFProcessor
 
 
@@ -248,8 +251,13 @@ def main(arguments: list[str]) -> None:
     seen = [modality for modality in modalities if modality != "text"]
     if warning := adaptation_warning(model.config, seen, seen if adapted else []):
         logging.warning(warning)
+    towers = [name for name in seen if getattr(model.base_model, f"{name}_tower") is not None]
+    if towers:
+        predict.cache = TowerCache(model, processor, towers)
+        predict.cache.fill(rows.select_columns([COLUMNS[name] for name in towers]), device)
+        predict.num_workers = default_workers()
     if adapted:
-        collator = AffectCollator(processor, [task], modalities, with_answers=None)
+        collator = AffectCollator(processor, [task], modalities, with_answers=None, cache=predict.cache)
         predict.centers = speaker_centers(model, expand_by_task(rows, [task]), collator, args.batch_size)
 
     weights = weights_digest(Path(args.model)) if Path(args.model).is_dir() else None

@@ -24,7 +24,7 @@ from .experts_egmf import (
     SemanticExpert,
     masked_softmax,
 )
-from .towers_egmf import average_frames, tower_num_states, tower_size
+from .towers_egmf import average_frames, read_layers, tower_size
 
 
 def clip_fractions(times: torch.Tensor, unknown: torch.Tensor, in_order: torch.Tensor) -> torch.Tensor:
@@ -240,9 +240,9 @@ class EGMFFusion(nn.Module):
             tower = getattr(config, f"{name}_config")
             widths[name] = getattr(config, f"{name}_feature_size") if tower is None else tower_size(tower)
             if tower is not None:
-                self.layer_mix[name] = LayerMix(tower_num_states(tower))
+                self.layer_mix[name] = LayerMix(len(read_layers(config, name)))
             if name in config.clip_statistics:
-                layers = 1 if tower is None else tower_num_states(tower)
+                layers = 1 if tower is None else len(read_layers(config, name))
                 self.clip_statistics[name] = ClipStatistics(layers, widths[name], config)
         self.widths = widths
         self.clock = ClockEmbedding(size)

@@ -17,7 +17,7 @@ from .towers_egmf import (
     is_window,
     read_audio,
     read_frames,
-    tower_num_states,
+    read_layers,
     tower_size,
 )
 
@@ -52,7 +52,8 @@ class MediaMixin:
         return self._pool("vision", read_frames(self.vision_tower, frames, mask), mask, times)
 
     def _pool(self, name: str, layers: tuple[torch.Tensor, ...], mask: torch.Tensor, times: torch.Tensor | None):
-        """Averages consecutive frames of a tower, as `config.frame_pooling` says."""
+        """Selects the hidden layers of `config.tower_layers`, and averages frames as `config.frame_pooling` says."""
+        layers = tuple(layers[number] for number in read_layers(self.config, name))
         if name not in self.config.frame_pooling:
             return layers, mask, times
         together, sizes = torch.stack(layers, 2), (len(layers), layers[0].shape[-1])
@@ -150,7 +151,7 @@ class MediaMixin:
             if tower is None:
                 sizes = (getattr(self.config, f"{name}_feature_size"),)
             else:  # precomputed hidden layers of the tower
-                sizes = (tower_num_states(tower.config), tower_size(tower.config))
+                sizes = (len(read_layers(self.config, name)), tower_size(tower.config))
             if features.ndim != 2 + len(sizes) or features.shape[2:] != sizes:
                 wanted = ", ".join(map(str, ("batch", "frames", *sizes)))
                 raise ValueError(f"{name}_features: got shape {tuple(features.shape)}, wanted ({wanted})")

@@ -9,6 +9,8 @@ tokens, H the LLM's hidden size.
 
 import copy
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,6 +20,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, StaticCache
+from transformers.integrations import deepspeed as deepspeed_integration
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import can_return_tuple, torch_compilable_check
 
@@ -27,11 +30,26 @@ from .fusion_egmf import EGMFFusion, init_fusion_weights
 from .media_features_egmf import MEDIA_INPUTS, MediaMixin
 from .readout_egmf import ExpertReadout, answer_prefixes
 from .scoring_egmf import ScoringMixin, accepts_position_ids, check_static_cache, uncompiled_on_cpu
-from .towers_egmf import build_tower, encoder_of, is_trained, load_tower
+from .towers_egmf import build_tower, encoder_of, is_trained, load_tower, read_layers, spread_layers
 
 
 if TYPE_CHECKING:  # not imported at run time; transformers saves the imported file with every checkpoint
     from .pipeline_egmf import AffectRecognitionPipeline  # noqa: F401
+
+
+@contextmanager
+def undivided() -> Iterator[None]:
+    """Loads and builds models with whole weights, although DeepSpeed's ZeRO-3 is configured.
+
+    transformers would divide the weights among the processes while it builds a model. Parts with divided weights can
+    be neither assembled nor checked; DeepSpeed divides the assembled model when training begins.
+    """
+    configured = deepspeed_integration._hf_deepspeed_config_weak_ref
+    deepspeed_integration.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed_integration._hf_deepspeed_config_weak_ref = configured
 
 
 @dataclass
@@ -271,6 +289,7 @@ class EGMFForConditionalGeneration(EGMFPreTrainedModel, ScoringMixin, Generation
         self.post_init()
 
     @classmethod
+    @undivided()
     def from_language_model(
         cls,
         language_model: str | PreTrainedModel,
@@ -293,11 +312,13 @@ class EGMFForConditionalGeneration(EGMFPreTrainedModel, ScoringMixin, Generation
         if isinstance(language_model, str):
             language_model = AutoModelForCausalLM.from_pretrained(language_model)
         towers, attention = {}, {"": language_model.config._attn_implementation}
+        config_kwargs["tower_layers"] = dict(config_kwargs.get("tower_layers") or {})
         attention["text_config"] = attention[""]
         for name, tower in (("audio", audio_tower), ("vision", vision_tower)):
             if tower is not None:
                 tower = encoder_of(load_tower(tower) if isinstance(tower, str) else tower, name)
                 config_kwargs[f"{name}_config"] = tower.config
+                config_kwargs["tower_layers"].setdefault(name, spread_layers(tower.config))
                 attention[f"{name}_config"] = tower.config._attn_implementation
                 towers[f"{name}_tower"] = tower.requires_grad_(False).to(language_model.dtype)
         if config_kwargs.get("pseudo_token_id", 0) >= language_model.get_input_embeddings().num_embeddings:
@@ -361,6 +382,8 @@ class EGMFForConditionalGeneration(EGMFPreTrainedModel, ScoringMixin, Generation
             if tower is None and tower_config is not None:
                 tower = build_tower(tower_config)
             fields[f"{name}_tower"] = tower
+            if tower_config is not None:  # not the default of a new model
+                fields["tower_layers"] = fields["tower_layers"] | {name: read_layers(config, name)}
         return cls.from_language_model(language_model, **fields)
 
     @torch.no_grad()

@@ -7,11 +7,13 @@ recognize("clip.mp4", text="That is just great.")
 import math
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader, Dataset
 from transformers import Pipeline, PreTrainedConfig
 
 
@@ -68,6 +70,26 @@ def adaptation_warning(config: PreTrainedConfig, modalities: Iterable[str], cent
     return f"speaker_adaptation: got {got} of the speaker for {wrong}, wanted {wanted}, as the model was trained"
 
 
+class _Batches(Dataset):
+    """Samples, `size` at a time, preprocessed; the error of a batch that cannot be."""
+
+    def __init__(self, preprocess: Callable[[list], dict], samples: list, size: int):
+        self.preprocess, self.samples, self.size = preprocess, samples, size
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.samples) / self.size)
+
+    def __getitem__(self, index: int) -> dict[str, Any] | Exception:
+        try:
+            return self.preprocess(self.samples[index * self.size : (index + 1) * self.size])
+        except Exception as error:  # the caller decides
+            return error
+
+
+def _as_it_is(item):
+    return item
+
+
 class AffectRecognitionPipeline(Pipeline):
     """Recognises the emotion or sentiment of a speaker in a clip: a label or a score, with its distribution.
 
@@ -103,12 +125,17 @@ class AffectRecognitionPipeline(Pipeline):
         super().__init__(*args, **kwargs)
         self.processor.limit_length(self.model.config.text_config)
 
-    def __call__(self, inputs: Any, batch_size: int | None = None, **kwargs) -> dict | list[dict]:
+    def __call__(
+        self, inputs: Any, batch_size: int | None = None, num_workers: int | None = None, **kwargs
+    ) -> dict | list[dict] | Iterator[dict]:
         """Answers one sample or each sample of a list.
 
         Args:
-            inputs: A sample or a list of samples.
+            inputs: A sample or a list of samples. For an iterator of samples, the result is an iterator of answers in
+                their order, each of which comes as soon as its batch is answered.
             batch_size: Number of samples that the model processes at a time; 8 by default.
+            num_workers: Number of processes that decode the next batches while the model answers, at most two batches
+                each; 0 by default. Samples that have `speaker_clips` of their own are decoded in this process.
             text, speaker, context, speaker_clips: Defaults for samples without these values. An error in the call's
                 `speaker_clips` is always raised.
             task: Name of a task of the processor; by default the task that the model was trained on.
@@ -124,7 +151,7 @@ class AffectRecognitionPipeline(Pipeline):
                 (self._preprocess_params, self._forward_params, self._postprocess_params), steps, strict=True
             )
         )
-        samples = inputs if isinstance(inputs, list) else [inputs]
+        samples = list(inputs) if isinstance(inputs, list | Iterator) else [inputs]
         size = self._batch_size if batch_size is None else batch_size
         size = 8 if size is None else size
         if not isinstance(size, int) or size < 1:
@@ -132,21 +159,46 @@ class AffectRecognitionPipeline(Pipeline):
         task = before.get("task") or self.processor.default_task
         if task not in self.processor.tasks:
             raise ValueError(f"task: got {task!r}, wanted one of {', '.join(self.processor.tasks)}")
-        answers = []
-        for start in range(0, len(samples), size):
-            chunk = samples[start : start + size]
+        workers = self._num_workers if num_workers is None else num_workers
+        found = self._answers(samples, task, size, workers or 0, (before, forward, after))
+        if isinstance(inputs, Iterator):
+            return found
+        answers = list(found)
+        return answers if isinstance(inputs, list) else answers[0]
+
+    def _answers(self, samples: list, task: str, size: int, workers: int, steps: tuple[dict, ...]) -> Iterator[dict]:
+        """Yields the samples' answers."""
+        before, forward, after = steps
+        for index, prepared in enumerate(self.prepare(samples, size, workers, **before)):
+            chunk = samples[index * size : (index + 1) * size]
             try:
-                answers += self.run_single(chunk, before, forward, after)
+                if isinstance(prepared, Exception):
+                    raise prepared
+                yield from self.postprocess(self.forward(prepared, **forward), **after)
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:
                 if before.get("on_error") != "report":
                     raise
                 if len(chunk) == 1:
-                    answers.append(self._failed(str(error) or type(error).__name__, self.processor.tasks[task]))
+                    yield self._failed(str(error) or type(error).__name__, self.processor.tasks[task])
                 else:  # find the failing sample: answer each one separately
-                    answers += self(chunk, batch_size=1, **kwargs)
-        return answers if isinstance(inputs, list) else answers[0]
+                    yield from self._answers(chunk, task, 1, 0, steps)
+
+    def prepare(self, samples: list, batch_size: int = 8, num_workers: int = 0, **options) -> Iterator[Any]:
+        """Yields `preprocess` of the samples, a batch at a time, or the error that it raised.
+
+        With `num_workers`, as many processes prepare the next batches, at most two each; arguments as in `__call__`.
+        """
+        batches = _Batches(partial(self.preprocess, **options), samples, batch_size)
+        workers = min(num_workers, len(batches))
+        if workers < 1 or any(isinstance(sample, Mapping) and sample.get("speaker_clips") for sample in samples):
+            yield from (batches[index] for index in range(len(batches)))
+            return
+        # A process that has tokenised may only fork if this is set: its tokenizer's threads are not forked.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        # Forked, so that the model is not copied; the workers do not use it.
+        yield from DataLoader(batches, None, num_workers=workers, collate_fn=_as_it_is, multiprocessing_context="fork")
 
     def speaker_center(self, clips: Sequence | Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
         """Computes a speaker's center from `speaker_clips`: the fields of [`EGMFModel.speaker_center`].

@@ -216,8 +216,9 @@ class EGMFProcessor(MediaInputsMixin, ProcessorMixin):
 
             - `input_ids`, `attention_mask`, `utterance_mask` (1 on the tokens of the utterance, including a space in
               front of it) and, given answers, `labels` (-100 except on the answer and EOS): `(B, L)` int64.
-            - With audio features: `audio_features` `(B, T, D)` float32 padded with zeros on the right, `audio_mask`
-              `(B, T)` int64, `audio_times` `(B, T)` float32 (NaN if unknown or padding). The same for vision.
+            - With audio features: `audio_features` `(B, T, D)` float32 (float16 if all of the batch are) padded with
+              zeros on the right, `audio_mask` `(B, T)` int64, `audio_times` `(B, T)` float32 (NaN if unknown or
+              padding). The same for vision.
             - With media: the towers' inputs, which are `input_features` or `input_values` with `audio_mask`, and
               `pixel_values` `(B, F, 3, height, width)` with `vision_mask` and `vision_times` `(B, F)`.
 
@@ -527,7 +528,10 @@ def _features(name: str, value: Any) -> np.ndarray:
     """Converts and checks one sample's features `(T, D)` or tower hidden layers `(T, layers, D)`."""
     layers = _ndim(value) == 3
     wanted = "an array (frames, layers, features)" if layers else "an array (frames, features)"
-    array = as_array(name, value, 2 + layers, wanted)
+    if isinstance(value, np.ndarray) and value.dtype == np.float16 and value.ndim == 2 + layers:
+        array = value  # half the memory of float32
+    else:
+        array = as_array(name, value, 2 + layers, wanted)
     size = " x ".join(map(str, array.shape))
     if array.size == 0:
         raise ValueError(f"`{name}` is empty ({size}), wanted at least one frame; pass None for a missing modality.")
@@ -547,7 +551,8 @@ def _stack(modality: str, features: list, times: list) -> dict[str, np.ndarray]:
         return {}
     first, width = next((i, array.shape[1:]) for i, array in arrays.items())
     shape = (len(features), max(map(len, arrays.values())))
-    stacked, mask = np.zeros((*shape, *width), dtype=np.float32), np.zeros(shape, dtype=np.int64)
+    kind = np.result_type(*arrays.values())
+    stacked, mask = np.zeros((*shape, *width), dtype=kind), np.zeros(shape, dtype=np.int64)
     clock = np.full(shape, np.nan, dtype=np.float32)
     for i, array in arrays.items():
         if array.shape[1:] != width:

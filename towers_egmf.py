@@ -15,7 +15,10 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import MODEL_MAPPING, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import torch_compilable_check
 
+from .configuration_egmf import EGMFConfig
 
+
+MOST_LAYERS = 8  # hidden states that are read of a deep tower by default
 OPTIONS = {"output_hidden_states": True, "return_dict": True}
 
 
@@ -65,6 +68,28 @@ def tower_size(config: PreTrainedConfig) -> int:
 def tower_num_states(config: PreTrainedConfig) -> int:
     """Number of hidden states that are read from a tower: its input and every layer, or the last of a pyramid."""
     return 1 if is_pyramid(config) else 1 + (getattr(config, "encoder_layers", None) or config.num_hidden_layers)
+
+
+def spread_layers(config: PreTrainedConfig) -> list[int]:
+    """Numbers of at most `MOST_LAYERS` hidden states of a tower, evenly spread from its input to its last layer.
+
+    Neighbouring layers are much alike, so the others of a deep tower add little but disk and time.
+    """
+    last, count = tower_num_states(config) - 1, min(MOST_LAYERS, tower_num_states(config))
+    return [round(place * last / max(count - 1, 1)) for place in range(count)]
+
+
+def read_layers(config: EGMFConfig, modality: str) -> list[int]:
+    """Numbers of the hidden states that are read from a modality's tower, as `config.tower_layers` says.
+
+    Raises:
+        ValueError: If the tower has fewer.
+    """
+    count = tower_num_states(getattr(config, f"{modality}_config"))
+    layers = config.tower_layers.get(modality) or list(range(count))
+    if layers[-1] >= count:
+        raise ValueError(f"tower_layers: got {{{modality!r}: {layers}}}, wanted numbers from 0 to {count - 1}")
+    return layers
 
 
 def is_trained(tower: nn.Module) -> bool:

@@ -39,7 +39,7 @@ from egmf.data.mixture import check_corpora, load_corpora, mix_rows
 from egmf.data.speakers import Centers, name_speakers, speaker_centers
 from egmf.data.tower_cache import COLUMNS, TowerCache
 from egmf.files import writing
-from egmf.modeling_egmf import EGMFForConditionalGeneration
+from egmf.modeling_egmf import EGMFForConditionalGeneration, undivided
 from egmf.processes import are_sharded, in_turns, silence_other_ranks
 from egmf.processing_egmf import EGMFProcessor
 from egmf.recipe import Recipe, load_recipe
@@ -228,14 +228,16 @@ def main(arguments: list[str]) -> None:
             for part, splits in zip(data.parts, corpora, strict=True)
         ]
     corpus = {split: concatenate_datasets([part[split] for part in corpora]) for split in ("train", "validation")}
-    towers = build_towers(recipe)
+    with undivided():
+        towers = build_towers(recipe)
     processor = build_processor(recipe, language_model, towers)
     tasks = [processor.tasks[name] for name in data.tasks]
     check_corpora(data.parts, corpora, processor, data.modalities)
     if training.eval_strategy != "no" and not len(corpus["validation"]):
         raise ValueError(f"eval_strategy: got {training.eval_strategy.value} without validation rows, wanted no")
     asked, mixture = mix_rows(data.parts, corpora, processor, data.balance_classes)
-    model = build_model(recipe, language_model, processor, towers, corpus["train"])
+    with undivided():
+        model = build_model(recipe, language_model, processor, towers, corpus["train"])
 
     training.remove_unused_columns = False  # the collator reads the corpus's columns
     learns_on = trained_towers(recipe, towers)

@@ -57,7 +57,7 @@ def rows_of(recipe: Recipe, processor: EGMFProcessor, folder: Path) -> tuple[lis
             clip.write_text(clip.name)
             row[COLUMNS[name]] = str(clip)
             frames, states = lengths[name][place], states_of(recipe)[name]
-            tensors = {"features": torch.ones(frames, states, width // states, dtype=torch.bfloat16)}
+            tensors = {"features": torch.ones(frames, states, width // states, dtype=torch.float16)}
             cache._write(cache._entry(name, str(clip)), tensors | {"times": torch.zeros(frames)})
     return rows, cache, numbers
 

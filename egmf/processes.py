@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from accelerate import PartialState
+from peft.utils.integrations import gather_params_ctx
+from torch import nn
 from transformers.utils import logging as transformers_logging
 
 
@@ -31,6 +33,29 @@ def available_cores() -> int:
 def are_sharded() -> bool:
     """Whether the weights or the optimizer states are divided among the processes (FSDP, DeepSpeed)."""
     return any(os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true" for name in ("FSDP", "DEEPSPEED"))
+
+
+def default_workers() -> int:
+    """Number of processes that decode for this one by default: an equal share of the cores on this machine."""
+    return max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+@contextmanager
+def held_whole(module: nn.Module) -> Iterator[None]:
+    """Gathers a module's weights that DeepSpeed's ZeRO-3 has divided. No effect on other models.
+
+    The weights stay whole in the block even if they are tied to another module, which would release them after use.
+    """
+    parameters = list(module.parameters())
+    with gather_params_ctx(parameters, modifier_rank=None):
+        in_use = [parameter.ds_active_sub_modules for parameter in parameters if hasattr(parameter, "ds_id")]
+        for modules in in_use:
+            modules.add(-1)  # no module has this id
+        try:
+            yield
+        finally:
+            for modules in in_use:
+                modules.discard(-1)
 
 
 def silence_other_ranks() -> None:

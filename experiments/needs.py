@@ -34,7 +34,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 from egmf.modeling_egmf import EGMFForConditionalGeneration
 from egmf.processing_egmf import EGMFProcessor
 from egmf.recipe import Recipe, load_recipe
-from egmf.towers_egmf import encoder_of, tower_num_states, tower_size
+from egmf.towers_egmf import encoder_of, spread_layers, tower_size
 from egmf.training.assembly import add_lora
 from egmf.training.dry_run import TRAINED_BYTES, count_parameters, kept_tensors
 from egmf.training.language_models import byte_tokenizer
@@ -58,9 +58,9 @@ FRAMES = {"meld": (157, 32), "cherma": (543, 16), "mosei": (500, 375), "simsv2":
 AUDIO_RATE = 50  # frames per second of HuBERT and similar encoders
 VOCABULARY, ANSWER = 151936, 5  # tokens
 # Numbers (single values of features) that one process reads and collates per second. `bench/reading.py` measured, with
-# files in memory, on one core of a Xeon with AVX512, 183 to 233 million for clips and 6.6 to 9.7 million for features.
-# For clips, half of the slowest rate is assumed: files come from a disk, and a batch of 600 MB must reach the GPU.
-READING = {"clips": 90e6, "features": 6.6e6}
+# files in memory, on one core of a Xeon with AVX512, 139 to 167 million for clips (the core was shared) and 6.6 to 9.7
+# million for features. For clips, half of the slowest rate is assumed: their files come from a disk.
+READING = {"clips": 70e6, "features": 6.6e6}
 
 
 @dataclass
@@ -99,6 +99,7 @@ def build(recipe: Recipe, layers: int) -> tuple[torch.nn.Module, EGMFProcessor]:
         options = {f"{name}_feature_size": width for name, (_, width) in features_of(recipe).items()}
     for name in ("num_pseudo_tokens", "fusion_hidden_size", "fusion_intermediate_size", "fusion_dropout"):
         options[name] = recipe.fusion[name]
+    options |= {name: recipe.fusion[name] for name in ("tower_layers", "frame_pooling")}
     model = EGMFForConditionalGeneration.from_language_model(llm, pseudo_token_id=processor.pseudo_token_id, **options)
     return add_lora(recipe, model, []).train(), processor
 
@@ -121,14 +122,15 @@ def features_of(recipe: Recipe) -> dict[str, tuple[int, int]]:
         return {name: (frames, width) for name, frames, width in pairs}
     frames = {"audio": int(AUDIO_RATE * SECONDS[recipe.data.corpus]), "vision": recipe.model.num_frames}
     return {
-        name: (frames[name], tower_num_states(tower.config) * tower_size(tower.config))
-        for name, tower in towers_of(recipe).items()
+        name: (-(-frames[name] // recipe.fusion["frame_pooling"].get(name, 1)), states * tower_size(tower.config))
+        for (name, tower), states in zip(towers_of(recipe).items(), states_of(recipe).values(), strict=True)
     }
 
 
 def states_of(recipe: Recipe) -> dict[str, int]:
     """The number of hidden layers that are read from each tower, by modality."""
-    return {name: tower_num_states(tower.config) for name, tower in towers_of(recipe).items()}
+    chosen = recipe.fusion["tower_layers"]
+    return {name: len(chosen.get(name) or spread_layers(tower.config)) for name, tower in towers_of(recipe).items()}
 
 
 def cost_of(recipe: Recipe, layers: int, tokens: int) -> Cost:
@@ -163,7 +165,7 @@ def tower_operations(recipe: Recipe) -> float:
 
 
 def disk_of(recipe: Recipe) -> float:
-    """Bytes of the hidden layers of all clips, in bfloat16 as the frozen towers compute them."""
+    """Bytes of the hidden layers of all clips, in 16 bits as the cache keeps them."""
     if not recipe.model.audio_tower:
         return 0.0
     return 2.0 * sum(ROWS[recipe.data.corpus]) * sum(frames * width for frames, width in features_of(recipe).values())
@@ -256,11 +258,12 @@ def page_head() -> str:
 Not yet run. Computed for one A100 by `python -m experiments.needs`, whose first lines say how.
 
 Every process reads {rates} per second.
-`python -m bench.reading` measured 183 to 233 million of clips and 6.6 to 9.7 million of features, with files in
-memory, on one core of a Xeon. Of the slowest rate for clips, half is assumed: their files come from a disk, and their
-batches of 600 MB have to get to the GPU. The recipes' `dataloader_num_workers` is {workers}. With 0, the process that
-trains reads between its steps, and both times add up. With `--dataloader_num_workers 4`, others read beside it, in a
-quarter of the time, and hold up to 5 GB of batches in shared memory.
+`python -m bench.reading` measured 139 to 167 million of clips and 6.6 to 9.7 million of features, with files in
+memory, on one core of a Xeon. Of the slowest rate for clips, half is assumed: their files come from a disk. Of a tower
+with more than 8 hidden states, 8 are read, and four frames of its sound are averaged. A batch of MOSEI's clips then
+has 14 million numbers in 16 bits; all 25 states of every frame would be 156 million, read in 1.3 instead of 0.09 CPU
+seconds. The recipes' `dataloader_num_workers` is {workers}. With 0, the process that trains reads between its steps,
+and both times add up. With 4, others read beside it, in a quarter of the time.
 
 """
 

@@ -341,7 +341,7 @@ def test_cached_towers_give_the_same_loss(media, files, tmp_path):
     with torch.no_grad():
         losses = [model(**collator(rows)).loss for collator in (direct, cached)]
         without = model(**cached([{**row, "audio": None, "video": None} for row in rows])).loss
-    torch.testing.assert_close(*losses, rtol=0, atol=1e-5)
+    torch.testing.assert_close(*losses, rtol=0, atol=1e-4)  # the cache has 16 bits
     assert (losses[0] - without).abs() > 1e-4
     assert set(direct.errors) == {"b", "c"}
 

@@ -188,6 +188,36 @@ def test_predict_answers_as_the_pipeline_and_goes_on_past_a_bad_file(place, reco
             assert probability == pytest.approx(wanted["probabilities"][label], abs=1e-5)
 
 
+def test_other_processes_decode_the_same_answers_in_order(place, recognize):
+    folder = place[0]
+    names = [*files(folder), str(folder / "broken.mp4"), *files(folder)[::-1]]
+    wanted = recognize(names, batch_size=2, on_error="report")
+    for size in (1, 2):
+        found = recognize(iter(names), batch_size=size, num_workers=2, on_error="report")
+        for answer, alone in zip(found, wanted, strict=True):
+            assert answer["error"] == alone["error"] and answer["warnings"] == alone["warnings"]
+            assert answer["probabilities"] == pytest.approx(alone["probabilities"], abs=1e-5)
+    with pytest.raises(Exception, match=r"Cannot read .*broken.mp4") as raised:
+        recognize(names, num_workers=2)
+    assert raised.type.__name__ == "MediaError"
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_files(place):
+    """Five batches of one file: the main process prints all answers in the files' order."""
+    folder = place[0]
+    config = ROOT / "recipes" / "accelerate" / "cpu_2.yaml"
+    launch = ["-m", "accelerate.commands.launch", "--config_file", str(config), str(ROOT / "predict.py"), "model"]
+    names = [*map(os.path.basename, files(folder)), "broken.mp4", "one.mp4"]
+    environment = os.environ | {"HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, *launch, *names, "--batch_size", "1"]
+    outcome = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    answers = list(map(json.loads, outcome.stdout.splitlines()))
+    assert [answer["file"] for answer in answers] == names, outcome.stderr
+    assert [answer["error"] is None for answer in answers] == [True, True, True, False, True]
+    assert answers[0]["probabilities"] == pytest.approx(answers[4]["probabilities"], abs=1e-5)
+
+
 def test_predict_one_file(place):
     name = os.fsdecode(b"caf\xe9.mp4")  # no Unicode
     (place[0] / name).symlink_to("one.mp4")

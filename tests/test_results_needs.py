@@ -28,9 +28,9 @@ def test_reading_is_in_the_hours_of_the_page():
         computed = needs.reading_of(needs.load(name, "0.6B")) / 3600
         assert float(hours) == pytest.approx(computed, abs=0.051)
         assert all(float(size.split(", ")[1]) >= float(hours) for size in sizes)
-    # 16,326 + 1,871 rows three times, 365 frames of WavLM and 16 of CLIP, 25 layers of 1024.
+    # 16,326 + 1,871 rows three times, 365 frames of WavLM by fours and 16 of CLIP, 8 of 25 states of 1024.
     assert needs.reading_of(needs.load("mosei_qwen3_clips", "8B")) == pytest.approx(
-        3 * 18197 * (365 + 16) * 25 * 1024 / needs.READING["clips"]
+        3 * 18197 * (92 + 16) * 8 * 1024 / needs.READING["clips"]
     )
 
 

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -36,6 +37,7 @@ ON_TWO = ["accelerate.commands.launch", "--config_file", str(REPO / "recipes" / 
 # No dropout of any kind; 64 rows to train on, 16 to validate: with batches of 5 on two processes the last is not full.
 FIELDS = ["--corpus_options", '{"size": 96}', "--modality_dropout", "{}", "--num_train_epochs", "2"]
 FIELDS += ["--per_device_eval_batch_size", "5"]
+HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 HAS_BITSANDBYTES = importlib.util.find_spec("bitsandbytes") is not None
 
 
@@ -109,7 +111,7 @@ def test_every_config_is_one_that_accelerate_launches(config):
     if arguments.use_deepspeed:
         stage = int(config.stem[-1])
         assert fields.deepspeed_config["zero_stage"] == stage
-        if importlib.util.find_spec("deepspeed") is None:
+        if not HAS_DEEPSPEED:
             pytest.skip("deepspeed is not installed: its plugin is not built")
         arguments.deepspeed_fields_from_accelerate_config = ",".join(fields.deepspeed_config)
         environment = prepare_deepspeed_cmd_env(arguments)[1]
@@ -226,14 +228,33 @@ def test_two_processes_go_through_all_phases(tmp_path):
         assert torch.equal(value, towers[name]), name
 
 
-def start_fsdp(*fields) -> None:
-    """Run train.py in two processes that shard the model."""
-    config = next(path for path in CONFIGS if path.stem == "fsdp2")
+def start_divided(way: str, *fields) -> None:
+    """Run train.py in two processes that divide the model: `way` is a configuration of FSDP2 or DeepSpeed."""
+    config = next(path for path in CONFIGS if path.stem == way)
     arguments = launch_command_parser().parse_args(["--config_file", str(config), "train.py"])
-    environment = prepare_multi_gpu_env(_validate_launch_command(arguments)[0])
-    told = {name: value for name, value in environment.items() if name.startswith(("FSDP", "ACCELERATE"))}
-    command = ["torch.distributed.run", "--standalone", "--nproc_per_node", 2, "tests/workers.py", "fsdp", *fields]
+    arguments = _validate_launch_command(arguments)[0]
+    if arguments.use_deepspeed:
+        set_fields = load_config_from_file(str(config)).deepspeed_config
+        arguments.deepspeed_fields_from_accelerate_config = ",".join(set_fields)
+        environment = prepare_deepspeed_cmd_env(arguments)[1] | {"DS_ACCELERATOR": "cpu"}
+    else:
+        environment = prepare_multi_gpu_env(arguments)
+    told = {name: value for name, value in environment.items() if name.startswith(("FSDP", "ACCELERATE", "DS_"))}
+    command = ["torch.distributed.run", "--standalone", "--nproc_per_node", 2, "tests/workers.py", "divided", *fields]
     start(*command, **told)
+
+
+def assert_resumes(way: str, output: Path, *fields) -> None:
+    """Assert that a run without its last checkpoint and its model goes on from the checkpoint before, to the same end.
+
+    `fields` are those of the run in the folder `output`.
+    """
+    first = output.with_name("first")
+    shutil.copytree(output, first)
+    for folder in ("checkpoint-8", "adapter", "model"):
+        shutil.rmtree(output / folder)
+    start_divided(way, *fields)
+    assert_alike(first, output, tolerance=1e-5)
 
 
 @pytest.mark.slow
@@ -251,7 +272,7 @@ def test_processes_whose_batches_lack_different_modalities_go_on(tmp_path, way):
     ]
     fields += ["--per_device_train_batch_size", 1, "--output_dir", tmp_path, "--ddp_find_unused_parameters", "false"]
     if way == "fsdp2":
-        start_fsdp("recipes/tiny.yaml", *fields)
+        start_divided("fsdp2", "recipes/tiny.yaml", *fields)
     else:
         start(*ON_TWO, "train.py", "recipes/tiny.yaml", *fields)
     losses = [line["loss"] for line in read_lines(tmp_path / "log.jsonl") if "loss" in line]
@@ -267,13 +288,34 @@ def test_fsdp_learns_what_one_process_learns(tmp_path):
     own = ["--language_model", tmp_path / "llm", "--gradient_checkpointing", "true"]
     one = train(tmp_path / "one", *own, "--per_device_train_batch_size", 16)
     fields = ["recipes/tiny.yaml", *FIELDS, *own, "--per_device_train_batch_size", 8, "--output_dir", tmp_path / "two"]
-    start_fsdp(*fields)
+    start_divided("fsdp2", *fields)
     assert (tmp_path / "two" / "checkpoint-8" / "pytorch_model_fsdp.bin").exists()
     assert_alike(one, tmp_path / "two", tolerance=2e-2)
     weights = load_file(tmp_path / "two" / "model" / "model.safetensors")
     parts = ("model.fusion.", "model.language_model.")
     kinds = {part: {value.dtype for key, value in weights.items() if key.startswith(part)} for part in parts}
     assert kinds == {"model.fusion.": {torch.float32}, "model.language_model.": {torch.float32}}
+    assert_resumes("fsdp2", tmp_path / "two", *fields)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_DEEPSPEED, reason="deepspeed is not installed")
+@pytest.mark.parametrize("way", ["deepspeed_zero2", "deepspeed_zero3"])
+def test_deepspeed_learns_what_one_process_learns(whole, tmp_path, way):
+    """It also resumes, and no saved tensor is empty: of the adapters, or of the merged model, which answers."""
+    output = tmp_path / "run"
+    fields = ["recipes/tiny.yaml", *FIELDS, "--per_device_train_batch_size", 8, "--output_dir", output]
+    start_divided(way, *fields)
+    assert_alike(whole, output)
+    for name in ("checkpoint-8", "adapter"):
+        saved = load_file(output / name / "adapter_model.safetensors")
+        wanted = load_file(whole / name / "adapter_model.safetensors")
+        assert {key: value.shape for key, value in saved.items()} == {
+            key: value.shape for key, value in wanted.items()
+        }
+    eval_script.main([str(output / "model"), "--corpus", "generated", "--output", str(tmp_path / "test")])
+    assert json.loads((tmp_path / "test" / "metrics.json").read_text())["samples"] == 16
+    assert_resumes(way, output, *fields)
 
 
 def test_phases_are_not_for_divided_models(monkeypatch, tmp_path):

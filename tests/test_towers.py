@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -392,3 +393,32 @@ def test_a_batch_without_clips_trains_every_parameter_of_a_trained_tower(assembl
     model.train()(**batch).loss.backward()
     unused = [name for name, value in model.model.audio_tower.named_parameters() if value.grad is None]
     assert unused in ([], ["masked_spec_embed"])
+
+
+def test_few_layers_of_a_deep_tower_are_read_and_kept_in_half_precision(assemble, llm_folder, tmp_path):
+    """By default 8, evenly spread; a recipe may name others. The cache has only these, of averaged frames."""
+    deep = HubertModel(HubertConfig(**WAVE | {"num_hidden_layers": 24})).eval()
+    options = {"audio_tower": deep, "audio_input_rate": 16000}
+    model = assemble(**options, frame_pooling={"audio": 4})
+    assert model.config.tower_layers["audio"] == [0, 3, 7, 10, 14, 17, 21, 24]
+    assert assemble(audio_tower=whisper(), audio_input_rate=100).config.tower_layers["audio"] == [0, 1, 2]
+    waves, mask = torch.randn(1, 800), torch.ones(1, 800, dtype=torch.long)
+    every = deep(waves, output_hidden_states=True).hidden_states
+    some, *_ = assemble(**options, tower_layers={"audio": [2, 24]}).model.get_audio_features(waves, mask)
+    assert len(some) == 2
+    torch.testing.assert_close(some[0], every[2])
+    torch.testing.assert_close(some[1], every[24])
+    with pytest.raises(ValueError, match=r"tower_layers: got \{'audio': \[3, 25\]\}, wanted numbers from 0 to 24"):
+        assemble(**options, tower_layers={"audio": [3, 25]})
+
+    path = tmp_path / "voice.wav"
+    soundfile.write(path, np.random.default_rng(0).normal(0, 0.1, 16000), 16000)
+    tokenizer = AutoTokenizer.from_pretrained(llm_folder())
+    processor = EGMFProcessor(tokenizer, feature_extractor=Wav2Vec2FeatureExtractor(), num_pseudo_tokens=3)
+    cache = TowerCache(model, processor, ["audio"], folder=tmp_path / "cache")
+    cache.fill([{"audio": str(path)}], torch.device("cpu"))
+    features = cache.load("audio", str(path))["audio_features"]
+    frames = deep(torch.zeros(1, 16000)).last_hidden_state.shape[1]
+    assert features.shape == (-(-frames // 4), 8, 16) and features.dtype == np.float16
+    (entry,) = (tmp_path / "cache").rglob("*.safetensors")
+    assert entry.stat().st_size < 0.1 * 25 * frames * 16 * 2

@@ -82,8 +82,18 @@ def cache(folder: str, *paths: str) -> None:
     write(folder, {"made": made, "errors": errors, "here": [kept.has("audio", path) for path in paths]})
 
 
-def fsdp(*arguments: str) -> None:
-    """Run train.py under FSDP2. Accelerate shards models only on GPUs, so GPUs are simulated for these processes."""
+def divided(*arguments: str) -> None:
+    """Run train.py under FSDP2 or DeepSpeed on the CPU.
+
+    Accelerate shards models with FSDP2 only on GPUs, so GPUs are simulated for these processes. DeepSpeed would
+    compile operations of its own, which need a compiler and are not used.
+    """
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        import deepspeed
+
+        deepspeed.ops.__compatible_ops__.clear()
+        train.main(list(arguments))
+        return
     begin = state.AcceleratorState.__init__
 
     def on_gpus(self, *args, **kwargs):
@@ -97,4 +107,4 @@ def fsdp(*arguments: str) -> None:
 
 if __name__ == "__main__":
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    {"order": order, "cache": cache, "fsdp": fsdp}[sys.argv[1]](*sys.argv[2:])
+    {"order": order, "cache": cache, "divided": divided}[sys.argv[1]](*sys.argv[2:])

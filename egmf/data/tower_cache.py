@@ -7,14 +7,17 @@ import os
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import soxr
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from datasets import Dataset
 from huggingface_hub import constants
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -22,18 +25,16 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-import egmf.media_readers_egmf as media_readers_egmf
 from corpora.clips import split_part
-from egmf import media_egmf, media_inputs_egmf, towers_egmf
 from egmf.data.clips import load_row_media
 from egmf.files import writing
 from egmf.media_egmf import AudioClip
 from egmf.media_inputs_egmf import Media, TowerInput
-from egmf.modeling_egmf import EGMFModel
-from egmf.processes import available_cores
+from egmf.processes import default_workers
 from egmf.processing_egmf import EGMFProcessor
 
 
+DECODING = ("media_egmf", "media_readers_egmf", "media_inputs_egmf")
 PREPROCESSORS = {"audio": "feature_extractor", "vision": "image_processor"}
 COLUMNS = {"audio": "audio", "vision": "video"}  # of the corpus schema
 # The packages that decode and compute; the version of one that is not installed counts as None.
@@ -91,17 +92,20 @@ class TowerCache:
         settings["packages"] = {name: _version(name) for name in PACKAGES}
         if modality == "vision":
             settings["num_frames"] = self.processor.num_frames
-        code, weights = [media_egmf, media_readers_egmf, media_inputs_egmf, load_row_media, _Files], []
+        code, weights = [_sibling(self.processor, name) for name in DECODING] + [load_row_media, _Files], []
         if modality in self.frozen:
             tower = self._tower(modality)
             settings |= {"class": type(tower).__name__, "config": tower.config.to_dict()}
             settings["attention"] = tower.config._attn_implementation  # `to_dict` does not include it
             settings["input_rate"] = self.model.config.audio_input_rate
+            # A checkpoint's own, older config may have no such field.
+            settings["layers"] = getattr(self.model.config, "tower_layers", {}).get(modality)
             settings["frame_pooling"] = self.model.config.frame_pooling.get(modality)
             settings["autocast"] = str(self.autocast)
             settings["device"] = (tower.device.type, _float32_precision(tower.device.type))
-            code += [towers_egmf, EGMFModel.encode_media, EGMFModel._modality]
-            code += [EGMFModel.get_audio_features, EGMFModel.get_vision_features, EGMFModel._pool]
+            body = self.model.base_model
+            code += [_sibling(body, "towers_egmf"), type(body).encode_media, type(body)._modality]
+            code += [type(body).get_audio_features, type(body).get_vision_features, type(body)._pool]
             weights = sorted(tower.state_dict().items())
         code.append(TowerCache._tensors)
         settings["code"] = [hashlib.sha256(inspect.getsource(part).encode()).hexdigest() for part in code]
@@ -155,8 +159,7 @@ class TowerCache:
         """Computes and writes the entries of files (modality, path, speed)."""
         if not todo:
             return
-        beside = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes of this run on this machine
-        workers = min(len(todo), max(1, available_cores() // beside))
+        workers = min(len(todo), default_workers())
         for modality in self.frozen:
             self._tower(modality).eval()  # without dropout
         files = _Files(self.processor, todo, self.inputs)
@@ -185,12 +188,16 @@ class TowerCache:
             if torch.equal(half.to(tensors["values"]), tensors["values"]):  # half the space, and nothing is lost
                 tensors["values"] = half
             return tensors
-        media = Media(**{COLUMNS[modality]: TowerInput(**made)})
+        own = _sibling(self.processor, "media_inputs_egmf")  # a checkpoint's own processor knows only its own class
+        media = own.Media(**{COLUMNS[modality]: own.TowerInput(**made)})
         batch = self.processor.media_inputs([media], return_tensors="pt")
         with torch.autocast(device.type, self.autocast, enabled=self.autocast is not None):
             encoded = self.model.encode_media({name: value.to(device) for name, value in batch.items()})
         mask = encoded[f"{modality}_mask"][0].bool()
-        return {name: encoded[f"{modality}_{name}"][0][mask].cpu().contiguous() for name in ("features", "times")}
+        tensors = {name: encoded[f"{modality}_{name}"][0][mask].cpu().contiguous() for name in ("features", "times")}
+        half = tensors["features"].half()  # more precise than bfloat16; values as large as 65504 do not fit
+        tensors["features"] = half if half.isfinite().all() else tensors["features"].bfloat16()
+        return tensors
 
     def _write(self, entry: Path, tensors: dict[str, torch.Tensor]) -> None:
         with writing(entry):
@@ -199,10 +206,19 @@ class TowerCache:
                 save_file(tensors, Path(scratch) / entry.name)
                 os.replace(Path(scratch) / entry.name, entry)
 
+    def errors_of(self, rows: Dataset, modalities: Iterable[str]) -> dict[str, str]:
+        """Why files of these modalities could not be read, by the id of their row."""
+        columns = {name: rows[COLUMNS[name]][:] for name in self.folders.keys() & set(modalities)}
+        found = {}
+        for name, paths in columns.items() if self.errors else ():
+            errors = (self.errors.get((name, path)) for path in paths)
+            found |= {row_id: error for row_id, error in zip(rows["id"][:], errors, strict=True) if error}
+        return found
+
     def load(self, modality: str, path: str | None, speed: float = 1.0) -> dict:
         """The processor's arguments for a cached file (at one of the speeds); None for a file that cannot be read.
 
-        For a frozen tower: hidden layers `{modality}_features` (T, layers + 1, size) and their times in seconds
+        For a frozen tower: hidden layers `{modality}_features` (T, layers, size) in 16 bits and their times in seconds
         `{modality}_times` (T,). For a trained tower: `audio` or `video`.
         """
         there = path is not None and (modality, path) not in self.errors
@@ -215,6 +231,8 @@ class TowerCache:
             except (OSError, SafetensorError) as error:
                 raise OSError(f"{path}: its cache entry {entry} cannot be read: {error}") from error
         if modality in self.frozen:
+            if "features" in tensors and tensors["features"].dtype == torch.float16:
+                tensors["features"] = tensors["features"].numpy()  # the processor keeps the 16 bits of an array
             return {f"{modality}_{name}": tensors.get(name) for name in ("features", "times")}
         made = {name: value.float().numpy() if name == "values" else value.numpy() for name, value in tensors.items()}
         return {COLUMNS[modality]: TowerInput(**made) if there else None}
@@ -252,6 +270,11 @@ class _Files(torch.utils.data.Dataset):
 
 def _as_it_is(item):
     return item
+
+
+def _sibling(instance: Any, name: str) -> Any:
+    """The module `name` of the package of an instance's class: this clone's, or the checkpoint's own."""
+    return import_module(f"{type(instance).__module__.rpartition('.')[0]}.{name}")
 
 
 def _version(package: str) -> str | None:

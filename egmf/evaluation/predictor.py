@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from egmf.data.collator import LABEL_COLUMNS, AffectCollator, expand_by_task, prompt_lengths
 from egmf.data.speakers import Centers
+from egmf.data.tower_cache import TowerCache
 from egmf.evaluation.label_maps import LabelMap
 from egmf.pipeline_egmf import gate_names
 from egmf.processing_egmf import AffectTask, EGMFProcessor
@@ -32,6 +33,8 @@ class Predictor:
         batch_size: Rows in a batch; it does not change answers.
         device: Where the model is.
         centers: See [`AffectCollator`]. `distort` and `changes` do not change them.
+        cache: Cache of the rows' files; distorted files are decoded.
+        num_workers: Number of processes that read the cache.
     """
 
     model: torch.nn.Module
@@ -41,6 +44,8 @@ class Predictor:
     batch_size: int
     device: torch.device
     centers: Centers | None = None
+    cache: TowerCache | None = None
+    num_workers: int = 0
 
     @property
     def label_task(self) -> AffectTask:
@@ -67,8 +72,15 @@ class Predictor:
             changes: Functions of a batch's inputs (after the towers) and the rows' ids that return changed inputs and
                 do not modify their argument. None: no change.
         """
+        cache = self.cache if distort is None else None
         collator = AffectCollator(
-            self.processor, [self.task], modalities, with_answers=None, distort=distort, centers=self.centers
+            self.processor,
+            [self.task],
+            modalities,
+            with_answers=None,
+            cache=cache,
+            distort=distort,
+            centers=self.centers,
         )
         asked = expand_by_task(rows, [self.task])
         # Rows of similar lengths together need less padding.
@@ -76,7 +88,9 @@ class Predictor:
         batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
         state = PartialState()
         share = batches[state.process_index :: state.num_processes]
-        loader = DataLoader(asked, batch_sampler=share, collate_fn=collator)
+        workers = min(self.num_workers, len(share)) if cache is not None else 0
+        loader = DataLoader(asked, batch_sampler=share, collate_fn=collator, num_workers=workers)
+        unread = {} if cache is None else cache.errors_of(rows, modalities)
         ids, gold = rows["id"][:], rows[LABEL_COLUMNS[self.label_task.kind]][:]
         results: list[dict[int, dict]] = [{} for _ in changes]
         quiet = None if state.is_main_process else True
@@ -87,7 +101,7 @@ class Predictor:
                 changed = inputs if change is None else change(inputs, [ids[place] for place in places])
                 for place, answered in zip(places, self._answers(changed), strict=True):
                     predictions[place] = {"id": ids[place], "gold": gold[place]} | answered
-                    if error := collator.errors.get(ids[place]):
+                    if error := unread.get(ids[place]) or collator.errors.get(ids[place]):
                         predictions[place]["media_error"] = error
         shares = gather_object([results])
         everything = [

@@ -30,7 +30,7 @@ from egmf.data.speakers import SPEAKER, Centers, stack_centers
 from egmf.data.tower_cache import COLUMNS, PREPROCESSORS, TowerCache
 from egmf.fusion_egmf import ClipStatistics
 from egmf.media_inputs_egmf import TowerInput
-from egmf.modeling_egmf import EGMFForConditionalGeneration
+from egmf.modeling_egmf import EGMFForConditionalGeneration, undivided
 from egmf.processing_egmf import EGMFProcessor
 from egmf.recipe import Recipe
 from egmf.towers_egmf import encoder_of, load_tower
@@ -367,7 +367,7 @@ def gather_trained_model(recipe: Recipe, trainer: Trainer, trained: list[str]) -
         if not accelerator.is_main_process:
             return None
         parts = model.get_base_model()
-        with torch.device("meta"):
+        with undivided(), torch.device("meta"):
             model = add_lora(recipe, EGMFForConditionalGeneration(copy.deepcopy(parts.config)), trained)
         model.load_state_dict(weights, assign=True)
         model.get_base_model().tie_weights()

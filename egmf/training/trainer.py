@@ -35,6 +35,7 @@ from egmf.data.mixture import MixtureSampler
 from egmf.evaluation.measures import classification_metrics, regression_metrics
 from egmf.evaluation.plots import plot_training
 from egmf.files import RunStopped, write_whole, writing
+from egmf.processes import held_whole
 from egmf.training.checkpoints import MANIFEST, last_whole_checkpoint, seal, size_of, steps_of
 from egmf.training.preemption import termination
 from egmf.training.progress import JsonLinesLog, Progress
@@ -449,7 +450,8 @@ class AffectTrainer(RunTrainer):
         answering = self.accelerator.unwrap_model(model)
         if "score_labels" not in vars(answering):
             register_fsdp_forward_method(answering, "score_labels")  # needed by FSDP2, no effect on other models
-        with self.accelerator.autocast():
+        # Scoring reads rows of the head's weights, which ZeRO-3 gathers only for the head's own forward pass.
+        with held_whole(answering.get_output_embeddings()), self.accelerator.autocast():
             scores = answering.score_labels(candidates=candidates, **options, **inputs)
         return torch.stack([answers, tasks], 1), scores
 
