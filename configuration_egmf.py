@@ -23,6 +23,7 @@ PIPELINES = {
 }
 
 
+AUTO_MODELS = ("AutoModel", "AutoModelForMultimodalLM")  # the auto classes that load a checkpoint
 ARCHITECTURE = 2  # counts changes after which weights of older checkpoints no longer fit
 
 
@@ -180,6 +181,10 @@ class EGMFConfig(PreTrainedConfig):
     def to_dict(self) -> dict:
         fields = super().to_dict()
         fields["custom_pipelines"] = copy.deepcopy(PIPELINES)  # `pipeline()` writes classes into the attribute
+        # transformers registers a class for the auto class that loaded it only.
+        auto_map = fields.get("auto_map") or {}
+        if model := next((auto_map[name] for name in AUTO_MODELS if name in auto_map), None):
+            fields["auto_map"] = auto_map | dict.fromkeys(AUTO_MODELS, model)
         for name in self.sub_configs:
             part = fields.get(name) or {}
             # Keep a Hub id, but not a private folder of the machine that trained the model.

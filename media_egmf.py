@@ -2,7 +2,8 @@
 
 `load_audio` returns mono sound from an audio file or the sound track of a video. `load_video` returns a few frames
 with their times. Both return everything they can recover, with `warnings` about missing parts, or raise a `MediaError`
-whose `kind` gives the reason. For sound and pictures, time 0 is the start of the file's earliest stream.
+whose `kind` gives the reason. `Recording` reads the spans of a file of any length, one after the other. For sound and
+pictures, time 0 is the start of the file's earliest stream.
 
 Measurements with PyAV 18.1.0, decord2 3.4.0 and soundfile 0.14.0 determined the choice of decoders:
 
@@ -19,7 +20,7 @@ Ogg (its last page is marked). MPEG program and transport streams, fragmented mp
 length. Damage that decodes to plausible sound or pictures cannot be detected. Frames are the bytes of PyAV's
 `to_ndarray(format="rgb24")`, rotated upright if the file says that the camera (a phone) was rotated.
 
-The worker is `media_readers_egmf.py`, run as a script by the same Python. It communicates through pipes and needs
+The worker is `media_worker_egmf.py`, run by the same Python. It communicates through pipes and needs
 neither `multiprocessing` nor a guarded `__main__`. A worker is reused by later calls; concurrent threads use one
 worker each, and a forked process starts its own. The worker never uses the file's name, so the suffix does not affect
 decoding. It opens only this file, so a playlist cannot make it read other files or the network. On Linux it may map
@@ -36,14 +37,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from .media_readers_egmf import TOLERANCE, WORKER_FILE, MediaError, shortfall
+from .media_readers_egmf import TOLERANCE, MediaError, shortfall
+from .media_worker_egmf import START, WORKER_FILE
 
 
 STARTING = 300.0  # seconds a worker may take to start on a very busy machine; time limits of calls exclude them
@@ -144,6 +146,106 @@ def load_video(path: str | os.PathLike, num_frames: int, time_limit: float = 60.
     return VideoClip(frames, np.array(found["times"]), found["duration"], found["warnings"])
 
 
+def media_length(path: str | os.PathLike, time_limit: float = 60.0) -> float | None:
+    """The length in seconds that a file states, which is an estimate for some formats; None if it states none.
+
+    Raises:
+        MediaError: If the file cannot be opened.
+    """
+    answer, _ = _decode("length_by_pyav", path, _regular_file(path), 0, time.monotonic() + time_limit)
+    return answer["seconds"]
+
+
+@dataclass(frozen=True, eq=False)
+class Span:
+    """A part of a recording, from `start` to `end` seconds, with its `audio` and `video` (None if it has none).
+
+    The times of the pictures count from the start of the span.
+    """
+
+    start: float
+    end: float
+    audio: AudioClip | None
+    video: VideoClip | None
+
+
+class Recording:
+    """Iterates over the spans of a file, which is decoded once while it is read, in bounded memory.
+
+    Memory holds one span at a time, and of overlapping spans their frames. Sound is resampled as a whole, so samples
+    at the borders of a span can differ slightly from those of the same span in a file of its own.
+
+    Args:
+        path: The file.
+        sampling_rate: Sampling rate of the sound in Hz; None leaves the sound out.
+        num_frames: Number of frames of each span, as in [`load_video`]; None leaves the pictures out.
+        spans: The (start, end) of the spans in seconds, in the order of their starts.
+        window: Without `spans`: length of the longest span in seconds. It is cut where the sound is quietest, after at
+            least half of this length.
+        hop: Without `spans`: distance of the starts of windows of the same length; nothing looks for pauses.
+        step_limit: Limit for decoding 10 seconds of the file, in seconds.
+        progress: Called with the seconds that have been decoded.
+
+    Attributes:
+        duration: Length in seconds, known at the end; None with `spans`.
+        warnings: Warnings about missing parts of the file, known at the end.
+
+    Raises:
+        MediaError: While iterating, if nothing (more) can be decoded.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        sampling_rate: int | None,
+        num_frames: int | None,
+        spans: list[tuple[float, float]] | None = None,
+        window: float | None = None,
+        hop: float | None = None,
+        step_limit: float = 60.0,
+        progress: Callable[[float], None] | None = None,
+    ):
+        self.path, self.rate, self.step_limit, self.progress = path, sampling_rate, step_limit, progress
+        self.wanted = {"rate": sampling_rate, "frames": num_frames, "spans": spans, "window": window, "hop": hop}
+        self.duration: float | None = None
+        self.warnings: list[str] = []
+
+    def __iter__(self) -> Iterator[Span]:
+        request = {"reader": "recording", "file": _regular_file(self.path), "wanted": self.wanted}
+        request["alarm"] = math.ceil(self.step_limit) + 1
+        worker, served = _take_worker()
+        is_done = False
+        try:
+            response = worker.ask(request, time.monotonic() + self.step_limit)
+            if response is None and served and not worker.was_late:
+                worker, _ = _take_worker(fresh=True)  # to make sure that this file is the cause
+                response = worker.ask(request, time.monotonic() + self.step_limit)
+            while True:
+                if response is None:
+                    if worker.was_late:
+                        raise MediaError(self.path, "time limit", "decoding exceeded the time limit and was stopped")
+                    raise MediaError(self.path, "crash", "it crashes the decoder")
+                answer, arrays = response
+                is_done = not answer.keys() & {"at", "start"}
+                _check_answer(self.path, answer)
+                if is_done:
+                    self.duration, self.warnings = answer["duration"], answer["warnings"]
+                    return
+                if self.progress:
+                    self.progress(answer.get("at", answer.get("end")))
+                if "start" in answer:
+                    yield self._span(answer, *arrays)
+                response = worker.ask(None, time.monotonic() + self.step_limit)
+        finally:
+            _release(worker, is_reusable=is_done)
+
+    def _span(self, answer: dict[str, Any], samples: np.ndarray, frames: np.ndarray) -> Span:
+        start, end = answer["start"], answer["end"]
+        audio = AudioClip(samples, self.rate, []) if self.rate and len(samples) else None
+        video = VideoClip(frames, np.array(answer["times"]), end - start, []) if len(frames) else None
+        return Span(start, end, audio, video)
+
+
 # The caller's side: checks of the file, and the workers.
 
 
@@ -166,13 +268,19 @@ def _regular_file(path: Any) -> str:
 
 
 class _Worker:
-    """A decoding process and its pipes. The constructor returns once the process is ready."""
+    """A decoding process and its pipes. The constructor returns once the process is ready.
+
+    Attributes:
+        was_late: Whether it died at a deadline.
+    """
+
+    was_late = False
 
     def __init__(self):
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         # -P removes this file's folder from the worker's path but keeps PYTHONPATH and the virtual environment.
         self.process = subprocess.Popen(
-            [sys.executable, "-P", WORKER_FILE],
+            [sys.executable, "-P", "-c", START, os.path.dirname(WORKER_FILE)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -206,19 +314,23 @@ class _Worker:
         finally:
             timer.cancel()
 
-    def ask(self, request: dict[str, Any], deadline: float) -> tuple[dict[str, Any], np.ndarray | None] | None:
-        """Returns the worker's answer, or None if the worker died or reached the deadline; it is then closed."""
+    def ask(self, request: dict[str, Any] | None, deadline: float) -> tuple[dict[str, Any], list[np.ndarray]] | None:
+        """Returns the worker's next answer, or None if the worker died or reached the deadline; it is then closed.
+
+        Args:
+            request: A request, or None for a further answer to the last one.
+            deadline: On the clock of `time.monotonic`.
+        """
         try:
             with self._killed_at(deadline):
-                self.process.stdin.write(json.dumps(request).encode() + b"\n")
+                if request is not None:
+                    self.process.stdin.write(json.dumps(request).encode() + b"\n")
                 (size,) = struct.unpack("<I", self._receive(bytearray(4)))
                 answer = json.loads(bytes(self._receive(bytearray(size))))
-                if "shape" not in answer:
-                    return answer, None
-                array = np.empty(answer.pop("shape"), dtype=answer.pop("dtype"))
-                self._receive(array)
-                return answer, array
+                made = answer.pop("arrays")
+                return answer, [self._receive(np.empty(shape, dtype)) for shape, dtype in made]
         except (OSError, EOFError):
+            self.was_late = time.monotonic() >= deadline
             self.close()
             return None
         except BaseException:  # such as KeyboardInterrupt: the unread answer would stay in the pipe
@@ -226,7 +338,7 @@ class _Worker:
             raise
 
     def _receive(self, target: Any) -> Any:
-        view = memoryview(target).cast("B")
+        view = memoryview(target).cast("B") if len(target) else b""
         while view:
             count = self.process.stdout.readinto(view)
             if not count:
@@ -269,6 +381,23 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_workers)
 
 
+def _take_worker(fresh: bool = False) -> tuple[_Worker, bool]:
+    """A worker, and whether it has served before."""
+    try:
+        return (_Worker(), False) if fresh else (_idle.pop(), True)
+    except IndexError:
+        return _Worker(), False
+
+
+def _release(worker: _Worker, is_reusable: bool) -> None:
+    """Keeps a worker for later calls, or ends it."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if is_reusable and len(_idle) < cores:
+        _idle.append(worker)
+    else:
+        worker.close()
+
+
 def _decode(
     reader: str, path: Any, file: str, wanted: int, deadline: float, fresh: bool = False
 ) -> tuple[dict[str, Any], np.ndarray]:
@@ -280,10 +409,7 @@ def _decode(
     request = {"reader": reader, "file": file, "wanted": wanted}
     while True:
         start = time.monotonic()
-        try:
-            worker, served = (_Worker(), False) if fresh else (_idle.pop(), True)
-        except IndexError:
-            worker, served = _Worker(), False
+        worker, served = _take_worker(fresh)
         deadline += time.monotonic() - start
         # The alarm ends the worker if its caller has been killed.
         response = worker.ask({**request, "alarm": math.ceil(max(deadline - time.monotonic(), 0.0)) + 1}, deadline)
@@ -293,14 +419,15 @@ def _decode(
             raise MediaError(path, "time limit", "decoding exceeded the time limit and was stopped")
         if not served:
             raise MediaError(path, "crash", "it crashes the decoder")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if fresh or len(_idle) >= cores:
-        worker.close()
-    else:
-        _idle.append(worker)
-    answer, array = response
+    _release(worker, is_reusable=not fresh)
+    answer, arrays = response
+    _check_answer(path, answer)
+    return answer, arrays[0]
+
+
+def _check_answer(path: Any, answer: dict[str, Any]) -> None:
+    """Raises the error that a worker answers."""
     if "missing" in answer:
         raise ImportError(f"Reading audio and video needs av, soundfile and soxr: {answer['missing']}.")
     if "error" in answer:
         raise MediaError(path, *answer["error"])
-    return answer, array

@@ -17,6 +17,7 @@ from transformers.feature_extraction_utils import BatchFeature
 
 from .media_egmf import AudioClip, VideoClip, load_audio, load_video
 from .media_readers_egmf import FULL_SCALE, LARGEST_RESULT, MediaError, mono
+from .samples_egmf import on_disk
 
 
 MOST_CHANNELS = 8  # maximum number of channels in an array of samples: 7.1 surround
@@ -55,12 +56,19 @@ class MediaInputsMixin:
     # For callers: the copy of this code in a checkpoint defines its own exception and warning classes.
     media_error, media_warning = MediaError, MediaWarning
 
-    def load_file(self, path: str | os.PathLike) -> Media:
+    def load_file(self, file: str | os.PathLike | bytes) -> Media:
         """Loads the sound and the pictures of a file, as far as the file has them and the model supports them.
+
+        Args:
+            file: A path, a URL (http or https) or the bytes of a file.
 
         Raises:
             MediaError: If the file cannot be read or has neither.
         """
+        with on_disk(file) as path:
+            return self._load_file(path)
+
+    def _load_file(self, path: str | os.PathLike) -> Media:
         loaders = {"audio": self._audio_clip, "video": self._video_clip}
         if self.feature_extractor is None:
             loaders.pop("audio")
@@ -101,6 +109,10 @@ class MediaInputsMixin:
 
     def load_media(self, audio: Any = None, video: Any = None, sound_track: bool = True, index: str = "") -> Media:
         """Decodes one sample's `audio` and `video` arguments of `__call__`, which accepts the clips instead."""
+        with on_disk(audio) as audio, on_disk(video) as video:
+            return self._load_media(audio, video, sound_track, index)
+
+    def _load_media(self, audio: Any, video: Any, sound_track: bool, index: str) -> Media:
         use_sound_track = sound_track and is_path(video) and self.feature_extractor is not None
         if audio is not None and self.feature_extractor is None:
             raise ValueError(f"`audio{index}` got a value, wanted None: the processor has no `feature_extractor`.")
@@ -120,7 +132,7 @@ class MediaInputsMixin:
             return value
         rate = self.feature_extractor.sampling_rate
         if is_path(value):
-            name, value = os.fspath(value), _reported(value, load_audio(value, rate))
+            name, value = str(value), _reported(value, load_audio(value, rate))
         else:
             value = _as_clip(name, value)
         if value.sampling_rate != rate:
@@ -225,7 +237,7 @@ def is_path(value: Any) -> bool:
 def _reported(path: str | os.PathLike, clip):
     """Issues the warnings of a clip and returns the clip."""
     for warning in clip.warnings:
-        warnings.warn(MediaWarning(f"{os.fspath(path)}: {warning}"), stacklevel=5)
+        warnings.warn(MediaWarning(f"{path}: {warning}"), stacklevel=5)
     return clip
 
 

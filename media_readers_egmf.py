@@ -1,19 +1,15 @@
-"""The decoders behind `media_egmf.py`: PyAV, decord and soundfile in a worker process.
+"""The decoders behind `media_egmf.py`: PyAV, decord and soundfile. They run in the worker process.
 
-`media_egmf.py` runs this file as a script, so this file imports none of its neighbours. The worker reads requests from
-standard input and writes answers to standard output. `media_egmf.py` describes which decoder reads what, and why.
+`media_egmf.py` describes which decoder reads what, and why.
 """
 
-import json
 import os
 import re
-import signal
 import struct
-import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice, pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,11 +18,10 @@ SILENCE = 1e-4  # a track whose samples stay below is silent: codecs turn silenc
 FULL_SCALE = 8.0  # larger samples are damage; lossy codecs slightly exceed 1.0, which players can handle
 TOLERANCE = 0.1  # seconds that may be missing without a warning: codec delays, the last packet's padding
 LARGEST_RESULT = 1 << 30  # maximum bytes of samples or frames that one call returns
-LARGEST_WORKER = 4 << 30  # maximum bytes that a worker may map
+SILENT_BLOCK = 1 << 20  # samples of silence in one piece
 UNKNOWN_SIZE = 0x7FFFF000  # a wav file written to a pipe states this size or more
 LARGEST_JUNK = 1 << 16  # bytes in front of a FLAC header
 GUESSED_LENGTHS = {"aac", "ac3", "amr", "dts", "eac3", "h264", "hevc", "loas", "m4v", "mp3", "mpegvideo"}
-WORKER_FILE = os.path.abspath(__file__)
 
 
 class MediaError(RuntimeError):
@@ -51,6 +46,10 @@ class MediaError(RuntimeError):
 # Readers raise MediaErrors without a path; the caller adds it.
 
 
+def _ignore(seconds: float) -> None:
+    pass
+
+
 def import_readers() -> ImportError | None:
     """Imports the decoding packages; returns the error if one is missing. Only workers import them.
 
@@ -65,48 +64,6 @@ def import_readers() -> ImportError | None:
     except ImportError as error:
         return error
     return None
-
-
-def _serve() -> None:
-    """Answers requests from standard input until it is closed. Standard output contains only the answers."""
-    try:
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        resource.setrlimit(resource.RLIMIT_AS, (LARGEST_WORKER, resource.getrlimit(resource.RLIMIT_AS)[1]))
-    except (ImportError, ValueError, OSError):  # not on this platform, or a lower limit is set already
-        pass
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the caller handles Ctrl-C and kills this process
-    with open(os.dup(1), "wb") as answers, open(os.devnull, "wb") as nowhere:
-        os.dup2(nowhere.fileno(), 1)
-        missing = import_readers()
-        answers.write(b"!")
-        answers.flush()
-        for line in sys.stdin.buffer:
-            request = json.loads(line)
-            if hasattr(signal, "alarm"):
-                signal.alarm(request["alarm"])
-            array = None
-            try:
-                if missing:
-                    raise missing
-                answer, array = READERS[request["reader"]](request["file"], request["wanted"])
-                answer |= {"shape": array.shape, "dtype": array.dtype.str}
-            except MediaError as error:
-                answer = {"error": error.args[1:]}
-            except ImportError as error:
-                answer = {"missing": str(error)}
-            except MemoryError:
-                answer = {"error": ("too large", "decoding needs more memory than the limit of a worker")}
-            except Exception as error:
-                answer = {"error": ("damaged", f"it cannot be decoded ({type(error).__name__}: {error})")}
-            header = json.dumps(answer).encode()
-            answers.write(struct.pack("<I", len(header)) + header)
-            if array is not None:
-                answers.write(np.ascontiguousarray(array).data)
-            answers.flush()
-            if hasattr(signal, "alarm"):
-                signal.alarm(0)
 
 
 class _Contents:
@@ -124,7 +81,7 @@ class _Contents:
 
 
 @contextmanager
-def _container(file: str) -> Iterator[Any]:
+def open_container(file: str) -> Iterator[Any]:
     """Opens the file as a PyAV container that cannot open other files. Skips bytes in front of a FLAC header."""
     with open(file, "rb") as handle:
         for start in (0, handle.read(LARGEST_JUNK).find(b"fLaC")):
@@ -140,7 +97,17 @@ def _container(file: str) -> Iterator[Any]:
             yield container
 
 
-class _Track:
+class Stamp(NamedTuple):
+    """A packet without its data."""
+
+    pts: int | None
+    duration: int | None
+    size: int
+    is_discard: bool
+    is_corrupt: bool
+
+
+class Track:
     """The demuxed packets of one audio or video stream, not yet decoded.
 
     If there are several streams, the track is the one that a player would choose: moving pictures before a still
@@ -150,15 +117,18 @@ class _Track:
         container: The PyAV container.
         kind: `"audio"` or `"video"`.
         order: Rank of the stream: 0 for the best, 1 for the next best.
+        keep: Whether to keep the packets; otherwise `packets` are only their stamps, and [`streamed`] decodes.
+        beat: Called now and then with the seconds demuxed so far.
 
     Attributes:
         start: Start of the container on the clock of its time stamps, in seconds.
         claimed: The end of the stream in seconds as the file states it, or 0.0 if it states none.
         faults: Descriptions of the errors so far.
         notes: Which stream is read, if there are several.
+        last: The end of its last packet in seconds, or 0.0 if no packet has a time.
     """
 
-    def __init__(self, container: Any, kind: str, order: int = 0):
+    def __init__(self, container: Any, kind: str, order: int = 0, keep: bool = True, beat: Callable = _ignore):
         cover, default = av.stream.Disposition.attached_pic, av.stream.Disposition.default
         streams = [s for s in getattr(container.streams, kind) if not s.disposition & cover]
         if not streams:
@@ -171,8 +141,13 @@ class _Track:
                 for packet in container.demux():
                     if packet.pts is not None:
                         seen = max(seen, self.seconds(packet.pts + (packet.duration or 0), packet))
+                        beat(seen)
                     if packet.stream_index in packets:
-                        packets[packet.stream_index].append(packet)
+                        kept = packet
+                        if not keep:
+                            stamps = packet.pts, packet.duration, packet.size
+                            kept = Stamp(*stamps, packet.is_discard, packet.is_corrupt)
+                        packets[packet.stream_index].append(kept)
                 break
             except av.FFmpegError as error:
                 self.faults.append(error.strerror)
@@ -190,10 +165,12 @@ class _Track:
             # Tracks of one film differ by a few packets: of about the same length, the first is taken.
             chosen = next(index for index in rest if ranks[index] == best and lengths[index] >= 0.9 * longest)
             rest.remove(chosen)
-        self.stream = next(stream for stream in streams if stream.index == chosen)
+        self.stream, self.index = next(stream for stream in streams if stream.index == chosen), chosen
         self.packets = packets[self.stream.index]
         place = streams.index(self.stream) + 1
         self.notes = [f"{kind}: track {place} of {self.count} is read"] if self.count > 1 else []
+        ends = [packet.pts + (packet.duration or 0) for packet in self.packets if packet.pts is not None]
+        self.last = self.seconds(max(ends)) if ends else 0.0
         self.claimed = self._claimed(container, seen)
 
     def _claimed(self, container: Any, seen: float) -> float:
@@ -216,9 +193,9 @@ class _Track:
         """Converts a time stamp of this stream, or of another `clock`, to seconds since the container's start."""
         return None if stamp is None else float(stamp * (clock or self.stream).time_base) - self.start
 
-    def frames(self) -> Iterator[Any]:
+    def frames(self, packets: Iterable[Any] | None = None) -> Iterator[Any]:
         """Decodes the packets. Adds an entry to `faults` for each packet or frame that is damaged."""
-        for packet in self.packets:
+        for packet in self.packets if packets is None else packets:
             try:
                 frames = packet.decode()
             except av.FFmpegError as error:
@@ -227,6 +204,20 @@ class _Track:
             self.faults += ["a corrupt frame" for frame in frames if frame.is_corrupt]
             yield from frames
 
+    def streamed(self, container: Any) -> Iterator[Any]:
+        """Demuxes and decodes the track from a container that was opened anew, without keeping packets."""
+        self.stream = container.streams[self.index]  # the other container may be closed
+
+        def packets() -> Iterator[Any]:
+            for _ in range(100):
+                try:
+                    yield from container.demux(self.stream)
+                    return
+                except av.FFmpegError:  # the scan has counted it
+                    pass
+
+        return self.frames(packets())
+
 
 def shortfall(what: str, seconds: float, claimed: float, faults: list[str]) -> list[str]:
     """Warnings about missing seconds and about damaged places."""
@@ -234,7 +225,7 @@ def shortfall(what: str, seconds: float, claimed: float, faults: list[str]) -> l
     return short + ([f"{what}: {len(faults)} damaged places, the first: {faults[0]}"] if faults else [])
 
 
-def _spread(frames: int, count: int) -> list[int]:
+def spread(frames: int, count: int) -> list[int]:
     """Indices of the frames at the centres of `count` equal parts; all frames if there are at most `count`."""
     count = min(frames, count)
     return [(2 * i + 1) * frames // (2 * count) for i in range(count)]
@@ -246,8 +237,8 @@ def _read_video(file: str, count: int) -> tuple[dict[str, Any], np.ndarray]:
     The packets of an intact file contain all times. It is decoded once, up to the last selected frame. A damaged or
     unusual file is decoded completely to find its frames, and again to read the selected ones.
     """
-    with _container(file) as container:
-        track = _Track(container, "video")
+    with open_container(file) as container:
+        track = Track(container, "video")
         rate = float(track.stream.average_rate or 25)
         filled = [packet for packet in track.packets if packet.size]
         shown = [packet for packet in filled if not packet.is_discard]  # an edit list hides the others
@@ -255,7 +246,7 @@ def _read_video(file: str, count: int) -> tuple[dict[str, Any], np.ndarray]:
         stamps = sorted({packet.pts for packet in shown if packet.pts is not None})
         first = track.seconds(stamps[0]) if stamps else 0.0
         if stamps and len(stamps) == len(shown) and not track.faults and not any(p.is_corrupt for p in filled):
-            wanted = {stamps[i] for i in _spread(len(stamps), count)}
+            wanted = {stamps[i] for i in spread(len(stamps), count)}
             pictures = _rgb(islice((f for f in track.frames() if f.pts in wanted), len(wanted)), len(wanted))
             intact = len(pictures) == len(wanted) and not track.faults
         else:
@@ -266,14 +257,14 @@ def _read_video(file: str, count: int) -> tuple[dict[str, Any], np.ndarray]:
         length = float(last * clock) if last else 1 / rate
     warnings = []
     if not intact:
-        with _container(file) as container:
-            track = _Track(container, "video")
+        with open_container(file) as container:
+            track = Track(container, "video")
             times = [track.seconds(frame.pts) for frame in track.frames()]
         if not times:
             raise MediaError("", "damaged", "no picture can be decoded", f"0 of {stated} frames" if stated > 0 else "")
-        chosen = set(_spread(len(times), count))
-        with _container(file) as container:
-            frames = enumerate(_Track(container, "video").frames())
+        chosen = set(spread(len(times), count))
+        with open_container(file) as container:
+            frames = enumerate(Track(container, "video").frames())
             pictures = _rgb((frame for i, frame in frames if i in chosen), len(chosen))
         if None in times or any(a >= b for a, b in pairwise(times)):
             warnings = ["video: time stamps are missing or damaged, times follow from the average frame rate"]
@@ -290,7 +281,7 @@ def _read_video(file: str, count: int) -> tuple[dict[str, Any], np.ndarray]:
     end = times[-1] + length
     warnings = track.notes + warnings
     warnings += shortfall("video", end - max(times[0] - first, 0.0), track.claimed, track.faults)
-    return {"times": [times[i] for i in _spread(len(times), count)], "duration": end, "warnings": warnings}, pictures
+    return {"times": [times[i] for i in spread(len(times), count)], "duration": end, "warnings": warnings}, pictures
 
 
 def _rgb(frames: Iterable[Any], count: int) -> np.ndarray:
@@ -302,10 +293,15 @@ def _rgb(frames: Iterable[Any], count: int) -> np.ndarray:
             if 3 * count * frame.width * frame.height > LARGEST_RESULT:
                 what = f"{count} frames of {frame.width} x {frame.height} pixels"
                 raise MediaError("", "too large", f"{what} exceed {LARGEST_RESULT >> 30} GiB")
-        turns = round(frame.rotation / 90)
-        picture = frame.to_ndarray(format="rgb24", **size)
-        pictures.append(np.rot90(picture, turns) if turns else picture)
+        pictures.append(upright(frame, size))
     return np.stack(pictures) if pictures else np.empty((0, 0, 0, 3), dtype=np.uint8)
+
+
+def upright(frame: Any, size: dict[str, int]) -> np.ndarray:
+    """Converts a frame to RGB of a width and height, and turns it as the file says."""
+    turns = round(frame.rotation / 90)
+    picture = frame.to_ndarray(format="rgb24", **size)
+    return np.rot90(picture, turns) if turns else picture
 
 
 def _read_video_by_decord(file: str, count: int) -> tuple[dict[str, Any], np.ndarray]:
@@ -318,7 +314,7 @@ def _read_video_by_decord(file: str, count: int) -> tuple[dict[str, Any], np.nda
     spans = reader.get_frame_timestamp(list(range(len(reader))))  # (n, 2): from, to
     if not ((np.diff(spans[:, 0]) > 0).all() and -1 < spans[0, 0] and spans[-1, 1] < 1e6):
         raise MediaError("", "damaged", "its time stamps are invalid")
-    chosen = _spread(len(reader), count)
+    chosen = spread(len(reader), count)
     frames = reader.get_batch(chosen).asnumpy()
     warnings = ["video: PyAV cannot read it, frames and times are decord's, parts may be missing"]
     return {"times": spans[chosen, 0].tolist(), "duration": float(spans[-1, 1]), "warnings": warnings}, frames
@@ -385,8 +381,10 @@ def _read_audio_by_soundfile(file: str, rate: int) -> tuple[dict[str, Any], np.n
     pieces, faults = [], []
     with sound:
         claimed = _stated_frames(file, sound) / sound.samplerate
+        # soundfile seeks after each read, and the sound of an mp3 file is wrong for a while after a seek.
+        size = -1 if sound.format == "MP3" else 1 << 16
         try:
-            while len(block := sound.read(1 << 16, dtype="float32", always_2d=True)):
+            while len(block := sound.read(size, dtype="float32", always_2d=True)):
                 pieces.append(mono(block))
         except soundfile.LibsndfileError as error:
             faults.append(error.error_string.strip(" .") or "unreadable sound")
@@ -423,8 +421,8 @@ def _read_audio_by_pyav(file: str, rate: int) -> tuple[dict[str, Any], np.ndarra
     """Reads sound by PyAV. If the best track is silent or cannot be decoded, reads the next one."""
     found, error, order, count = None, None, 0, 1
     while order < count:
-        with _container(file) as container:
-            track = _Track(container, "audio", order)
+        with open_container(file) as container:
+            track = Track(container, "audio", order)
             order, count = order + 1, track.count
             try:
                 answer, samples = _sound(track, rate)
@@ -439,39 +437,75 @@ def _read_audio_by_pyav(file: str, rate: int) -> tuple[dict[str, Any], np.ndarra
     return found
 
 
-def _sound(track: _Track, rate: int) -> tuple[dict[str, Any], np.ndarray]:
-    """Decodes a track and places it by its time stamps; silence fills gaps at the start and in between."""
-    pieces, position, silent, native_rate = [], 0, 0, 0
-    for frame in track.frames():
-        native_rate = native_rate or frame.sample_rate
-        if frame.sample_rate != native_rate:
-            track.faults.append("another sampling rate")
-            continue
-        at = track.seconds(frame.pts)
-        gap = 0 if at is None else round(at * native_rate) - position
-        # A little is rounding, unless it is the start; what leads past the stated end is damage.
-        if gap > (TOLERANCE * native_rate if pieces else 0) and not 0 < track.claimed < at:
-            if 4 * (position + gap) > LARGEST_RESULT:
-                raise MediaError("", "too large", "its time stamps span more than memory holds")
-            # A track that begins late lacks nothing.
-            late = 0 if pieces else round((track.seconds(track.stream.start_time) or 0.0) * native_rate)
-            silent += max(gap - late, 0)
-            pieces.append(np.zeros(gap, dtype=np.float32))
-            position += gap
-        channels = frame.to_ndarray()  # (channels, n), or (1, n * channels) if they alternate
-        samples = channels.T if frame.format.is_planar else channels.reshape(-1, frame.layout.nb_channels)
-        pieces.append(mono(samples))
-        position += len(samples)
-    return _audio(pieces, silent, native_rate, rate, track.claimed, track.faults, track.notes)
+class Pieces:
+    """Mono sound of a track at its own rate, placed by time stamps: silence fills gaps at the start and in between.
+
+    Args:
+        track: The track.
+        frames: Its decoded frames.
+        whole: Whether the caller keeps all pieces.
+
+    Attributes:
+        rate: Sampling rate in Hz; 0 before the first piece.
+        position: Number of samples so far.
+        silent: Number of samples that replace lost sound.
+    """
+
+    def __init__(self, track: Track, frames: Iterable[Any], whole: bool = True):
+        self.track, self.frames, self.whole = track, frames, whole
+        self.rate = self.position = self.silent = 0
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        track, is_first = self.track, True
+        for frame in self.frames:
+            self.rate = self.rate or frame.sample_rate
+            if frame.sample_rate != self.rate:
+                track.faults.append("another sampling rate")
+                continue
+            at = track.seconds(frame.pts)
+            gap = 0 if at is None else round(at * self.rate) - self.position
+            # A little is rounding, unless it is the start; what leads past the stated end is damage.
+            if gap > (0 if is_first else TOLERANCE * self.rate) and not 0 < track.claimed < at:
+                if 4 * (gap + self.position * self.whole) > LARGEST_RESULT:
+                    raise MediaError("", "too large", "its time stamps span more than memory holds")
+                # A track that begins late lacks nothing.
+                late = round((track.seconds(track.stream.start_time) or 0.0) * self.rate) if is_first else 0
+                self.silent += max(gap - late, 0)
+                self.position += gap
+                for begin in range(0, gap, SILENT_BLOCK):
+                    yield np.zeros(min(SILENT_BLOCK, gap - begin), dtype=np.float32)
+            is_first = False
+            channels = frame.to_ndarray()  # (channels, n), or (1, n * channels) if they alternate
+            samples = channels.T if frame.format.is_planar else channels.reshape(-1, frame.layout.nb_channels)
+            self.position += len(samples)
+            yield mono(samples)
+
+
+def resampler(native_rate: int, rate: int) -> Callable[[np.ndarray, bool], np.ndarray]:
+    """A function of consecutive chunks (N,) of sound, and whether a chunk is the last, that resamples them."""
+    if native_rate == rate:
+        return lambda samples, last: samples
+    return soxr.ResampleStream(native_rate, rate, 1, dtype="float32").resample_chunk
+
+
+def _sound(track: Track, rate: int) -> tuple[dict[str, Any], np.ndarray]:
+    """Decodes a track and places it by its time stamps."""
+    pieces = Pieces(track, track.frames())
+    samples = list(pieces)
+    return _audio(samples, pieces.silent, pieces.rate, rate, track.claimed, track.faults, track.notes)
+
+
+def _read_length(file: str, wanted: int) -> tuple[dict[str, Any], np.ndarray]:
+    """Reads the length that a file states in seconds, or None."""
+    with open_container(file) as container:
+        length = container.duration
+    return {"seconds": length / 1e6 if length and length > 0 else None}, np.zeros(0)
 
 
 READERS = {
+    "length_by_pyav": _read_length,
     "audio_by_soundfile": _read_audio_by_soundfile,
     "audio_by_pyav": _read_audio_by_pyav,
     "video_by_pyav": _read_video,
     "video_by_decord": _read_video_by_decord,
 }
-
-
-if __name__ == "__main__":
-    _serve()

@@ -7,18 +7,27 @@ recognize("clip.mp4", text="That is just great.")
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import Pipeline, PreTrainedConfig
 
+from .media_inputs_egmf import Media
+from .samples_egmf import as_media, as_sample, is_file
+from .tasks_egmf import AffectTask  # only for types: the processor may have another copy of the code
+from .timeline_egmf import TimelineMixin, best_answers
 
-FIELDS = {"file", "audio", "video", "text", "speaker", "context", "speaker_clips"}
-CLIP_FIELDS = {"file", "audio", "video"}
+
+MEDIA = ("file", "audio", "video")
+DATASETS = {"datasets.arrow_dataset", "datasets.iterable_dataset"}
+SHARED = ("text", "speaker", "context", "speaker_clips")
+OPTIONS = (*SHARED, "task", "on_error", "top_k", "candidate_labels", "transcriber", "language")
+TIMES = ("return_timestamps", "segments", "window", "hop")
 
 
 @contextmanager
@@ -70,33 +79,43 @@ def adaptation_warning(config: PreTrainedConfig, modalities: Iterable[str], cent
     return f"speaker_adaptation: got {got} of the speaker for {wrong}, wanted {wanted}, as the model was trained"
 
 
-class _Batches(Dataset):
-    """Samples, `size` at a time, preprocessed; the error of a batch that cannot be."""
+class _Prepared(Dataset):
+    """The prepared samples of a sequence."""
 
-    def __init__(self, preprocess: Callable[[list], dict], samples: list, size: int):
-        self.preprocess, self.samples, self.size = preprocess, samples, size
+    def __init__(self, samples: Sequence, prepare):
+        self.samples, self.prepare = samples, prepare
 
     def __len__(self) -> int:
-        return math.ceil(len(self.samples) / self.size)
+        return len(self.samples)
 
-    def __getitem__(self, index: int) -> dict[str, Any] | Exception:
-        try:
-            return self.preprocess(self.samples[index * self.size : (index + 1) * self.size])
-        except Exception as error:  # the caller decides
-            return error
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.prepare(self.samples[index])
 
 
-def _as_it_is(item):
-    return item
+class _PreparedStream(IterableDataset):
+    """The prepared samples of an iterator."""
+
+    def __init__(self, samples: Iterable, prepare):
+        self.samples, self.prepare = samples, prepare
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return map(self.prepare, self.samples)
 
 
-class AffectRecognitionPipeline(Pipeline):
+class AffectRecognitionPipeline(TimelineMixin, Pipeline):
     """Recognises the emotion or sentiment of a speaker in a clip: a label or a score, with its distribution.
 
-    A sample is a file, or a mapping with some of the keys `file`, `audio`, `video`, `text`, `speaker` and `context`
-    (see [`EGMFProcessor`]). The model uses the sound and the pictures of a file if the file has them and the model
-    supports them. For a list of samples the pipeline returns a list. It processes `batch_size` samples at a time; the
-    answer to a sample does not depend on the other samples.
+    A sample is one of:
+
+    - a file with sound, pictures or both: a path, a URL (http or https), or its bytes;
+    - an array of sound at the model's sampling rate, or `{"array" or "raw", "sampling_rate"}`. Channels are averaged;
+    - a mapping with some of the keys `file`, `audio`, `video`, `text`, `speaker` and `context` (see
+      [`EGMFProcessor`]), whose media have one of these forms;
+    - a row of `datasets`, whose other columns are ignored.
+
+    The model uses the sound and the pictures of a file if the file has them and the model supports them. For a list
+    of samples the pipeline returns a list; for a data set (`datasets.Dataset`, `KeyDataset`) or a generator it returns
+    an iterator, which answers as it is read. The answer to a sample does not depend on the other samples.
 
     A model that was trained with speaker adaptation also needs the key `speaker_clips`: a list of clips of the same
     speaker, which may include the sample's own. Each is a file, or a mapping with some of the keys `file`, `audio` and
@@ -110,7 +129,7 @@ class AffectRecognitionPipeline(Pipeline):
     - `gate_weights`: the weights of the gate, by expert and modality, and by expert;
     - `seconds`: the length of the decoded sound or pictures, whichever is longer (None without media);
     - `warnings`: missing input, such as parts of a file, parts of a long text, or all modalities; speaker adaptation
-      other than in training;
+      or labels other than in training;
     - `error`: the reason if a sample could not be answered with `on_error="report"`. The other values are then None or
       empty.
     """
@@ -122,83 +141,116 @@ class AffectRecognitionPipeline(Pipeline):
     _load_video_processor = False
 
     def __init__(self, *args, **kwargs):
+        self._transcribers: dict[tuple[str, str | None], Any] = {}
         super().__init__(*args, **kwargs)
         self.processor.limit_length(self.model.config.text_config)
 
     def __call__(
         self, inputs: Any, batch_size: int | None = None, num_workers: int | None = None, **kwargs
     ) -> dict | list[dict] | Iterator[dict]:
-        """Answers one sample or each sample of a list.
+        """Answers one sample, or each sample of a list, a data set or a generator.
 
         Args:
-            inputs: A sample or a list of samples. For an iterator of samples, the result is an iterator of answers in
-                their order, each of which comes as soon as its batch is answered.
-            batch_size: Number of samples that the model processes at a time; 8 by default.
-            num_workers: Number of processes that decode the next batches while the model answers, at most two batches
-                each; 0 by default. Samples that have `speaker_clips` of their own are decoded in this process.
+            inputs: A sample, a list of samples, a data set or an iterator of samples.
+            batch_size: Number of samples that the model processes at a time: by default 1 for an iterator, else 8.
+            num_workers: Number of processes that read the samples; by default 0, this process. An iterator is read by
+                at most one.
             text, speaker, context, speaker_clips: Defaults for samples without these values. An error in the call's
                 `speaker_clips` is always raised.
             task: Name of a task of the processor; by default the task that the model was trained on.
+            candidate_labels: The labels to choose among: some of the task's labels, or your own, which the model then
+                answers without having been trained on them.
+            transcriber: Folder or Hub id of a speech recognition model of transformers, which recognises the words of
+                samples without `text`. The answer then has `text`, `language` and `recognized_by`. Its segments are
+                the default of `segments`.
+            language: Language of the speech, such as "en", for multilingual transcribers; by default they detect it.
+            top_k: Number of answers in `probabilities`, the most probable first; by default all, in the task's order.
+            return_timestamps: Whether to answer along a recording: the answer is then one for the whole and has
+                `chunks`, the answers to its segments. `segments`, `window` and `hop` are those of `answer_segments()`,
+                which yields the answers while the file is read.
             on_error: `"raise"` (default) raises a MediaError for a file that cannot be read and a ValueError for an
                 invalid argument. `"report"` returns the reason as the sample's `error` and continues.
         """
         if kwargs.get("speaker_clips") is not None:
             kwargs["speaker_clips"] = self.speaker_center(kwargs["speaker_clips"])  # once for all samples
-        steps = self._sanitize_parameters(**kwargs)
-        before, forward, after = (
-            {**stored, **given}
-            for stored, given in zip(
-                (self._preprocess_params, self._forward_params, self._postprocess_params), steps, strict=True
+        before, timed, after = self._parameters(**kwargs)
+        is_stream = isinstance(inputs, Iterator | IterableDataset) or _is_dataset(inputs) and not _has_size(inputs)
+        is_single = not is_stream and not _is_dataset(inputs) and not isinstance(inputs, list | tuple)
+        size = self._size(batch_size, 1 if is_stream else 8)
+        workers = (self._num_workers or 0) if num_workers is None else num_workers
+        if not isinstance(workers, int) or workers < 0:
+            raise ValueError(f"num_workers: got {workers!r}, wanted a number of processes from 0")
+
+        if is_single:
+            inputs = [inputs]
+        if timed.pop("return_timestamps", False):
+            if "segments" in timed and not is_single:
+                raise ValueError("segments: got a list of samples, wanted the one recording that they divide")
+            answers = (self._with_chunks(sample, size, timed, kwargs, _is_dataset(inputs)) for sample in inputs)
+        elif timed:
+            raise ValueError(
+                f"{next(iter(timed))}: got a value without return_timestamps, wanted return_timestamps=True"
             )
-        )
-        samples = list(inputs) if isinstance(inputs, list | Iterator) else [inputs]
+        else:
+            needs_media = "transcriber" not in after
+            prepare = partial(self.preprocess, **before, is_row=_is_dataset(inputs), needs_media=needs_media)
+            prepared = _PreparedStream(inputs, prepare) if is_stream else _Prepared(inputs, prepare)
+            workers = min(workers, 1 if is_stream else len(inputs))
+            answers = self._answers(prepared, size, workers, after)
+        if is_single:
+            return next(iter(answers))
+        return list(answers) if isinstance(inputs, list | tuple) else answers
+
+    def _with_chunks(self, sample: Any, size: int, timed: dict, options: dict, is_row: bool) -> dict[str, Any]:
+        """The answer to a recording, with those to its segments."""
+        options = {name: value for name, value in options.items() if name not in TIMES}
+        try:
+            sample = as_sample(sample, self._sampling_rate, is_row)
+            *chunks, whole = self.answer_segments(sample, batch_size=size, **timed, **options)
+        except (ValueError, self.processor.media_error) as error:
+            if (options.get("on_error") or self._postprocess_params["on_error"]) != "report":
+                raise
+            whole, chunks = self._failed(error, self._parameters(**options)[2]["task"]), []
+        return {**whole, "chunks": chunks}
+
+    def _size(self, batch_size: int | None, default: int = 8) -> int:
         size = self._batch_size if batch_size is None else batch_size
-        size = 8 if size is None else size
+        size = default if size is None else size
         if not isinstance(size, int) or size < 1:
             raise ValueError(f"batch_size: got {size!r}, wanted a positive number of samples")
-        task = before.get("task") or self.processor.default_task
-        if task not in self.processor.tasks:
-            raise ValueError(f"task: got {task!r}, wanted one of {', '.join(self.processor.tasks)}")
-        workers = self._num_workers if num_workers is None else num_workers
-        found = self._answers(samples, task, size, workers or 0, (before, forward, after))
-        if isinstance(inputs, Iterator):
-            return found
-        answers = list(found)
-        return answers if isinstance(inputs, list) else answers[0]
+        return size
 
-    def _answers(self, samples: list, task: str, size: int, workers: int, steps: tuple[dict, ...]) -> Iterator[dict]:
-        """Yields the samples' answers."""
-        before, forward, after = steps
-        for index, prepared in enumerate(self.prepare(samples, size, workers, **before)):
-            chunk = samples[index * size : (index + 1) * size]
-            try:
-                if isinstance(prepared, Exception):
-                    raise prepared
-                yield from self.postprocess(self.forward(prepared, **forward), **after)
-            except torch.OutOfMemoryError:
+    def _parameters(self, **kwargs) -> list[dict]:
+        """The parameters of the three steps: those of the call over those of the pipeline."""
+        stored = self._preprocess_params, self._forward_params, self._postprocess_params
+        given = self._sanitize_parameters(**kwargs)
+        before, forward, after = ({**a, **b} for a, b in zip(stored, given, strict=True))
+        after["task"] = self._task(after.get("task"), after.pop("candidate_labels", None))
+        return [before, forward, after]
+
+    def _answers(self, prepared: Dataset, size: int, workers: int, after: Mapping) -> Iterator[dict]:
+        """Yields the answers to prepared samples, which the model processes in batches of `size`."""
+        if workers:  # tokenizers warn about processes that are forked after they used threads
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        for batch in DataLoader(prepared, batch_size=size, num_workers=workers, collate_fn=list):
+            yield from self._answer(batch, **after)
+
+    def _answer(self, batch: list[dict], **after) -> list[dict]:
+        """The answers to a batch of prepared samples; if one fails in the model, each is answered separately."""
+        try:
+            for one in batch:
+                if one["error"] is not None and after["on_error"] != "report":
+                    raise one["error"]
+            outputs = self.forward(self._collate(batch, after["task"], after.get("transcriber")))
+            return self.postprocess(outputs, after["task"], after.get("top_k"))
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            if after["on_error"] != "report":
                 raise
-            except Exception as error:
-                if before.get("on_error") != "report":
-                    raise
-                if len(chunk) == 1:
-                    yield self._failed(str(error) or type(error).__name__, self.processor.tasks[task])
-                else:  # find the failing sample: answer each one separately
-                    yield from self._answers(chunk, task, 1, 0, steps)
-
-    def prepare(self, samples: list, batch_size: int = 8, num_workers: int = 0, **options) -> Iterator[Any]:
-        """Yields `preprocess` of the samples, a batch at a time, or the error that it raised.
-
-        With `num_workers`, as many processes prepare the next batches, at most two each; arguments as in `__call__`.
-        """
-        batches = _Batches(partial(self.preprocess, **options), samples, batch_size)
-        workers = min(num_workers, len(batches))
-        if workers < 1 or any(isinstance(sample, Mapping) and sample.get("speaker_clips") for sample in samples):
-            yield from (batches[index] for index in range(len(batches)))
-            return
-        # A process that has tokenised may only fork if this is set: its tokenizer's threads are not forked.
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        # Forked, so that the model is not copied; the workers do not use it.
-        yield from DataLoader(batches, None, num_workers=workers, collate_fn=_as_it_is, multiprocessing_context="fork")
+            if len(batch) == 1:
+                return [self._failed(error, after["task"])]
+            return [answer for one in batch for answer in self._answer([one], **after)]
 
     def speaker_center(self, clips: Sequence | Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
         """Computes a speaker's center from `speaker_clips`: the fields of [`EGMFModel.speaker_center`].
@@ -220,83 +272,155 @@ class AffectRecognitionPipeline(Pipeline):
 
     def _speaker_batch(self, clip: Any) -> dict[str, torch.Tensor]:
         """The tower inputs of one of the speaker's clips."""
-        clip = {"file": clip} if isinstance(clip, str | os.PathLike) else clip
-        if not isinstance(clip, Mapping) or not clip.keys() <= CLIP_FIELDS:
+        clip = {"file": clip} if is_file(as_media(clip)) else clip
+        if not isinstance(clip, Mapping) or not clip.keys() <= set(MEDIA):
             got = sorted(clip) if isinstance(clip, Mapping) else type(clip).__name__
-            raise ValueError(
-                f"speaker_clips: got {got}, wanted a file or a mapping with some of {sorted(CLIP_FIELDS)}"
-            )
+            raise ValueError(f"speaker_clips: got {got}, wanted a file or a mapping with some of {sorted(MEDIA)}")
         inputs = self.processor.media_inputs([self._load(dict(clip))], return_tensors="pt")
         return {name: value.to(self.device) for name, value in inputs.items()}
 
-    def _load(self, sample: dict) -> Any:
-        """Removes the media of a sample and returns them decoded."""
+    def _load(self, sample: dict, needs_media: bool = True) -> Media:
+        """Removes the media of a sample and returns them decoded; a model of words may need none."""
+        if not needs_media and self._is_deaf:
+            for name in MEDIA:
+                sample.pop(name, None)
         if (file := sample.pop("file", None)) is not None:
             return self.processor.load_file(file)
         return self.processor.load_media(sample.pop("audio", None), sample.pop("video", None))
 
     @staticmethod
-    def _failed(error: str, task: Any) -> dict[str, Any]:
+    def _failed(error: Exception, task: AffectTask) -> dict[str, Any]:
         """The result for a sample that could not be answered."""
         value = "label" if task.kind == "classification" else "score"
         empty = dict.fromkeys((value, "probabilities", "median", "interval", "gate_weights", "seconds"))
-        return {**empty, "warnings": [], "error": error}
+        return {**empty, "warnings": [], "error": str(error) or type(error).__name__}
 
-    def _sanitize_parameters(self, task=None, on_error=None, **shared):
-        if unknown := shared.keys() - {"text", "speaker", "context", "speaker_clips"}:
-            wanted = "text, speaker, context, task, on_error, speaker_clips"
+    def _sanitize_parameters(self, **given):
+        if unknown := given.keys() - {*OPTIONS, *TIMES}:
+            wanted = ", ".join((*OPTIONS, *TIMES))
             raise ValueError(f"affect-recognition: got {sorted(unknown)}, wanted {wanted}")
-        if on_error not in (None, "raise", "report"):
-            raise ValueError(f"on_error: got {on_error!r}, wanted 'raise' or 'report'")
-        before = {"shared": shared, "task": task, "on_error": on_error}
-        return {name: value for name, value in before.items() if value}, {}, {}
+        given = {name: value for name, value in given.items() if value is not None}
+        if given.get("on_error", "raise") not in ("raise", "report"):
+            raise ValueError(f"on_error: got {given['on_error']!r}, wanted 'raise' or 'report'")
+        top = given.get("top_k", 1)
+        if isinstance(top, bool) or not isinstance(top, int) or top < 1:
+            raise ValueError(f"top_k: got {top!r}, wanted a positive number of answers")
+        after = {name: given.pop(name) for name in ("task", "top_k", "candidate_labels") if name in given}
+        after["on_error"] = given.pop("on_error", "raise")
+        transcriber, language = given.pop("transcriber", None), given.pop("language", None)
+        if language and not isinstance(transcriber, str | os.PathLike):
+            raise ValueError(f"language: got {language!r} without a transcriber's name, wanted both")
+        if isinstance(transcriber, str | os.PathLike):
+            key = os.fspath(transcriber), language
+            if key not in self._transcribers:
+                self._transcribers[key] = self.processor.transcriber_class(*key, device=self.device)
+                self._transcribers[key].load()  # a wrong model is no error of a sample
+            transcriber = self._transcribers[key]
+        if transcriber is not None:
+            after["transcriber"] = transcriber
+        timed = {name: given.pop(name) for name in TIMES if name in given}
+        return {"shared": given}, timed, after
 
-    def preprocess(self, samples: list, shared: Mapping = {}, task=None, on_error="raise") -> dict[str, Any]:
-        task = self.processor.tasks[task or self.processor.default_task]
-        reports, answered, columns = [], [], []
-        centers: dict[int, Mapping] = {}  # by the identity of `speaker_clips`, which samples may share
-        for sample in samples:
-            sample = {"file": sample} if isinstance(sample, str | os.PathLike) else dict(sample)
-            if unknown := sample.keys() - FIELDS:
-                raise ValueError(
-                    f"affect-recognition: a sample got {sorted(unknown)}, wanted some of {sorted(FIELDS)}"
-                )
-            sample = {**shared, **sample}
-            report = {"seconds": None, "warnings": [], "error": None}
-            reports.append(report)
-            missing: list[Warning] = []
+    def _task(self, name: str | None, candidate_labels: Sequence[str] | None) -> AffectTask:
+        """The task to ask, with the user's labels instead of its own if there are any."""
+        name = name or self.processor.default_task
+        if name not in self.processor.tasks:
+            raise ValueError(f"task: got {name!r}, wanted one of {', '.join(self.processor.tasks)}")
+        task = self.processor.tasks[name]
+        if candidate_labels is None:
+            return task
+        labels = tuple(candidate_labels) if isinstance(candidate_labels, list | tuple) else ()
+        if not all(isinstance(label, str) and label.strip() for label in labels) or len(set(labels)) < 2:
+            raise ValueError(f"candidate_labels: got {candidate_labels!r}, wanted a list of two or more labels")
+        if set(labels) <= set(task.labels or ()):
+            return replace(task, labels=labels)
+        asked = (
+            {"prompt": task.prompt, "cue": task.cue} if task.kind == "classification" else {"prompt": "", "cue": ""}
+        )
+        own = {"name": "candidate_labels", "kind": "classification", "labels": labels}
+        return replace(task, **own, **asked, low=None, high=None, step=None)
+
+    def preprocess(
+        self, sample: Any, shared: Mapping = {}, is_row: bool = False, needs_media: bool = True
+    ) -> dict[str, Any]:
+        """Reads one sample; it may run in another process.
+
+        Returns:
+            `fields` with the `media` as tower inputs, `report` (the answer's `seconds` and `warnings`) and `error`:
+            None, or the exception that the sample caused.
+        """
+        missing: list[Warning] = []
+        try:
+            fields = {**shared, **as_sample(sample, self._sampling_rate, is_row)}
+            fields["source"] = next((fields[name] for name in MEDIA if fields.get(name) is not None), None)
             with _collected(self.processor.media_warning, missing):
-                try:
-                    media, clips = self._load(sample), sample.pop("speaker_clips", None)
-                    if clips is not None and id(clips) not in centers:
-                        centers[id(clips)] = self.speaker_center(clips)
-                except self.processor.media_error as error:
-                    if on_error != "report":
-                        raise
-                    report["error"] = str(error)
-                    continue
-            durations = [clip.duration for clip in media if clip is not None and math.isfinite(clip.duration)]
-            report |= {"seconds": max(durations, default=None), "warnings": list(map(str, missing))}
-            if not str(sample.get("text") or "").strip() and not any(media):
-                report["warnings"].append("there is no text, no sound and no picture: the answer is a guess")
+                clips = self._load(fields, needs_media)
+                media = self.processor.tower_inputs(clips)
+        except Exception as error:
+            return {"error": error}
+        durations = [clip.duration for clip in clips if clip is not None and math.isfinite(clip.duration)]
+        report = {"seconds": max(durations, default=None), "warnings": list(map(str, missing))}
+        return {"fields": {**fields, "media": media}, "report": report, "error": None}
+
+    @property
+    def _is_deaf(self) -> bool:
+        """Whether the model reads only words."""
+        return self.processor.feature_extractor is None and self.processor.image_processor is None
+
+    @property
+    def _sampling_rate(self) -> int | None:
+        return getattr(self.processor.feature_extractor, "sampling_rate", None)
+
+    def _collate(self, batch: list[dict], task: AffectTask, transcriber: Any = None) -> dict[str, Any]:
+        """The model's inputs for prepared samples (None if all have an error), and their reports."""
+        reports, columns = [], []
+        centers: dict[int, Mapping] = {}  # by the identity of `speaker_clips`, which samples may share
+        trained = {label for one in self.processor.tasks.values() for label in one.answers}
+        untrained = [repr(label) for label in task.answers if label not in trained]
+        for one in batch:
+            if one["error"] is not None:
+                reports.append({"seconds": None, "warnings": [], "error": str(one["error"])})
+                continue
+            fields, report = one["fields"], {**one["report"], "warnings": [*one["report"]["warnings"]], "error": None}
+            if transcriber is not None and not fields.get("text"):
+                words = self._recognized(transcriber, fields["source"])
+                words.pop("chunks", None)
+                fields, report = {**fields, **words}, {**words, **report}
+            media, clips = fields["media"], fields.get("speaker_clips")
+            if clips is not None and id(clips) not in centers:
+                centers[id(clips)] = self.speaker_center(clips)
             center = centers.get(id(clips), {})
+            if not str(fields.get("text") or "").strip() and not any(media):
+                report["warnings"].append("there is no text, no sound and no picture: the answer is a guess")
             present = [name for name, clip in zip(("audio", "vision"), media, strict=True) if clip is not None]
             centred = [field.removesuffix("_center") for field in center]
             if warning := adaptation_warning(self.model.config, present, centred):
                 report["warnings"].append(warning)
-            columns.append(sample | media._asdict() | {"center": center})
-            answered.append(report)
+            if untrained:
+                report["warnings"].append(f"no task of the model has the labels {', '.join(untrained)}")
+            columns.append(fields | media._asdict() | {"center": center})
+            reports.append(report)
         if not columns:
             return {"reports": reports, "task": task, "inputs": None}
+        answered = [report for report in reports if report["error"] is None]
         names = ("text", "speaker", "context", "audio", "video")
-        batch = {name: [column.get(name) for column in columns] for name in names}
+        fields = {name: [column.get(name) for column in columns] for name in names}
         cut: list[Warning] = []
         with warnings.catch_warnings(), _collected(self.processor.text_warning, cut):
             warnings.simplefilter("ignore", self.processor.media_warning)  # the reports contain them already
-            inputs = self.processor(task=task, **batch)
+            inputs = self.processor(task=task, **fields)
         for warning in cut:
             answered[warning.index]["warnings"].append(str(warning))
         return {"reports": reports, "task": task, "inputs": dict(inputs) | self._centers(columns, inputs)}
+
+    def _recognized(self, transcriber: Any, source: Any, progress: Any = None) -> dict[str, Any]:
+        """The words of a sample's sound, as a transcriber returns them; empty without sound."""
+        try:
+            return transcriber(source, progress) if source is not None else {}
+        except self.processor.media_error as error:
+            if error.kind != "no audio":
+                raise
+            return {}
 
     @staticmethod
     def _centers(columns: list[dict], inputs: Mapping) -> dict[str, torch.Tensor]:
@@ -316,8 +440,9 @@ class AffectRecognitionPipeline(Pipeline):
             scores.pop("past_key_values", None)  # only generation would need the cache
         return {**model_inputs, "scores": scores}
 
-    def postprocess(self, outputs: dict[str, Any]) -> list[dict[str, Any]]:
-        task, scores, config = outputs["task"], outputs["scores"], self.model.config
+    def postprocess(self, outputs: dict[str, Any], task: AffectTask, top_k: int | None = None):
+        """The answers to a batch."""
+        scores, config = outputs["scores"], self.model.config
         results = iter(())
         if scores is not None:
             gates = gate_names(scores["gate_weights"], config.experts, config.modalities)
@@ -325,18 +450,29 @@ class AffectRecognitionPipeline(Pipeline):
         answers = []
         for report in outputs["reports"]:
             distribution, gate = (None, None) if report["error"] else next(results)
-            value = distribution and (distribution.top if task.kind == "classification" else distribution.expected)
-            answers.append(
-                {
-                    "label" if task.kind == "classification" else "score": value,
-                    "probabilities": distribution and distribution.probabilities,
-                    "median": distribution and distribution.median,
-                    "interval": distribution and distribution.interval,
-                    "gate_weights": gate,
-                    **report,
-                }
-            )
+            answer = {**self._values(task, distribution), "gate_weights": gate, **report}
+            answers.append(best_answers(answer, top_k))
         return answers
+
+    @staticmethod
+    def _values(task: AffectTask, distribution: Any) -> dict[str, Any]:
+        """An answer's values from its distribution; all None without one."""
+        value = distribution and (distribution.top if task.kind == "classification" else distribution.expected)
+        return {
+            "label" if task.kind == "classification" else "score": value,
+            "probabilities": distribution and distribution.probabilities,
+            "median": distribution and distribution.median,
+            "interval": distribution and distribution.interval,
+        }
+
+
+def _is_dataset(inputs: Any) -> bool:
+    """Whether inputs are a data set: torch's, such as `KeyDataset`, or one of `datasets`."""
+    return isinstance(inputs, Dataset) or type(inputs).__module__ in DATASETS
+
+
+def _has_size(inputs: Any) -> bool:
+    return hasattr(inputs, "__len__") and hasattr(inputs, "__getitem__")
 
 
 __all__ = ["AffectRecognitionPipeline"]

@@ -1,30 +1,30 @@
 """Recognises the emotion or sentiment of the speakers in audio and video files.
 
-    python predict.py runs/avatars/model clip.mp4 --text "That is just great."
-    python predict.py MODEL *.mp4 --transcripts transcripts.csv --task meld
+    python predict.py MODEL clip.mp4 --text "That is just great."
+    python predict.py MODEL clips/ --recursive --transcripts transcripts.csv --output answers.csv
+    python predict.py MODEL talk.mp4 --segments talk.srt --output talk.vtt --plot talk.png
+    python predict.py MODEL talk.mp4 --transcriber openai/whisper-small
     python predict.py MODEL clip.mp4 --speaker_clips clip.mp4 others/*.mp4
-    accelerate launch --num_processes 8 predict.py MODEL *.mp4
+    accelerate launch --num_processes 8 predict.py MODEL clips/ --output answers.jsonl
 
-On a terminal it prints a table. To a file or a pipe it prints one JSON line per file: label or score, probabilities,
-median and interval of a score, gate weights, seconds decoded and warnings. If a file cannot be read, its `error` says
-why; the other files are still answered, and the exit status is 1.
+An input is a file, a folder, a pattern or a URL. A recording that is longer than the clips of the model's training is
+divided into windows that end at pauses; each gets an answer, and so does the whole. `--segments` divides it as
+subtitles, a transcript of Whisper or a table with the columns start, end, text and speaker do.
+
+On a terminal it prints a table, to a file or a pipe one JSON line for each answer: label or score, probabilities,
+median and interval of a score, gate weights, seconds decoded and warnings. `--output` writes a file. If a file cannot
+be read, its `error` says why; the other files are still answered, and the exit status is 1.
 
 A model trained with speaker adaptation needs `--speaker_clips`, clips of the one speaker of all files; their mean is
 subtracted from the voice and the pictures.
-
-Other processes decode the next files while the model answers. Several processes (`accelerate launch`) share the files,
-and the main process prints all answers in the order of the files.
 
 A transcripts file has the columns `file` (name or path), `text` and optionally `speaker`; see
 `egmf/data/transcripts.py` for its formats.
 """
 
 import argparse
-import json
-import os
 import sys
 from collections.abc import Iterator
-from itertools import chain, islice
 from pathlib import Path
 
 import torch
@@ -33,32 +33,55 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 from transformers import pipeline
 
-from egmf.arguments import not_negative, positive
+from egmf.arguments import positive, positive_seconds
 from egmf.commands import check_model, run_command
 from egmf.data.transcripts import match_transcripts
-from egmf.processes import default_workers, in_turns, silence_other_ranks
+from egmf.prediction.answers import Answerer
+from egmf.prediction.inputs import find_files
+from egmf.prediction.outputs import SUFFIXES, Output
+from egmf.prediction.segments import read_segments
+from egmf.processes import in_turns, silence_other_ranks
+
+
+PLOTS = {".png", ".pdf", ".svg"}
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model", help="folder or Hub id of a trained model")
-    parser.add_argument("files", nargs="+", metavar="FILE", help="audio or video file")
+    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="audio or video file, folder, pattern or URL")
+    parser.add_argument("--recursive", action="store_true", help="also take the files in folders below a folder")
     words = parser.add_mutually_exclusive_group()
-    words.add_argument("--text", help="what is said in the file")
+    words.add_argument("--text", help="what is said in the one file")
     words.add_argument("--transcripts", type=Path, metavar="FILE.csv", help="what is said, by file")
+    words.add_argument("--segments", type=Path, metavar="FILE", help="parts of the recording: .srt, .vtt, .json, .csv")
+    parser.add_argument("--transcriber", metavar="MODEL", help="speech recognition model for files without words")
+    parser.add_argument("--language", help="language that the transcriber hears; it detects it by default")
+    parser.add_argument("--window", type=positive_seconds, help="longest part of a recording, in seconds")
+    parser.add_argument("--hop", type=positive_seconds, help="seconds between equal parts, wherever pauses are")
     parser.add_argument("--task", help="task to ask; by default the one the model was trained on")
     parser.add_argument("--speaker_clips", nargs="+", metavar="FILE", help="clips of the speaker of all files")
-    parser.add_argument("--batch_size", type=positive, default=8, help="files that go through the model at a time")
-    parser.add_argument(
-        "--num_workers",
-        type=not_negative,
-        default=default_workers(),
-        help="processes that decode; by default one a core",
-    )
-    parsed = parser.parse_args(arguments)
-    if parsed.text is not None and len(parsed.files) > 1:
-        parser.error(f"--text: got {len(parsed.files)} files, wanted one; see --transcripts")
-    return parsed
+    parser.add_argument("--batch_size", type=positive, default=8, help="files or parts in the model at a time")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="where answers go: .jsonl, .csv or .vtt")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="picture of a recording's answers over time")
+    args = parser.parse_args(arguments)
+    if args.output and args.output.suffix.lower() not in SUFFIXES:
+        parser.error(f"--output: got {args.output}, wanted a file that ends in {', '.join(sorted(SUFFIXES))}")
+    if args.plot and args.plot.suffix.lower() not in PLOTS:
+        parser.error(f"--plot: got {args.plot}, wanted a file that ends in {', '.join(sorted(PLOTS))}")
+    if args.language and not args.transcriber:
+        parser.error("--language: got a value without --transcriber, wanted both")
+    for first in ("segments", "transcriber"):
+        if getattr(args, first) and (both := [name for name in ("window", "hop") if getattr(args, name)]):
+            parser.error(f"--{both[0]}: got a value with --{first}, wanted one of them")
+    args.files = find_files(args.inputs, args.recursive)
+    for name in ("text", "segments", "plot"):
+        if getattr(args, name) is not None and len(args.files) > 1:
+            hint = "; see --transcripts" if name == "text" else ""
+            parser.error(f"--{name}: got {len(args.files)} files, wanted one{hint}")
+    if args.output and args.output.suffix.lower() == ".vtt" and len(args.files) > 1:
+        parser.error(f"--output: got {len(args.files)} files for subtitles, wanted one")
+    return args
 
 
 def samples_of(args: argparse.Namespace) -> list[dict]:
@@ -73,46 +96,31 @@ def samples_of(args: argparse.Namespace) -> list[dict]:
     return [{"file": file, **said} for file, said in zip(args.files, words, strict=True)]
 
 
-def table_row(answer: dict) -> str:
-    """An answer as one line of the table."""
-    if answer["error"]:
-        return f"{answer['file']:32}  {answer['error']}"
-    if answer.get("label") is not None:
-        best = sorted(answer["probabilities"].items(), key=lambda item: -item[1])[:3]
-        words = ", ".join(f"{label} {100 * probability:.0f} %" for label, probability in best)
-    else:
-        low, high = answer["interval"]
-        words = f"{answer['score']:+.2f} ({low:+.1f} to {high:+.1f})"
-    seconds = "-" if answer["seconds"] is None else f"{answer['seconds']:.1f} s"
-    return f"{answer['file']:32}  {words:48}  {seconds:>8}  {'; '.join(answer['warnings'])}".rstrip()
-
-
-def answers_of(recognize, samples: list[dict], size: int, **options) -> Iterator[dict]:
-    """Yields the samples' answers in order. Several processes share the batches of `size`, and all get all answers."""
+def share_files(answer: Answerer, samples: list[dict]) -> Iterator[dict]:
+    """Yields the answers to all files in their order; each of several processes answers its share of the files."""
     state = PartialState()
-    batches = [samples[start : start + size] for start in range(0, len(samples), size)]
-    share = batches[state.process_index :: state.num_processes]
-    if hasattr(recognize, "prepare"):
-        answers = recognize(chain.from_iterable(share), batch_size=size, **options)
-    else:  # the own code of an older checkpoint decodes in this process
-        del options["num_workers"]
-        answers = chain.from_iterable(recognize(batch, batch_size=size, **options) for batch in share)
     if state.num_processes == 1:
-        yield from answers
+        yield from answer(samples)
         return
-    for _ in range(0, len(batches), state.num_processes):
-        yield from gather_object(list(islice(answers, size)))
+    places = range(state.process_index, len(samples), state.num_processes)
+    own = {place: list(answer(samples[place : place + 1])) for place in places}
+    found = {place: answers for share in gather_object([own]) for place, answers in share.items()}
+    for place in range(len(samples)):
+        yield from found[place]
 
 
 def main(arguments: list[str]) -> int:
     args = parse_arguments(arguments)
     samples = samples_of(args)
+    segments = read_segments(args.segments) if args.segments else None
     check_model(args.model)
-    device = PartialState(cpu=not torch.accelerator.is_available()).device
+    state = PartialState(cpu=not torch.accelerator.is_available())
     silence_other_ranks()
     with in_turns():  # transformers copies the model's code into its cache
-        recognize = pipeline("affect-recognition", model=args.model, trust_remote_code=True, device=device)
-    options = {"task": args.task, "on_error": "report", "num_workers": args.num_workers}
+        recognize = pipeline("affect-recognition", model=args.model, trust_remote_code=True, device=state.device)
+    options = {"task": args.task, "on_error": "report"}
+    if args.transcriber:
+        options |= {"transcriber": args.transcriber, "language": args.language}
     if args.speaker_clips:
         if not hasattr(recognize, "speaker_center"):
             raise ValueError(f"--speaker_clips: got {args.model}, wanted a model whose code has speaker adaptation")
@@ -120,20 +128,21 @@ def main(arguments: list[str]) -> int:
             options["speaker_clips"] = recognize.speaker_center(args.speaker_clips)
         except (recognize.processor.media_error, ValueError) as error:
             raise ValueError(f"--speaker_clips: {error}") from None
-    for_people, failed = sys.stdout.isatty(), False
-    prints = PartialState().is_main_process
-    progress = tqdm(total=len(samples), unit="file", disable=None if prints and len(samples) > 1 else True)
-    found = answers_of(recognize, samples, args.batch_size, **options)
-    for sample, answer in zip(samples, found, strict=True):
-        answer = {"file": os.fspath(sample["file"]), **answer}
-        failed |= answer["error"] is not None
-        progress.update()
-        with progress.external_write_mode():
-            line = table_row(answer) if for_people else json.dumps(answer, ensure_ascii=False)
-            # A file name may not be valid Unicode; JSON readers decode the escape to the same name.
-            if prints:
-                print(line.encode(errors="backslashreplace").decode(), flush=True)
-    progress.close()
+    plan = {"segments": segments, "window": args.window, "hop": args.hop}
+    answers = share_files(Answerer(recognize, args.batch_size, plan, options), samples)
+    failed, shown = False, []
+    if not state.is_main_process:
+        return int(any(answer["error"] is not None for answer in answers))
+    with Output(args.output) as output:
+        for answer in answers:
+            failed |= answer["error"] is not None
+            with tqdm.external_write_mode():
+                output.write(answer)
+            shown += [answer] if args.plot else []
+    if args.plot:
+        from egmf.evaluation.plots import plot_timeline  # takes long to import
+
+        plot_timeline(shown, args.plot)
     return int(failed)
 
 

@@ -20,8 +20,11 @@ from transformers import LogitsProcessorList, PreTrainedConfig
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
+from .chats_egmf import ChatsMixin
 from .media_inputs_egmf import MediaInputsMixin, as_array
+from .recordings_egmf import RecordingsMixin
 from .tasks_egmf import BUILTIN_TASKS, AffectTask, AnswerConstraint, AnswerDistribution, AnswerText
+from .transcription_egmf import Transcriber
 
 
 # By language: the colon after a name, the space after a colon, and the heading of the following lines.
@@ -47,7 +50,7 @@ class TextWarning(UserWarning):
         self.index = index
 
 
-class EGMFProcessor(MediaInputsMixin, ProcessorMixin):
+class EGMFProcessor(ChatsMixin, MediaInputsMixin, RecordingsMixin, ProcessorMixin):
     """Converts utterances to the inputs of EGMF, and answers of EGMF to labels and scores.
 
     One sample becomes one sequence:
@@ -76,11 +79,13 @@ class EGMFProcessor(MediaInputsMixin, ProcessorMixin):
             whole utterances are dropped, starting with the farthest (the following one of two equally far ones).
         default_task: The task that is used if a call names none: the one that the model was trained on.
         temperatures: Temperature of the distribution over answers by task, fitted to validation data; otherwise 1.
+        clip_seconds: Length that 95 % of the training clips do not exceed: by default that of windows of a recording.
         chat_template: Kept for the tokenizer; the sequences of EGMF do not use it.
     """
 
     text_kwargs = {"padding_side": "left"}
-    text_warning = TextWarning
+    # For callers: the copy of this code in a checkpoint has its own classes.
+    text_warning, transcriber_class = TextWarning, Transcriber
 
     def __init__(
         self,
@@ -94,6 +99,7 @@ class EGMFProcessor(MediaInputsMixin, ProcessorMixin):
         max_context_tokens: int = 256,
         default_task: str | None = None,
         temperatures: dict[str, float] | None = None,
+        clip_seconds: float | None = None,
         chat_template=None,
     ):
         super().__init__(tokenizer, chat_template=chat_template or getattr(tokenizer, "chat_template", None))
@@ -118,6 +124,7 @@ class EGMFProcessor(MediaInputsMixin, ProcessorMixin):
             self.tasks[name] = task
         self.default_task = default_task
         self.temperatures = dict(temperatures or {})
+        self.clip_seconds = clip_seconds
         if default_task is not None:
             self._task(default_task)
 
@@ -503,7 +510,7 @@ def _as_columns(columns: dict[str, Any]) -> dict[str, list]:
     """Converts every argument to a list with one entry per sample; a single task applies to all samples."""
     lists = {}
     for name, value in columns.items():
-        single = isinstance(value, str | dict | AffectTask) or not hasattr(value, "__len__")
+        single = isinstance(value, str | bytes | dict | AffectTask) or not hasattr(value, "__len__")
         if single and value is not None and name != "task":
             raise ValueError(f"`{name}` must be a list with one entry per sample of the batch, got {value!r}.")
         if not single:

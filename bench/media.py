@@ -29,15 +29,15 @@ FRAMES, WANTED_RATE = 8, 16000
 REPETITIONS = 5
 
 
-def write_clip(path: str, seconds: int) -> None:
+def write_clip(path: str, seconds: int, width: int = WIDTH, height: int = HEIGHT) -> None:
     """Generates a moving pattern with some noise, and a tone."""
-    y, x = np.mgrid[:HEIGHT, :WIDTH]
+    y, x = np.mgrid[:height, :width]
     rng = np.random.default_rng(0)
     with av.open(path, "w") as container:
         video, audio = container.add_stream("libx264", rate=FPS), container.add_stream("aac", rate=RATE)
-        video.width, video.height, video.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+        video.width, video.height, video.pix_fmt = width, height, "yuv420p"
         for i in range(seconds * FPS):
-            picture = np.stack([x + 5 * i, y + 3 * i, x + y], axis=-1) + rng.integers(0, 12, (HEIGHT, WIDTH, 1))
+            picture = np.stack([x + 5 * i, y + 3 * i, x + y], axis=-1) + rng.integers(0, 12, (height, width, 1))
             frame = av.VideoFrame.from_ndarray(picture.astype(np.uint8), format="rgb24")
             frame.pts, frame.time_base = i, Fraction(1, FPS)
             container.mux(video.encode(frame))

@@ -340,8 +340,6 @@ def _part_of_file(text: dict[str, str | None], row: dict[str, Any]) -> tuple[flo
         raise _Wrong(f"start: got {text.get('start') or 0} without a file, wanted the file that the part is in")
     if end is not None and end <= (start or 0.0):
         raise _Wrong(f"end: got {text['end']}, wanted more than start ({text.get('start') or 0})")
-    if row["video"]:
-        raise _Wrong("start: got a part of a video or image, wanted a part of a sound file, or the part in a file")
     return start, end
 
 

@@ -9,23 +9,25 @@ def positive(text: str) -> int:
     Raises:
         ArgumentTypeError: If the text is anything else.
     """
-    return _at_least(1, text)
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted a whole number from 1")
+    return number
 
 
-def not_negative(text: str) -> int:
-    """Parses an integer of at least 0.
+def positive_seconds(text: str) -> float:
+    """Parses a number of seconds of at least 0.05.
 
     Raises:
         ArgumentTypeError: If the text is anything else.
     """
-    return _at_least(0, text)
-
-
-def _at_least(least: int, text: str) -> int:
     try:
-        number = int(text)
+        number = float(text)
     except ValueError:
-        number = least - 1
-    if number < least:
-        raise argparse.ArgumentTypeError(f"got {text!r}, wanted a whole number from {least}")
+        number = 0.0
+    if not 0.05 <= number < float("inf"):
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted seconds from 0.05")
     return number

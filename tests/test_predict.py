@@ -123,7 +123,7 @@ def test_files_that_cannot_be_read(place, recognize):
 
 
 def test_wrong_arguments(recognize):
-    with pytest.raises(ValueError, match="wanted text, speaker, context, task, on_error"):
+    with pytest.raises(ValueError, match="wanted text, speaker, context, speaker_clips, task, on_error"):
         recognize("clip.mp4", words="so")
     with pytest.raises(ValueError, match="task: got 'mood', wanted one of"):
         recognize({"text": "so"}, task="mood")

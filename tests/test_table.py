@@ -27,6 +27,7 @@ from egmf.data.clips import load_row_media
 from egmf.data.collator import AffectCollator, expand_by_task
 from egmf.data.mixture import MixtureSampler, mix_rows
 from egmf.data.tasks import infer_tasks
+from egmf.media_egmf import load_video
 from egmf.recipe import load_recipe
 from egmf.training.dry_run import describe_prompt
 
@@ -356,6 +357,24 @@ def test_a_part_of_a_recording_is_heard_as_the_same_part_in_a_file(tmp_path, llm
     assert np.array_equal(heard[1].samples, soundfile.read(tmp_path / "long.wav", dtype="float32")[0][16000:])
     with pytest.raises(processor.media_error, match="the recording ends after 1.5 seconds"):
         load_row_media(processor, "audio", str(tmp_path / "long.wav#t=2,3"))
+
+
+def test_a_part_of_a_video_is_seen(tmp_path, llm_folder):
+    write_clip(tmp_path / "talk.mp4")
+    rows = [
+        {"file": "talk.mp4", "label": "x", "split": "train", "start": start, "end": "0.8"} for start in ("", "0.4")
+    ]
+    rows.append(rows[1] | {"end": ""})
+    found = load_corpus("table", write_csv(tmp_path / "t.csv", rows))["train"]
+    processor, whole = build_processor(llm_folder()), load_video(tmp_path / "talk.mp4", 100)
+    for row, start, end in zip(found, (0.0, 0.4, 0.4), (0.8, 0.8, 1.0), strict=True):
+        seen = load_row_media(processor, "video", row["video"]).video
+        assert len(seen.frames) == processor.num_frames and seen.duration == pytest.approx(end - start, abs=0.1)
+        assert 0 <= seen.times[0] < seen.times[-1] < end - start
+        places = [int(np.abs(whole.times - start - time).argmin()) for time in seen.times]
+        assert np.array_equal(seen.frames, whole.frames[places])
+    with pytest.raises(processor.media_error, match="no pictures after 7 seconds"):
+        load_row_media(processor, "video", str(tmp_path / "talk.mp4#t=7"))
 
 
 # --- tasks and balance -----------------------------------------------------------------------------------------------

@@ -158,6 +158,71 @@ def plot_training(log: Path, path: Path) -> None:
     _save(figure, path)
 
 
+def plot_timeline(answers: list[dict], path: Path) -> None:
+    """Draws the answers to the segments of a recording over time.
+
+    At the top are the probabilities of the labels, or the scores with their intervals; beneath are the words, as many
+    as there is room for, and the gate's weights of the modalities.
+
+    Args:
+        answers: The lines of `predict.py` for one recording.
+        path: The PNG file.
+
+    Raises:
+        ValueError: If no segment has an answer.
+    """
+    parts = [answer for answer in answers if "segments" not in answer and answer["error"] is None]
+    if not parts:
+        raise ValueError("plot: got no answered segment, wanted some")
+    parts = [{"start": 0.0, "end": part["seconds"] or 1.0, **part} for part in parts]
+    start, end = (np.array([part[name] for part in parts]) for name in ("start", "end"))
+    figure, (top, words, gates) = plt.subplots(
+        3, sharex=True, figsize=(float(np.clip(len(parts) / 3, 9, 40)), 7), height_ratios=(4, 1, 1.6)
+    )
+    if "label" in parts[0]:
+        for name in parts[0]["probabilities"]:
+            _draw_spans(top, start, end, [part["probabilities"][name] for part in parts], name)
+        top.set(ylim=(0, 1), ylabel="probability")
+    else:
+        _draw_spans(top, start, end, [part["score"] for part in parts], "score (mean)")
+        low, high = zip(*(part["interval"] for part in parts), strict=True)
+        for edges in zip(start, end, low, high, strict=True):
+            top.fill_between(edges[:2], *edges[2:], color="C0", alpha=0.2, linewidth=0)
+        top.set_ylabel("score, 5 % to 95 %")
+    for name in parts[0]["gate_weights"]["modality"][next(iter(parts[0]["gate_weights"]["modality"]))]:
+        _draw_spans(gates, start, end, [_modality_weight(part["gate_weights"], name) for part in parts], name)
+    gates.set(ylim=(0, 1), ylabel="gate weight", xlabel="seconds")
+    spoken = [part for part in parts if part.get("text")]
+    room = int(figure.get_figwidth() * 1.5)  # texts side by side
+    look = {"rotation": 25, "rotation_mode": "anchor", "fontsize": "x-small", "clip_on": True, "parse_math": False}
+    for part in spoken[:: max(1, -(-len(spoken) // room))]:
+        text = part["text"] if len(part["text"]) <= 30 else part["text"][:29] + "\u2026"
+        words.text(part["start"], 0.05, text, **look)
+    words.set(yticks=[], ylabel="words")
+    words.set_visible(bool(spoken))
+    for axes in (top, gates):
+        axes.legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+    top.set_title(Path(parts[0]["file"]).name, parse_math=False)
+    _save(figure, path)
+
+
+def _modality_weight(gates: dict, modality: str) -> float:
+    """The weight of a modality over all experts."""
+    return sum(weight * gates["modality"][expert][modality] for expert, weight in gates["expert"].items())
+
+
+def _draw_spans(axes, start: np.ndarray, end: np.ndarray, values: list[float], name: str) -> None:
+    """Draws one value per segment, joined where a segment begins before or when the last one ends."""
+    times, shown = [], []
+    for place, value in enumerate(values):
+        if place and start[place] > end[place - 1] + 0.01:  # NaN interrupts the line
+            times.append(end[place - 1])
+            shown.append(np.nan)
+        times += [start[place], end[place]]
+        shown += [value, value]
+    axes.plot(times, shown, label=name)
+
+
 def _save(figure, path: Path) -> None:
     figure.savefig(path, dpi=120, bbox_inches="tight")
     plt.close(figure)

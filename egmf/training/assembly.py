@@ -26,6 +26,7 @@ from transformers import (
 from transformers import initialization as init
 from transformers.utils import is_bitsandbytes_available
 
+from egmf.data.lengths import clip_seconds
 from egmf.data.speakers import SPEAKER, Centers, stack_centers
 from egmf.data.tower_cache import COLUMNS, PREPROCESSORS, TowerCache
 from egmf.fusion_egmf import ClipStatistics
@@ -288,8 +289,9 @@ def load_language_model(recipe: Recipe, folder: str) -> PreTrainedModel:
 def build_model(
     recipe: Recipe, language_model: str, processor: EGMFProcessor, towers: dict[str, tuple], train_split
 ) -> EGMFForConditionalGeneration:
-    """The LLM with a new fusion and the towers, before any training."""
+    """The LLM with a new fusion and the towers, before any training. Sets the processor's `clip_seconds`."""
     arguments = recipe.model
+    processor.clip_seconds = clip_seconds(train_split) if towers else None
     statistics = {}
     for modality in {"audio", "vision"} - towers.keys():
         found = None

@@ -1,0 +1,128 @@
+"""Reads the segments of a recording: subtitles (SRT, WebVTT), speech recognition's JSON, or a table."""
+
+import html
+import json
+import logging
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from corpora.reading import decode_text
+from egmf.data.transcripts import read_table
+
+
+Segment = dict[str, Any]  # start and end in seconds, text and speaker or None
+FORMATS = ".srt, .vtt, .json (Whisper's) or .csv (columns start, end, text, speaker)"
+CLOCK = r"(?:(\d+):)?(\d{1,2}):(\d{1,2}(?:[.,]\d+)?)"
+TIMES = re.compile(rf"\s*{CLOCK}\s*-->\s*{CLOCK}(?:\s.*)?")
+VOICE = re.compile(r"<v(?:\.[^ >]*)?\s+([^>]+)>")
+
+
+def read_segments(path: Path) -> list[Segment]:
+    """Reads the segments of a file, whose suffix names its format.
+
+    Raises:
+        ValueError: If the file has another format, is malformed, or has no segment.
+    """
+    readers = {".srt": _subtitles, ".vtt": _subtitles, ".json": _recognized, ".csv": _table, ".tsv": _table}
+    if path.suffix.lower() not in readers:
+        raise ValueError(f"segments: got {path}, wanted {FORMATS}")
+    segments, empty = [], 0
+    for place, segment in readers[path.suffix.lower()](path):
+        if segment["start"] > segment["end"]:
+            raise ValueError(f"{path}: {place}: got {segment['start']} to {segment['end']}, wanted start before end")
+        if segment["start"] < segment["end"]:
+            segments.append(segment)
+        else:
+            empty += 1
+    if empty:
+        logging.warning("%s: %d segments have no length and are left out", path, empty)
+    if not segments:
+        raise ValueError(f"{path}: got no segment, wanted some")
+    return segments
+
+
+def _seconds(hours: str | None, minutes: str, seconds: str) -> float:
+    return round(3600 * int(hours or 0) + 60 * int(minutes) + float(seconds.replace(",", ".")), 6)
+
+
+def _subtitles(path: Path) -> Iterator[tuple[str, Segment]]:
+    """The cues of an SRT or WebVTT file, with their line."""
+    lines = decode_text(path).splitlines()
+    blocks: list[list[tuple[int, str]]] = [[]]
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            blocks[-1].append((number, line))
+        elif blocks[-1]:
+            blocks.append([])
+    for block in filter(None, blocks):
+        if re.match(r"\ufeff?WEBVTT|NOTE|STYLE|REGION", block[0][1]):
+            continue
+        # A cue may have a number or a name in front of its times.
+        place = next((i for i, (_, line) in enumerate(block[:2]) if "-->" in line), 0)
+        number, line = block[place]
+        if not (times := TIMES.fullmatch(line)):
+            wanted = "00:00:01.000 --> 00:00:02.500"
+            raise ValueError(f"{path}: line {number}: got {line[:60]!r}, wanted times such as {wanted}")
+        words = " ".join(line for _, line in block[place + 1 :])
+        voice = VOICE.search(words)
+        text = html.unescape(re.sub(r"<[^>]*>|\{\\[^}]*\}", "", words)).strip()
+        start, end = _seconds(*times.groups()[:3]), _seconds(*times.groups()[3:])
+        yield (
+            f"line {number}",
+            {
+                "start": start,
+                "end": end,
+                "text": text or None,
+                "speaker": html.unescape(voice[1]).strip() if voice else None,
+            },
+        )
+
+
+def _recognized(path: Path) -> Iterator[tuple[str, Segment]]:
+    """The segments that Whisper, whisper.cpp, WhisperX or transformers wrote."""
+    try:
+        content = json.loads(decode_text(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: got no JSON ({error}), wanted {FORMATS}") from None
+    names = ("segments", "chunks", "transcription")
+    found: Any = content
+    if isinstance(content, dict):
+        found = next((content[name] for name in names if name in content), None)
+    if not isinstance(found, list):
+        raise ValueError(f"{path}: got no list of segments, wanted one in {', '.join(names)}")
+    for place, item in enumerate(found):
+        item = item if isinstance(item, dict) else {}
+        times: Iterable = (item.get("start"), item.get("end"))
+        if isinstance(item.get("timestamp"), list):
+            times = item["timestamp"]
+        if isinstance(offsets := item.get("offsets"), dict):
+            times = (value / 1000 if isinstance(value, int) else None for value in map(offsets.get, ("from", "to")))
+        times = [float(time) for time in times if isinstance(time, int | float) and not isinstance(time, bool)]
+        if len(times) != 2 or not 0 <= min(times) <= max(times) < 1e9:
+            raise ValueError(f"{path}: segment {place}: got {str(found[place])[:100]}, wanted its start and end")
+        text, speaker = item.get("text"), item.get("speaker")
+        yield (
+            f"segment {place}",
+            {
+                "start": times[0],
+                "end": times[1],
+                "text": str(text).strip() or None if text is not None else None,
+                "speaker": None if speaker is None else str(speaker),
+            },
+        )
+
+
+def _table(path: Path) -> Iterator[tuple[str, Segment]]:
+    """The rows of a table, with times in seconds or as a clock."""
+    for line, row in read_table(path, ("start", "end")):
+        times = []
+        for name in ("start", "end"):
+            cell = row[name].strip()
+            clock = re.fullmatch(CLOCK, cell)
+            if not clock and not re.fullmatch(r"\d+(?:[.,]\d+)?", cell):
+                raise ValueError(f"{path}: line {line}: {name}: got {cell!r}, wanted seconds or hours:minutes:seconds")
+            times.append(_seconds(*clock.groups()) if clock else float(cell.replace(",", ".")))
+        text, speaker = (row.get(name, "").strip() or None for name in ("text", "speaker"))
+        yield f"line {line}", {"start": times[0], "end": times[1], "text": text, "speaker": speaker}

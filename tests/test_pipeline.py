@@ -1,0 +1,254 @@
+"""The pipeline and the processor as users of transformers call them: every form of input, streams, labels, chats."""
+
+import shutil
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import soundfile
+import torch
+from test_media_inputs import tone, write_clip
+from test_predict import save_model_with_towers
+from transformers import AutoModel, AutoModelForMultimodalLM, AutoProcessor, pipeline
+from transformers.pipelines.pt_utils import KeyDataset
+
+
+LABELS = ("neutral", "surprise", "fear", "sadness", "joy", "disgust", "anger")  # of the task meld
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, llm_folder, assemble) -> Path:
+    folder = tmp_path_factory.mktemp("place")
+    save_model_with_towers(folder, llm_folder(), assemble)
+    write_clip(folder / "one.mp4")
+    for number in range(3):
+        soundfile.write(folder / f"voice{number}.wav", tone(0.3, 200 + 100 * number), 16000)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def recognize(place):
+    return pipeline("affect-recognition", model=str(place / "model"), trust_remote_code=True)
+
+
+@pytest.fixture(scope="module")
+def voices(place, recognize) -> tuple[list[str], list[dict]]:
+    """Three files, and the answer to each alone."""
+    files = [str(place / f"voice{number}.wav") for number in range(3)]
+    return files, [recognize(file) for file in files]
+
+
+def assert_same(answers, wanted) -> None:
+    answers = list(answers)
+    assert len(answers) == len(wanted)
+    for answer, other in zip(answers, wanted, strict=True):
+        assert answer["error"] is None and answer["probabilities"] == pytest.approx(other["probabilities"], abs=1e-5)
+
+
+def test_the_clips_differ(voices):
+    first, second, _ = (answer["probabilities"] for answer in voices[1])
+    assert first != pytest.approx(second, abs=1e-5)
+
+
+def test_a_generator_is_answered_as_it_is_read(recognize, voices):
+    read = []
+
+    def generate():
+        for file in voices[0]:
+            read.append(file)
+            yield {"file": file}
+
+    answers = recognize(generate())
+    assert_same([next(answers)], voices[1][:1])
+    assert len(read) == 1  # the second one has not been asked for
+    assert_same(answers, voices[1][1:])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_datasets(recognize, voices, workers):
+    rows = datasets.Dataset.from_dict({"audio": voices[0], "label": ["?"] * 3})
+    assert_same(recognize(rows, num_workers=workers), voices[1])
+    rows = rows.cast_column("audio", datasets.Audio(decode=False))
+    options = {"batch_size": 2, "num_workers": workers}
+    assert_same(recognize(rows, **options), voices[1])
+    assert_same(recognize(KeyDataset(rows, "audio"), **options), voices[1])
+    assert_same(recognize(voices[0], **options), voices[1])
+    assert_same(recognize((file for file in voices[0]), **options), voices[1])
+    assert_same(recognize(rows.to_iterable_dataset(), **options), voices[1])
+    with pytest.raises(ValueError, match=r"a row got the columns \['label'\], wanted some of"):
+        list(recognize(rows.remove_columns("audio")))
+
+
+def test_workers_report_what_cannot_be_read(recognize, voices, place):
+    files = [voices[0][0], str(place / "broken.mp4")]
+    first, second = recognize(files, num_workers=2, on_error="report")
+    assert first["error"] is None and "broken.mp4" in second["error"]
+    with pytest.raises(recognize.processor.media_error, match=r"Cannot read .*broken.mp4"):
+        recognize(files, num_workers=1)
+
+
+@pytest.fixture(scope="module")
+def server(place):
+    """The folder over HTTP, and the requests that came."""
+    asked = []
+
+    class Handler(SimpleHTTPRequestHandler):
+        def log_message(self, *arguments):
+            asked.append(f"{self.command} {self.path}")
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(place))) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_address[1]}", asked
+        running.shutdown()
+
+
+def test_bytes_and_urls(recognize, voices, server):
+    url, asked = server
+    content = [Path(file).read_bytes() for file in voices[0]]
+    assert_same(recognize(content), voices[1])
+    assert_same(
+        [recognize({"audio": content[0]}), recognize({"bytes": content[1], "path": "gone.wav"})], voices[1][:2]
+    )
+    assert asked == []
+    assert_same([recognize(f"{url}/voice0.wav"), recognize({"audio": f"{url}/voice1.wav"})], voices[1][:2])
+    assert asked == ["GET /voice0.wav", "GET /voice1.wav"]
+    video = recognize({"video": f"{url}/one.mp4"}), recognize(f"{url}/one.mp4")
+    assert_same(video, [video[1]] * 2)
+    assert asked[2:] == ["GET /one.mp4"] * 2  # once for sound and pictures
+    with pytest.raises(recognize.processor.media_error, match=r"/gone.wav': the server answers with status 404"):
+        recognize(f"{url}/gone.wav")
+    with pytest.raises(recognize.processor.media_error, match="Cannot read '3 bytes': it is not an audio or video"):
+        recognize(b"abc")
+    with pytest.raises(recognize.processor.media_error, match="Cannot read 'http://127.0.0.1:1/x'"):
+        recognize("http://127.0.0.1:1/x")
+
+
+def test_arrays(recognize, voices):
+    samples, rate = soundfile.read(voices[0][0], dtype="float32")
+    stereo = np.stack([1.5 * samples, 0.5 * samples])
+    forms = [
+        samples,
+        torch.from_numpy(samples),
+        {"array": samples, "sampling_rate": rate},
+        {"raw": samples, "sampling_rate": rate, "path": "gone.wav"},
+        {"array": stereo, "sampling_rate": rate},
+        {"raw": stereo.T, "sampling_rate": rate},
+        {"audio": {"raw": torch.from_numpy(stereo), "sampling_rate": rate}},
+    ]
+    assert_same(recognize(forms), voices[1][:1] * len(forms))
+    words = {"text": "no", "speaker": "Ross"}
+    with_words = recognize({"raw": samples, "sampling_rate": rate, **words})
+    assert_same([with_words], [recognize({"file": voices[0][0], **words})])
+    assert with_words["probabilities"] != pytest.approx(voices[1][0]["probabilities"], abs=1e-5)
+
+
+@pytest.mark.parametrize("value", [3, None, [], {}, {"sampling_rate": 8000}, [["a.wav"]]], ids=repr)
+def test_what_is_no_sample(recognize, value):
+    if value == []:
+        assert recognize(value) == []
+    elif value == {}:
+        assert "no text, no sound and no picture" in recognize(value)["warnings"][0]
+    else:
+        with pytest.raises(ValueError, match="affect-recognition: a sample got .*, wanted"):
+            recognize(value)
+
+
+def test_top_k(recognize, voices):
+    answer = recognize(voices[0][0], top_k=3)
+    best = sorted(voices[1][0]["probabilities"].items(), key=lambda item: -item[1])[:3]
+    assert answer["probabilities"] == pytest.approx(dict(best)) and list(answer["probabilities"]) == list(dict(best))
+    assert next(iter(answer["probabilities"])) == answer["label"]
+    assert len(recognize(voices[0][0], top_k=99)["probabilities"]) == len(LABELS)
+    with pytest.raises(ValueError, match="top_k: got 0, wanted a positive number"):
+        recognize(voices[0][0], top_k=0)
+
+
+def test_candidate_labels(recognize, voices):
+    some = ["joy", "anger", "fear"]
+    answer = recognize(voices[0][0], candidate_labels=some)
+    all_of_them = voices[1][0]["probabilities"]
+    total = sum(all_of_them[label] for label in some)
+    assert list(answer["probabilities"]) == some and answer["warnings"] == []
+    assert answer["probabilities"] == pytest.approx({label: all_of_them[label] / total for label in some}, abs=1e-5)
+    own = recognize(voices[0][0], candidate_labels=["bored", "joy", "thrilled to bits"])
+    assert own["label"] in own["probabilities"] and sum(own["probabilities"].values()) == pytest.approx(1)
+    assert own["warnings"] == ["no task of the model has the labels 'bored', 'thrilled to bits'"]
+    scores = recognize(voices[0][0], task="mosei", candidate_labels=["bad", "good"])
+    assert list(scores["probabilities"]) == ["bad", "good"]
+    for wrong in ("joy", ["joy"], ["joy", 3]):
+        with pytest.raises(ValueError, match="candidate_labels: got .*, wanted a list of two or more labels"):
+            recognize(voices[0][0], candidate_labels=wrong)
+    with pytest.raises(ValueError, match="labels"):
+        recognize(voices[0][0], candidate_labels=["joy", "joy", "fear"])
+
+
+def test_options_of_the_pipeline_are_defaults_of_its_calls(recognize, voices):
+    own = type(recognize)(recognize.model, processor=recognize.processor, top_k=2, candidate_labels=LABELS[:4])
+    assert set(own(voices[0][0])["probabilities"]) < set(LABELS[:4])
+    assert len(own(voices[0][0], top_k=1)["probabilities"]) == 1
+
+
+@pytest.fixture(scope="module")
+def chat(place) -> list[dict]:
+    said = [{"type": "text", "text": "that is just great"}]
+    media = [{"type": "video", "path": str(place / "one.mp4")}, {"type": "audio", "audio": str(place / "voice0.wav")}]
+    return [
+        {"role": "user", "content": "It broke.", "name": "Joey"},
+        {"role": "user", "content": [*media, *said], "name": "Ross"},
+    ]
+
+
+def test_chat_template(place, recognize, chat):
+    processor = recognize.processor
+    inputs = processor.apply_chat_template(chat, tokenize=True, return_dict=True, add_generation_prompt=True)
+    context = [{"speaker": "Joey", "text": "It broke."}]
+    media = {"video": str(place / "one.mp4"), "audio": str(place / "voice0.wav")}
+    wanted = processor(text="that is just great", speaker="Ross", context=context, **media)
+    assert inputs.keys() == wanted.keys() >= {"pixel_values", "input_features"}
+    for name, value in wanted.items():
+        torch.testing.assert_close(inputs[name], value, rtol=0, atol=0, equal_nan=True)
+    text = processor.apply_chat_template(chat)
+    assert "Joey: It broke.\n" in text and "Ross: that is just great\n" in text and text.endswith("Emotion:")
+    ids = processor.apply_chat_template(chat, tokenize=True)
+    assert torch.equal(ids, wanted["input_ids"])
+    both = processor.apply_chat_template([chat, chat[:1]], tokenize=True, return_dict=True, task="mosei")
+    assert both["audio_mask"].any(1).tolist() == [True, False]
+    tokens = recognize.model.generate(**inputs, max_new_tokens=3)
+    assert tokens.shape[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        ({"role": "system", "content": "Be brief."}, "got the role 'system', wanted user or assistant"),
+        ({"role": "user"}, "wanted a dict with a role and a content"),
+        (
+            {"role": "user", "content": [{"type": "image", "url": "x.png"}]},
+            "got the content .*wanted text, and at most",
+        ),
+        ({"role": "user", "content": [{"type": "text"}]}, "got the content"),
+        ({"role": "user", "content": 3}, "got the content"),
+        ({"role": "user", "content": [{"type": "audio", "url": "x"}]}, "got audio, wanted media only in the last"),
+    ],
+)
+def test_faulty_chats(recognize, chat, message, reason):
+    with pytest.raises(ValueError, match=rf"conversation\[0\]: .*{reason}"):
+        recognize.processor.apply_chat_template([message, *chat])
+
+
+def test_the_multimodal_auto_class_loads_the_checkpoint_as_auto_model_does(place, tmp_path, chat):
+    folder = shutil.copytree(place / "model", tmp_path / "model")
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    inputs = processor.apply_chat_template(chat, tokenize=True, return_dict=True)
+    one, other = (
+        auto.from_pretrained(folder, trust_remote_code=True) for auto in (AutoModel, AutoModelForMultimodalLM)
+    )
+    assert type(one) is type(other)
+    assert torch.equal(one(**inputs).logits, other(**inputs).logits)
+    other.save_pretrained(tmp_path / "again")  # both load what either saves
+    again = AutoModel.from_pretrained(tmp_path / "again", trust_remote_code=True)
+    assert torch.equal(one(**inputs).logits, again(**inputs).logits)
