@@ -102,6 +102,8 @@ class EGMFPreTrainedModel(PreTrainedModel):
                 init.zeros_(module.bias)
         elif isinstance(module, ExpertReadout):
             init.zeros_(module.out[-1].weight)  # an untrained readout leaves the LLM as it is
+            # At a scale of 1, a step of Adam would change the logits by several units.
+            init.constant_(module.out[0].weight, 0.3)
             init.ones_(module.gain)
         elif not init_fusion_weights(module, self.config.initializer_range):
             super()._init_weights(module)
