@@ -85,7 +85,8 @@ class EGMFProcessor(ChatsMixin, MediaInputsMixin, RecordingsMixin, ProcessorMixi
 
     text_kwargs = {"padding_side": "left"}
     # For callers: the copy of this code in a checkpoint has its own classes.
-    text_warning, transcriber_class = TextWarning, Transcriber
+    text_warning = TextWarning
+    transcriber_class = Transcriber
 
     def __init__(
         self,

@@ -67,7 +67,7 @@ def assemble(llm_folder, processor):
             language_model, **{"pseudo_token_id": processor.pseudo_token_id, **SMALL_FUSION, **features, **config}
         )
         # An untrained readout adds nothing. Let it add something, as in a trained model.
-        torch.nn.init.normal_(model.model.readout.out[-1].weight, std=0.1)
+        torch.nn.init.normal_(model.model.readout.out[-1].weight, std=0.33)
         return model.eval()
 
     return assembled

@@ -227,7 +227,7 @@ class _Killed(Exception):
 @pytest.mark.parametrize("strategy", ["random", "group_by_length", "sequential"])
 def test_every_sampling_strategy_resumes_in_the_middle_of_an_epoch(tmp_path, strategy, mixture):
     if mixture and strategy == "sequential":
-        with pytest.raises(ValueError, match="train_sampling_strategy: got 'sequential' for a mixture of corpora"):
+        with pytest.raises(ValueError, match="train_sampling_strategy: got 'sequential' for a mixture, wanted random"):
             sampled_run(tmp_path, strategy, mixture)
         return
     whole = sampled_run(tmp_path / "whole", strategy, mixture)
