@@ -156,7 +156,8 @@ class MediaMixin:
                 wanted = ", ".join(map(str, ("batch", "frames", *sizes)))
                 raise ValueError(f"{name}_features: got shape {tuple(features.shape)}, wanted ({wanted})")
             check_positions(name, features, mask)
-            return features if tower is None else features.unbind(2), mask, times
+            # A cache of hidden layers has 16 bits, which autocast to bfloat16 does not take.
+            return features if tower is None else features.float().unbind(2), mask, times
         with torch.set_grad_enabled(torch.is_grad_enabled() and is_trained(tower)):
             if name == "audio":
                 check_positions(name, tower_inputs, mask, is_window(tower_inputs, mask))

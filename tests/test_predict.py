@@ -210,7 +210,9 @@ def test_two_processes_share_the_files(place):
     launch = ["-m", "accelerate.commands.launch", "--config_file", str(config), str(ROOT / "predict.py"), "model"]
     names = [*map(os.path.basename, files(folder)), "broken.mp4", "one.mp4"]
     environment = os.environ | {"HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, *launch, *names, "--batch_size", "1"]
+    # Without words, they would be divided as recordings.
+    (folder / "all.csv").write_text("\n".join(["file,text", *(f"{name},well" for name in sorted({*names}))]))
+    command = [sys.executable, *launch, *names, "--transcripts", "all.csv", "--batch_size", "1"]
     outcome = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     answers = list(map(json.loads, outcome.stdout.splitlines()))
     assert [answer["file"] for answer in answers] == names, outcome.stderr
