@@ -204,11 +204,11 @@ def test_other_processes_decode_the_same_answers_in_order(place, recognize):
 
 @pytest.mark.slow
 def test_two_processes_share_the_files(place):
-    """Five batches of one file: the main process prints all answers in the files' order."""
+    """The main process prints all answers in the files' order."""
     folder = place[0]
     config = ROOT / "recipes" / "accelerate" / "cpu_2.yaml"
     launch = ["-m", "accelerate.commands.launch", "--config_file", str(config), str(ROOT / "predict.py"), "model"]
-    names = [*map(os.path.basename, files(folder)), "broken.mp4", "one.mp4"]
+    names = ["one.mp4", "broken.mp4", "two.mp4", "voice.wav"]
     environment = os.environ | {"HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1"}
     # Without words, they would be divided as recordings.
     (folder / "all.csv").write_text("\n".join(["file,text", *(f"{name},well" for name in sorted({*names}))]))
@@ -216,8 +216,7 @@ def test_two_processes_share_the_files(place):
     outcome = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     answers = list(map(json.loads, outcome.stdout.splitlines()))
     assert [answer["file"] for answer in answers] == names, outcome.stderr
-    assert [answer["error"] is None for answer in answers] == [True, True, True, False, True]
-    assert answers[0]["probabilities"] == pytest.approx(answers[4]["probabilities"], abs=1e-5)
+    assert [answer["error"] is None for answer in answers] == [True, False, True, True]
 
 
 def test_predict_one_file(place):
