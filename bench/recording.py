@@ -80,7 +80,7 @@ def table(runs: dict[tuple, dict[str, dict[str, float]]]) -> str:
         "aac file is decoded by plain PyAV, which does nothing with the sound and the pictures; and it is read as",
         f"`predict.py` reads it: all parts that end at pauses, as arrays of sound at {RATE} Hz and of {FRAMES} frames",
         "each. Other programs slowed the clock down, but not CPU time. Memory is the peak of the process and of its",
-        "worker together, with their libraries.\n",
+        "worker together, with their libraries. Goals: at most 1.15 of decoding alone; less than 1 GB.\n",
         "| recording | way | CPU seconds | seconds | memory | CPU against decoding |",
         "| --- | --- | --- | --- | --- | --- |",
     ]

@@ -45,12 +45,13 @@ def test_scores_are_those_of_the_cpu(fresh_egmf, processor, samples, make_batch,
 
 def test_scoring_waits_for_nothing(fresh_egmf, processor, samples, make_batch):
     model, batch, candidates = fresh_egmf.to("cuda"), on_gpu(make_batch(samples)), processor.candidates("meld")
-    model.score_labels(candidates, **batch)
+    wanted = model.score_labels(candidates, **batch).log_probs
     torch.cuda.set_sync_debug_mode("error")
     try:
-        model.score_labels(candidates, **batch)
+        found = model.score_labels(candidates, **batch).log_probs
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(found, wanted)
 
 
 def test_generation_is_that_of_the_cpu(fresh_egmf, processor, samples, make_batch):

@@ -348,7 +348,7 @@ def adapted(ravdess):
 
 
 def evaluate(model: Path, output: Path, *arguments) -> tuple[dict, list[dict], str]:
-    outcome = run("eval", model, "--output", output, *arguments)
+    outcome = run("eval", model, "--output", output, *arguments, hub=output.parent / "hub")
     report = json.loads((output / "metrics.json").read_text())
     lines = (output / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
     return report, [json.loads(line) for line in lines], outcome.said
