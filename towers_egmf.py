@@ -112,11 +112,12 @@ def check_positions(name: str, values: torch.Tensor, mask: torch.Tensor, window:
         raise ValueError(f"{name}_mask: got {tuple(mask.shape)}, wanted {tuple(values.shape[:2])}")
     if values.device.type != "cpu":
         return
-    used, finite = mask.bool(), torch.isfinite(values)
+    used, dims = mask.bool(), range(2, values.ndim)
     if window:  # the tower reads the whole window, including padding
-        used, finite = used.any(1), finite.flatten(1).all(1)
-    elif values.ndim > 2:
-        finite = finite.flatten(2).all(2)
+        used, dims = used.any(1), range(1, values.ndim)
+    # A sum is finite if all its terms are, and takes a small part of the time of `isfinite` for each of them.
+    sums = values.sum(list(dims), dtype=torch.float32) if len(dims) else values
+    finite = torch.isfinite(sums)
     torch_compilable_check((finite | ~used).all(), f"{name}_features: got NaN or infinite values, wanted finite ones")
 
 
