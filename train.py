@@ -137,11 +137,12 @@ def fill_cache(
 
 
 def compute_centers(recipe: Recipe, model, processor, corpus: dict[str, Dataset], cache: TowerCache | None) -> Centers:
-    """Computes the centers of all speakers of train, at each speed, and of validation."""
+    """Computes the centers of all speakers of train, at each speed, and for speaker adaptation of validation."""
     tasks = [processor.tasks[recipe.data.tasks[0]]]
     collator = AffectCollator(processor, tasks, recipe.data.modalities, with_answers=None, cache=cache)
     centers: Centers = {}
-    for split, speeds in (("train", recipe.data.audio_speeds), ("validation", [1.0])):
+    splits = {"train": recipe.data.audio_speeds, **({"validation": [1.0]} if recipe.data.speaker_adaptation else {})}
+    for split, speeds in splits.items():
         if len(corpus[split]):
             rows = expand_by_task(corpus[split], tasks)
             found = speaker_centers(model, rows, collator, recipe.phases.fusion_batch_size, speeds)
@@ -222,7 +223,7 @@ def main(arguments: list[str]) -> None:
         language_model = resolve_language_model(recipe.model.language_model)
     if PartialState().is_main_process:
         report_corpora(recipe, corpora, output)
-    if data.speaker_adaptation:
+    if data.by_speaker:
         corpora = [
             DatasetDict({split: name_speakers(part.name, split, rows) for split, rows in splits.items()})
             for part, splits in zip(data.parts, corpora, strict=True)
@@ -255,10 +256,12 @@ def main(arguments: list[str]) -> None:
         some = corpus["train"]["audio"][:: max(1, len(corpus["train"]) // 500)]
         heard = (inputs.load("audio", path)["audio"] for path in some)
         start_speech_tower(model.model.audio_tower, [clip for clip in heard if clip is not None])
-    speeds, centers = tuple(data.audio_speeds), None
-    if data.speaker_adaptation:
+    speeds, adapted, centers = tuple(data.audio_speeds), None, None
+    if data.by_speaker:
         centers = compute_centers(recipe, model, processor, corpus, inputs)
-        set_feature_statistics(model, corpus["train"], centers)
+    if data.speaker_adaptation:
+        adapted = centers
+        set_feature_statistics(model, corpus["train"], adapted)
     if recipe.phases.tower_epochs:
         for modality in towers:
             set_seed(training.seed)  # the readout starts with the same weights whether or not the cache was filled
@@ -271,7 +274,7 @@ def main(arguments: list[str]) -> None:
             epochs, rate = recipe.phases.tower_epochs, recipe.phases.tower_learning_rate
             pretrain(recipe, alone, collator, rows, output / f"{modality}_tower", epochs, rate, own_mixture)
             alone.requires_grad_(False)
-    set_clip_statistics(model, corpus, inputs, centers)
+    set_clip_statistics(model, corpus, inputs, adapted)
     if recipe.phases.fusion_epochs:
         set_trainable_towers(model, with_experts)
         experts = FusionPretraining(model.to(training.device), processor, tasks, recipe.phases.fusion_label_smoothing)
@@ -285,6 +288,7 @@ def main(arguments: list[str]) -> None:
             speeds=speeds,
             modality_dropout=data.modality_dropout,
             centers=centers,
+            speaker_mixing=data.speaker_mixing,
             blanks=training.world_size > 1,
         )
         epochs, rate = recipe.phases.fusion_epochs, recipe.phases.fusion_learning_rate
@@ -304,9 +308,10 @@ def main(arguments: list[str]) -> None:
         speeds=speeds,
         modality_dropout=data.modality_dropout,
         centers=centers,
+        speaker_mixing=data.speaker_mixing,
         blanks=training.world_size > 1,
     )
-    scoring = AffectCollator(processor, tasks, data.modalities, with_answers=False, cache=cache, centers=centers)
+    scoring = AffectCollator(processor, tasks, data.modalities, with_answers=False, cache=cache, centers=adapted)
     train_rows, validation = with_lengths(asked, learning), {}
     for part, rows in zip(data.parts, corpora, strict=True):
         for name in part.tasks if len(rows["validation"]) else ():

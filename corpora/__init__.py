@@ -79,7 +79,7 @@ def clusters_of(name: str, ids: Sequence[str], speakers: Sequence[str | None]) -
 
 
 def speakers_of(name: str, ids: Sequence[str], speakers: Sequence[str | None]) -> list[str]:
-    """The speaker of each row, for speaker adaptation.
+    """The speaker of each row, for speaker adaptation and speaker mixing.
 
     If the clusters of a corpus are speakers, these are returned (RAVDESS, CASIA, Avatars). Otherwise the column
     `speaker` is.
@@ -92,5 +92,5 @@ def speakers_of(name: str, ids: Sequence[str], speakers: Sequence[str | None]) -
     unnamed = [row_id for row_id, speaker in zip(ids, found, strict=True) if not speaker]
     if unnamed:
         got = f"no speaker in {len(unnamed)} of {len(found)} rows of {name}, such as {unnamed[0]}"
-        raise ValueError(f"speaker_adaptation: got {got}, wanted a corpus that names them all")
+        raise ValueError(f"speaker_adaptation, speaker_mixing: got {got}, wanted a corpus that names them all")
     return found

@@ -122,6 +122,14 @@ class DataArguments:
         default=False,
         metadata={"help": "subtract the mean over the speaker's clips of the split from frozen towers and features"},
     )
+    speaker_mixing: float = field(
+        default=0.0,
+        metadata={
+            "help": "largest share by which training moves a clip from the mean of its speaker's clips to that of "
+            "another speaker; for frozen towers and features",
+            "minimum": 0,
+        },
+    )
     max_context_tokens: int = field(default=256, metadata={"help": "tokens of the dialogue around it", "minimum": 0})
     modalities: list[str] = field(
         default_factory=lambda: list(MODALITIES), metadata={"help": "modalities the model may see"}
@@ -142,9 +150,17 @@ class DataArguments:
             raise ValueError(f"modalities: got {self.modalities}, wanted some of {', '.join(MODALITIES)}")
         if 1.0 not in self.audio_speeds or min(self.audio_speeds) <= 0:
             raise ValueError(f"audio_speeds: got {self.audio_speeds}, wanted positive ones with 1.0 among them")
-        if self.speaker_adaptation and not set(self.modalities) & {"audio", "vision"}:
-            wanted = "audio or vision among them"
-            raise ValueError(f"speaker_adaptation: got true with modalities {self.modalities}, wanted {wanted}")
+        if self.by_speaker and not set(self.modalities) & {"audio", "vision"}:
+            raise ValueError(f"{self.by_speaker} with modalities {self.modalities}, wanted audio or vision among them")
+        if self.speaker_adaptation and self.speaker_mixing:
+            raise ValueError(f"{self.by_speaker} with speaker_mixing {self.speaker_mixing}, wanted one of them")
+
+    @property
+    def by_speaker(self) -> str:
+        """The field that needs the speaker of every row and its value, for messages; "" if none is set."""
+        if self.speaker_adaptation:
+            return "speaker_adaptation: got true"
+        return f"speaker_mixing: got {self.speaker_mixing}" if self.speaker_mixing else ""
 
     def define(self, tasks: list[AffectTask]) -> None:
         """Adds tasks, for a recipe that names none."""
@@ -330,10 +346,8 @@ def load_recipe(arguments: list[str]) -> Recipe:
     trained = [name for name in ("train_audio_tower", "train_vision_tower") if getattr(model, name)]
     if phases.tower_epochs:
         trained.append("tower_epochs")
-    if data.speaker_adaptation and trained:
-        raise ValueError(
-            f"speaker_adaptation: got true with {' and '.join(trained)}, wanted frozen towers or features"
-        )
+    if data.by_speaker and trained:
+        raise ValueError(f"{data.by_speaker} with {' and '.join(trained)}, wanted frozen towers or features")
     return recipe
 
 

@@ -30,7 +30,7 @@ VARIANTS = {
     "flat": ["--gating", "flat"],
     "mean": ["--gating", "mean"],
     "no_readout": ["--expert_gain", "0"],
-    "adapted": ["--speaker_adaptation", "true"],
+    "adapted": ["--speaker_adaptation", "true", "--speaker_mixing", "0"],
 }
 
 

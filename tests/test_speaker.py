@@ -9,6 +9,7 @@ import pytest
 import soundfile
 import torch
 from commands import run
+from datasets import Dataset
 from test_media_inputs import tone, write_clip
 from test_modeling import TOLERANCE, greedy, largest_difference, pad
 from test_predict import save_model_with_towers
@@ -19,7 +20,7 @@ from corpora import load_corpus, speakers_of
 from corpora.schema import build_split
 from egmf.configuration_egmf import EGMFConfig
 from egmf.data.collator import AffectCollator, expand_by_task
-from egmf.data.speakers import name_speakers, speaker_centers, stack_centers
+from egmf.data.speakers import mix_centers, name_speakers, speaker_centers, stack_centers
 from egmf.data.tower_cache import TowerCache
 from egmf.evaluation.predictor import Predictor
 from egmf.evaluation.robustness import lose_frames
@@ -246,10 +247,30 @@ def test_a_speaker_without_a_modality_has_a_center_of_zeros(small, processor):
     assert stacked.shape == (2, 6) and not stacked[0].any() and stacked[1].abs().min() > 1
 
 
+def test_mixing_moves_clips_towards_other_speakers(processor):
+    """A clip moves from its speaker's center at most half of the way to that of another one."""
+    levels = {"Ann": 1.0, "Bo": 2.0, "Cy": 4.0}
+    centers = {"audio": {(f"{SPLIT}/{name}", 1.0): torch.full((1, 6), level) for name, level in levels.items()}}
+    rows = [row for row in rows_of_speakers(levels) if row["audio_features"] is not None]
+    collator = AffectCollator(processor, [TASK], MODALITIES, with_answers=None, centers=centers, speaker_mixing=0.5)
+    torch.manual_seed(0)
+    asked = list(expand_by_task(Dataset.from_list(rows), [TASK]))
+    subtracted = torch.stack([collator(asked)["audio_center"] for _ in range(40)])
+    own = torch.tensor([levels[row["speaker"]] for row in rows]).unsqueeze(1)
+    reached = own - 2 * subtracted
+    assert 1 <= reached.min() < 1.1 and 3.9 < reached.max() <= 4
+    assert 0.2 < (subtracted == 0).float().mean() < 0.5  # one draw in three is the speaker
+
+
+def test_mixing_leaves_a_clip_if_the_other_speaker_has_none():
+    centers = {"audio": {("Ann", 1.0): torch.ones(1, 6)}}
+    assert not mix_centers(centers, "audio", [("Ann", 1.0)], ["Bo"], torch.ones(1)).any()
+
+
 def test_a_speaker_with_one_clip_is_logged(small, processor, caplog):
     rows = rows_of_speakers({f"speaker {number}": 0.0 for number in range(39)})
     centers_of(small, processor, rows)
-    assert "speaker_adaptation: 38 of 39 speakers have one clip" in caplog.text
+    assert "centers of speakers: 38 of 39 speakers have one clip" in caplog.text
 
 
 def test_frames_that_are_lost_are_zero_after_centring(small, processor):
@@ -288,7 +309,7 @@ def test_speakers_of_the_corpora():
     assert speakers_of("casia", ["3_angry_07"], [None]) == ["3"]
     assert speakers_of("avatars", ["avatars_test_brief_0012"], ["Avatar 3"]) == ["Avatar 3"]
     assert speakers_of("meld", ["test_dia0_utt1"], ["Ross"]) == ["Ross"]
-    message = r"speaker_adaptation: got no speaker in 2 of 2 rows of mosi, such as a\$_\$1, wanted a corpus that names"
+    message = r"speaker_mixing: got no speaker in 2 of 2 rows of mosi, such as a\$_\$1, wanted a corpus that names"
     with pytest.raises(ValueError, match=message):
         speakers_of("mosi", ["a$_$1", "a$_$2"], [None, None])
 
@@ -299,6 +320,7 @@ def test_speakers_of_the_corpora():
         (["--train_audio_tower", "true"], "got true with train_audio_tower, wanted frozen towers or features"),
         (["--tower_epochs", "1"], "got true with tower_epochs, wanted frozen towers or features"),
         (["--modalities", "text"], r"got true with modalities \['text'\], wanted audio or vision among them"),
+        (["--speaker_mixing", "1"], "got true with speaker_mixing 1.0, wanted one of them"),
     ],
 )
 def test_what_adaptation_does_not_support_is_named(fields, message):

@@ -12,7 +12,7 @@ from datasets import Dataset, concatenate_datasets
 
 from egmf.data.augmentation import augment
 from egmf.data.clips import load_row_media
-from egmf.data.speakers import SPEAKER, Centers, stack_centers
+from egmf.data.speakers import SPEAKER, Centers, mix_centers, stack_centers
 from egmf.data.tower_cache import COLUMNS, PREPROCESSORS, TowerCache
 from egmf.media_egmf import AudioClip, VideoClip
 from egmf.processing_egmf import AffectTask, EGMFProcessor, TextWarning
@@ -77,7 +77,9 @@ class AffectCollator:
         speeds: Speeds of audio in the cache, for training; each use of a row draws one.
         modality_dropout: Probability, by modality, of hiding it from a row, for training. A row keeps at least one of
             its modalities. Hiding the text also hides context and speaker, as in a row that has no text.
-        centers: Centers of the rows' speakers (column `SPEAKER`), for speaker adaptation.
+        centers: Centers of the rows' speakers (column `SPEAKER`), for speaker adaptation or mixing.
+        speaker_mixing: For training; if it is not 0, each use of a row draws another speaker, and a share up to this
+            by which the clip moves towards the speaker ([`mix_centers`]).
         blanks: Whether to add masked inputs for trained towers that have none in a batch, so that all processes use
             the same parameters.
 
@@ -95,6 +97,7 @@ class AffectCollator:
     speeds: tuple[float, ...] = (1.0,)
     modality_dropout: dict[str, float] = field(default_factory=dict)
     centers: Centers | None = None
+    speaker_mixing: float = 0.0
     blanks: bool = False
     errors: dict[str, str] = field(default_factory=dict)
 
@@ -163,11 +166,18 @@ class AffectCollator:
         if self.with_answers is not None:
             gold = [gold_answer(row, task) for row, task in zip(rows, asked, strict=True)]
         batch = self.processor(text=text, task=asked, answer=gold if self.with_answers else None, **columns)
+        if self.speaker_mixing:
+            speakers = list(dict.fromkeys(speaker for known in centers.values() for speaker, _ in known))
+            others = [speakers[index] for index in torch.randint(len(speakers), (len(rows),)).tolist()]
+            shares = self.speaker_mixing * torch.rand(len(rows))
         for modality in centers:
             if f"{modality}_mask" in batch:
                 speeds = drawn if modality == "audio" else [1.0] * len(rows)
                 keys = [(row[SPEAKER], speed) for row, speed in zip(rows, speeds, strict=True)]
-                batch[f"{modality}_center"] = stack_centers(centers, modality, keys)
+                center = stack_centers(centers, modality, keys)
+                if self.speaker_mixing:
+                    center = mix_centers(centers, modality, keys, others, shares)
+                batch[f"{modality}_center"] = center
         if self.with_answers is False:
             pairs = zip(gold, asked, strict=True)
             batch["answer_index"] = torch.tensor([task.answers.index(task.format(answer)) for answer, task in pairs])

@@ -1,7 +1,11 @@
-"""Speaker adaptation: the centers of the speakers of a split, which the model subtracts from its audio and vision.
+"""Centers of the speakers of a split, which the model subtracts from its audio and vision.
 
 A center is the mean over the speaker's clips of each clip's mean over its frames ([`EGMFModel.speaker_center`]). It
 needs no labels, but all clips of the speaker in the split.
+
+Speaker adaptation subtracts the center of each clip's speaker, in training and afterwards. Speaker mixing subtracts a
+part of the difference to another speaker's center, in training only: the model meets more voices and faces than the
+corpus has, and must not rely on those it knows.
 """
 
 import dataclasses
@@ -55,7 +59,7 @@ def speaker_centers(
         places.setdefault(speaker, []).append(place)
     if single := [speaker for speaker, own in places.items() if len(own) == 1]:
         logging.warning(
-            "speaker_adaptation: %d of %d speakers have one clip, whose own mean is subtracted (%s)",
+            "centers of speakers: %d of %d speakers have one clip, whose mean is their center (%s)",
             *(len(single), len(places), ", ".join(single[:3])),
         )
     state = PartialState()
@@ -82,3 +86,19 @@ def stack_centers(centers: Centers, modality: str, keys: list[tuple[str, float]]
     known = centers[modality]
     nothing = torch.zeros_like(next(iter(known.values())))
     return torch.cat([known.get(key, nothing) for key in keys])
+
+
+def mix_centers(
+    centers: Centers, modality: str, keys: list[tuple[str, float]], others: list[str], shares: torch.Tensor
+) -> torch.Tensor:
+    """What moves clips towards other speakers if the model subtracts it like a center: (rows, ...).
+
+    Args:
+        keys: Speaker and speed of each row.
+        others: Another speaker for each row; one without the modality leaves the row as it is.
+        shares: (rows,), 0 for no move, 1 for the whole way between the two centers.
+    """
+    pairs = zip(others, keys, strict=True)
+    ends = [(other, key[1]) if (other, key[1]) in centers[modality] else key for other, key in pairs]
+    moves = stack_centers(centers, modality, keys) - stack_centers(centers, modality, ends)
+    return shares.view(-1, *[1] * (moves.ndim - 1)) * moves
