@@ -95,7 +95,7 @@ class _Found:
     seen: dict[str, str] = field(default_factory=dict)  # id -> place
 
 
-class _Wrong(Exception):
+class WrongRow(Exception):
     """A cell that cannot be used; the message names the column, what came and what was wanted."""
 
 
@@ -254,6 +254,28 @@ def _table(file: Path, split: str | None) -> _Part:
 # --- from cells to rows ----------------------------------------------------------------------------------------------
 
 
+def read_cells(
+    table: Path, columns: dict[str, str]
+) -> Iterator[tuple[str, dict[str, Any], dict[str, Any] | WrongRow]]:
+    """The place, the cells and the fields of each row of a table; the fields of a wrong row are its error.
+
+    Raises:
+        ValueError: If the table lacks a column, or the cells of a row cannot be told apart.
+    """
+    part, places = _table(table, None), {}
+    for place, cells in part.rows:
+        where = f"{part.name}: {place}"
+        if isinstance(cells, str):
+            raise ValueError(f"{where}: {cells}")
+        places = places or _places(part.name, list(cells), columns)
+        row: dict[str, Any] | WrongRow
+        try:
+            row = _row(where, {name: cells[own] for name, own in places.items()}, part)
+        except WrongRow as error:
+            row = error
+        yield where, cells, row
+
+
 def _read_part(part: _Part, columns: dict[str, str], found: _Found) -> None:
     places: dict[str, str] = {}
     for place, cells in part.rows:
@@ -270,8 +292,8 @@ def _read_part(part: _Part, columns: dict[str, str], found: _Found) -> None:
                 again = (f"{name}-{number}" for number in count(2))
                 row["id"] = name if name not in found.seen else next(one for one in again if one not in found.seen)
             if row["id"] in found.seen:
-                raise _Wrong(f"got {row['id']!r} again ({found.seen[row['id']]}), wanted each clip or id once")
-        except _Wrong as error:
+                raise WrongRow(f"got {row['id']!r} again ({found.seen[row['id']]}), wanted each clip or id once")
+        except WrongRow as error:
             found.wrong.append(f"{where}: {error}")
             continue
         found.seen[row["id"]] = where
@@ -302,7 +324,7 @@ def _row(where: str, cells: dict[str, Any], part: _Part) -> dict[str, Any]:
     """A row with the names of the schema, and what `_schema_row` removes. Words alone get no id.
 
     Raises:
-        _Wrong: For the first cell that is wrong.
+        WrongRow: For the first cell that is wrong.
     """
     text = {name: None if _is_empty(value) else str(value).strip() for name, value in cells.items()}
     row: dict[str, Any] = {name: text.get(name) for name in ("text", "speaker", "dialogue", "language")}
@@ -314,7 +336,7 @@ def _row(where: str, cells: dict[str, Any], part: _Part) -> dict[str, Any]:
             row |= dict.fromkeys(_media_columns(name, file), file)
             row |= {"recording": file, "id": text[name] if isinstance(cells[name], str) else file}
     if not row["text"] and not row["recording"]:
-        raise _Wrong("got neither words nor a file, wanted one of them")
+        raise WrongRow("got neither words nor a file, wanted one of them")
     if text.get("start") or text.get("end"):
         start, end = _part_of_file(text, row)
         named = ("id", "audio", "video")
@@ -322,14 +344,14 @@ def _row(where: str, cells: dict[str, Any], part: _Part) -> dict[str, Any]:
     row["id"] = text.get("id") or row["id"]
     for name in ("label", "score"):
         if name in cells and not text[name]:
-            raise _Wrong(f"{name}: got nothing, wanted the {name} of the row")
+            raise WrongRow(f"{name}: got nothing, wanted the {name} of the row")
     row["emotion"] = text.get("label")
     row["sentiment"] = _number("score", text["score"]) if text.get("score") else None
     row["split"] = part.split
     if part.split is None and "split" in cells:
         row["split"] = SPLIT_NAMES.get(str(text["split"]).lower())
         if row["split"] is None:
-            raise _Wrong(f"split: got {text['split'] or 'nothing'}, wanted one of {', '.join(SPLITS)}")
+            raise WrongRow(f"split: got {text['split'] or 'nothing'}, wanted one of {', '.join(SPLITS)}")
     row["named_split"] = row["split"]
     return row
 
@@ -337,9 +359,9 @@ def _row(where: str, cells: dict[str, Any], part: _Part) -> dict[str, Any]:
 def _part_of_file(text: dict[str, str | None], row: dict[str, Any]) -> tuple[float | None, float | None]:
     start, end = (_seconds(name, text.get(name)) for name in ("start", "end"))
     if not row["recording"]:
-        raise _Wrong(f"start: got {text.get('start') or 0} without a file, wanted the file that the part is in")
+        raise WrongRow(f"start: got {text.get('start') or 0} without a file, wanted the file that the part is in")
     if end is not None and end <= (start or 0.0):
-        raise _Wrong(f"end: got {text['end']}, wanted more than start ({text.get('start') or 0})")
+        raise WrongRow(f"end: got {text['end']}, wanted more than start ({text.get('start') or 0})")
     return start, end
 
 
@@ -355,18 +377,18 @@ def _file(name: str, value: Any, folder: Path | None) -> str:
         return store_clip(value["bytes"], Path(value.get("path") or "").suffix)
     value = value.get("path") if isinstance(value, dict) else value
     if not isinstance(value, str):
-        raise _Wrong(f"{name}: got {type(value).__name__}, wanted the path of a file or its content")
+        raise WrongRow(f"{name}: got {type(value).__name__}, wanted the path of a file or its content")
     if "://" in value:
-        raise _Wrong(f"{name}: got the address {value}, wanted a file on this machine")
+        raise WrongRow(f"{name}: got the address {value}, wanted a file on this machine")
     if folder is None:
-        raise _Wrong(f"{name}: got the path {value} in a dataset of the Hub, wanted the file's content")
+        raise WrongRow(f"{name}: got the path {value} in a dataset of the Hub, wanted the file's content")
     path = folder / value.strip()
     if not path.is_file():
-        raise _Wrong(
+        raise WrongRow(
             f"{name}: got {value.strip()}, {'a folder' if path.is_dir() else 'which does not exist'}, wanted a file"
         )
     if not path.stat().st_size:
-        raise _Wrong(f"{name}: got {value.strip()}, which is empty, wanted a clip")
+        raise WrongRow(f"{name}: got {value.strip()}, which is empty, wanted a clip")
     return str(path)
 
 
@@ -377,7 +399,7 @@ def _media_columns(name: str, file: str) -> tuple[str, ...]:
     columns = _kind(file)
     if not columns:
         wanted = "the suffix of sound, video or an image, or the column audio, video or image"
-        raise _Wrong(f"file: got {Path(file).name}, wanted {wanted}")
+        raise WrongRow(f"file: got {Path(file).name}, wanted {wanted}")
     return columns
 
 
@@ -394,7 +416,7 @@ def _kind(file: str) -> tuple[str, ...]:
 def _number(name: str, text: str) -> float:
     number = _finite(text)
     if number is None:
-        raise _Wrong(f"{name}: got {text!r}, wanted a number such as 0.5")
+        raise WrongRow(f"{name}: got {text!r}, wanted a number such as 0.5")
     return number
 
 
@@ -411,7 +433,7 @@ def _seconds(name: str, text: str | None) -> float | None:
     if text is None:
         return None
     if not re.fullmatch(r"(\d+:){0,2}\d+([.,]\d*)?", text):
-        raise _Wrong(f"{name}: got {text!r}, wanted seconds or a time such as 0:01:02.5")
+        raise WrongRow(f"{name}: got {text!r}, wanted seconds or a time such as 0:01:02.5")
     seconds = 0.0
     for part in text.replace(",", ".").split(":"):
         seconds = 60 * seconds + float(part)

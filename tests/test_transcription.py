@@ -1,5 +1,6 @@
 """Recognised words: every kind of model, the cache, and the pipeline and predict.py that use them."""
 
+import csv
 import json
 import shutil
 from pathlib import Path
@@ -13,6 +14,7 @@ from test_predict import save_model_with_towers
 from transformers import pipeline
 
 import predict
+from corpora.__main__ import main
 from egmf.commands import is_mistake
 from egmf.media_egmf import MediaError
 from egmf.transcription_egmf import Transcriber
@@ -156,3 +158,40 @@ def test_predict_marks_recognised_words(place, monkeypatch, capsys):
     with pytest.raises(ValueError, match="transcriber: got model, wanted a speech recognition model") as error:
         predict.main(["model", "short.wav", "--transcriber", "model"])
     assert is_mistake(error.value)
+
+
+def test_a_table_gets_the_words_that_it_lacks(place, tmp_path, monkeypatch, capsys):
+    for name in ("long.wav", "short.wav", "silent.wav"):
+        shutil.copy(place / name, tmp_path / name)
+    (tmp_path / "broken.wav").write_bytes(b"no sound at all")
+    table, out = tmp_path / "clips.csv", tmp_path / "heard.csv"
+    lines = [
+        "file;words;label;start;end;note",
+        "short.wav;;calm;;;kept",
+        "short.wav;so it is;calm;0;0.4;",
+        "long.wav;;tense;3;5;",
+        "silent.wav;;tense;;;",
+        "broken.wav;;tense;;;",
+        "gone.wav;;tense;;;",
+    ]
+    table.write_text("\n".join(lines) + "\n")
+    options = ["--corpus_options", json.dumps({"columns": {"text": "words"}})]
+    model = ["--transcriber", str(place / "whisper"), "--language", "en"]
+    assert main(["table", str(table), "--out", str(out), *options, *model]) == 0
+    rows = list(csv.DictReader(out.open(encoding="utf-8", newline="")))
+    hear, part = Transcriber(place / "whisper", "en"), soundfile.read(place / "long.wav", dtype="float32")[0]
+    wanted = [hear(place / "short.wav")["text"], "so it is"]
+    wanted += [hear({"array": part[3 * RATE : 5 * RATE], "sampling_rate": RATE})["text"], "", "", ""]
+    assert [row["words"] for row in rows] == wanted and all(wanted[:3])
+    assert [row["recognized_by"] != "" for row in rows] == [True, False, True, False, False, False]
+    assert [row["note"] for row in rows] == ["kept", *[""] * 5] and rows[2]["start"] == "3"
+    said = capsys.readouterr()
+    assert "6 rows: words recognised in 2, nothing heard in 1" in said.out
+    assert said.err.count("without words") == 2 and "clips.csv: line 6" in said.err and "gone.wav" in said.err
+    with pytest.raises(FileExistsError, match="heard.csv: is there already, wanted a new file"):
+        main(["table", str(table), "--out", str(out), *options, *model])
+    with pytest.raises(ValueError, match="out: got .*elsewhere.csv, wanted a file"):
+        main(["table", str(table), "--out", str(tmp_path / "a" / "elsewhere.csv"), *options, *model])
+    with pytest.raises(SystemExit):
+        main(["table", str(table), "--out", str(tmp_path / "new.csv")])
+    assert "--transcriber: wanted with a table" in capsys.readouterr().err
