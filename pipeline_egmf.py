@@ -324,7 +324,7 @@ class AffectRecognitionPipeline(TimelineMixin, Pipeline):
     def _task(self, name: str | None, candidate_labels: Sequence[str] | None) -> AffectTask:
         """The task to ask, with the user's labels instead of its own if there are any."""
         name = name or self.processor.default_task
-        if name not in self.processor.tasks:
+        if not isinstance(name, str) or name not in self.processor.tasks:
             raise ValueError(f"task: got {name!r}, wanted one of {', '.join(self.processor.tasks)}")
         task = self.processor.tasks[name]
         if candidate_labels is None:

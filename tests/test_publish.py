@@ -3,6 +3,7 @@
 The Hub is `hub_server.py`, which supports LFS but not Xet. The tests cannot verify the behaviour of the real Hub.
 """
 
+import ast
 import json
 import os
 import re
@@ -12,10 +13,12 @@ import subprocess
 import sys
 import threading
 import time
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
 import torch
+from endpoint_server import load_handler
 from hub_server import TOKEN, HubServer
 from huggingface_hub import ModelCard, constants
 from peft import LoraConfig, get_peft_model
@@ -206,6 +209,32 @@ def test_dry_run_writes_the_folder_and_says_what_it_could_not_check(trained, run
     for path in hub.iterdir():
         content = path.read_bytes()
         assert not [name for name in private if name.encode() in content], path.name
+
+
+def test_the_folder_has_what_an_inference_endpoint_needs(run, monkeypatch):
+    """Its handler answers, and its requirements are those of its code, but for what an endpoint's image has."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    hub = build_folder(read_run(run, BASE), REPO, None, False, "5GB")
+    answers = load_handler(str(hub))({"inputs": SAMPLES, "parameters": {"top_k": 1}})
+    assert [len(answer["probabilities"]) for answer in answers] == [1] * len(SAMPLES)
+    assert all(answer["error"] is None and not answer["warnings"] for answer in answers)
+
+    imported = set()
+    for path in hub.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                imported.add(node.module.partition(".")[0])
+    distributions = packages_distributions()
+    needed = {name for module in imported for name in distributions.get(module, [])}
+    pinned = set((ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines())
+    required = set((hub / "requirements.txt").read_text(encoding="utf-8").splitlines())
+    assert required <= pinned
+    assert {line.partition("==")[0] for line in required} == {name.replace("_", "-") for name in needed} - {
+        "torch",
+        "numpy",
+    }
 
 
 def test_dry_run_asks_the_hub_where_it_can(here, run, capsys):

@@ -313,6 +313,7 @@ print(processor.summarize(scores.log_probs, "{task.name}")[0])"""
     note += "Loading runs the Python files of this repository: read them, and name a `revision`."
     if adapter_only:
         return f"{_load_adapter(run, repo_id)}\n{ask}\n```\n\n{note}"
+    note += " On Inference Endpoints, `handler.py` gives the pipeline's answers: choose the task `custom`."
     sample = f'"{file[1]}", text="{words}"' if file else f'{{"text": "{words}"}}'
     return f"""\
 ```python

@@ -34,13 +34,16 @@ from egmf.publishing.model_card import Run, recipe_yaml, write_card
 from egmf.recipe import complete_record
 
 
-CODE_LICENSE = Path(__file__).resolve().parents[2] / "LICENSE"
+ROOT = Path(__file__).resolve().parents[2]
 # Files of `model/` that are published unchanged: configurations, the processor's files, the code.
 COPIED = ("*.json", "*_egmf.py", "*.jinja", "*.txt", "*.model")
-# Files of an earlier publication that must be deleted, because a loader would prefer them to the new ones.
+# Files of an earlier publication that must be deleted, because they would be loaded instead of the new ones.
 REPLACED = ("*.safetensors", "*.safetensors.index.json", "adapter_config.json", "*_egmf.py")
+REPLACED += ("handler.py", "requirements.txt")
 INDEX = "model.safetensors.index.json"
 WRITTEN = {"README.md", "LICENSE", "recipe.json", "recipe.yaml"}
+# Packages that an Inference Endpoint installs for `handler.py`. Its image brings torch, NumPy and Pillow.
+SERVED = {"av", "decord2", "huggingface-hub", "soundfile", "soxr", "transformers"}
 
 
 def check_repo_id(repo_id: str) -> None:
@@ -158,7 +161,7 @@ def build_folder(run: Run, repo_id: str, license: str | None, adapter_only: bool
         folder.mkdir()
         for path in copied:
             shutil.copyfile(path, folder / path.name)
-        shutil.copyfile(CODE_LICENSE, folder / "LICENSE")
+        shutil.copyfile(ROOT / "LICENSE", folder / "LICENSE")
         _write(folder / "recipe.json", json.dumps(run.recipe, indent=2, ensure_ascii=False) + "\n")
         _write(folder / "recipe.yaml", recipe_yaml(run))
         if adapter_only:
@@ -168,6 +171,9 @@ def build_folder(run: Run, repo_id: str, license: str | None, adapter_only: bool
         else:
             weights = {name: value for path in weight_files(model) for name, value in load_file(path).items()}
             save_torch_state_dict(weights, folder, max_shard_size=max_shard_size)
+            shutil.copyfile(ROOT / "handler.py", folder / "handler.py")
+            pinned = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines(keepends=True)
+            _write(folder / "requirements.txt", "".join(line for line in pinned if line.partition("==")[0] in SERVED))
         write_card(folder, run, repo_id, license, adapter_only)
         check_no_paths(folder, run.folder)
         for path in folder.iterdir():
