@@ -98,14 +98,15 @@ class EndpointHandler:
         return [self._sample(f"{name}[{place}]", clip, folder, MEDIA) for place, clip in enumerate(value)]
 
     def _file(self, name: str, value: Any, folder: Path) -> os.PathLike:
-        """Writes a file of a request to the folder. Messages call it by its field."""
+        """Writes a file of a request to the folder."""
         if not isinstance(value, str | bytes):
             raise ValueError(f"{name}: got {type(value).__name__}, wanted {FILE}")
-        path = folder / uuid4().hex
+        file = _File(folder / uuid4().hex, name, self.processor.media_error)
         if isinstance(value, str) and value.startswith(("http://", "https://")):
-            return _RemoteFile(value, path, name, self.processor.media_error)
-        path.write_bytes(value if isinstance(value, bytes) else _decoded(name, value))
-        return self.processor.named_file(str(path), name)
+            file.url = value
+        else:
+            file.path.write_bytes(value if isinstance(value, bytes) else _decoded(name, value))
+        return file
 
 
 def _check(name: str, value: Any, wanted: tuple[str, ...]) -> dict[str, Any]:
@@ -127,17 +128,22 @@ def _decoded(name: str, value: str) -> bytes:
         raise ValueError(f"{name}: got {shown}, wanted {FILE}; words go into `text`") from None
 
 
-class _RemoteFile(os.PathLike):
-    """The file of a URL. It is fetched when it is read, so that `on_error` covers it as any other file."""
+class _File(os.PathLike):
+    """A file of a request. Messages call it by its field.
 
-    def __init__(self, url: str, path: Path, name: str, error: type[Exception]):
-        self.url, self.path, self.name, self.error = url, path, name, error
+    If it has a `url`, it is fetched when it is read, so that `on_error` covers that as well.
+    """
+
+    url = ""
+
+    def __init__(self, path: Path, name: str, error: type[Exception]):
+        self.path, self.name, self.error = path, name, error
 
     def __str__(self) -> str:
         return self.name
 
     def __fspath__(self) -> str:
-        if not self.path.exists():
+        if self.url and not self.path.exists():
             try:
                 self._fetch()
             except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:

@@ -17,7 +17,7 @@ from transformers.feature_extraction_utils import BatchFeature
 
 from .media_egmf import AudioClip, VideoClip, load_audio, load_video
 from .media_readers_egmf import FULL_SCALE, LARGEST_RESULT, MediaError, mono
-from .samples_egmf import NamedFile, on_disk
+from .samples_egmf import on_disk
 
 
 MOST_CHANNELS = 8  # maximum number of channels in an array of samples: 7.1 surround
@@ -53,8 +53,8 @@ class TowerInput:
 class MediaInputsMixin:
     """Sound and pictures for a processor with `feature_extractor`, `image_processor` (or None) and `num_frames`."""
 
-    # For callers: the copy of this code in a checkpoint defines its own classes.
-    media_error, media_warning, named_file = MediaError, MediaWarning, NamedFile
+    # For callers: the copy of this code in a checkpoint defines its own exception and warning classes.
+    media_error, media_warning = MediaError, MediaWarning
 
     def load_file(self, file: str | os.PathLike | bytes) -> Media:
         """Loads the sound and the pictures of a file, as far as the file has them and the model supports them.
