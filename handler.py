@@ -146,7 +146,7 @@ class _File(os.PathLike):
         if self.url and not self.path.exists():
             try:
                 self._fetch()
-            except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
+            except (httpx.HTTPError, httpx.InvalidURL, OSError, UnicodeError) as error:
                 self.path.unlink(missing_ok=True)
                 reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
                 raise self.error(self, "not readable", f"its URL cannot be fetched: {reason}") from None

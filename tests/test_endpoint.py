@@ -270,7 +270,7 @@ def test_a_url_without_end_is_given_up(endpoint, place, web):
 
 def test_the_documented_client(endpoint, place):
     page = (ROOT / "docs" / "publishing.md").read_text(encoding="utf-8")
-    (client,) = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    client = re.search(r"^## Inference Endpoints.*?^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)[1]
     assert len(client.strip().split("\n")) <= 11
     code = client.replace("https://NAME.endpoints.huggingface.cloud", endpoint)
     process = subprocess.run([sys.executable, "-c", code], cwd=place, capture_output=True, text=True, check=False)
