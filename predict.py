@@ -40,7 +40,7 @@ from egmf.prediction.answers import Answerer
 from egmf.prediction.inputs import find_files
 from egmf.prediction.outputs import SUFFIXES, Output
 from egmf.prediction.segments import read_segments
-from egmf.processes import in_turns, silence_other_ranks
+from egmf.processes import default_workers, in_turns, silence_other_ranks
 
 
 PLOTS = {".png", ".pdf", ".svg"}
@@ -62,6 +62,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--task", help="task to ask; by default the one the model was trained on")
     parser.add_argument("--speaker_clips", nargs="+", metavar="FILE", help="clips of the speaker of all files")
     parser.add_argument("--batch_size", type=positive, default=8, help="files or parts in the model at a time")
+    parser.add_argument("--num_workers", type=positive, help="processes that decode clips ahead of the model")
     parser.add_argument("--output", type=Path, metavar="FILE", help="where answers go: .jsonl, .csv or .vtt")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="picture of a recording's answers over time")
     args = parser.parse_args(arguments)
@@ -100,10 +101,11 @@ def share_files(answer: Answerer, samples: list[dict]) -> Iterator[dict]:
     """Yields the answers to all files in their order; each of several processes answers its share of the files."""
     state = PartialState()
     if state.num_processes == 1:
-        yield from answer(samples)
+        yield from (said for _, said in answer(samples))
         return
-    places = range(state.process_index, len(samples), state.num_processes)
-    own = {place: list(answer(samples[place : place + 1])) for place in places}
+    own: dict[int, list[dict]] = {}
+    for place, said in answer(samples[state.process_index :: state.num_processes]):
+        own.setdefault(state.process_index + place * state.num_processes, []).append(said)
     found = {place: answers for share in gather_object([own]) for place, answers in share.items()}
     for place in range(len(samples)):
         yield from found[place]
@@ -129,7 +131,9 @@ def main(arguments: list[str]) -> int:
         except (recognize.processor.media_error, ValueError) as error:
             raise ValueError(f"--speaker_clips: {error}") from None
     plan = {"segments": segments, "window": args.window, "hop": args.hop}
-    answers = share_files(Answerer(recognize, args.batch_size, plan, options), samples)
+    # On a CPU, decoding beside the model would only compete with it for the cores.
+    workers = default_workers() * (state.device.type != "cpu") if args.num_workers is None else args.num_workers
+    answers = share_files(Answerer(recognize, args.batch_size, plan, options, workers), samples)
     failed, shown = False, []
     if not state.is_main_process:
         list(answers)  # the main process writes them, and says what failed

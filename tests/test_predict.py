@@ -176,7 +176,7 @@ def test_predict_answers_as_the_pipeline_and_goes_on_past_a_bad_file(place, reco
     ]
     (folder / "words.csv").write_text("\n".join(lines), encoding="utf-8")
     names = ["one.mp4", "broken.mp4", str(folder / "two.mp4"), "voice.wav"]
-    outcome = predict(folder, *names, "--transcripts", "words.csv", "--batch_size", "2")
+    outcome = predict(folder, *names, "--transcripts", "words.csv", "--batch_size", "2", "--num_workers", "2")
     assert outcome.returncode == 1, outcome.stderr
     assert outcome.stdout, outcome.stderr
     answers = {Path(answer["file"]).name: answer for answer in map(json.loads, outcome.stdout.splitlines())}

@@ -2,13 +2,26 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from egmf.media_egmf import MediaError
 from egmf.samples_egmf import is_url, on_disk
+
+
+@dataclass
+class _Clips(Dataset):
+    samples: list[dict[str, Any]]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.samples[index]
 
 
 class Answerer:
@@ -19,41 +32,53 @@ class Answerer:
         batch_size: Files, or parts of a recording, that the model processes at a time.
         plan: `segments`, `window` and `hop` of recordings, as far as the user gave them.
         options: Options of the pipeline's calls.
+        num_workers: Processes that decode clips ahead of the model; 0 to decode in this one.
 
     Raises:
         ValueError: If the model is an older one, whose code divides no recordings, and the plan asks for that.
     """
 
-    def __init__(self, recognize: Any, batch_size: int, plan: dict[str, Any], options: dict[str, Any]):
+    AHEAD = 16  # batches for each worker that are given to the pipeline at a time: starting a worker takes a while
+
+    def __init__(
+        self, recognize: Any, batch_size: int, plan: dict[str, Any], options: dict[str, Any], num_workers: int = 0
+    ):
         self.recognize, self.batch_size, self.options = recognize, batch_size, options
+        self.num_workers = num_workers
         self.plan = {name: value for name, value in plan.items() if value is not None}
         self.divides = hasattr(recognize, "answer_segments")
         if not self.divides and (self.plan or "transcriber" in options):
             raise ValueError("model: got one whose own code divides no recordings, wanted a model of a later version")
 
-    def __call__(self, samples: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """Yields the answers, with their `file`.
+    def __call__(self, samples: list[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yields the place of a file in `samples` and an answer to it, which has its `file`.
 
-        Those to a recording have `start` and `end`. The last one is for the whole and has `segments`, their number.
+        Answers to a recording have `start` and `end`. The last one is for the whole and has `segments`, their number.
 
         Args:
             samples: Have a `file`, and may have `text` and `speaker`.
         """
-        clips: list[dict[str, Any]] = []
+        clips: list[int] = []
+        together = self.batch_size * max(1, self.AHEAD * self.num_workers)
         with tqdm(total=len(samples), unit="file", disable=None if len(samples) > 1 else True) as progress:
-            for sample in samples:
+
+            def answered() -> Iterator[tuple[int, dict[str, Any]]]:
+                for place, answer in zip(clips, self._clips([samples[place] for place in clips]), strict=True):
+                    progress.update()
+                    yield place, answer
+                clips.clear()
+
+            for place, sample in enumerate(samples):
                 is_clip = not is_url(sample["file"]) and not self._is_recording(sample)
                 if is_clip:
-                    clips.append(sample)
-                if not is_clip or len(clips) == self.batch_size:
-                    yield from self._clips(clips)
-                    progress.update(len(clips))
-                    clips = []
+                    clips.append(place)
+                if not is_clip or len(clips) == together:
+                    yield from answered()
                 if not is_clip:
-                    yield from self._alone(sample)
+                    for answer in self._alone(sample):
+                        yield place, answer
                     progress.update()
-            yield from self._clips(clips)
-            progress.update(len(clips))
+            yield from answered()
 
     def _is_recording(self, sample: dict[str, Any]) -> bool:
         """Whether to divide a file. Words without times belong to a file as a whole."""
@@ -62,8 +87,13 @@ class Answerer:
         return bool(self.plan) or not is_url(sample["file"]) and self.recognize.processor.is_long(sample["file"])
 
     def _clips(self, samples: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        answers = self.recognize(list(samples), batch_size=self.batch_size, **self.options)
-        for sample, answer in zip(samples, answers, strict=True):
+        if not samples:
+            return
+        inputs, options = samples, {**self.options, "batch_size": self.batch_size}
+        if self.num_workers and self.divides and len(samples) > self.batch_size:
+            inputs = _Clips(samples)  # a data set is answered as it is read, a list as a whole
+            options["num_workers"] = self.num_workers
+        for sample, answer in zip(samples, self.recognize(inputs, **options), strict=True):
             yield {"file": str(sample["file"]), **answer}
 
     def _alone(self, sample: dict[str, Any]) -> Iterator[dict[str, Any]]:
