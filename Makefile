@@ -9,7 +9,7 @@ test fast: export OMP_NUM_THREADS := 1
 FAST := $(addprefix tests/test_,$(addsuffix .py,comparison corpora corpora_convert corpora_formats evaluation fusion \
 	model_card modeling processing results results_avatars results_folds robustness towers))
 
-.PHONY: help test fast quickstart results
+.PHONY: help test fast quickstart results gpu
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
@@ -52,6 +52,14 @@ results: $(INSTALLED) ## results/*.md and the tables in README.md, from results/
 	$(BIN)/python -m experiments.make_tables render
 	$(BIN)/python -m experiments.folds render
 	$(BIN)/python -m experiments.avatars render
+	$(BIN)/python -m experiments.performance
+
+PERFORMANCE := --device cuda --output results/performance.json
+
+gpu: $(INSTALLED) ## on a machine with a GPU: its tests, and the benchmarks that fill results/performance.md
+	$(BIN)/pytest -q tests/test_gpu.py
+	$(BIN)/python -m bench.answer $(PERFORMANCE) --layers 28
+	$(BIN)/python -m bench.train_step $(PERFORMANCE)
 	$(BIN)/python -m experiments.performance
 
 # The copy of requirements.txt is written last: an interrupted installation is begun anew from an empty .venv, and a
