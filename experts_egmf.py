@@ -59,11 +59,6 @@ def masked_mean(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return torch.einsum("bt,btd->bd", weights.to(states.dtype), states)
 
 
-def attention_bias(mask: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """0 where a mask is True and -inf where it is False, which scaled dot-product attention adds to its scores."""
-    return mask.to(like.dtype).log()
-
-
 def masked_softmax(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Softmax over the last dimension in float32.
 
@@ -77,7 +72,7 @@ def masked_softmax(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 class Attention(nn.Module):
     """Multi-head attention of queries (B or 1, Q, d) over keys (B, S, d).
 
-    `bias` (B, Q or 1, S) of [`attention_bias`] selects the keys; every query needs at least one.
+    `mask` (B, Q or 1, S) selects the keys; every query needs at least one.
     """
 
     def __init__(self, config: EGMFConfig):
@@ -88,11 +83,11 @@ class Attention(nn.Module):
         self.key_value = nn.Linear(size, 2 * size)
         self.out = nn.Linear(size, size)
 
-    def forward(self, queries: torch.Tensor, keys: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    def forward(self, queries: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         query = self.query(queries).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         key, value = self.key_value(keys).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         query = query.expand(len(keys), -1, -1, -1)
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias.unsqueeze(1))
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask.unsqueeze(1))
         return self.out(attended.transpose(1, 2).flatten(2))
 
 
@@ -121,8 +116,8 @@ class LatentPooling(nn.Module):
     def forward(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Keys (B, S, d), and a mask (B, M, S) that selects those of each modality -> (B, M, K, d)."""
         queries = self.queries.repeat(mask.shape[1], 1).unsqueeze(0)
-        bias = attention_bias(mask, queries).repeat_interleave(len(self.queries), 1)
-        latents = queries + self.attention(queries, self.norm(states), bias)
+        keys = mask.repeat_interleave(len(self.queries), 1)
+        latents = queries + self.attention(queries, self.norm(states), keys)
         latents = latents + self.feed_forward(latents)
         return latents.unflatten(1, (mask.shape[1], -1))
 
@@ -216,8 +211,8 @@ class SemanticExpert(nn.Module):
         latents, each = summaries.flatten(1, 2), summaries.shape[2]
         keys = torch.cat([self.nothing.expand(len(latents), 1, -1), latents], 1)
         others = (~clip.own & clip.present.unsqueeze(1)).repeat_interleave(each, 2)
-        bias = attention_bias(F.pad(others, (1, 0), value=True), keys).repeat_interleave(each, 1)
-        own, others = self.own(latents), self.others(self.cross_attention(latents, keys, bias))
+        mask = F.pad(others, (1, 0), value=True).repeat_interleave(each, 1)
+        own, others = self.own(latents), self.others(self.cross_attention(latents, keys, mask))
         relation = self.relation(torch.cat([own, others, own * others, (own - others).abs()], dim=-1))
         return (latents + relation).view_as(summaries)
 
@@ -231,9 +226,9 @@ class GlobalLayer(nn.Module):
         self.attention = Attention(config)
         self.feed_forward = FeedForward(config)
 
-    def forward(self, states: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    def forward(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         normed = self.norm(states)
-        states = states + self.attention(normed, normed, bias)
+        states = states + self.attention(normed, normed, mask)
         return states + self.feed_forward(states)
 
 
@@ -270,9 +265,9 @@ class GlobalExpert(nn.Module):
         states = torch.cat([clip.states.unsqueeze(2), components], 2)
         # The state tokens are always valid.
         valid = F.pad(clip.present.unsqueeze(-1).expand(components.shape[:3]), (1, 0), value=True)  # (B, M, 1 + C)
-        states, bias = states.flatten(1, 2), attention_bias(valid.flatten(1), states).unsqueeze(1)
+        states, mask = states.flatten(1, 2), valid.flatten(1).unsqueeze(1)
         for layer in self.layers:
-            states = layer(states, bias)
+            states = layer(states, mask)
         return self.pooling(states, (clip.own.unsqueeze(-1) & valid.unsqueeze(1)).flatten(2))
 
 

@@ -51,7 +51,9 @@ class FusedFunctions(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         paused = self.counter.paused
         if function in FUSED and not paused:
-            self.counter.count, self.counter.paused = self.counter.count + 1, True
+            mask = (kwargs or {}).get("attn_mask")
+            converted = mask is not None and mask.dtype == torch.bool  # to numbers, by a kernel of its own
+            self.counter.count, self.counter.paused = self.counter.count + 1 + converted, True
         result = function(*args, **(kwargs or {}))
         self.counter.paused = paused
         return result
