@@ -82,6 +82,7 @@ class EGMFPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _skip_keys_device_placement = ["past_key_values"]
     _keep_in_fp32_modules_strict = ["fusion", "readout"]
+    _keys_to_ignore_on_load_missing = [r"readout\.spelling"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -102,6 +103,7 @@ class EGMFPreTrainedModel(PreTrainedModel):
                 init.zeros_(module.bias)
         elif isinstance(module, ExpertReadout):
             init.zeros_(module.out[-1].weight)  # an untrained readout leaves the LLM as it is
+            init.zeros_(module.spelling)  # checkpoints of earlier versions have none
             # At a scale of 1, a step of Adam would change the logits by several units.
             init.constant_(module.out[0].weight, 0.3)
             init.ones_(module.gain)

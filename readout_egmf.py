@@ -41,6 +41,9 @@ class ExpertReadout(nn.Module):
     projected to the width of the LLM's head. The head is linear, so the sum of both states gives the product of two
     distributions over the next token: the LLM's, and that of the experts alone, softmax(head(readout)). Both learn the
     answers separately. The power of the second factor, `gain`, is fitted to validation data after training.
+
+    The query is also added to what it attends to, after a projection: how an answer of several tokens goes on depends
+    on its beginning more than on the clip, and K latents cannot name every token.
     """
 
     def __init__(self, config: EGMFConfig):
@@ -48,6 +51,7 @@ class ExpertReadout(nn.Module):
         size = config.fusion_hidden_size
         self.prompt = nn.Linear(config.text_embedding_size, size)
         self.prefix = nn.Linear(2 * config.text_embedding_size, size, bias=False)
+        self.spelling = nn.Parameter(torch.empty(size, size))
         self.norm = nn.LayerNorm(size)
         self.key_value = nn.Linear(size, 2 * size)
         self.out = nn.Sequential(nn.LayerNorm(size), nn.Linear(size, config.text_embedding_size, bias=False))
@@ -66,4 +70,5 @@ class ExpertReadout(nn.Module):
         """(..., 1 + K, d) of `states`, (S, 2 H) or (B, S, 2 H) of `answer_prefixes` -> (..., S, H), before `gain`."""
         query = states[..., :1, :] + self.prefix(prefixes.to(states))
         key, value = self.key_value(states)[..., 1:, :].chunk(2, -1)  # the whole is contiguous, a part is not
-        return self.out(F.scaled_dot_product_attention(query, key, value))
+        read = F.scaled_dot_product_attention(query, key, value)
+        return self.out(torch.addmm(read.flatten(0, -2), query.flatten(0, -2), self.spelling).view_as(read))

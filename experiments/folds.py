@@ -249,19 +249,33 @@ def collect(name: str, runs_dir: Path) -> tuple[dict, list[dict]]:
                 row = runs[variant][seed][row_id]
                 said = {answer: row["answers"][answer] for answer in ANSWERS}
                 answers.append({"variant": variant, "seed": seed, "id": row_id, "gold": label} | said)
-    tests = {}
-    for single in (one for one in EXPERIMENTS[name].single if one in runs):
-        for seed in sorted(runs["full"].keys() & runs[single].keys()):
-            right = [
-                [
-                    runs[variant][seed][row_id]["answers"]["distribution"] == label
-                    for row_id, label in zip(ids, gold, strict=True)
-                ]
-                for variant in ("full", single)
-            ]
-            tests.setdefault(single, []).append({"seed": seed} | mcnemar(*right))
     sizes = {"samples": len(ids), "clusters": len(set(clusters)), "unit": unit, "classes": len(set(gold))}
-    return {"test_set": sizes, "variants": variants, "mcnemar": tests}, answers
+    return {"test_set": sizes, "variants": variants}, answers
+
+
+def add_runs(name: str, runs_dir: Path, earlier: dict, known: list[dict]) -> tuple[dict, list[dict]]:
+    """An experiment's part of results/folds.json and its answers, with runs in place of their variants' earlier ones.
+
+    Raises:
+        ValueError: See [`read_runs`].
+    """
+    part, answers = collect(name, runs_dir)
+    answers += [row for row in known if row["variant"] not in part["variants"]]
+    variants = earlier.get("variants", {}) | part["variants"]
+    part["variants"] = {variant: variants[variant] for variant in NAMES if variant in variants}
+    right: dict[tuple[str, int], list[bool]] = {}
+    for row in sorted(answers, key=lambda row: row["id"]):
+        right.setdefault((row["variant"], int(row["seed"])), []).append(row["distribution"] == row["gold"])
+    part["mcnemar"] = {
+        single: [
+            {"seed": seed} | mcnemar(both, right[single, seed])
+            for (variant, seed), both in sorted(right.items())
+            if variant == "full" and (single, seed) in right
+        ]
+        for single in EXPERIMENTS[name].single
+    }
+    answers.sort(key=lambda row: (list(NAMES).index(row["variant"]), int(row["seed"])))
+    return earlier | part, answers
 
 
 def _nll(rows) -> float:
@@ -351,7 +365,7 @@ def render(data: dict) -> str:
     for name, part in data.items():
         one = EXPERIMENTS[name]
         parts += [f"## {one.title}", *([one.published] if one.published else []), main_table(name, part)]
-        if part["mcnemar"]:
+        if any(part["mcnemar"].values()):
             rows = [
                 [NAMES[single], str(test["seed"]), str(test["first_only"]), str(test["second_only"])]
                 + [f"{test['p_value']:.1e}"]
@@ -399,9 +413,13 @@ def main(arguments: list[str]) -> None:
     if args.command == "probe":
         data.setdefault(args.name, {}).setdefault("probe", {}).update(probe(args.name, args, more))
     else:
-        part, answers = collect(args.name, args.runs_dir)
-        data[args.name] = data.get(args.name, {}) | part
-        with (RESULTS / f"{args.name}_answers.csv").open("w", encoding="utf-8", newline="") as answer_file:
+        saved = RESULTS / f"{args.name}_answers.csv"
+        known = []
+        if saved.exists():
+            with saved.open(encoding="utf-8", newline="") as answer_file:
+                known = list(csv.DictReader(answer_file))
+        data[args.name], answers = add_runs(args.name, args.runs_dir, data.get(args.name, {}), known)
+        with saved.open("w", encoding="utf-8", newline="") as answer_file:
             writer = csv.DictWriter(answer_file, list(answers[0]), lineterminator="\n")
             writer.writeheader()
             writer.writerows(answers)

@@ -68,6 +68,7 @@ def assemble(llm_folder, processor):
         )
         # An untrained readout adds nothing. Let it add something, as in a trained model.
         torch.nn.init.normal_(model.model.readout.out[-1].weight, std=0.33)
+        torch.nn.init.normal_(model.model.readout.spelling, std=0.1)
         return model.eval()
 
     return assembled

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -58,6 +59,7 @@ def test_collect_and_render(runs):
     # One actor of 24 has nothing right: drawn 0 to about 3 times.
     low, high = full["answers"]["distribution"]["accuracy_interval"]
     assert high == pytest.approx(7 / 8, abs=1e-6) and 0.7 < low < right
+    part, answers = folds.add_runs("ravdess_faces", runs, {}, [])
     [test] = part["mcnemar"]["audio"]
     assert (test["first_only"], test["second_only"]) == (23, 0) and test["p_value"] == pytest.approx(2 / 2**23)
     data = {"ravdess_faces": part | {"probe": {"audio": {"accuracy": 0.5, "weighted_f1": 0.5, "ua": 0.25}}}}
@@ -66,6 +68,16 @@ def test_collect_and_render(runs):
     assert "| speech, linear probe |  | 50.00 | 25.00 |" in text
     assert "python train.py 1\npython eval.py 1" in text
     assert "| RAVDESS | speech | accuracy | 71.88 |" in folds.headline(data)
+
+
+def test_later_runs_replace_a_variant_and_keep_the_others(runs):
+    part, answers = folds.add_runs("ravdess_faces", runs, {"probe": {}}, [])
+    for folder in runs.glob("audio_fold*"):
+        shutil.rmtree(folder)
+    as_read = [{key: "" if value is None else str(value) for key, value in row.items()} for row in answers]
+    again, kept = folds.add_runs("ravdess_faces", runs, part, as_read)
+    assert again == part and [row["id"] for row in kept] == [row["id"] for row in answers]
+    assert [row["variant"] for row in kept] == ["full"] * 192 + ["audio"] * 192
 
 
 def test_intervals_of_all_metrics():
