@@ -139,8 +139,17 @@ class RecordingsMixin:
     def is_long(self, file: Any, window: float | None = None) -> bool:
         """Whether a file is longer than a window (or its length is unknown). False for one that cannot be opened."""
         try:
-            with on_disk(file) as path:
-                length = media_length(path)
+            length = self.length_of(file)
         except MediaError:
             return False
         return length is None or length > (window or self.window)
+
+    @staticmethod
+    def length_of(file: Any) -> float | None:
+        """The length in seconds that a file states, which is an estimate for some formats; None if it states none.
+
+        Raises:
+            MediaError: If the file cannot be opened.
+        """
+        with on_disk(file) as path:
+            return media_length(path)
