@@ -8,6 +8,7 @@ A Space starts it without arguments: `space.json` beside this file has them.
 
 import argparse
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,9 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--max_seconds", type=int, default=600, help="length of the longest clip; 600 by default")
     parser.add_argument("--port", type=int, help="port of the page; by default a free one from 7860")
     if SETTINGS.is_file():
-        parser.set_defaults(**json.loads(SETTINGS.read_text(encoding="utf-8")))
+        settings = json.loads(SETTINGS.read_text(encoding="utf-8"))
+        settings["examples"] = [(SETTINGS.parent / file, words) for file, words in settings["examples"]]
+        parser.set_defaults(**settings)
     args = parser.parse_args(arguments)
     if args.model is None:
         parser.error("model: got none, wanted the folder or the Hub id of a trained model")
@@ -49,8 +52,9 @@ def trained_tasks(model: str, processor: Any) -> list[str]:
 
 def main(arguments: list[str]) -> None:
     args = parse_arguments(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # which deletes what was uploaded
     check_model(args.model)
-    examples = [(str((SETTINGS.parent / file).resolve()), words) for file, words in args.examples or []]
+    examples = [(str(Path(file).resolve()), words) for file, words in args.examples or []]
     for file, _ in examples:
         if not Path(file).is_file():
             raise ValueError(f"--example: got {file}, wanted an existing file")
@@ -58,7 +62,10 @@ def main(arguments: list[str]) -> None:
     recognizer = Recognizer(recognize, args.max_seconds, args.transcriber)
     tasks = trained_tasks(args.model, recognize.processor)
 
-    from egmf.space.page import build_page, launch_page  # imports gradio, which nothing else needs
+    try:
+        from egmf.space.page import build_page, launch_page  # imports gradio, which nothing else needs
+    except ImportError as error:
+        raise ImportError(f"app.py: got {error}, wanted `pip install -r requirements-space.txt`") from None
 
     title = "EGMF" if Path(args.model).is_dir() else args.model
     page = build_page(recognizer, title, tasks, examples, args.max_megabytes)

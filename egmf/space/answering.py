@@ -2,11 +2,11 @@
 
 import logging
 import os
-import shutil
 import tempfile
-import uuid
+import threading
+import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,44 +35,58 @@ class Refusal(ValueError):
 
 
 class Uploads:
-    """Uploads that wait for their answer or are being answered, each in a folder of its own.
-
-    Gradio gives equal files of two users one path. An upload is therefore taken away from there before it waits.
+    """The folder for uploads, each of which is deleted after its answer, or after a while.
 
     Args:
         kept: Files of the page itself, such as examples, which stay where they are.
+
+    Attributes:
+        folder: The folder, which is deleted at the end of the program.
     """
 
     def __init__(self, kept: list[str]):
         self.kept = set(kept)
-        self._folder = tempfile.TemporaryDirectory(prefix="egmf-space-")
+        self._temporary = tempfile.TemporaryDirectory(prefix="egmf-space-")
+        self.folder = Path(self._temporary.name).resolve()
 
-    def take(self, path: str | None) -> str | None:
-        """Moves an upload to a folder of its own, and returns its new path.
+    @contextmanager
+    def held(self, path: str | None) -> Iterator[str | None]:
+        """Yields an upload's path, and deletes the upload afterwards.
 
         Raises:
-            Refusal: If there is no such file, or it is no regular file.
+            Refusal: If there is no such upload, or it is no regular file.
         """
         if path is None or path in self.kept:
-            return path
-        folder = Path(self._folder.name, uuid.uuid4().hex)
-        if os.path.islink(path) or not os.path.isfile(path):
+            yield path
+            return
+        if os.path.islink(path) or not Path(path).resolve().is_relative_to(self.folder) or not os.path.isfile(path):
             raise Refusal("The clip is no longer on the server. Please choose it again.")
-        folder.mkdir()
-        taken = folder / Path(path).name
         try:
-            shutil.move(path, taken)
-        except OSError:  # somebody with the same file was faster
-            folder.rmdir()
-            raise Refusal("The clip is no longer on the server. Please choose it again.") from None
-        with suppress(OSError):
-            Path(path).parent.rmdir()
-        return str(taken)
+            yield path
+        finally:
+            with suppress(OSError):
+                os.unlink(path)
+                os.rmdir(os.path.dirname(path))
 
-    def delete(self, path: str | None) -> None:
-        """Deletes an upload that was taken."""
-        if path is not None and path not in self.kept:
-            shutil.rmtree(Path(path).parent, ignore_errors=True)
+    def sweep(self, age: float) -> None:
+        """Deletes files that are older than `age` seconds: nobody asked about them, or their upload broke off."""
+        for folder, _, names in os.walk(self.folder, topdown=False):
+            with suppress(OSError):  # it is answered or deleted at this moment
+                for path in (Path(folder, name) for name in names):
+                    if time.time() - path.lstat().st_ctime > age:
+                        path.unlink()
+                if folder != str(self.folder):
+                    os.rmdir(folder)
+
+    def sweep_often(self, pause: float, age: float) -> None:
+        """Sweeps every `pause` seconds, in the background, as long as the program runs."""
+
+        def run() -> None:
+            while True:
+                time.sleep(pause)
+                self.sweep(age)
+
+        threading.Thread(target=run, daemon=True).start()
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,11 @@
 const egmf = {
   clips: new Map(), // path on the server -> the clip
 
+  // Screen readers read out what appears there.
+  announce(place) {
+    document.getElementById(place).setAttribute("aria-live", "polite");
+  },
+
   player() {
     return [...document.querySelectorAll("#video video, #sound audio")].find((one) => one.offsetParent && one.src);
   },

@@ -1,11 +1,14 @@
 """The page of `app.py`: a clip in, an answer to look at. This module alone imports gradio."""
 
+import os
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio import route_utils
 
 from egmf.space.answering import LONGEST_WORDS, Question, Recognizer, Refusal, Uploads
 from egmf.space.notice import section
@@ -16,6 +19,10 @@ HERE = Path(__file__).parent
 REFRESH = 0.5  # seconds between two pictures of a growing timeline
 OLDEST, SWEEP = 3600, 600  # seconds that an upload may wait for a question, and between two looks for such
 WAITING = 20  # questions in the queue; more are told to come back
+HEAD = """# {}
+Choose or record a clip and ask what its speaker expresses. A clip may have {} MB and {} seconds. The server deletes it
+as soon as it is answered. **A label is what annotators saw in clips, not what the person felt:** read about
+[use and misuse](#use-and-misuse) below."""
 SOUNDS = {".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aac"}
 
 
@@ -34,47 +41,35 @@ def build_page(
     files = [file for file, _ in examples]
     gr.set_static_paths(files)  # they are served where they are
     uploads, reads = Uploads(files), recognizer.media
+    os.environ["GRADIO_TEMP_DIR"] = str(uploads.folder)
+    route_utils.GradioUploadFile = _Upload
+    uploads.sweep_often(SWEEP, OLDEST)  # Gradio's `delete_cache` leaves what broken connections leave
 
-    def take(video: str | None, sound: str | None) -> str | None:
-        try:
-            return uploads.take(video or sound)
-        except Refusal as refusal:
-            raise gr.Error(str(refusal), print_exception=False) from None
-
-    def answer(file: str | None, words: str, task: str, labels: str) -> Iterator[tuple[str, str, None]]:
+    def show(video: str | None, sound: str | None, words: str, task: str, labels: str) -> Iterator[tuple[str, str]]:
         """The timeline and the answer as HTML, while they grow."""
-        try:
+        with _held(uploads, video or sound) as file:
             shown, answers = 0.0, []
             for answers in recognizer(Question(file, words, task, labels)):
                 if time.monotonic() - shown > REFRESH and _is_part(answers[-1]):
                     shown = time.monotonic()
-                    yield render_timeline(answers), render_answer(answers, has_ended=False), None
-            yield render_timeline(answers), render_answer(answers), None
-        finally:
-            uploads.delete(file)
+                    yield render_timeline(answers), render_answer(answers, has_ended=False)
+            yield render_timeline(answers), render_answer(answers)
 
-    def answer_program(file: str | None, words: str, task: str, labels: str) -> list[Answer]:
+    def answer(file: str | None, words: str, task: str, labels: str) -> list[Answer]:
         """The answers to a clip, as predict.py prints them: those to its segments, and at last that to the whole."""
-        taken = uploads.take(file)
-        try:
-            *_, answers = recognizer(Question(taken, words, task, labels))
+        with _held(uploads, file) as held:
+            *_, answers = recognizer(Question(held, words, task, labels))
             return answers
-        finally:
-            uploads.delete(taken)
 
-    with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(SWEEP, OLDEST)) as page:
-        limits = f"Up to {max_megabytes} MB and {recognizer.max_seconds / 60:g} minutes."
-        gr.Markdown(
-            f"# {title}\nA clip in, an answer to look at. {limits} Clips are deleted from the server once "
-            "they are answered. **A label is what annotators saw in clips, not what the person felt:** see "
-            "[use and misuse](#use-and-misuse)."
-        )
+    with gr.Blocks(title=title, analytics_enabled=False) as page:
+        gr.Markdown(HEAD.format(title, max_megabytes, recognizer.max_seconds))
         with gr.Row(equal_height=False):
             with gr.Column():
                 video, sound = _clip_inputs(reads)
                 timeline = gr.HTML(elem_id="timeline")
                 heard = recognizer.transcriber is not None
                 words = gr.Textbox(
+                    value="",
                     label="What is said",
                     info="Left empty, the words are recognised." if heard else "May stay empty.",
                     max_length=LONGEST_WORDS,
@@ -83,6 +78,7 @@ def build_page(
                 choices = [(_described(recognizer, name), name) for name in tasks]
                 task = gr.Dropdown(choices, value=tasks[0], label="Task", visible=len(tasks) > 1)
                 labels = gr.Textbox(
+                    value="",
                     label="Your own labels",
                     info="Instead of those of the task: two or more, separated by commas.",
                     max_length=1000,
@@ -99,13 +95,23 @@ def build_page(
         for clip, other, place in ((video, sound, "video"), (sound, video, "sound")):
             clip.change(None, clip, None, js=f"(value) => {{ egmf.keep(value, '{place}'); }}")
             clip.input(lambda: (None, "", ""), None, [other, timeline, panel], queue=False, api_visibility="private")
-        taken = gr.State(None, time_to_live=OLDEST, delete_callback=uploads.delete)
-        sent = "async (video, sound) => [await egmf.send(video), await egmf.send(sound)]"
-        asked = button.click(take, [video, sound], taken, js=sent, queue=False, api_visibility="private")
-        shown = {"outputs": [timeline, panel, taken], "show_progress_on": panel}
-        asked.success(answer, [taken, words, task, labels], **shown, api_visibility="private")
+        sent = "async (video, sound, ...rest) => [await egmf.send(video), await egmf.send(sound), ...rest]"
+        button.click(
+            show,
+            [video, sound, words, task, labels],
+            [timeline, panel],
+            js=sent,
+            show_progress_on=panel,
+            concurrency_id="model",
+            api_visibility="private",
+        )
         clip, answers = gr.File(visible=False, label="clip"), gr.JSON(visible=False, label="answers")
-        gr.Button(visible=False).click(answer_program, [clip, words, task, labels], answers, api_name="answer")
+        gr.Button(visible=False).click(
+            answer, [clip, words, task, labels], answers, concurrency_id="model", api_name="answer"
+        )
+        page.load(None, None, None, js="() => { egmf.announce('answer'); }")
+        for component in (video, sound, clip):
+            _refuse_urls(component)
     return page.queue(max_size=WAITING, default_concurrency_limit=1)
 
 
@@ -164,3 +170,36 @@ def _is_sound(file: str) -> bool:
 
 def _is_part(answer: Answer) -> bool:
     return "start" in answer and "segments" not in answer and not answer["error"]
+
+
+class _Upload(route_utils.GradioUploadFile):
+    """An upload with a path of its own. Gradio gives equal files of two users one, which the first answer deletes."""
+
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **options)
+        self.sha.update(os.urandom(16))
+
+
+def _error(message: str) -> gr.Error:
+    return gr.Error(message, print_exception=False)
+
+
+@contextmanager
+def _held(uploads: Uploads, path: str | None) -> Iterator[str | None]:
+    try:
+        with uploads.held(path) as file:
+            yield file
+    except Refusal as refusal:
+        raise _error(str(refusal)) from None
+
+
+def _refuse_urls(component: gr.Video | gr.Audio | gr.File) -> None:
+    """Takes only uploads. Gradio would download a clip that a program names by its URL, of any size."""
+    move = component.async_move_resource_to_block_cache
+
+    async def move_upload(place: str | Path | None) -> str | None:
+        if str(place).startswith(("http://", "https://")):
+            raise _error("The clip is a URL; this page takes uploads.")
+        return await move(place)
+
+    component.async_move_resource_to_block_cache = move_upload

@@ -34,7 +34,7 @@ def render_answer(answers: list[Answer], has_ended: bool = True) -> str:
         notes += [f"{when}: {escape(note)}" for note in answer["warnings"] if note not in last["warnings"]]
     if notes:
         items = "".join(f"<li>{note}</li>" for note in notes)
-        parts.append(f'<section class="egmf-notes"><h3>Warnings</h3><ul>{items}</ul></section>')
+        parts.append(f'<section class="egmf-notes"><h2>Warnings</h2><ul>{items}</ul></section>')
     return "".join([*parts, _segments(answers), _downloads(answers)])
 
 
@@ -145,7 +145,7 @@ def _distribution(answer: Answer) -> str:
         spoken = f"Distribution over the scores from {low} to {high}; {best} is most probable, {_percent(top)}"
         axis = f"<span>{escape(low)}</span><span>{escape(high)}</span>"
         return (
-            f'<section><h3>Distribution</h3><div class="egmf-columns" role="img" aria-label="{escape(spoken)}">'
+            f'<section><h2>Distribution</h2><div class="egmf-columns" role="img" aria-label="{escape(spoken)}">'
             f'{columns}</div><div class="egmf-clock" aria-hidden="true">{axis}</div></section>'
         )
     rows = "".join(
@@ -153,7 +153,7 @@ def _distribution(answer: Answer) -> str:
         f"<td>{100 * share:.1f} %</td></tr>"
         for label, share in probabilities.items()
     )
-    return f'<section><h3>Probabilities</h3><table class="egmf-shares"><tbody>{rows}</tbody></table></section>'
+    return f'<section><h2>Probabilities</h2><table class="egmf-shares"><tbody>{rows}</tbody></table></section>'
 
 
 def _gates(weights: dict[str, Any]) -> str:
@@ -167,7 +167,7 @@ def _gates(weights: dict[str, Any]) -> str:
         for expert in weights["modality"]
     )
     return (
-        "<section><h3>What the gate weighed</h3>"
+        "<section><h2>What the gate weighed</h2>"
         f'<table class="egmf-gates"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
         "<p>The weight of each expert, and of the modalities inside it. Weights say what was mixed, not why.</p>"
         "</section>"
