@@ -139,17 +139,8 @@ class RecordingsMixin:
     def is_long(self, file: Any, window: float | None = None) -> bool:
         """Whether a file is longer than a window (or its length is unknown). False for one that cannot be opened."""
         try:
-            length = self.length_of(file)
+            with on_disk(file) as path:
+                length = media_length(path)
         except MediaError:
             return False
         return length is None or length > (window or self.window)
-
-    @staticmethod
-    def length_of(file: Any) -> float | None:
-        """The length in seconds that a file states, which is an estimate for some formats; None if it states none.
-
-        Raises:
-            MediaError: If the file cannot be opened.
-        """
-        with on_disk(file) as path:
-            return media_length(path)

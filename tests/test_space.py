@@ -18,6 +18,7 @@ from test_media_inputs import tone, write_clip
 from test_predict import save_model_with_towers
 from transformers import pipeline
 
+from egmf.media_egmf import media_length
 from egmf.space.answering import FAILED, LONGEST_WORDS, Question, Recognizer, Refusal, Uploads
 from egmf.space.rendering import render_answer, render_timeline
 
@@ -120,7 +121,7 @@ def test_a_recording_is_answered_segment_by_segment(place, recognize, ask, name,
 
 
 def test_a_recorded_clip_states_no_length_and_is_read_as_a_whole(place, recognize):
-    assert recognize.processor.length_of(str(place / "recorded.webm")) is None
+    assert media_length(place / "recorded.webm") is None
     answer = recognize(str(place / "recorded.webm"), text="no")
     assert answer["seconds"] > 0.9 and not [note for note in answer["warnings"] if "missing" in note]
 
@@ -144,7 +145,7 @@ def test_what_cannot_be_answered_says_why_without_a_folder(place, ask, recognize
     def fail(*arguments, **options):
         raise RuntimeError(f"a secret of {place}")
 
-    monkeypatch.setattr(recognize.processor, "length_of", fail)
+    monkeypatch.setattr(recognize.processor, "is_long", fail)
     caplog.set_level(logging.DEBUG)
     assert error("short.mp4") == FAILED
     assert "RuntimeError" in caplog.text and "secret" not in caplog.text

@@ -1,6 +1,7 @@
 """Answers the clips of the page's users, within limits, and deletes them."""
 
 import logging
+import math
 import os
 import tempfile
 import threading
@@ -126,9 +127,14 @@ class Recognizer:
         recognize: The pipeline of a model.
         max_seconds: Length of the longest clip in seconds.
         transcriber: Folder or Hub id of a speech recognition model for clips without words.
+
+    Raises:
+        ValueError: If the model is an older one, whose code divides no recordings, or the transcriber is none.
     """
 
     def __init__(self, recognize: Any, max_seconds: float, transcriber: str | None = None):
+        if not hasattr(recognize, "answer_segments"):
+            raise ValueError("model: got one whose own code divides no recordings, wanted a model of a later version")
         self.recognize, self.max_seconds = recognize, max_seconds
         self.transcriber: Any = None
         if transcriber is not None:
@@ -171,21 +177,25 @@ class Recognizer:
             return
         file = NamedFile(question.file)
         processor = self.recognize.processor
-        length = processor.length_of(file)
-        self._check_length(length or 0.0)
+        states_length = not processor.is_long(file, math.inf)  # recorders of browsers write none
+        if states_length and processor.is_long(file, self.max_seconds):
+            raise self._too_long()
         sample = {"file": file, "text": words}
         with tempfile.TemporaryDirectory(prefix="egmf-words-") as cache:
             if self.transcriber is not None and words is None:
                 self.transcriber.cache = Path(cache)  # what was said is not kept either
                 options["transcriber"] = self.transcriber
-            if words is not None or length is not None and length <= processor.window:
+            if words is not None or not processor.is_long(file):
                 yield self.recognize(sample, **options)
             else:
                 yield from self.recognize.answer_segments(sample, progress=self._check_length, **options)
 
     def _check_length(self, seconds: float) -> None:
         if seconds > self.max_seconds:
-            raise Refusal(f"The clip is too long: got more than {self.max_seconds:g} seconds, the limit of this page.")
+            raise self._too_long()
+
+    def _too_long(self) -> Refusal:
+        return Refusal(f"The clip is too long: got more than {self.max_seconds:g} seconds, the limit of this page.")
 
 
 def _placed(answer: dict[str, Any]) -> dict[str, Any]:
