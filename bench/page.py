@@ -26,7 +26,7 @@ from transformers import pipeline
 
 
 ROOT = Path(__file__).resolve().parents[1]
-ROUNDS, UPLOADS = 9, 10
+ROUNDS, UPLOADS = 7, 10
 GOAL = 1.3
 
 
@@ -84,6 +84,7 @@ def main() -> None:
             flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
             browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=flags)
             client, page = Client(url, verbose=False), browser.new_page()
+            page.set_default_timeout(300_000)  # other programs may slow it down
 
             def ask() -> None:
                 answers = client.predict(file=handle_file(args.clip), words="", labels="", api_name="/answer")
