@@ -13,8 +13,8 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from egmf.processing_egmf import AffectTask
+from egmf.readme import section
 from egmf.recipe import default_record
-from egmf.space.notice import section
 
 
 TEMPLATE = Path(__file__).with_name("card.md")

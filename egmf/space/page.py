@@ -10,8 +10,8 @@ from typing import Any
 import gradio as gr
 from gradio import route_utils
 
+from egmf.readme import section
 from egmf.space.answering import LONGEST_WORDS, Question, Recognizer, Refusal, Uploads
-from egmf.space.notice import section
 from egmf.space.rendering import Answer, render_answer, render_timeline
 
 

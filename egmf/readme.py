@@ -1,10 +1,10 @@
-"""The notice on use and misuse, which stands in the README and is quoted by model cards and the page."""
+"""Sections of the README that model cards, Spaces and the page of app.py quote, such as that on use and misuse."""
 
 import re
 from pathlib import Path
 
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+README = Path(__file__).resolve().parents[1] / "README.md"
 
 
 def section(title: str) -> str:
