@@ -28,6 +28,13 @@ from transformers import pipeline
 ROOT = Path(__file__).resolve().parents[1]
 ROUNDS, UPLOADS = 7, 10
 GOAL = 1.3
+# Seconds from the click to the answer, on the clock of the browser.
+CLICK = """() => new Promise((done) => {
+    const begun = performance.now();
+    const look = () => document.querySelector(".egmf-downloads") && done((performance.now() - begun) / 1000);
+    new MutationObserver(look).observe(document.body, { childList: true, subtree: true });
+    document.querySelector("#ask").click();
+})"""
 
 
 def start_page(model: str) -> tuple[subprocess.Popen, str]:
@@ -58,10 +65,10 @@ def children_of(pid: int) -> list[int]:
 
 
 def measure(answer: Callable, pid: int) -> tuple[float, float]:
-    """Seconds, and CPU seconds of a process, for an answer."""
+    """Seconds, as `answer` returns them or else on our clock, and CPU seconds of a process, for an answer."""
     begun, used = time.perf_counter(), cpu_of(pid)
-    answer()
-    return time.perf_counter() - begun, cpu_of(pid) - used
+    seconds = answer()
+    return seconds or time.perf_counter() - begun, cpu_of(pid) - used
 
 
 def state_of(pid: int) -> tuple[float, int, int]:
@@ -86,15 +93,17 @@ def main() -> None:
             client, page = Client(url, verbose=False), browser.new_page()
             page.set_default_timeout(300_000)  # other programs may slow it down
 
+            def hear() -> None:
+                recognize(args.clip, return_timestamps=True)
+
             def ask() -> None:
                 answers = client.predict(file=handle_file(args.clip), words="", labels="", api_name="/answer")
                 assert answers[-1]["error"] is None, answers[-1]["error"]
 
-            def click() -> None:
-                page.click("#ask")
-                page.wait_for_selector(".egmf-downloads")
+            def click() -> float:
+                return page.evaluate(CLICK)
 
-            ways = {"the pipeline": (lambda: recognize(args.clip, return_timestamps=True), os.getpid())}
+            ways = {"the pipeline": (hear, os.getpid())}
             ways["the page, for a program, with the upload"] = ask, server.pid
             ways["the page in Chromium, from the click"] = click, server.pid
             for _ in range(ROUNDS + 1):

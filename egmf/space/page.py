@@ -48,7 +48,7 @@ def build_page(
     def show(video: str | None, sound: str | None, words: str, task: str, labels: str) -> Iterator[tuple[str, str]]:
         """The timeline and the answer as HTML, while they grow."""
         with _held(uploads, video or sound) as file:
-            shown, answers = 0.0, []
+            shown, answers = time.monotonic(), []
             for answers in recognizer(Question(file, words, task, labels)):
                 if time.monotonic() - shown > REFRESH and _is_part(answers[-1]):
                     shown = time.monotonic()
@@ -101,6 +101,7 @@ def build_page(
             [video, sound, words, task, labels],
             [timeline, panel],
             js=sent,
+            show_progress="minimal",
             show_progress_on=panel,
             concurrency_id="model",
             api_visibility="private",
