@@ -3,13 +3,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/requirements.txt
+PAGE := .venv/requirements-space.txt
 
 # One process of tests for each core, one thread for each process.
 test fast: export OMP_NUM_THREADS := 1
 FAST := $(addprefix tests/test_,$(addsuffix .py,comparison corpora corpora_convert corpora_formats evaluation fusion \
 	model_card modeling processing results results_avatars results_folds robustness towers))
 
-.PHONY: help test fast quickstart results gpu
+.PHONY: help test fast quickstart demo results gpu
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
@@ -48,6 +49,14 @@ $(QUICK)/emotion/metrics.json: $(QUICK)/model/recipe.json
 $(QUICK)/score/metrics.json: $(QUICK)/model/recipe.json
 	$(EVAL) --task avatars_score --output $(@D)
 
+# The words are those of the corpus.
+demo: $(PAGE) $(QUICK)/model/recipe.json ## show the quickstart's model in a browser
+	$(BIN)/python app.py $(QUICK)/model \
+		--example $(QUICK)/clips/test/avatars_test_words_0000.mp4 "when I think of the picnic, I am a little angry" \
+		--example $(QUICK)/clips/test/avatars_test_face_0000.mp4 "after the picnic I felt quite ready" \
+		--example $(QUICK)/clips/test/avatars_test_disagreement_0000.mp4 \
+			"when I think of the library, I am extremely glad"
+
 results: $(INSTALLED) ## results/*.md and the tables in README.md, from results/*.json
 	$(BIN)/python -m experiments.make_tables render
 	$(BIN)/python -m experiments.folds render
@@ -71,3 +80,7 @@ $(INSTALLED): requirements.txt
 	@touch .venv/unfinished
 	$(BIN)/python -m pip install -r requirements.txt
 	@cp requirements.txt $@ && rm .venv/unfinished
+
+$(PAGE): requirements-space.txt $(INSTALLED)
+	$(BIN)/python -m pip install -r requirements.txt -r requirements-space.txt
+	@cp requirements-space.txt $@

@@ -3,6 +3,7 @@
     python publish.py runs/mosi --repo OWNER/NAME --dry_run
     python publish.py runs/mosi --repo OWNER/NAME [--private] [--license apache-2.0]
     python publish.py runs/mosi --repo OWNER/NAME --adapter_only
+    python publish.py runs/mosi --repo OWNER/NAME --space DIR [--example clip.mp4 "That is just great."]
 
 Writes a new `hub/` folder in the run's folder each time. It contains the merged model in shards, or with
 `--adapter_only` the trained weights (LoRA, the fusion, towers that the Hub does not have); the model's code and
@@ -17,6 +18,9 @@ reached.
 The weights are derived from the language model and the corpora. Without `--license`, the card gives the weights no
 licence (`license: other`) and names both. With `--license`, the card states your licence, which you must be entitled
 to give.
+
+With `--space`, it writes the folder of a Space that shows the published model, and uploads nothing: a page of Gradio
+for which the model is loaded from `--repo`. `hf upload OWNER/SPACE DIR --repo-type space` publishes it.
 """
 
 import argparse
@@ -29,6 +33,7 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 
 from egmf.commands import run_command
 from egmf.publishing.repository import build_folder, check_repo_id, read_run, upload
+from egmf.publishing.space import write_space
 
 
 UNREACHABLE = (httpx2.TransportError, OfflineModeIsEnabled)
@@ -43,13 +48,32 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--license", help="the Hub's name of the licence that the weights are put under")
     parser.add_argument("--base_model", metavar="ID", help="Hub id of the LLM, if the run was given a local folder")
     parser.add_argument("--max_shard_size", default="5GB", help="size of a file of weights; 5GB by default")
+    parser.add_argument("--space", type=Path, metavar="DIR", help="write a Space that shows the model, upload nothing")
+    parser.add_argument(
+        "--example",
+        nargs=2,
+        action="append",
+        metavar=("FILE", "WORDS"),
+        help="a clip that visitors of --space can try",
+    )
+    parser.add_argument("--transcriber", metavar="ID", help="speech recognition model of --space")
     parser.add_argument("--dry_run", action="store_true", help="write the folder, check the card, upload nothing")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    for name in ("example", "transcriber"):
+        if getattr(args, name) and args.space is None:
+            parser.error(f"--{name}: got a value without --space, wanted both")
+    return args
 
 
 def main(arguments: list[str]) -> None:
     args = parse_arguments(arguments)
     check_repo_id(args.repo)
+    if args.space is not None:
+        read_run(args.run, args.base_model)  # there is a model to show
+        card = write_space(args.space, args.repo, args.example or [], args.transcriber)
+        print(f"space: {args.space}, a page of Gradio {card.data.sdk_version} for {args.repo}")
+        print(f"upload: hf upload OWNER/SPACE {args.space} --repo-type space")
+        return
     if not args.dry_run and get_token() is None:
         raise ValueError("token: got none, wanted the one of `hf auth login`, or HF_TOKEN; --dry_run needs none")
     run = read_run(args.run, args.base_model)

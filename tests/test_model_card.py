@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
+from egmf import readme
 from egmf.processing_egmf import BUILTIN_TASKS
-from egmf.publishing import model_card
-from egmf.publishing.model_card import Run, card_data, eval_results, section, write_card
+from egmf.publishing.model_card import Run, card_data, eval_results, write_card
+from egmf.readme import section
 from egmf.recipe import complete_record
 
 
@@ -154,6 +155,6 @@ def test_words_of_the_readme_are_quoted(card_of, monkeypatch, tmp_path):
     assert section("Use and misuse") in card.text and section("Citation") in card.text
     assert ModelCard(str(card)).data.to_dict() == card.data.to_dict()
     (tmp_path / "other.md").write_text("# EGMF\n")
-    monkeypatch.setattr(model_card, "README", tmp_path / "other.md")
+    monkeypatch.setattr(readme, "README", tmp_path / "other.md")
     with pytest.raises(ValueError, match="got no section 'Use and misuse'"):
         section("Use and misuse")

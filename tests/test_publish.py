@@ -7,8 +7,10 @@ import ast
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -20,12 +22,12 @@ import pytest
 import torch
 from endpoint_server import load_handler
 from hub_server import TOKEN, HubServer
-from huggingface_hub import ModelCard, constants
+from huggingface_hub import ModelCard, SpaceCard, constants
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from test_modeling import LORA_TARGETS
 from test_towers import WAVE
-from transformers import AutoModelForCausalLM, HubertConfig, HubertModel
+from transformers import AutoModelForCausalLM, HubertConfig, HubertModel, pipeline
 
 import eval as eval_script
 import publish as publish_script
@@ -439,9 +441,10 @@ def test_what_is_wrong_is_named(run, arguments, gone, message, monkeypatch):
 
 
 def test_commands_of_the_docs_parse():
-    text = (ROOT / "docs/publishing.md").read_text(encoding="utf-8")
-    commands = [line.split()[2:] for line in text.splitlines() if line.startswith("python publish.py")]
-    assert len(commands) == 3
+    pages = [(ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("publishing.md", "page.md")]
+    lines = "\n".join(pages).splitlines()
+    commands = [shlex.split(line)[2:] for line in lines if line.startswith("python publish.py")]
+    assert len(commands) == 4
     for command in commands:
         parsed = publish_script.parse_arguments(command)
         assert (parsed.run, parsed.repo) == (Path("runs/mosi"), "OWNER/NAME")
@@ -545,3 +548,74 @@ def test_a_tower_travels_with_the_adapter_unless_the_hub_has_it(tmp_path, llm_fo
     state.base_model = llm_folder()
     state.hub_towers = {"audio": str(tmp_path / "tower")} if on_the_hub else {}
     check_adapter(state, folder)
+
+
+def imported_by(files) -> set[str]:
+    """The packages that files import, by their names for pip."""
+    found = set()
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                found.add(node.module)
+    names = {name.partition(".")[0] for name in found} - sys.stdlib_module_names - {"egmf", "egmf_worker"}
+    distributions = packages_distributions()
+    return {re.sub("[-_.]+", "-", one).lower() for name in names for one in distributions.get(name, [name])}
+
+
+@pytest.fixture
+def space(run, tmp_path) -> Path:
+    """A Space for the published model, with an example."""
+    (tmp_path / "clip.wav").write_bytes(b"sound")
+    example = ["--example", str(tmp_path / "clip.wav"), "the film was wonderful"]
+    publish(run, "--repo", REPO, "--space", str(tmp_path / "space"), *example, "--transcriber", "someone/whisper")
+    return tmp_path / "space"
+
+
+def test_a_space_is_complete(space, tmp_path, run):
+    card = SpaceCard.load(space / "README.md")
+    pins = dict(line.split("==") for line in (space / "requirements.txt").read_text().splitlines())
+    assert (card.data.sdk, card.data.app_file, card.data.sdk_version) == ("gradio", "app.py", pins["gradio"])
+    assert card.data.models == [REPO, "someone/whisper"] and "Do not use it on people" in card.text
+    settings = json.loads((space / "space.json").read_text())
+    assert (settings["model"], settings["transcriber"]) == (REPO, "someone/whisper")
+    assert settings["examples"] == [["examples/1_clip.wav", "the film was wonderful"]]
+    assert (space / "examples/1_clip.wav").read_bytes() == b"sound"
+    assert imported_by([*space.rglob("*.py"), *(run / "model").glob("*.py")]) <= pins.keys()
+    private = [str(path) for path in (tmp_path, ROOT, Path.home())]
+    for path in space.rglob("*"):
+        assert not path.is_file() or not [name for name in private if name.encode() in path.read_bytes()], path
+    with pytest.raises(ValueError, match=r"--space: got .*, which has files, wanted a new folder"):
+        publish(run, "--repo", REPO, "--space", str(space))
+    with pytest.raises(ValueError, match="--example: got gone.mp4, wanted an existing file"):
+        publish(run, "--repo", REPO, "--space", str(tmp_path / "other"), "--example", "gone.mp4", "")
+    with pytest.raises(SystemExit):
+        publish(run, "--repo", REPO, "--example", "clip.mp4", "well")
+
+
+@pytest.mark.slow
+def test_a_space_shows_the_model_of_the_hub(space, hub, on_hub, trained, tmp_path):
+    pytest.importorskip("gradio", reason="gradio is not installed; see requirements-space.txt")
+    gradio_client = pytest.importorskip("gradio_client")
+    settings = json.loads((space / "space.json").read_text())
+    (space / "space.json").write_text(json.dumps(settings | {"transcriber": None}))  # the loopback Hub has none
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    variables = environment(tmp_path / "cache", hub) | {"GRADIO_SERVER_PORT": str(port)}
+    with (tmp_path / "said.txt").open("w") as said:
+        process = subprocess.Popen([sys.executable, "app.py"], cwd=space, env=variables, stdout=said, stderr=said)
+    try:
+        deadline = time.monotonic() + 120
+        while "Running on" not in (tmp_path / "said.txt").read_text() and time.monotonic() < deadline:
+            assert process.poll() is None, (tmp_path / "said.txt").read_text()
+            time.sleep(0.2)
+        client = gradio_client.Client(f"http://127.0.0.1:{port}", verbose=False)
+        (answer,) = client.predict(file=None, words=SAMPLES[0]["text"], labels="", api_name="/answer")
+        wanted = pipeline("affect-recognition", model=str(trained / "model"), trust_remote_code=True)(SAMPLES[0])
+        assert answer["label"] == wanted["label"]
+        assert client.config["title"] == REPO
+    finally:
+        process.terminate()
+        process.wait()

@@ -7,15 +7,22 @@ import shutil
 import subprocess
 import sys
 from importlib.metadata import packages_distributions, version
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 
 ROOT = Path(__file__).resolve().parents[1]
-REQUIREMENTS = [
-    line for line in (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines() if not line.startswith("#")
-]
+
+
+def requirements_of(file: str) -> list[str]:
+    lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
+    return [line for line in lines if not line.startswith("#")]
+
+
+REQUIREMENTS = requirements_of("requirements.txt")
+SPACE = requirements_of("requirements-space.txt")
 NOT_IMPORTED = {
     "mypy": "make test calls it",
     "pytest-xdist": "make test runs two processes of tests with it",
@@ -42,6 +49,14 @@ def test_requirement_is_pinned_and_installed(requirement):
     assert version(name).split("+")[0] == pinned  # a build such as 2.13.0+cpu is the same version
 
 
+@pytest.mark.parametrize("requirement", SPACE)
+def test_requirement_of_the_page_is_pinned(requirement):
+    name, pinned = re.fullmatch(r"([a-z0-9-]+)==([0-9.]+)", requirement).groups()
+    if find_spec(name.replace("-", "_")) is None:
+        pytest.skip(f"{name} is not installed")
+    assert version(name) == pinned
+
+
 def test_requirements_are_what_is_imported(files):
     imported = set()
     for path in files:
@@ -56,7 +71,7 @@ def test_requirements_are_what_is_imported(files):
     distributions = packages_distributions()
     names = {name for module in third_party for name in distributions.get(module, [module])}
     names = {re.sub(r"[-_.]+", "-", name).lower() for name in names}
-    assert names - NOT_REQUIRED | set(NOT_IMPORTED) == {requirement.split("==")[0] for requirement in REQUIREMENTS}
+    assert names - NOT_REQUIRED | set(NOT_IMPORTED) == {line.split("==")[0] for line in REQUIREMENTS + SPACE}
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make")
@@ -66,6 +81,7 @@ def test_requirements_are_what_is_imported(files):
         ("fast", ["ruff check .", 'pytest -q -n auto -m "not slow" tests/']),
         ("test", ["ruff check .", "ruff format --check .", "mypy", '-m "not slow"', "-m slow"]),
         ("quickstart", ["recipes/avatars_towers.yaml", "recipes/avatars_smollm2.yaml", "eval.py", "predict.py"]),
+        ("demo", ["pip install -r requirements.txt -r requirements-space.txt", "app.py runs/quickstart/model"]),
         ("results", ["-m experiments.make_tables render", "-m experiments.performance"]),
     ],
 )

@@ -4,7 +4,6 @@ Metrics come from `metrics.json` of `eval.py`, settings and versions from `recip
 the section on use and misuse from the README.
 """
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
@@ -14,10 +13,10 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from egmf.processing_egmf import AffectTask
+from egmf.readme import section
 from egmf.recipe import default_record
 
 
-README = Path(__file__).resolve().parents[2] / "README.md"
 TEMPLATE = Path(__file__).with_name("card.md")
 ANSWERS = {"classification": "an emotion", "regression": "a sentiment score"}
 DEFAULT_LICENSE = "base-model-and-corpora"
@@ -136,18 +135,6 @@ class Run:
     @property
     def is_random(self) -> bool:
         return self.recipe["language_model"] == "tiny-random" or self.recipe["shrink"] != 1
-
-
-def section(title: str) -> str:
-    """A section of the README, without its heading.
-
-    Raises:
-        ValueError: If the README has no such section.
-    """
-    found = re.search(rf"^## {title}\n(.*?)(?=^## |\Z)", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
-    if found is None:
-        raise ValueError(f"README.md: got no section {title!r}, wanted the one that model cards quote")
-    return found[1].strip()
 
 
 def pipeline_tag(towers: list[str]) -> str:

@@ -1,0 +1,76 @@
+"""Shows a model in a browser: a clip in, an answer to look at. Also the program of a Space, see `publish.py --space`.
+
+    python app.py runs/quickstart/model
+    python app.py OWNER/NAME --example clip.mp4 "That is just great." --transcriber openai/whisper-small
+
+A Space starts it without arguments: `space.json` beside this file has them.
+"""
+
+import argparse
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from transformers import pipeline
+from transformers.utils import cached_file
+
+from egmf.commands import check_model, run_command
+from egmf.space.answering import Recognizer
+
+
+SETTINGS = Path(__file__).with_name("space.json")
+
+
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("model", nargs="?", help="folder or Hub id of a trained model")
+    parser.add_argument(
+        "--example", dest="examples", nargs=2, action="append", metavar=("FILE", "WORDS"), help="a clip to choose"
+    )
+    parser.add_argument("--transcriber", metavar="MODEL", help="speech recognition model for clips without words")
+    parser.add_argument("--max_megabytes", type=int, default=100, help="size of the largest upload; 100 by default")
+    parser.add_argument("--max_seconds", type=int, default=600, help="length of the longest clip; 600 by default")
+    parser.add_argument("--port", type=int, help="port of the page; by default a free one from 7860")
+    if SETTINGS.is_file():
+        settings = json.loads(SETTINGS.read_text(encoding="utf-8"))
+        settings["examples"] = [(SETTINGS.parent / file, words) for file, words in settings["examples"]]
+        parser.set_defaults(**settings)
+    args = parser.parse_args(arguments)
+    if args.model is None:
+        parser.error("model: got none, wanted the folder or the Hub id of a trained model")
+    return args
+
+
+def trained_tasks(model: str, processor: Any) -> list[str]:
+    """The tasks that the model was trained on, as its recipe says; without a recipe, the default one, or all."""
+    if recipe := cached_file(model, "recipe.json", _raise_exceptions_for_missing_entries=False):
+        return json.loads(Path(recipe).read_text(encoding="utf-8"))["tasks"]
+    return [processor.default_task] if processor.default_task else list(processor.tasks)
+
+
+def main(arguments: list[str]) -> None:
+    args = parse_arguments(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # which deletes what was uploaded
+    check_model(args.model)
+    examples = [(str(Path(file).resolve()), words) for file, words in args.examples or []]
+    for file, _ in examples:
+        if not Path(file).is_file():
+            raise ValueError(f"--example: got {file}, wanted an existing file")
+    recognize = pipeline("affect-recognition", model=args.model, trust_remote_code=True)
+    recognizer = Recognizer(recognize, args.max_seconds, args.transcriber)
+    tasks = trained_tasks(args.model, recognize.processor)
+
+    try:
+        from egmf.space.page import build_page, launch_page  # imports gradio, which nothing else needs
+    except ImportError as error:
+        raise ImportError(f"app.py: got {error}, wanted `pip install -r requirements-space.txt`") from None
+
+    title = "EGMF" if Path(args.model).is_dir() else args.model
+    page = build_page(recognizer, title, tasks, examples, args.max_megabytes)
+    launch_page(page, args.max_megabytes, server_port=args.port)
+
+
+if __name__ == "__main__":
+    run_command(main, sys.argv[1:])
