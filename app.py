@@ -58,14 +58,13 @@ def main(arguments: list[str]) -> None:
     for file, _ in examples:
         if not Path(file).is_file():
             raise ValueError(f"--example: got {file}, wanted an existing file")
-    recognize = pipeline("affect-recognition", model=args.model, trust_remote_code=True)
-    recognizer = Recognizer(recognize, args.max_seconds, args.transcriber)
-    tasks = trained_tasks(args.model, recognize.processor)
-
     try:
         from egmf.space.page import build_page, launch_page  # imports gradio, which nothing else needs
     except ImportError as error:
-        raise ImportError(f"app.py: got {error}, wanted `pip install -r requirements-space.txt`") from None
+        raise ImportError(f"gradio: got {error}, wanted `pip install -r requirements-space.txt`") from None
+    recognize = pipeline("affect-recognition", model=args.model, trust_remote_code=True)
+    recognizer = Recognizer(recognize, args.max_seconds, args.transcriber)
+    tasks = trained_tasks(args.model, recognize.processor)
 
     title = "EGMF" if Path(args.model).is_dir() else args.model
     page = build_page(recognizer, title, tasks, examples, args.max_megabytes)
