@@ -285,7 +285,8 @@ def test_fsdp_learns_what_one_process_learns(tmp_path):
     """FSDP2 works with a bfloat16 LLM, a float32 fusion that must stay float32, and tied embeddings."""
     build_tiny_language_model(tmp_path / "llm")
     AutoModelForCausalLM.from_pretrained(tmp_path / "llm", dtype=torch.bfloat16).save_pretrained(tmp_path / "llm")
-    own = ["--language_model", tmp_path / "llm", "--gradient_checkpointing", "true"]
+    # At the recipe's rate, the first steps change so much that bfloat16's rounding decides more than the tolerance.
+    own = ["--language_model", tmp_path / "llm", "--gradient_checkpointing", "true", "--learning_rate", "1e-3"]
     one = train(tmp_path / "one", *own, "--per_device_train_batch_size", 16)
     fields = ["recipes/tiny.yaml", *FIELDS, *own, "--per_device_train_batch_size", 8, "--output_dir", tmp_path / "two"]
     start_divided("fsdp2", *fields)
