@@ -61,6 +61,7 @@ results: $(INSTALLED) ## results/*.md and the tables in README.md, from results/
 	$(BIN)/python -m experiments.make_tables render
 	$(BIN)/python -m experiments.folds render
 	$(BIN)/python -m experiments.avatars render
+	$(BIN)/python -m experiments.languages render
 	$(BIN)/python -m experiments.performance
 
 PERFORMANCE := --device cuda --output results/performance.json

@@ -1,0 +1,172 @@
+"""Trains on one language and tests on another: RAVDESS (English) and CASIA (Mandarin), over the emotions they share.
+
+    python -m experiments.languages run RAVDESS_DIR CASIA_DIR RUNS_DIR --audio_tower MODEL
+    python -m experiments.languages collect RUNS_DIR
+    python -m experiments.languages render
+
+The speech of one corpus is the training split of a table, that of the other one its test split, so that no speaker,
+no sentence and no language is in both. Models hear the speech and read no words. `run` skips finished runs and passes
+other arguments to `train.py`; `collect` writes results/languages.json, and `render` results/languages.md and the
+README's table.
+"""
+
+import argparse
+import csv
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from corpora import load_corpus, speakers_of
+from experiments.folds import interval, measure
+from experiments.pages import RESULTS, percent, table, write_page
+from experiments.run_variants import VARIANTS
+
+
+SHARED = {  # RAVDESS's label -> CASIA's
+    "neutral": "平静",
+    "happy": "高兴",
+    "sad": "悲伤",
+    "angry": "愤怒",
+    "fearful": "恐惧",
+    "surprised": "惊奇",
+}
+DIRECTIONS = {"english_chinese": "English to Chinese", "chinese_english": "Chinese to English"}
+NAMES = {"full": "one clip at a time", "adapted": "speaker adaptation"}
+RECIPE = "recipes/own_clips.yaml"
+FIELDS = ["--modalities", "audio", "--audio_window", "6", "--audio_speeds", "1.0", "0.9", "1.1"]
+FIELDS += ["--balance_classes", "false", "--num_train_epochs", "1", "--expert_gain", "16", "--temperature", "16"]
+
+
+def clips(ravdess: str, casia: str) -> dict[str, list[dict[str, str]]]:
+    """The clips of both languages with the shared labels, by language."""
+    chinese = {label: name for name, label in SHARED.items()}
+    found: dict[str, list[dict[str, str]]] = {}
+    for language, corpus, folder in (("english", "ravdess", ravdess), ("chinese", "casia", casia)):
+        for rows in load_corpus(corpus, folder).values():
+            speakers = speakers_of(corpus, rows["id"][:], rows["speaker"][:])
+            for row, speaker in zip(rows, speakers, strict=True):
+                label = row["emotion"] if corpus == "ravdess" else chinese.get(row["emotion"])
+                if label in SHARED:
+                    own = {"id": row["id"], "file": str(Path(row["audio"]).resolve()), "label": label}
+                    found.setdefault(language, []).append(own | {"speaker": f"{corpus} {speaker}"})
+    return found
+
+
+def write_tables(found: dict[str, list[dict[str, str]]], folder: Path) -> None:
+    """One table for each direction."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for direction in DIRECTIONS:
+        train, test = direction.split("_")
+        with (folder / f"{direction}.csv").open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, [*found[train][0], "split"], lineterminator="\n")
+            writer.writeheader()
+            for language, split in ((train, "train"), (test, "test")):
+                writer.writerows(row | {"split": split} for row in found[language])
+
+
+def run(args: argparse.Namespace, more: list[str]) -> None:
+    """Trains, evaluates and probes all directions and variants."""
+    write_tables(clips(args.ravdess, args.casia), args.runs_dir)
+    for variant in args.variants:
+        for direction in DIRECTIONS:
+            folder = args.runs_dir / f"{direction}_{variant}_{args.seed}"
+            shared = ["--corpus_dir", str(args.runs_dir / f"{direction}.csv")]
+            chosen = [*FIELDS, *(VARIANTS[variant] if variant != "full" else []), *more]
+            train = ["train.py", RECIPE, *shared, "--output_dir", str(folder), "--seed", str(args.seed), *chosen]
+            test = ["eval.py", str(folder / "model"), "--corpus", "table", *shared, "--output", str(folder / "test")]
+            probe = ["-m", "bench.probe", RECIPE, *shared, *chosen, "--split", "test"]
+            probe += ["--output", str(folder / "probe.json")]
+            folder.mkdir(parents=True, exist_ok=True)
+            lines = [shlex.join(["python", *command]) for command in (train, test, probe)]
+            local = {f"{args.runs_dir}/": "RUNS_DIR/"} | {word: Path(word).name for word in more if "/" in word}
+            for word, shown in local.items():
+                lines = [line.replace(word, shown) for line in lines]
+            (folder / "command.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+            for command, made in ((train, "model"), (test, "test/metrics.json"), (probe, "probe.json")):
+                if not (folder / made).exists():
+                    with (folder / "output.txt").open("a", encoding="utf-8") as output:
+                        subprocess.run([sys.executable, *command], check=True, stdout=output, stderr=output)
+
+
+def collect(runs_dir: Path) -> list[dict]:
+    """The figures of all runs."""
+    found = []
+    for direction in DIRECTIONS:
+        for variant in NAMES:
+            for file in sorted(runs_dir.glob(f"{direction}_{variant}_*/test/predictions.jsonl")):
+                folder = file.parents[1]
+                rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+                gold = [row["gold"] for row in rows]
+                corpus = "casia" if direction.endswith("chinese") else "ravdess"
+                speakers = speakers_of(corpus, [row["id"] for row in rows], [None] * len(rows))
+                own: dict = {"direction": direction, "variant": variant, "seed": int(folder.name.rpartition("_")[2])}
+                own |= {"samples": len(rows), "speakers": len(set(speakers))}
+                for answer in ("distribution", "experts", "llm"):
+                    own[answer] = measure(gold, [row["answers"][answer] for row in rows])
+                given = [[row["answers"]["distribution"] for row in rows]]
+                own["interval"] = interval("accuracy", gold, given, speakers)
+                [task] = json.loads((folder / "probe.json").read_text(encoding="utf-8"))["tasks"].values()
+                pairs = [(row["gold"], row["answer"]) for row in task["predictions"]]
+                own["probe"] = measure(*map(list, zip(*pairs, strict=True)))
+                found.append(own | {"command": (folder / "command.txt").read_text(encoding="utf-8").strip()})
+    if not found:
+        raise ValueError(f"{runs_dir}: no run has been evaluated")
+    return found
+
+
+def render(found: list[dict]) -> tuple[str, str]:
+    """The page, and the README's table."""
+    rows, short = [], []
+    for own in found:
+        low, high = own["interval"]
+        first = [DIRECTIONS[own["direction"]], NAMES[own["variant"]], str(own["seed"])]
+        shown = f"{percent(own['distribution']['accuracy'])} ({percent(low)} to {percent(high)})"
+        rows.append([*first, shown, percent(own["distribution"]["ua"])])
+        rows[-1] += [percent(own[name]["accuracy"]) for name in ("experts", "llm", "probe")]
+        short.append([first[0], first[1], shown, percent(own["probe"]["accuracy"])])
+    english = next((own["samples"] for own in found if own["direction"] == "chinese_english"), 0)
+    head = ["direction", "variant", "seed", "accuracy (95 % interval)", "UA", "experts alone", "LLM alone"]
+    page = [
+        "# Across languages: RAVDESS (English) and CASIA (Mandarin)",
+        f"Trained on the speech of one corpus, tested on the other one, over the {len(SHARED)} emotions that both "
+        f"have: {', '.join(SHARED)}. In percent; a guess gives {percent(1 / len(SHARED))}. Intervals are 95 % "
+        "percentile intervals of a bootstrap over speakers (CASIA has four, so that its interval is rough). *Linear "
+        "probe* reads the same features and learns from the same rows. *Speaker adaptation* subtracts the mean of the "
+        "speaker's own clips, without labels. Nothing was chosen on these figures: the settings are those of the two "
+        "corpora's recipes.",
+        table([*head, "linear probe"], rows),
+        f"RAVDESS has {english} clips with these labels, CASIA 1,200." if english else "",
+        "```bash\n" + "\n".join(own["command"] for own in found) + "\n```",
+        "Made from `results/languages.json` by `python -m experiments.languages render`.",
+    ]
+    head = ["trained and tested on", "variant", "accuracy (95 % interval)", "linear probe"]
+    return "\n\n".join(filter(None, page)) + "\n", table(head, short)
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    runner = commands.add_parser("run", help="train, test and probe both directions")
+    runner.add_argument("ravdess", help="folder of RAVDESS")
+    runner.add_argument("casia", help="folder of CASIA")
+    runner.add_argument("runs_dir", type=Path)
+    runner.add_argument("--variants", nargs="+", choices=NAMES, default=list(NAMES))
+    runner.add_argument("--seed", type=int, default=1111)
+    collector = commands.add_parser("collect", help="runs -> results/languages.json")
+    collector.add_argument("runs_dir", type=Path)
+    commands.add_parser("render", help="results/languages.json -> results/languages.md")
+    args, more = parser.parse_known_args(arguments)
+    file = RESULTS / "languages.json"
+    if args.command == "run":
+        run(args, more)
+    elif args.command == "collect":
+        text = json.dumps(collect(args.runs_dir), indent=1, ensure_ascii=False)
+        file.write_text(text + "\n", encoding="utf-8")
+    else:
+        write_page("languages", *render(json.loads(file.read_text(encoding="utf-8"))))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
