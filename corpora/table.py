@@ -326,12 +326,12 @@ def _row(where: str, cells: dict[str, Any], part: _Part) -> dict[str, Any]:
     Raises:
         WrongRow: For the first cell that is wrong.
     """
-    text = {name: None if _is_empty(value) else str(value).strip() for name, value in cells.items()}
+    text = {name: None if is_empty(value) else str(value).strip() for name, value in cells.items()}
     row: dict[str, Any] = {name: text.get(name) for name in ("text", "speaker", "dialogue", "language")}
     row |= {name: row[name] and repair_text(row[name]) for name in ("text", "speaker")}
     row |= {"where": where, "id": None, "audio": None, "video": None, "recording": None}
     for name in reversed(MEDIA):  # the first one names the row
-        if not _is_empty(cells.get(name)):
+        if not is_empty(cells.get(name)):
             file = _file(name, cells[name], part.folder)
             row |= dict.fromkeys(_media_columns(name, file), file)
             row |= {"recording": file, "id": text[name] if isinstance(cells[name], str) else file}
@@ -365,7 +365,7 @@ def _part_of_file(text: dict[str, str | None], row: dict[str, Any]) -> tuple[flo
     return start, end
 
 
-def _is_empty(value: Any) -> bool:
+def is_empty(value: Any) -> bool:
     return (
         value is None or isinstance(value, float) and math.isnan(value) or isinstance(value, str) and not value.strip()
     )

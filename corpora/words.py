@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from corpora.table import TABLES, WrongRow, read_cells
+from corpora.table import TABLES, WrongRow, is_empty, read_cells
 
 
 RECOGNIZED_BY = "recognized_by"  # the column that names the model
@@ -40,7 +40,7 @@ def add_words(
         columns: the table's own names of columns, as for `load`.
 
     Raises:
-        ValueError: if the table cannot be read.
+        ValueError: if the table cannot be read, or has clips inside it.
         FileExistsError: if `out` exists.
     """
     if not source.is_file() or source.suffix.lower() not in TABLES:
@@ -52,7 +52,9 @@ def add_words(
     done, rows, column = Words(), [], (columns or {}).get("text")
     for where, cells, row in tqdm(list(read_cells(source, dict(columns or {}))), desc="recognising", unit="row"):
         column = column or next((name for name in cells if name.lower() == "text"), "text")
-        cells = {name: "" if value is None else str(value) for name, value in cells.items()}
+        if inside := [name for name, value in cells.items() if isinstance(value, bytes | dict | list)]:
+            raise ValueError(f"{where}: {inside[0]}: got content that CSV cannot hold, wanted the path of a file")
+        cells = {name: "" if is_empty(value) else str(value) for name, value in cells.items()}
         cells = cells | {column: cells.get(column, ""), RECOGNIZED_BY: cells.get(RECOGNIZED_BY, "")}
         rows.append(cells)
         if isinstance(row, WrongRow):
@@ -65,7 +67,6 @@ def add_words(
                 continue
             if found.get("text"):
                 cells |= {column: found["text"], RECOGNIZED_BY: found["recognized_by"]}
-                rows[-1] = cells
                 done.recognized += 1
             else:
                 done.silent += 1

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import soundfile
 from recognizers import build_ctc, build_whisper
@@ -15,6 +16,7 @@ from transformers import pipeline
 
 import predict
 from corpora.__main__ import main
+from corpora.words import add_words
 from egmf.commands import is_mistake
 from egmf.media_egmf import MediaError
 from egmf.transcription_egmf import Transcriber
@@ -195,3 +197,16 @@ def test_a_table_gets_the_words_that_it_lacks(place, tmp_path, monkeypatch, caps
     with pytest.raises(SystemExit):
         main(["table", str(table), "--out", str(tmp_path / "new.csv")])
     assert "--transcriber: wanted with a table" in capsys.readouterr().err
+
+
+def test_missing_numbers_stay_empty_and_clips_inside_a_table_are_refused(place, tmp_path):
+    shutil.copy(place / "short.wav", tmp_path / "short.wav")
+    rows = {"file": ["short.wav", "short.wav"], "label": ["a", "b"], "start": [None, 0.1], "text": ["so", "no"]}
+    pd.DataFrame(rows).to_parquet(tmp_path / "t.parquet")
+    add_words(tmp_path / "t.parquet", tmp_path / "out.csv", None)
+    written = list(csv.DictReader((tmp_path / "out.csv").open(encoding="utf-8", newline="")))
+    assert [row["start"] for row in written] == ["", "0.1"]
+    inside = {"audio": [{"bytes": (place / "short.wav").read_bytes(), "path": "a.wav"}], "label": ["a"]}
+    pd.DataFrame(inside).to_parquet(tmp_path / "inside.parquet")
+    with pytest.raises(ValueError, match="audio: got content that CSV cannot hold, wanted the path of a file"):
+        add_words(tmp_path / "inside.parquet", tmp_path / "new.csv", None)
