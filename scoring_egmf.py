@@ -6,7 +6,7 @@ Shape letters: B samples, C candidate answers, H the LLM's hidden size.
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
@@ -50,6 +50,14 @@ def uncompiled_on_cpu(language_model: PreTrainedModel) -> AbstractContextManager
     return nullcontext()
 
 
+# Settings of `generate()` that do not change a greedy answer of a legal length.
+HARMLESS = {"bos_token_id", "decoder_start_token_id", "eos_token_id", "pad_token_id", "suppress_tokens"}
+HARMLESS |= {"do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"}
+HARMLESS |= {"max_length", "max_new_tokens", "use_cache", "cache_implementation", "return_dict_in_generate"}
+HARMLESS |= {"output_attentions", "output_hidden_states", "output_logits", "output_scores"}
+HARMLESS |= {"transformers_version", "_from_model_config"}
+
+
 @dataclass
 class LabelScores(ModelOutput):
     """
@@ -63,6 +71,9 @@ class LabelScores(ModelOutput):
             again. It can be used only once. None if the inputs are padded on the right or the LLM has another kind of
             cache.
         expert_states: As in [`EGMFOutput`]; `generate()` needs them together with `past_key_values`.
+        greedy: With `end_token_id`: (B,), the index of the candidate that greedy `generate()` gives as its text; -1
+            where only `generate()` can tell, above all where its text is no candidate. None if it is unknown for all
+            rows, because the LLM takes no tree mask or `generation_config` changes greedy answers.
     """
 
     log_probs: torch.Tensor | None = None
@@ -71,6 +82,7 @@ class LabelScores(ModelOutput):
     gate_weights: dict[str, torch.Tensor] | None = None
     past_key_values: Cache | None = None
     expert_states: torch.Tensor | None = None
+    greedy: torch.Tensor | None = None
 
 
 class AnswerTrie:
@@ -81,6 +93,8 @@ class AnswerTrie:
     Args:
         candidates: Token ids of each answer. No answer may be a prefix of another one (the processor appends EOS).
         device: Device of the tensors.
+        end_token_id: EOS. If it is given, the trie has the nodes that greedy answers pass as well: those of every
+            token of every answer. They end where EOS follows.
 
     Attributes:
         paths: The token ids that lead to each node; node 0 is the root, with an empty path. A node with a single
@@ -93,7 +107,12 @@ class AnswerTrie:
         steps: (C, N * V), 1 for the decisions whose log-probabilities a candidate sums, and otherwise 0.
     """
 
-    def __init__(self, candidates: Sequence[Sequence[int]], device: torch.device | str = "cpu"):
+    def __init__(
+        self,
+        candidates: Sequence[Sequence[int]],
+        device: torch.device | str = "cpu",
+        end_token_id: int | None = None,
+    ):
         answers = [tuple(candidate) for candidate in candidates]
         children: dict[tuple[int, ...], set[int]] = {}
         for answer in answers:
@@ -106,7 +125,8 @@ class AnswerTrie:
                     "wanted distinct answers, with EOS appended where one is a prefix of another"
                 )
         deciding = [prefix for prefix, tokens in children.items() if len(tokens) > 1]
-        needed = {()} | {prefix[:depth] for prefix in deciding for depth in range(len(prefix) + 1)}
+        texts = {} if end_token_id is None else {_without(answer, end_token_id): i for i, answer in enumerate(answers)}
+        needed = {()} | {prefix[:depth] for prefix in [*deciding, *texts] for depth in range(len(prefix) + 1)}
         self.paths = sorted(needed, key=lambda prefix: (len(prefix), prefix))
         inner = self.paths[1:]
         self.tokens = torch.tensor([path[-1] for path in inner], dtype=torch.long, device=device)
@@ -117,9 +137,9 @@ class AnswerTrie:
         token_ids = sorted({token for prefix in deciding for token in children[prefix]})
         column = {token: index for index, token in enumerate(token_ids)}
         illegal = torch.ones(len(self.paths), len(token_ids), dtype=torch.bool)
-        for prefix, tokens in children.items():
-            if prefix in node:
-                illegal[node[prefix], [column[token] for token in tokens] if len(tokens) > 1 else slice(None)] = False
+        for prefix, row in node.items():
+            tokens = children.get(prefix, ())
+            illegal[row, [column[token] for token in tokens] if len(tokens) > 1 else slice(None)] = False
         taken = [
             (index, node[answer[:depth]], column[token])
             for index, answer in enumerate(answers)
@@ -134,12 +154,42 @@ class AnswerTrie:
         padded = [[*path, *[0] * (longest - len(path))] for path in self.paths]
         self._padded = torch.tensor(padded, dtype=torch.long, device=device)
         self._lengths = torch.tensor([len(path) for path in self.paths], device=device)
+        # The next node by node and last token, for greedy answers; the last row stands for no node.
+        spelled = sorted({path[-1] for path in inner})
+        follow = torch.full((len(node) + 1, len(spelled) + 1), len(node))
+        for path in inner:
+            follow[node[path[:-1]], spelled.index(path[-1])] = node[path]
+        ended = torch.full((len(node) + 1,), -1)
+        for path, index in texts.items():
+            ended[node[path]] = index
+        self._spelled = torch.tensor(spelled, dtype=torch.long, device=device)
+        self._follow, self._ended, self._end = follow.to(device), ended.to(device), end_token_id
 
     def log_probs(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits of every node (..., N, V) -> log-probabilities of the candidates (..., C)."""
         steps = logits.float().masked_fill(self.illegal, torch.finfo(torch.float32).min).log_softmax(-1)
         with maybe_autocast(steps.device.type, enabled=False):  # half precision would round the sums
             return F.linear(steps.flatten(-2), self.steps)
+
+    def walk(self, choose: Callable[[torch.Tensor], torch.Tensor], states: torch.Tensor) -> torch.Tensor:
+        """Follows the most probable tokens from the root.
+
+        Args:
+            choose: Chooses a token by the state of a node, (B, H) -> (B,).
+            states: (B, N, H), of the nodes of a trie with `end_token_id`.
+
+        Returns:
+            (B,), the index of the candidate after which EOS was chosen; -1 if another token led out of the trie.
+        """
+        rows = torch.arange(len(states), device=states.device)
+        place, answer = torch.zeros_like(rows), torch.full_like(rows, -1)
+        for _ in range(self._padded.shape[1] + 1):
+            token = choose(states[rows, place.clamp(max=states.shape[1] - 1)])
+            answer = torch.where((token == self._end) & (answer < 0), self._ended[place], answer)
+            match = token.unsqueeze(1) == self._spelled
+            column = torch.where(match.any(1), match.long().argmax(1), len(self._spelled))
+            place = self._follow[place, column]
+        return answer
 
     def prefixes(self, embeddings: nn.Module) -> torch.Tensor:
         """The beginning of the answer at each node as [`answer_prefixes`] describes it: (N, 2 H)."""
@@ -148,10 +198,17 @@ class AnswerTrie:
         return described.gather(1, places).squeeze(1)
 
 
+def _without(answer: tuple[int, ...], end: int) -> tuple[int, ...]:
+    """An answer's tokens without EOS."""
+    return answer[:-1] if answer[-1] == end else answer
+
+
 @lru_cache(maxsize=64)
-def answer_trie(candidates: tuple[tuple[int, ...], ...], device: torch.device) -> AnswerTrie:
+def answer_trie(
+    candidates: tuple[tuple[int, ...], ...], device: torch.device, end_token_id: int | None = None
+) -> AnswerTrie:
     """The trie of some candidates on a device; a task's batches share it."""
-    return AnswerTrie(candidates, device)
+    return AnswerTrie(candidates, device, end_token_id)
 
 
 class ScoringMixin:
@@ -165,6 +222,7 @@ class ScoringMixin:
         attention_mask: torch.Tensor | None = None,
         gains: torch.Tensor | None = None,
         use_cache: bool = False,
+        end_token_id: int | None = None,
         **inputs,
     ) -> LabelScores:
         """Computes the log-probability of every legal answer with one forward pass.
@@ -184,14 +242,18 @@ class ScoringMixin:
             input_ids, attention_mask, **inputs: Output of the processor for prompts without answers.
             gains: (G,), powers of the experts' factor to try instead of `readout.gain`. `log_probs` is then (B, G, C).
             use_cache: Whether to return the prompts' cache for `generate()`.
+            end_token_id: The tokenizer's EOS, to find the greedy answers in the same pass. The nodes of all tokens of
+                all answers then follow the prompt. On an accelerator they take less time than `generate()`.
 
         Returns:
             [`LabelScores`] with `log_probs` (B, C) in the order of the candidates.
         """
-        trie = answer_trie(tuple(map(tuple, candidates)), input_ids.device)
+        as_tree = self._takes_tree_mask()
+        end = end_token_id if as_tree and self._decodes_plainly(end_token_id) else None
+        trie = answer_trie(tuple(map(tuple, candidates)), input_ids.device, end)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        if self._takes_tree_mask():
+        if as_tree:
             hidden, outputs = self._tree_states(trie, input_ids, attention_mask, inputs, use_cache)
         else:
             hidden, outputs = self._batch_states(trie, input_ids, attention_mask, inputs)
@@ -200,6 +262,7 @@ class ScoringMixin:
             cache.crop(-len(trie.paths))  # the nodes and the last token of the prompt
         else:
             cache = None
+        mixed = hidden
         if outputs.expert_states is None:  # a prompt without `utterance_mask`: the LLM without EGMF
             log_probs, llm, experts = trie.log_probs(self.answer_logits(trie, hidden)), None, None
         else:
@@ -208,6 +271,7 @@ class ScoringMixin:
             powers = (self.model.readout.gain if gains is None else gains).to(read)
             parts = hidden.unsqueeze(1), read.unsqueeze(1)
             every = torch.cat([*parts, parts[0].addcmul(powers.view(1, -1, 1, 1), parts[1])], 1)  # (B, 2 + G, N, H)
+            mixed = every[:, 2]
             llm, experts, *rest = trie.log_probs(self.answer_logits(trie, every)).unbind(1)
             log_probs = rest[0] if gains is None else torch.stack(rest, 1)
         return LabelScores(
@@ -217,7 +281,21 @@ class ScoringMixin:
             gate_weights=outputs.gate_weights,
             past_key_values=cache,
             expert_states=outputs.expert_states,
+            greedy=None if end is None else trie.walk(self._most_probable, mixed),
         )
+
+    def _decodes_plainly(self, end_token_id: int | None) -> bool:
+        """Whether a greedy answer of `generate()` is the most probable token at each step, up to this EOS."""
+        config = self.generation_config
+        ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+        return end_token_id in ends and config.to_diff_dict().keys() <= HARMLESS
+
+    def _most_probable(self, states: torch.Tensor) -> torch.Tensor:
+        """The token that greedy `generate()` chooses: (B, H) -> (B,)."""
+        logits = self._finish_logits(self.lm_head(states))
+        for token in self.generation_config.suppress_tokens or ():
+            logits[:, token] = -torch.inf
+        return logits.argmax(-1)
 
     def answer_logits(self, trie: AnswerTrie, states: torch.Tensor) -> torch.Tensor:
         """Logits of the tokens that the trie's decisions choose among: (..., N, H) -> (..., N, V)."""

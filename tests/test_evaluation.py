@@ -148,6 +148,19 @@ def test_every_scale_has_its_protocol():
         measure_of(BUILTIN_TASKS["cherma"])(["高兴"], ["joy"])
 
 
+def test_only_rows_without_a_text_are_generated(egmf, processor, samples, make_batch):
+    """Scoring may have found the greedy texts of some rows; the others get those of `generate()`."""
+    batch, task = make_batch(samples), BUILTIN_TASKS["meld"]
+    predict = Predictor(egmf, processor, task, None, 4, egmf.device)
+    scores = egmf.score_labels(processor.candidates(task), **batch)
+    generated = predict.greedy_texts(scores, batch)
+    scores.greedy = torch.tensor([2, -1, 0, -1])
+    texts = [task.answers[2], generated[1].text, task.answers[0], generated[3].text]
+    assert [answer.text for answer in predict.greedy_texts(scores, batch)] == texts
+    scores.greedy = torch.tensor([1, 1, 1, 1])
+    assert [answer.value for answer in predict.greedy_texts(scores, batch)] == [task.answers[1]] * 4
+
+
 def test_answers_across_corpora_are_in_the_corpus_s_labels(ask):
     rows = rows_with("emotion", ["高兴", "悲伤", "平静", "高兴", "愤怒"])["test"]
     english = rows_with("emotion", ["joy", "sadness", "neutral", "joy", "anger"])["test"]

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_evaluation import rows_with
 from test_towers import whisper
 from transformers import pipeline
 
 import train as train_script
+from egmf.evaluation.predictor import Predictor
 from egmf.modeling_egmf import EGMFForConditionalGeneration
 
 
@@ -59,6 +61,21 @@ def test_generation_is_that_of_the_cpu(fresh_egmf, processor, samples, make_batc
     options = {"max_new_tokens": 4, "do_sample": False}
     wanted = fresh_egmf.generate(**batch, **options)
     assert torch.equal(fresh_egmf.to("cuda").generate(**on_gpu(batch), **options).cpu(), wanted)
+
+
+def test_evaluation_gives_the_texts_of_the_cpu(fresh_egmf, processor):
+    """On a GPU, greedy texts come from the pass that scores the answers."""
+    task, rows = processor.tasks["meld"], rows_with("emotion", ["joy", "anger", "neutral", "joy"])["test"]
+    taught = processor(text=rows["text"][:], task=task, answer=rows["emotion"][:])
+    optimizer, texts = torch.optim.Adam(fresh_egmf.parameters(), lr=3e-3), {}
+    for _ in range(40):
+        optimizer.zero_grad()
+        fresh_egmf(**taught).loss.backward()
+        optimizer.step()
+    for device in ("cpu", "cuda"):
+        predict = Predictor(fresh_egmf.to(device), processor, task, None, 3, torch.device(device))
+        texts[device] = [row["greedy_text"] for row in predict(rows, ["text"])[0]]
+    assert texts["cuda"] == texts["cpu"] and set(texts["cuda"]) & set(task.labels)
 
 
 def test_compiled_fusion_gives_the_same(fresh_egmf, samples, make_batch):

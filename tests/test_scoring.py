@@ -265,6 +265,43 @@ def test_generation_goes_on_from_the_scored_prompt(egmf, samples, make_batch, pr
         egmf.generate(**batch, **options, past_key_values=read)
 
 
+@pytest.mark.parametrize("name", TASKS)
+def test_greedy_answers_of_the_same_pass(fresh_egmf, samples, make_batch, processor, name):
+    """They are those of `generate()`, which has to run only where its text is no answer."""
+    batch, candidates, task = make_batch(samples, name), processor.candidates(name), processor.tasks[name]
+    end = processor.tokenizer.eos_token_id
+    options = {"max_new_tokens": processor.max_answer_tokens(name), "do_sample": False}
+    taught = make_batch(samples, name, answer=[task.answers[place * len(task.answers) // 4] for place in range(4)])
+    optimizer = torch.optim.Adam(fresh_egmf.parameters(), lr=3e-3)
+    found = set()
+    for _ in range(40):  # the model learns to spell answers
+        optimizer.zero_grad()
+        fresh_egmf(**taught).loss.backward()
+        optimizer.step()
+        generated = fresh_egmf.generate(**batch, **options)[:, batch["input_ids"].shape[1] :]
+        texts = [answer.text for answer in processor.decode_answers(generated, name)]
+        scores = fresh_egmf.score_labels(candidates, **batch, end_token_id=end)
+        for text, row, place in zip(texts, generated.tolist(), scores.greedy.tolist(), strict=True):
+            ended = text in task.answers and end in row
+            assert place == (task.answers.index(text) if ended else -1)
+            found.add(place)
+    assert -1 in found and len(found) > 2
+    wanted = fresh_egmf.score_labels(candidates, **batch).log_probs
+    torch.testing.assert_close(scores.log_probs, wanted, rtol=0, atol=1e-4)
+    lengths = forward_lengths(fresh_egmf, lambda: fresh_egmf.score_labels(candidates, **batch, end_token_id=end))
+    assert len(lengths) == 1
+
+
+def test_greedy_answers_are_unknown_where_generation_has_settings(
+    fresh_egmf, assemble, samples, make_batch, processor
+):
+    batch, candidates, end = make_batch(samples), processor.candidates("meld"), processor.tokenizer.eos_token_id
+    assert assemble(random_llm("alibi")).score_labels(candidates, **batch, end_token_id=end).greedy is None
+    assert fresh_egmf.score_labels(candidates, **batch).greedy is None
+    fresh_egmf.generation_config.repetition_penalty = 1.1
+    assert fresh_egmf.score_labels(candidates, **batch, end_token_id=end).greedy is None
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["mosi", "mosei"])
 def test_scores_multiply_the_llm_and_the_experts(fresh_egmf, samples, make_batch, processor, name):

@@ -1,5 +1,6 @@
 """A model's answers to the rows of a corpus."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from egmf.data.speakers import Centers
 from egmf.data.tower_cache import TowerCache
 from egmf.evaluation.label_maps import LabelMap
 from egmf.pipeline_egmf import gate_names
-from egmf.processing_egmf import AffectTask, EGMFProcessor
+from egmf.processing_egmf import AffectTask, AnswerText, EGMFProcessor
 
 
 Change = Callable[[dict[str, torch.Tensor], list[str]], dict[str, torch.Tensor]]
@@ -109,14 +110,33 @@ class Predictor:
         ]
         return [[predictions[place] for place in range(len(order))] for predictions in everything]
 
+    def greedy_texts(self, scores, inputs: dict[str, torch.Tensor]) -> list[AnswerText]:
+        """The texts of greedy `generate()`, which runs for the rows whose text scoring has not found."""
+        processor, task, found = self.processor, self.task, scores.get("greedy")
+        index = [-1] * len(inputs["input_ids"]) if found is None else found.tolist()
+        texts = [AnswerText(task.answers[one], task.parse(task.answers[one])) for one in index]
+        rows = [place for place, one in enumerate(index) if one < 0]
+        if rows:
+            read = {name: scores.get(name) for name in ("past_key_values", "expert_states")}
+            read = read if scores.past_key_values is not None else {}
+            some = inputs if found is None else {name: value[rows] for name, value in inputs.items()}
+            length = processor.max_answer_tokens(task)
+            generated = self.model.generate(**some, **read, max_new_tokens=length, do_sample=False)
+            answers = processor.decode_answers(generated[:, some["input_ids"].shape[1] :], task)
+            for place, answer in zip(rows, answers, strict=True):
+                texts[place] = answer
+        return texts
+
     def _answers(self, inputs: dict[str, torch.Tensor]) -> list[dict]:
         """The model's answers to each row of a batch."""
         model, processor, task = self.model, self.processor, self.task
-        scores = model.score_labels(candidates=processor.candidates(task), use_cache=True, **inputs)
-        read = {name: scores.get(name) for name in ("past_key_values", "expert_states")}
-        read = read if scores.past_key_values is not None else {}
-        generated = model.generate(**inputs, **read, max_new_tokens=processor.max_answer_tokens(task), do_sample=False)
-        texts = processor.decode_answers(generated[:, inputs["input_ids"].shape[1] :], task)
+        options = {"use_cache": True}
+        # An accelerator waits for each step of `generate()` longer than for the nodes of all answers. The own code of
+        # an older checkpoint cannot read the greedy answers from them.
+        if self.device.type != "cpu" and "end_token_id" in inspect.signature(model.score_labels).parameters:
+            options = {"end_token_id": processor.tokenizer.eos_token_id}
+        scores = model.score_labels(candidates=processor.candidates(task), **options, **inputs)
+        texts = self.greedy_texts(scores, inputs)
         distributions = processor.summarize(scores.log_probs, task)
         found = {"llm": scores.get("llm_log_probs"), "experts": scores.get("expert_log_probs")}
         # The own code of an older checkpoint has no expert readout.
