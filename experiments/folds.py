@@ -128,7 +128,8 @@ def _run(name: str, args: argparse.Namespace, more: list[str], variant: str, fol
         print(f"{folder}: finished already")
         return
     fields = fields_of(name)
-    options = json.dumps(fields["corpus_options"] | {"fold": fold, "validation": args.validation})
+    validation = args.validation or fields["corpus_options"]["validation"]
+    options = json.dumps(fields["corpus_options"] | {"fold": fold, "validation": validation})
     train = ["train.py", f"recipes/{EXPERIMENTS[name].recipe}.yaml", "--corpus_dir", args.corpus_dir]
     train += ["--output_dir", str(folder), "--seed", str(seed), "--corpus_options", options]
     train += [*VARIANTS[variant], *more]

@@ -1,13 +1,14 @@
-"""Trains on one language and tests on another: RAVDESS (English) and CASIA (Mandarin), over the emotions they share.
+"""Trains on one language or both, tests on each: RAVDESS (English) and CASIA (Mandarin), over their shared emotions.
 
     python -m experiments.languages run RAVDESS_DIR CASIA_DIR RUNS_DIR --audio_tower MODEL
     python -m experiments.languages collect RUNS_DIR
     python -m experiments.languages render
 
 The speech of one corpus is the training split of a table, that of the other one its test split, so that no speaker,
-no sentence and no language is in both. Models hear the speech and read no words. `run` skips finished runs and passes
-other arguments to `train.py`; `collect` writes results/languages.json, and `render` results/languages.md and the
-README's table.
+no sentence and no language is in both. For training on both languages there are four tables: each tests one speaker of
+CASIA and one of the first four published folds of RAVDESS, and trains on all others. Models hear the speech and read
+no words. `run` skips finished runs and passes other arguments to `train.py`; `collect` adds runs to
+results/languages.json, and `render` writes results/languages.md and the README's table.
 """
 
 import argparse
@@ -19,6 +20,8 @@ import sys
 from pathlib import Path
 
 from corpora import load_corpus, speakers_of
+from corpora.casia import SPEAKERS
+from corpora.ravdess import FOLDS
 from experiments.folds import interval, measure
 from experiments.pages import RESULTS, percent, table, write_page
 from experiments.run_variants import VARIANTS
@@ -32,7 +35,15 @@ SHARED = {  # RAVDESS's label -> CASIA's
     "fearful": "恐惧",
     "surprised": "惊奇",
 }
-DIRECTIONS = {"english_chinese": "English to Chinese", "chinese_english": "Chinese to English"}
+BOTH = [f"both_{fold}" for fold in range(1, SPEAKERS + 1)]
+DIRECTIONS = {  # the language of its tests, and its tables
+    "English to Chinese": ("chinese", ["english_chinese"]),
+    "Chinese to English": ("english", ["chinese_english"]),
+    "both to Chinese": ("chinese", BOTH),
+    "both to English": ("english", BOTH),
+}
+RAVDESS_IDS = "03-01-"  # speech, in sound alone
+CORPORA = {"english": "ravdess", "chinese": "casia"}
 NAMES = {"full": "one clip at a time", "adapted": "speaker adaptation"}
 RECIPE = "recipes/own_clips.yaml"
 FIELDS = ["--modalities", "audio", "--audio_window", "6", "--audio_speeds", "1.0", "0.9", "1.1"]
@@ -54,25 +65,32 @@ def clips(ravdess: str, casia: str) -> dict[str, list[dict[str, str]]]:
     return found
 
 
-def write_tables(found: dict[str, list[dict[str, str]]], folder: Path) -> None:
-    """One table for each direction."""
+def write_tables(found: dict[str, list[dict[str, str]]], folder: Path) -> list[str]:
+    """Writes the tables and returns their names."""
     folder.mkdir(parents=True, exist_ok=True)
-    for direction in DIRECTIONS:
-        train, test = direction.split("_")
-        with (folder / f"{direction}.csv").open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, [*found[train][0], "split"], lineterminator="\n")
+    tables = {}
+    for train, test in (("english", "chinese"), ("chinese", "english")):
+        tables[f"{train}_{test}"] = [row | {"split": "train"} for row in found[train]]
+        tables[f"{train}_{test}"] += [row | {"split": "test"} for row in found[test]]
+    for speaker, (name, actors) in enumerate(zip(BOTH, FOLDS["published"], strict=False), 1):
+        held_out = {f"casia {speaker}", *(f"ravdess {actor}" for actor in actors)}
+        rows = [*found["english"], *found["chinese"]]
+        tables[name] = [row | {"split": "test" if row["speaker"] in held_out else "train"} for row in rows]
+    for name, rows in tables.items():
+        with (folder / f"{name}.csv").open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, [*rows[0]], lineterminator="\n")
             writer.writeheader()
-            for language, split in ((train, "train"), (test, "test")):
-                writer.writerows(row | {"split": split} for row in found[language])
+            writer.writerows(rows)
+    return list(tables)
 
 
 def run(args: argparse.Namespace, more: list[str]) -> None:
-    """Trains, evaluates and probes all directions and variants."""
-    write_tables(clips(args.ravdess, args.casia), args.runs_dir)
+    """Trains, evaluates and probes all tables and variants."""
+    names = write_tables(clips(args.ravdess, args.casia), args.runs_dir)
     for variant in args.variants:
-        for direction in DIRECTIONS:
-            folder = args.runs_dir / f"{direction}_{variant}_{args.seed}"
-            shared = ["--corpus_dir", str(args.runs_dir / f"{direction}.csv")]
+        for name in args.tables or names:
+            folder = args.runs_dir / f"{name}_{variant}_{args.seed}"
+            shared = ["--corpus_dir", str(args.runs_dir / f"{name}.csv")]
             chosen = [*FIELDS, *(VARIANTS[variant] if variant != "full" else []), *more]
             train = ["train.py", RECIPE, *shared, "--output_dir", str(folder), "--seed", str(args.seed), *chosen]
             test = ["eval.py", str(folder / "model"), "--corpus", "table", *shared, "--output", str(folder / "test")]
@@ -91,29 +109,36 @@ def run(args: argparse.Namespace, more: list[str]) -> None:
 
 
 def collect(runs_dir: Path) -> list[dict]:
-    """The figures of all runs."""
+    """The figures of all directions whose tables have been run."""
     found = []
-    for direction in DIRECTIONS:
+    for direction, (language, tables) in DIRECTIONS.items():
         for variant in NAMES:
-            for file in sorted(runs_dir.glob(f"{direction}_{variant}_*/test/predictions.jsonl")):
-                folder = file.parents[1]
-                rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+            for first in sorted(runs_dir.glob(f"{tables[0]}_{variant}_*/test/predictions.jsonl")):
+                seed = first.parents[1].name.rpartition("_")[2]
+                folders = [runs_dir / f"{name}_{variant}_{seed}" for name in tables]
+                rows = [row for folder in folders for row in _answers(folder, language)]
                 gold = [row["gold"] for row in rows]
-                corpus = "casia" if direction.endswith("chinese") else "ravdess"
-                speakers = speakers_of(corpus, [row["id"] for row in rows], [None] * len(rows))
-                own: dict = {"direction": direction, "variant": variant, "seed": int(folder.name.rpartition("_")[2])}
+                speakers = speakers_of(CORPORA[language], [row["id"] for row in rows], [None] * len(rows))
+                own: dict = {"direction": direction, "variant": variant, "seed": int(seed)}
                 own |= {"samples": len(rows), "speakers": len(set(speakers))}
-                for answer in ("distribution", "experts", "llm"):
+                for answer in ("distribution", "experts", "llm", "probe"):
                     own[answer] = measure(gold, [row["answers"][answer] for row in rows])
                 given = [[row["answers"]["distribution"] for row in rows]]
                 own["interval"] = interval("accuracy", gold, given, speakers)
-                [task] = json.loads((folder / "probe.json").read_text(encoding="utf-8"))["tasks"].values()
-                pairs = [(row["gold"], row["answer"]) for row in task["predictions"]]
-                own["probe"] = measure(*map(list, zip(*pairs, strict=True)))
-                found.append(own | {"command": (folder / "command.txt").read_text(encoding="utf-8").strip()})
+                found.append(own | {"command": (folders[0] / "command.txt").read_text(encoding="utf-8").strip()})
     if not found:
         raise ValueError(f"{runs_dir}: no run has been evaluated")
     return found
+
+
+def _answers(folder: Path, language: str) -> list[dict]:
+    """The answers of a run and of its linear probe to the test clips of one language."""
+    lines = (folder / "test" / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = {row["id"]: row for row in map(json.loads, lines)}
+    [task] = json.loads((folder / "probe.json").read_text(encoding="utf-8"))["tasks"].values()
+    for row in task["predictions"]:
+        rows[row["id"]]["answers"]["probe"] = row["answer"]
+    return [row for row in rows.values() if (language == "english") == row["id"].startswith(RAVDESS_IDS)]
 
 
 def render(found: list[dict]) -> tuple[str, str]:
@@ -121,12 +146,12 @@ def render(found: list[dict]) -> tuple[str, str]:
     rows, short = [], []
     for own in found:
         low, high = own["interval"]
-        first = [DIRECTIONS[own["direction"]], NAMES[own["variant"]], str(own["seed"])]
+        first = [own["direction"], NAMES[own["variant"]], str(own["seed"])]
         shown = f"{percent(own['distribution']['accuracy'])} ({percent(low)} to {percent(high)})"
         rows.append([*first, shown, percent(own["distribution"]["ua"])])
         rows[-1] += [percent(own[name]["accuracy"]) for name in ("experts", "llm", "probe")]
         short.append([first[0], first[1], shown, percent(own["probe"]["accuracy"])])
-    english = next((own["samples"] for own in found if own["direction"] == "chinese_english"), 0)
+    english = next((own["samples"] for own in found if own["direction"] == "Chinese to English"), 0)
     head = ["direction", "variant", "seed", "accuracy (95 % interval)", "UA", "experts alone", "LLM alone"]
     page = [
         "# Across languages: RAVDESS (English) and CASIA (Mandarin)",
@@ -136,6 +161,8 @@ def render(found: list[dict]) -> tuple[str, str]:
         "probe* reads the same features and learns from the same rows. *Speaker adaptation* subtracts the mean of the "
         "speaker's own clips, without labels. Nothing was chosen on these figures: the settings are those of the two "
         "corpora's recipes.",
+        "*Both*: trained on both corpora; each of four runs is tested on one speaker of CASIA and on one published "
+        "fold of RAVDESS's actors. The fifth fold is never tested.",
         table([*head, "linear probe"], rows),
         f"RAVDESS has {english} clips with these labels, CASIA 1,200." if english else "",
         "```bash\n" + "\n".join(own["command"] for own in found) + "\n```",
@@ -153,6 +180,9 @@ def main(arguments: list[str]) -> None:
     runner.add_argument("casia", help="folder of CASIA")
     runner.add_argument("runs_dir", type=Path)
     runner.add_argument("--variants", nargs="+", choices=NAMES, default=list(NAMES))
+    runner.add_argument(
+        "--tables", nargs="+", choices=["english_chinese", "chinese_english", *BOTH], help="default: all"
+    )
     runner.add_argument("--seed", type=int, default=1111)
     collector = commands.add_parser("collect", help="runs -> results/languages.json")
     collector.add_argument("runs_dir", type=Path)
@@ -162,8 +192,11 @@ def main(arguments: list[str]) -> None:
     if args.command == "run":
         run(args, more)
     elif args.command == "collect":
-        text = json.dumps(collect(args.runs_dir), indent=1, ensure_ascii=False)
-        file.write_text(text + "\n", encoding="utf-8")
+        known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+        every = {(own["direction"], own["variant"], own["seed"]): own for own in known + collect(args.runs_dir)}
+        order = {direction: place for place, direction in enumerate(DIRECTIONS)}
+        found = sorted(every.values(), key=lambda own: order[own["direction"]])
+        file.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     else:
         write_page("languages", *render(json.loads(file.read_text(encoding="utf-8"))))
 

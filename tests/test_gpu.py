@@ -13,6 +13,7 @@ import torch
 from test_evaluation import rows_with
 from test_towers import whisper
 from transformers import pipeline
+from transformers.utils import is_flash_attn_2_available
 
 import train as train_script
 from egmf.evaluation.predictor import Predictor
@@ -43,6 +44,18 @@ def test_scores_are_those_of_the_cpu(fresh_egmf, processor, samples, make_batch,
         part.to(dtype)
     found = fresh_egmf.to("cuda").score_labels(candidates, **on_gpu(batch)).log_probs.exp()
     assert (found.cpu() - wanted).abs().max() < tolerance
+
+
+@pytest.mark.skipif(not is_flash_attn_2_available(), reason="FlashAttention 2 is not installed")
+@pytest.mark.parametrize("task", TASKS)
+def test_flash_attention_answers_as_sdpa(fresh_egmf, processor, samples, make_batch, task):
+    """It takes no tree mask, so that the branches of the answers are read as a batch."""
+    model, batch, candidates = fresh_egmf.to("cuda"), on_gpu(make_batch(samples, task)), processor.candidates(task)
+    for part in (model.model.language_model, model.lm_head):
+        part.to(torch.bfloat16)
+    wanted = model.score_labels(candidates, **batch).log_probs.exp()
+    model.model.language_model.set_attn_implementation("flash_attention_2")
+    assert (model.score_labels(candidates, **batch).log_probs.exp() - wanted).abs().max() < 0.05
 
 
 def test_scoring_waits_for_nothing(fresh_egmf, processor, samples, make_batch):
