@@ -6,6 +6,7 @@ The measurements alternate in one process, on one batch of 16 prompts of about 1
 
 - `prefill`: the bare LLM reads EGMF's sequences, including pseudo tokens, and computes logits at the last position.
 - `score_labels`: the distribution over the seven labels of MELD, and over the 61 scores of MOSEI.
+- `score_labels and greedy text`: the same with `end_token_id`, which finds the text of plain `generate()` as well.
 - `generate`: greedy generation restricted to the same legal answers.
 
 The LLM has the shape of Qwen3-0.6B, random weights in bfloat16, and a quarter of the layers. EGMF's own cost does not
@@ -43,6 +44,7 @@ def build(
     sizes = {f"{modality}_feature_size": WIDTH for modality in FRAMES}
     llm = build_llm(name, layers)
     llm.generation_config.pad_token_id = processor.tokenizer.pad_token_id
+    llm.generation_config.eos_token_id = processor.tokenizer.eos_token_id
     model = EGMFForConditionalGeneration.from_language_model(llm, pseudo_token_id=processor.pseudo_token_id, **sizes)
     return model.eval().to(device), processor
 
@@ -71,6 +73,8 @@ def ways_of(
         options = {"logits_processor": constraint, "max_new_tokens": processor.max_answer_tokens(name)}
         ways[f"prefill, {shown}"] = lambda b=batch: prefill(model, b)
         ways[f"score_labels, {shown}"] = lambda b=batch, c=candidates: model.score_labels(c, **b)
+        greedy = {**batch, "end_token_id": processor.tokenizer.eos_token_id}
+        ways[f"score_labels and greedy text, {shown}"] = lambda b=greedy, c=candidates: model.score_labels(c, **b)
         ways[f"generate, {shown}"] = lambda b=batch, o=options: model.generate(**b, **o, do_sample=False)
     return ways, round(batch["attention_mask"].sum(1).float().mean().item())
 
