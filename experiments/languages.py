@@ -165,7 +165,7 @@ def render(found: list[dict]) -> tuple[str, str]:
         "fold of RAVDESS's actors. The fifth fold is never tested.",
         table([*head, "linear probe"], rows),
         f"RAVDESS has {english} clips with these labels, CASIA 1,200." if english else "",
-        "```bash\n" + "\n".join(own["command"] for own in found) + "\n```",
+        "```bash\n" + "\n".join(dict.fromkeys(own["command"] for own in found)) + "\n```",
         "Made from `results/languages.json` by `python -m experiments.languages render`.",
     ]
     head = ["trained and tested on", "variant", "accuracy (95 % interval)", "linear probe"]
