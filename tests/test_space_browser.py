@@ -152,7 +152,7 @@ def test_the_microphone(open_page):
     sound.get_by_role("button", name="Record", exact=True).click()
     page.wait_for_timeout(1500)
     sound.get_by_role("button", name="Stop").first.click()
-    page.locator("#sound audio[src^=blob]").wait_for()
+    page.locator("#sound audio[src^=blob]").last.wait_for()
     assert answer(page)
     for row in page.locator(".egmf-gates tbody tr").all_inner_texts():
         assert row.split("\t")[1:] == ["0 %", "100 %", "0 %"]  # only the voice
