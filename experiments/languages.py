@@ -7,8 +7,8 @@
 The speech of one corpus is the training split of a table, that of the other one its test split, so that no speaker,
 no sentence and no language is in both. For training on both languages there are four tables: each tests one speaker of
 CASIA and one of the first four published folds of RAVDESS, and trains on all others. Models hear the speech and read
-no words. `run` skips finished runs and passes other arguments to `train.py`; `collect` adds runs to
-results/languages.json, and `render` writes results/languages.md and the README's table.
+no words. `run` skips finished runs and passes other arguments to `train.py`; `--variants` and `--tables` choose among
+the runs. `collect` adds runs to results/languages.json; `render` writes results/languages.md and the README's table.
 """
 
 import argparse
@@ -43,6 +43,7 @@ DIRECTIONS = {  # the language of its tests, and its tables
     "both to English": ("english", BOTH),
 }
 RAVDESS_IDS = "03-01-"  # speech, in sound alone
+TABLES = [*dict.fromkeys(name for _, names in DIRECTIONS.values() for name in names)]
 CORPORA = {"english": "ravdess", "chinese": "casia"}
 NAMES = {"full": "one clip at a time", "adapted": "speaker adaptation"}
 RECIPE = "recipes/own_clips.yaml"
@@ -65,30 +66,30 @@ def clips(ravdess: str, casia: str) -> dict[str, list[dict[str, str]]]:
     return found
 
 
-def write_tables(found: dict[str, list[dict[str, str]]], folder: Path) -> list[str]:
-    """Writes the tables and returns their names."""
+def write_tables(found: dict[str, list[dict[str, str]]], folder: Path) -> None:
+    """Writes `TABLES`."""
     folder.mkdir(parents=True, exist_ok=True)
     tables = {}
     for train, test in (("english", "chinese"), ("chinese", "english")):
         tables[f"{train}_{test}"] = [row | {"split": "train"} for row in found[train]]
         tables[f"{train}_{test}"] += [row | {"split": "test"} for row in found[test]]
     for speaker, (name, actors) in enumerate(zip(BOTH, FOLDS["published"], strict=False), 1):
-        held_out = {f"casia {speaker}", *(f"ravdess {actor}" for actor in actors)}
+        held_out = {f"casia {speaker}", *(f"ravdess {actor:02}" for actor in actors)}
         rows = [*found["english"], *found["chinese"]]
         tables[name] = [row | {"split": "test" if row["speaker"] in held_out else "train"} for row in rows]
-    for name, rows in tables.items():
+    for name in TABLES:
+        rows = tables[name]
         with (folder / f"{name}.csv").open("w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, [*rows[0]], lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
-    return list(tables)
 
 
 def run(args: argparse.Namespace, more: list[str]) -> None:
     """Trains, evaluates and probes all tables and variants."""
-    names = write_tables(clips(args.ravdess, args.casia), args.runs_dir)
+    write_tables(clips(args.ravdess, args.casia), args.runs_dir)
     for variant in args.variants:
-        for name in args.tables or names:
+        for name in args.tables:
             folder = args.runs_dir / f"{name}_{variant}_{args.seed}"
             shared = ["--corpus_dir", str(args.runs_dir / f"{name}.csv")]
             chosen = [*FIELDS, *(VARIANTS[variant] if variant != "full" else []), *more]
@@ -159,8 +160,8 @@ def render(found: list[dict]) -> tuple[str, str]:
         f"have: {', '.join(SHARED)}. In percent; a guess gives {percent(1 / len(SHARED))}. Intervals are 95 % "
         "percentile intervals of a bootstrap over speakers (CASIA has four, so that its interval is rough). *Linear "
         "probe* reads the same features and learns from the same rows. *Speaker adaptation* subtracts the mean of the "
-        "speaker's own clips, without labels. Nothing was chosen on these figures: the settings are those of the two "
-        "corpora's recipes.",
+        "speaker's own clips, without labels. Nothing was chosen on these figures; the commands below have the "
+        "settings.",
         "*Both*: trained on both corpora; each of four runs is tested on one speaker of CASIA and on one published "
         "fold of RAVDESS's actors. The fifth fold is never tested.",
         table([*head, "linear probe"], rows),
