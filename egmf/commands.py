@@ -33,7 +33,11 @@ def is_mistake(error: Exception) -> bool:
 def run_command(main: Callable[[list[str]], Any], arguments: list[str]) -> None:
     """Runs a command and exits with its status; a user's mistake is printed without a traceback and gives status 2."""
     try:
-        sys.exit(main(arguments))
+        status = main(arguments)
+        if (distributed := sys.modules.get("torch.distributed")) and distributed.is_initialized():
+            # A process that ends with an open group may abort after all its work: pytorch/pytorch#190489.
+            distributed.destroy_process_group()
+        sys.exit(status)
     except Exception as error:
         if not is_mistake(error):
             raise

@@ -3,6 +3,7 @@
 Each process writes its results to FOLDER/RANK.json.
 """
 
+import atexit
 import json
 import os
 import random
@@ -19,6 +20,7 @@ from transformers import TrainingArguments, WhisperFeatureExtractor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train  # noqa: E402
+from egmf.commands import run_command  # noqa: E402
 from egmf.data.tower_cache import TowerCache  # noqa: E402
 from egmf.processing_egmf import EGMFProcessor  # noqa: E402
 from egmf.training.language_models import byte_tokenizer  # noqa: E402
@@ -105,6 +107,15 @@ def divided(*arguments: str) -> None:
     train.main(list(arguments))
 
 
+def left_its_group() -> None:
+    """Fails a process that ends inside its group: torch aborts some of them."""
+    if torch.distributed.is_initialized():
+        print("the process group is still open", file=sys.stderr, flush=True)
+        os._exit(1)
+
+
 if __name__ == "__main__":
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    {"order": order, "cache": cache, "divided": divided}[sys.argv[1]](*sys.argv[2:])
+    atexit.register(left_its_group)
+    workers = {"order": order, "cache": cache, "divided": divided}
+    run_command(lambda arguments: workers[arguments[0]](*arguments[1:]), sys.argv[1:])
