@@ -41,7 +41,7 @@ from transformers.utils import cached_file
 
 from corpora import CORPORA, clusters_of, group_of, load_corpus
 from corpora.splits import SPLITS_FILE, read_splits
-from egmf.arguments import positive
+from egmf.arguments import mapping, positive
 from egmf.commands import check_model, run_command
 from egmf.data.collator import LABEL_COLUMNS, AffectCollator, check_labels, expand_by_task
 from egmf.data.speakers import name_speakers, speaker_centers
@@ -64,7 +64,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("model", help="folder or Hub id of a trained model")
     parser.add_argument("--corpus", required=True, choices=CORPORA)
     parser.add_argument("--corpus_dir", help="folder with the corpus's published files; of a table, its file")
-    parser.add_argument("--corpus_options", type=json.loads, help="JSON; by default those the model was trained with")
+    parser.add_argument("--corpus_options", type=mapping, help="JSON; by default those the model was trained with")
     parser.add_argument("--task", help="task to ask; by default the first that the model was trained on")
     parser.add_argument("--split", default="test", choices=["train", "validation", "test"])
     parser.add_argument("--modalities", nargs="+", help="what the model may see; by default what it was trained on")
@@ -102,7 +102,14 @@ def read_predictions(file: Path, rows, task) -> dict[str, dict]:
     Raises:
         ValueError: If its ids or gold labels differ from those of `rows`.
     """
-    others = {row["id"]: row for row in map(json.loads, file.read_text(encoding="utf-8").splitlines())}
+    others = {}
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+            others[row["id"]] = {name: row[name] for name in ("gold", "answers")}
+        except (ValueError, KeyError, TypeError):
+            wanted = "a row of predictions.jsonl with id, gold and answers"
+            raise ValueError(f"{file}: line {number}: got {line[:60]!r}, wanted {wanted}") from None
     gold = dict(zip(rows["id"][:], rows[LABEL_COLUMNS[task.kind]][:], strict=True))
     if {row_id: row["gold"] for row_id, row in others.items()} != gold:
         what = "gold labels" if set(others) == set(gold) else "ids"
@@ -246,6 +253,9 @@ def main(arguments: list[str]) -> None:
         rows = name_speakers(args.corpus, args.split, rows)
     predict = Predictor(model, processor, task, label_map, args.batch_size, device)
     check_labels(f"{args.corpus} / {args.split}", rows, predict.label_task)
+    if unknown := set(args.modalities or ()) - set(model.config.modalities):
+        wanted = f"some of those that the model reads: {', '.join(model.config.modalities)}"
+        raise ValueError(f"modalities: got {', '.join(sorted(unknown))}, wanted {wanted}")
     allowed = args.modalities or trained.get("modalities", model.config.modalities)
     modalities = [modality for modality in model.config.modalities if modality in allowed]
     seen = [modality for modality in modalities if modality != "text"]

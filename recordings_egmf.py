@@ -57,7 +57,7 @@ class RecordingSpans:
         duration, warnings: Known at the end, as for [`Recording`].
 
     Raises:
-        ValueError: If the sample has not exactly one recording that can be divided.
+        ValueError: If the sample has not exactly one recording that can be divided, or `hop` exceeds `window`.
         MediaError: While iterating, if nothing (more) can be decoded.
     """
 
@@ -73,6 +73,9 @@ class RecordingSpans:
         given = [name for name in ("file", "audio", "video") if sample.get(name) is not None]
         if len(given) != 1:
             raise ValueError(f"recording: got {' and '.join(given) or 'nothing'}, wanted one of file, audio and video")
+        if hop is not None and hop > window:
+            wanted = f"at most the window of {window:g}, so that no sound is left out"
+            raise ValueError(f"hop: got {hop:g} seconds, wanted {wanted}")
         self.processor, self.kind, self.source = processor, given[0], sample[given[0]]
         self.spans, self.window, self.hop, self.progress = spans, window, hop, progress
         self.duration: float | None = None

@@ -130,6 +130,10 @@ class AffectTask:
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "AffectTask":
         """Builds a task from its fields; raises a ValueError for an unknown or missing field."""
+        known = [*cls.__dataclass_fields__]
+        if unknown := [name for name in fields if name not in known]:
+            got = f"the unknown field {unknown[0]}"
+            raise ValueError(f"Task {fields.get('name')!r}: got {got}, wanted some of {', '.join(known)}.")
         try:
             return cls(**fields)
         except TypeError as error:

@@ -58,6 +58,7 @@ from egmf.training.assembly import (
     trained_towers,
 )
 from egmf.training.calibration import calibrate
+from egmf.training.checkpoints import keep_settings
 from egmf.training.dry_run import describe_model, describe_prompt
 from egmf.training.language_models import resolve_language_model
 from egmf.training.preemption import run_training
@@ -212,8 +213,12 @@ def main(arguments: list[str]) -> None:
     check_reporters(training.report_to)
     check_sharding(recipe)
     output = Path(training.output_dir)
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"output_dir: got {output}, a file, wanted a folder")
     if not recipe.dry_run:
         output.mkdir(parents=True, exist_ok=True)
+        if PartialState().is_main_process:
+            keep_settings(output, recipe.settings())
     set_seed(training.seed)
 
     with in_turns():  # creates generated corpora, shrunk models and the converted LLM

@@ -16,7 +16,6 @@ cached; an interrupted call may be repeated.
 """
 
 import argparse
-import json
 import logging
 import sys
 from pathlib import Path
@@ -27,6 +26,7 @@ from corpora.clips import split_part
 from corpora.convert import CONVERTIBLE, convert, describe
 from corpora.converted import LOCAL
 from corpora.words import add_words
+from egmf.arguments import mapping
 from egmf.commands import run_command
 from egmf.data.clips import load_row_media
 from egmf.transcription_egmf import Transcriber
@@ -37,7 +37,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("name", choices=(*CONVERTIBLE, "table"))
     parser.add_argument("source", type=Path, help="folder or file with the published files, see corpora/NAME.py")
     parser.add_argument("--out", required=True, type=Path, help="output folder; of a table, the new file")
-    parser.add_argument("--corpus_options", type=json.loads, default={}, help="JSON, see `load` in corpora/NAME.py")
+    parser.add_argument("--corpus_options", type=mapping, default={}, help="JSON, see `load` in corpora/NAME.py")
     parser.add_argument("--allow_mismatch", action="store_true", help="convert files that are not the published ones")
     parser.add_argument("--push_to_hub", metavar="ID", help="upload the folder as a private dataset of this name")
     parser.add_argument("--transcriber", metavar="MODEL", help="speech recognition model for a table's clips")
@@ -65,6 +65,8 @@ def recognize_table(args: argparse.Namespace) -> None:
     columns = args.corpus_options.get("columns")
     if unknown := args.corpus_options.keys() - {"columns"}:
         raise ValueError(f"corpus_options: got {', '.join(sorted(unknown))}, wanted columns")
+    if not args.source.is_file():
+        raise ValueError(f"source: got {args.source}, wanted the file of a table")
     transcriber = Transcriber(args.transcriber, args.language)
     transcriber.load()  # a wrong model is no error of a clip
 
@@ -88,9 +90,8 @@ def main(arguments: list[str]) -> int:
         return 0
     try:
         report = convert(args.name, args.source, args.out, args.allow_mismatch, **args.corpus_options)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    except (ValueError, OSError) as error:  # also those of the libraries that read the files
+        raise ValueError(error) from error
     print(describe(report))
     print(f"corpus: {args.out}")
     if args.push_to_hub:

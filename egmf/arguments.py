@@ -1,6 +1,22 @@
 """Argument types for `argparse`, so that values out of range raise an error before anything is loaded."""
 
 import argparse
+import json
+
+
+def mapping(text: str) -> dict:
+    """Parses a mapping as JSON.
+
+    Raises:
+        ArgumentTypeError: If the text is anything else.
+    """
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted a mapping as JSON")
+    return found
 
 
 def positive(text: str) -> int:

@@ -1,5 +1,6 @@
 """How a command ends: with one line for a mistake of its user, with a traceback only for a fault of this project."""
 
+import json
 import sys
 import traceback
 from collections.abc import Callable
@@ -41,17 +42,34 @@ def run_command(main: Callable[[list[str]], Any], arguments: list[str]) -> None:
     except Exception as error:
         if not is_mistake(error):
             raise
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        script = Path(sys.argv[0])
+        name = f"python -m {script.parent.name}" if script.stem == "__main__" else script.name
+        print(f"{name}: error: {error}", file=sys.stderr)
         sys.exit(MISTAKE)
 
 
 def check_model(name: str) -> None:
-    """Raises a ValueError if a model's name is neither a folder with a model nor a Hub id."""
+    """Raises a ValueError if a name is neither a folder with a trained model nor a Hub id."""
+    check_name("model", name, "the `model` folder of a run")
+    if Path(name).is_dir():
+        kind = json.loads((Path(name) / "config.json").read_text(encoding="utf-8")).get("model_type")
+        if kind != "egmf":
+            raise ValueError(f"model: got {name}, a model of type {kind}, wanted the `model` folder of a run")
+
+
+def check_name(field: str, name: str, wanted: str) -> None:
+    """Raises a ValueError if a field's name is neither a folder with a config.json nor a Hub id.
+
+    Args:
+        field: The field, for the message.
+        name: Its value.
+        wanted: What a folder must be, for the message.
+    """
     if Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
-            raise ValueError(f"model: got {name}, a folder without config.json, wanted the `model` folder of a run")
+            raise ValueError(f"{field}: got {name}, a folder without config.json, wanted {wanted}")
         return
     try:
         validate_repo_id(name)
     except HFValidationError:
-        raise ValueError(f"model: got {name!r}, wanted an existing folder or a Hub id (OWNER/NAME)") from None
+        raise ValueError(f"{field}: got {name!r}, wanted an existing folder or a Hub id (OWNER/NAME)") from None

@@ -8,7 +8,6 @@ command line overrides any field; there, mappings are written in JSON:
 """
 
 import argparse
-import json
 import math
 import re
 from dataclasses import MISSING, dataclass, field, fields
@@ -20,6 +19,8 @@ import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
+from corpora import CORPORA
+from egmf.arguments import mapping
 from egmf.configuration_egmf import EGMFConfig
 from egmf.tasks_egmf import BUILTIN_TASKS, AffectTask
 
@@ -184,6 +185,8 @@ class DataArguments:
 
     def _check_corpora(self) -> None:
         if not self.corpora:
+            if self.corpus and self.corpus not in CORPORA:
+                raise ValueError(f"corpus: got {self.corpus!r}, wanted one of {', '.join(CORPORA)}")
             if not self.corpus or not self.tasks and self.corpus != "table":
                 got = f"corpus {self.corpus!r} and tasks {self.tasks}"
                 raise ValueError(f"corpus: got {got}, wanted both, or `corpora`, a mixture")
@@ -248,8 +251,13 @@ class PhaseArguments:
 
 
 # TrainingArguments that describe the machine or the location of the run.
+_LEAST = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1}
+_LEAST |= {"num_train_epochs": 0, "learning_rate": 0, "weight_decay": 0, "logging_steps": 0, "save_steps": 0}
 _NOT_RECORDED = {"output_dir", "resume_from_checkpoint", "use_cpu", "hub_token", "hub_model_id"}
 _OWN = (ModelArguments, DataArguments, PhaseArguments)
+# TrainingArguments on which the trained weights depend; steps and devices may change while a run goes on.
+_LEARNED_WITH = {"seed", "data_seed", "learning_rate", "lr_scheduler_type", "weight_decay", "warmup_steps", "optim"}
+_LEARNED_WITH |= {"max_grad_norm", "label_smoothing_factor", "train_sampling_strategy", "bf16", "fp16"}
 
 
 @dataclass
@@ -271,6 +279,16 @@ class Recipe:
     def record(self) -> dict[str, Any]:
         """All fields except TrainingArguments, for `recipe.json`; `fusion` is a nested mapping."""
         return vars(self.model) | {"fusion": self.fusion} | vars(self.data) | vars(self.phases)
+
+    def settings(self) -> dict[str, Any]:
+        """All that the trained weights depend on, but for the length of the last phase and the devices."""
+        own = self.record() | self.fusion
+        for name in ("fusion", "corpus_dir", "attn_implementation", "temperature"):
+            del own[name]
+        for name in ("language_model", "audio_tower", "vision_tower"):
+            if isinstance(own[name], str):  # a folder may have been moved
+                own[name] = Path(own[name]).name
+        return own | {name: value for name, value in self.training.to_dict().items() if name in _LEARNED_WITH}
 
     def training_record(self) -> dict[str, Any]:
         """The TrainingArguments that were set, for `recipe.json`; absolute paths are reduced to their last part."""
@@ -314,7 +332,10 @@ def load_recipe(arguments: list[str]) -> Recipe:
     if not arguments or arguments[0].startswith("-"):
         raise ValueError("recipe: got no YAML file, wanted `recipes/NAME.yaml [--field value ...]`")
     path = Path(arguments[0])
-    said = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        said = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: {' '.join(str(error).split())}, wanted a YAML file") from error
     if not isinstance(said, dict):
         raise ValueError(f"{path}: got {type(said).__name__}, wanted a mapping of fields")
     namespace, unknown = parser.parse_known_args(arguments)
@@ -337,7 +358,14 @@ def load_recipe(arguments: list[str]) -> Recipe:
     _check_fusion(fusion)
     if "language_model" not in merged:
         raise ValueError(f"{path}: language_model: got nothing, wanted a local folder or the Hub id of a causal LLM")
-    model, data, phases, training = (_made(kind, merged) for kind in (*_OWN, TrainingArguments))
+    model, data, phases = (_made(kind, merged) for kind in _OWN)
+    try:
+        training = _made(TrainingArguments, merged)
+    except ValueError as error:
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+    if training.resume_from_checkpoint:
+        got = training.resume_from_checkpoint
+        raise ValueError(f"resume_from_checkpoint: got {got}, wanted nothing: repeat the command to resume a run")
     dry_run = "dry_run" in namespace
     recipe = Recipe(model, fusion, data, phases, training, said.keys() | given.keys(), dry_run)
     if data.corpora and phases.tower_epochs:
@@ -386,7 +414,7 @@ def _hints() -> dict[str, tuple[Any, int | None]]:
         hints = get_type_hints(arguments)
         for part in fields(arguments):
             if part.init:
-                found[part.name] = hints[part.name], part.metadata.get("minimum")
+                found[part.name] = hints[part.name], part.metadata.get("minimum", _LEAST.get(part.name))
     return found
 
 
@@ -453,7 +481,7 @@ def _add(group: Any, name: str, hint: Any, text: str, kind: type | None = None) 
     elif dict in kinds and str in kinds:
         group.add_argument(*names, type=_name_or_mapping, **options)
     elif dict in kinds:
-        group.add_argument(*names, type=_mapping, metavar="JSON", **options)
+        group.add_argument(*names, type=mapping, metavar="JSON", **options)
     elif bool in kinds:
         group.add_argument(*names, nargs="?", const=True, type=_flag, metavar="{true,false}", **options)
     else:
@@ -461,18 +489,8 @@ def _add(group: Any, name: str, hint: Any, text: str, kind: type | None = None) 
         group.add_argument(*names, type=plain, **options)
 
 
-def _mapping(text: str) -> dict:
-    try:
-        found = json.loads(text)
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise argparse.ArgumentTypeError(f"got {text!r}, wanted a mapping as JSON")
-    return found
-
-
 def _name_or_mapping(text: str) -> str | dict:
-    return _mapping(text) if text.startswith("{") else text
+    return mapping(text) if text.startswith("{") else text
 
 
 def _flag(text: str) -> bool:

@@ -181,9 +181,7 @@ def main(arguments: list[str]) -> None:
     runner.add_argument("casia", help="folder of CASIA")
     runner.add_argument("runs_dir", type=Path)
     runner.add_argument("--variants", nargs="+", choices=NAMES, default=list(NAMES))
-    runner.add_argument(
-        "--tables", nargs="+", choices=["english_chinese", "chinese_english", *BOTH], help="default: all"
-    )
+    runner.add_argument("--tables", nargs="+", choices=TABLES, default=TABLES)
     runner.add_argument("--seed", type=int, default=1111)
     collector = commands.add_parser("collect", help="runs -> results/languages.json")
     collector.add_argument("runs_dir", type=Path)

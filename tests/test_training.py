@@ -197,6 +197,16 @@ def test_a_finished_run_stays_what_it_is(trained):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_other_settings_want_another_folder(trained):
+    """Finished phases would keep what they learned with the old settings, under the name of the new ones."""
+    changes = {"seed": 5, "learning_rate": 1e-2, "lora_r": 2, "fusion_dropout": 0.4}
+    for field, value in changes.items():
+        outcome = train(trained, f"--{field}", str(value), check=False)
+        assert outcome.status == 2
+        assert f"{field}: got {value}, wanted " in outcome.said and "or another output_dir" in outcome.said
+    assert json.loads((trained / "model" / "recipe.json").read_text())["training"]["seed"] == 1111
+
+
 def test_modalities_that_a_run_may_not_see_do_not_reach_the_model(processor):
     corpus, task = load_corpus("generated", None, size=36)["train"], BUILTIN_TASKS["mosi"]
     rows = [row for row in expand_by_task(corpus, [task]) if row["audio_features"] and row["vision_features"]][:4]

@@ -26,6 +26,7 @@ from transformers import (
 from transformers import initialization as init
 from transformers.utils import is_bitsandbytes_available
 
+from egmf.commands import check_name
 from egmf.data.lengths import clip_seconds
 from egmf.data.speakers import SPEAKER, Centers, stack_centers
 from egmf.data.tower_cache import COLUMNS, PREPROCESSORS, TowerCache
@@ -71,6 +72,7 @@ def build_tower(modality: str, tower: str | dict[str, Any]) -> tuple[PreTrainedM
     """
     kind = PREPROCESSORS[modality]
     if isinstance(tower, str):
+        check_name(f"{modality}_tower", tower, "a saved model")
         if modality == "audio":
             return load_tower(tower), AutoFeatureExtractor.from_pretrained(tower)
         # The PIL backend gives the same pixels with and without torchvision.

