@@ -456,7 +456,12 @@ def _assign_splits(source: str, rows: list[dict], seed: int, known: Mapping[str,
             row["split"] = known.get(clip_key(row), "test")
         learned = sum(row["split"] != "test" for row in rows)
         if learned:
-            logger.warning("%s: %d of %d rows were in train or validation of this run", source, learned, len(rows))
+            logger.warning(
+                "%s: %d of %d rows were train or validation rows of this run and are no test rows",
+                source,
+                learned,
+                len(rows),
+            )
         return
     by = make_splits(rows, seed)
     counts = ", ".join(f"{name} {sum(row['split'] == name for row in rows)}" for name in SPLITS)

@@ -214,8 +214,9 @@ def missing_section(runs: list[dict]) -> list[str]:
     limit = ["the best that can be done", "", *(f"{100 * best[name]:.1f}" for name in CONDITIONS)]
     figures = table_by_variant(runs, "missing", 100, 1) + "\n| " + " | ".join(limit) + " |"
     text = (
-        "The six conditions of MMIN ([`robustness.py`](../robustness.py)): every clip with these modalities alone (A "
-        "audio, V vision, T text), by one model. *AVT* is the intact clip, *mean* that of the six conditions. One "
+        "The six conditions of MMIN ([`robustness.py`](../egmf/evaluation/robustness.py)): every clip with these "
+        "modalities alone (A audio, V vision, T text), by one model. "
+        "*AVT* is the intact clip, *mean* that of the six conditions. One "
         "model always saw all three in training; of the other one's samples each modality was hidden at times. The "
         "last row is what the corpus's own rules allow (`ceiling`)."
     )

@@ -43,6 +43,7 @@ class Experiment:
 
     Args:
         title: Heading of its table.
+        reads: What the model reads, in tables.
         recipe: Name of the recipe.
         folds: Number of folds.
         shown: The metrics of its table.
@@ -51,6 +52,7 @@ class Experiment:
     """
 
     title: str
+    reads: str
     recipe: str
     folds: int
     shown: tuple[str, ...]
@@ -60,10 +62,16 @@ class Experiment:
 
 EXPERIMENTS = {
     "ravdess": Experiment(
-        "RAVDESS: speech, 360 clips, six folds of four actors", "ravdess_smollm2", 6, ("ua", "accuracy"), ""
+        "RAVDESS: speech, 360 clips, six folds of four actors",
+        "speech",
+        "ravdess_smollm2",
+        6,
+        ("ua", "accuracy"),
+        "",
     ),
     "ravdess_faces": Experiment(
         "RAVDESS: speech and faces, 1,440 clips, the five published folds",
+        "speech and face",
         "ravdess_faces_smollm2",
         5,
         ("accuracy", "ua"),
@@ -73,6 +81,7 @@ EXPERIMENTS = {
     ),
     "mvsa": Experiment(
         "MVSA: text and picture, 4,000 tweets, five folds",
+        "text and picture",
         "mvsa_smollm2",
         5,
         ("accuracy", "weighted_f1"),
@@ -81,6 +90,7 @@ EXPERIMENTS = {
     ),
     "casia": Experiment(
         "CASIA: Mandarin speech, 1,200 clips, one of four speakers held out",
+        "speech",
         "casia_smollm2",
         4,
         ("accuracy", "ua"),
@@ -102,6 +112,11 @@ NAMES = {
     "no_readout": "without the expert readout",
 }
 METRICS = {"accuracy": "accuracy", "weighted_f1": "weighted F1", "ua": "UA"}
+
+
+def name_of(one: Experiment, variant: str) -> str:
+    """The name of an experiment's variant in tables."""
+    return one.reads if variant == "full" else NAMES[variant]
 
 
 def fields_of(name: str) -> dict:
@@ -313,7 +328,7 @@ def main_table(name: str, part: dict) -> str:
         for probe_row in (False, True):
             if probe_row and variant not in part.get("probe", {}):
                 continue
-            label = NAMES[variant] + (", linear probe" if probe_row else "")
+            label = name_of(EXPERIMENTS[name], variant) + (", linear probe" if probe_row else "")
             cells = [label, "" if probe_row else str(len(own["seeds"]))]
             for metric in shown:
                 if probe_row:
@@ -342,7 +357,8 @@ def headline(data: dict) -> str:
             values = [100 * value for value in own["answers"]["distribution"][shown]]
             low, high = own["answers"]["distribution"][f"{shown}_interval"]
             probed = part.get("probe", {}).get(variant)
-            cells = [EXPERIMENTS[name].title.partition(":")[0], NAMES[variant], METRICS[shown], spread(values, 2)]
+            label = name_of(EXPERIMENTS[name], variant)
+            cells = [EXPERIMENTS[name].title.partition(":")[0], label, METRICS[shown], spread(values, 2)]
             rows.append([*cells, f"{percent(low)} to {percent(high)}", percent(probed[shown]) if probed else ""])
     return table(["corpus", "model", "metric", "EGMF", "95 % interval", "linear probe"], rows)
 
@@ -359,6 +375,8 @@ def render(data: dict) -> str:
         "without the LLM, and *LLM alone* the LLM, which reads the pseudo tokens, without it. A *linear probe* reads "
         "the same features (`bench/probe.py`) and learns from the same rows; its penalty is chosen by "
         "cross-validation of the training rows.",
+        "In the commands, `whisper-base-encoder` is a local folder with the encoder of `openai/whisper-base`, the "
+        "recipe's `audio_tower`.",
         "Settings were chosen on validation folds (`--validation`), never on a test fold. A validation fold of one "
         "run is a test fold of another, so the choice of settings has seen all actors, speakers and tweets, as in "
         "every cross-validation; no model has.",
@@ -373,10 +391,11 @@ def render(data: dict) -> str:
                 for single, tests in part["mcnemar"].items()
                 for test in tests
             ]
-            parts.append("McNemar's exact test of all modalities against one:")
+            parts.append(f"McNemar's exact test of {one.reads} against one of them:")
             parts.append(table(["against", "seed", "only both correct", "only one correct", "p"], rows))
-        nll = [[NAMES[variant], f"{np.mean(own['nll']):.3f}"] for variant, own in part["variants"].items()]
+        nll = [[name_of(one, variant), f"{np.mean(own['nll']):.3f}"] for variant, own in part["variants"].items()]
         parts.append(table(["model", "negative log-likelihood of the gold answer"], nll))
+        parts.append("Commands of the first fold; those of the others differ in `fold`:")
         parts.append("```bash\n" + "\n".join(own["command"] for own in part["variants"].values()) + "\n```")
     parts.append("Made from `results/folds.json` by `python -m experiments.folds render`.")
     return "\n\n".join(parts) + "\n"

@@ -166,6 +166,9 @@ def render(found: list[dict]) -> tuple[str, str]:
         "fold of RAVDESS's actors. The fifth fold is never tested.",
         table([*head, "linear probe"], rows),
         f"RAVDESS has {english} clips with these labels, CASIA 1,200." if english else "",
+        "`python -m experiments.languages run RAVDESS_DIR CASIA_DIR RUNS_DIR` writes the tables and runs these "
+        "commands; those of the other three tables of both languages differ in their number. `whisper-base-encoder` "
+        "is a local folder with the encoder of `openai/whisper-base`.",
         "```bash\n" + "\n".join(dict.fromkeys(own["command"] for own in found)) + "\n```",
         "Made from `results/languages.json` by `python -m experiments.languages render`.",
     ]
