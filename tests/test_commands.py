@@ -24,6 +24,17 @@ from egmf.commands import is_mistake
             ["recipes/own_clips.yaml", "--corpus_dir", "clips.csv"],
             "clips.csv: no such file or folder, wanted a",
         ),
+        ("train", ["Makefile"], "Makefile: expected"),
+        (
+            "train",
+            ["recipes/tiny.yaml", "--output_dir", "README.md"],
+            "output_dir: got README.md, a file, wanted a folder",
+        ),
+        (
+            "train",
+            ["recipes/tiny.yaml", "--language_model", "docs"],
+            "language_model: got docs, a folder without config",
+        ),
         ("train", ["recipes/own_clips.yaml"], "corpus 'table': source is None, expected the folder with its files"),
         ("eval", ["runs/none/model", "--corpus", "mosi", "--output", "x"], "model: got 'runs/none/model', wanted an"),
         ("eval", ["tests", "--corpus", "mosi", "--output", "x"], "model: got tests, a folder without config.json"),

@@ -258,8 +258,8 @@ def test_killed(folder):
 def test_command(folder, capsys):
     clip_table(folder / "sims", "meta.csv", "zh")
     command = ["simsv2", str(folder / "sims"), "--out", str(folder / "out")]
-    assert main(command) == 1
-    assert "train: got 4 rows, published are 2722" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="train: got 4 rows, published are 2722"):
+        main(command)
     assert main([*command, "--allow_mismatch", "--corpus_options", '{"version": 1}']) == 0
     told = capsys.readouterr().out
     assert "simsv2: SIMS v1, clips" in told and "train: 4 rows in 1 files" in told and "clips: in 3 rows" in told
@@ -267,8 +267,8 @@ def test_command(folder, capsys):
     (folder / "meld_train.pkl").write_bytes(b"cos\nsystem\n(X\x03\x00\x00\x00rantR.")
     for name in ("valid", "test"):
         (folder / f"meld_{name}.pkl").touch()
-    assert main(["meld", str(folder), "--out", str(folder / "other")]) == 1
-    assert "meld_train.pkl: byte 0: got 'os.system'" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="meld_train.pkl: byte 0: got 'os.system'"):
+        main(["meld", str(folder), "--out", str(folder / "other")])
 
 
 class Hub(BaseHTTPRequestHandler):

@@ -279,6 +279,11 @@ def test_an_evaluation_across_corpora_is_written_whole(model_folder, tmp_path, m
     others.write_text("".join(line.replace('"gold": "高兴"', '"gold": "恐惧"') + "\n" for line in lines), "utf-8")
     with pytest.raises(ValueError, match="its gold labels are not those of this evaluation"):
         eval_script.main([*arguments, str(tmp_path / "second"), "--compare", str(others)])
+    others.write_text("id,gold\n", "utf-8")
+    with pytest.raises(ValueError, match="others.jsonl: line 1: got 'id,gold', wanted a row of predictions.jsonl"):
+        eval_script.main([*arguments, str(tmp_path / "second"), "--compare", str(others)])
+    with pytest.raises(ValueError, match="modalities: got smell, wanted some of those that the model reads: text"):
+        eval_script.main([*arguments, str(tmp_path / "second"), "--modalities", "text", "smell"])
     eval_script.main([*arguments, str(tmp_path / "second"), "--compare", str(tmp_path / "first/predictions.jsonl")])
     tests = json.loads((tmp_path / "second/metrics.json").read_text(encoding="utf-8"))["compared_to"]["distribution"]
     assert tests["mcnemar"]["p_value"] == tests["differences"]["weighted_f1"]["p_value"] == 1.0

@@ -71,6 +71,7 @@ def test_local_folder_is_returned_unchanged(tmp_path, offline, no_pip):
 def test_local_folder_wins_over_the_registry(tmp_path, monkeypatch, offline, no_pip):
     monkeypatch.chdir(tmp_path)
     Path(REGISTRY_MODEL).mkdir(parents=True)
+    (Path(REGISTRY_MODEL) / "config.json").write_text("{}")
     assert resolve_language_model(REGISTRY_MODEL) == REGISTRY_MODEL
 
 

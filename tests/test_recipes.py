@@ -207,6 +207,15 @@ def test_every_field_of_the_fusion_can_be_set(tmp_path):
         ({"modality_dropout": {"text": 1.0}}, "modality_dropout: got .* a rate in"),
         ({"learning_rate": "fast"}, "learning_rate: got 'fast', wanted"),
         ({"num_epochs": 3}, r"unknown \['num_epochs'\]"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size: got 0, wanted at least 1"),
+        ({"resume_from_checkpoint": "last"}, "resume_from_checkpoint: got last, wanted nothing"),
+        (
+            {"pseudo_token_exchange": 0.3},
+            "pseudo_token_exchange: got 0.3 with fusion_epochs 0, wanted a share below 1",
+        ),
+        ({"bf16": True, "fp16": True}, "recipe.yaml: At most one of fp16 and bf16"),
+        ({"corpus": "moral"}, "corpus: got 'moral', wanted one of avatars, "),
+        ({"tasks": [{"name": "stress", "label": ["a", "b"]}]}, "got the unknown field label, wanted some of name"),
     ],
 )
 def test_a_value_that_a_field_may_not_have_is_named(tmp_path, fields, message):

@@ -342,6 +342,7 @@ def test_what_is_missing_is_said(recognize, talk, tmp_path):
         ({"segments": [{"timestamp": (0, None), "text": "so"}]}, "got 0 to None, wanted seconds"),
         ({"window": 0}, "window: got 0, wanted seconds from 0.05"),
         ({"hop": "1"}, "hop: got '1', wanted seconds from 0.05"),
+        ({"window": 1, "hop": 3}, "hop: got 3 seconds, wanted at most the window of 1"),
     ],
 )
 def test_wrong_plans(recognize, talk, options, message):
