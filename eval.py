@@ -186,7 +186,11 @@ def evaluate(args: argparse.Namespace, predict: Predictor, rows, modalities: lis
     write_report(args.output / "metrics.json", report)
     write_plots(predictions, groups, task, args.output)
 
-    print(f"{args.corpus} / {args.split}: {len(rows)} samples; 95 % intervals by {len(set(clusters))} {unit}")
+    number = len(set(clusters))
+    spread_over = (
+        f"95 % intervals by {number} {unit}" if number > 1 else f"no intervals: they need more {unit} than one"
+    )
+    print(f"{args.corpus} / {args.split}: {len(rows)} samples; {spread_over}")
     print(table_of(metrics, spread))
     for name in ("before", "after") if "calibration" in report else ():
         figures = ", ".join(f"{key} {value:.4f}" for key, value in report["calibration"][name].items())

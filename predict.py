@@ -70,6 +70,9 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         parser.error(f"--output: got {args.output}, wanted a file that ends in {', '.join(sorted(SUFFIXES))}")
     if args.plot and args.plot.suffix.lower() not in PLOTS:
         parser.error(f"--plot: got {args.plot}, wanted a file that ends in {', '.join(sorted(PLOTS))}")
+    for name in ("output", "plot"):
+        if (file := getattr(args, name)) and not file.absolute().parent.is_dir():
+            parser.error(f"--{name}: got {file}, wanted a file in an existing folder")
     if args.language and not args.transcriber:
         parser.error("--language: got a value without --transcriber, wanted both")
     for first in ("segments", "transcriber"):
