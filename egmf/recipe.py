@@ -266,7 +266,7 @@ _LEAST = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gr
 _LEAST |= {"num_train_epochs": 0, "learning_rate": 0, "weight_decay": 0, "logging_steps": 0, "save_steps": 0}
 _NOT_RECORDED = {"output_dir", "resume_from_checkpoint", "use_cpu", "hub_token", "hub_model_id"}
 _OWN = (ModelArguments, DataArguments, PhaseArguments)
-# TrainingArguments on which the trained weights depend; steps and devices may change while a run goes on.
+# TrainingArguments on which the trained weights depend, beside the number of rows in a step.
 _LEARNED_WITH = {"seed", "data_seed", "learning_rate", "lr_scheduler_type", "weight_decay", "warmup_steps", "optim"}
 _LEARNED_WITH |= {"max_grad_norm", "label_smoothing_factor", "train_sampling_strategy", "bf16", "fp16"}
 
@@ -292,14 +292,17 @@ class Recipe:
         return vars(self.model) | {"fusion": self.fusion} | vars(self.data) | vars(self.phases)
 
     def settings(self) -> dict[str, Any]:
-        """All that the trained weights depend on, but for the length of the last phase and the devices."""
+        """All that the trained weights depend on, but for the length of the last phase."""
         own = self.record() | self.fusion
         for name in ("fusion", "corpus_dir", "attn_implementation", "temperature"):
             del own[name]
         for name in ("language_model", "audio_tower", "vision_tower"):
             if isinstance(own[name], str):  # a folder may have been moved
                 own[name] = Path(own[name]).name
-        return own | {name: value for name, value in self.training.to_dict().items() if name in _LEARNED_WITH}
+        training = self.training
+        rows = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
+        own["rows_per_step"] = rows  # on all devices together: another number of them needs another batch size
+        return own | {name: value for name, value in training.to_dict().items() if name in _LEARNED_WITH}
 
     def training_record(self) -> dict[str, Any]:
         """The TrainingArguments that were set, for `recipe.json`; absolute paths are reduced to their last part."""
