@@ -27,7 +27,7 @@ from datasets import Dataset
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from corpora import load_corpus
 from egmf.data.collator import AffectCollator, expand_by_task
@@ -156,25 +156,17 @@ def half(whole, tmp_path) -> Run:
 
 @pytest.mark.slow
 def test_a_run_killed_at_any_moment_ends_like_one_that_was_not(whole, tmp_path):
-    """The run is killed at random times and while a checkpoint is written, after different files of it."""
-    chance, run, partial = random.Random(0), Run(tmp_path, TINY), 0
-    moments = [chance.uniform(0.3, 0.9) * whole.seconds for _ in range(3)]
-    moments += ["adapter_config.json", "optimizer.pt", "trainer_state.json"]
-    chance.shuffle(moments)
-    for moment in moments:
-        there = set(run.folder.glob("checkpoint-*"))
-        process, begun = run.start(), time.monotonic()
-        while process.is_alive():
-            if isinstance(moment, float):
-                if time.monotonic() - begun > moment:
-                    break
-            elif any((path / moment).exists() for path in set(run.folder.glob("checkpoint-*")) - there):
-                break
-            time.sleep(0.0005)
+    """The run is killed while a checkpoint is written, after different files of it, and at random times."""
+    chance, run = random.Random(0), Run(tmp_path, TINY)
+    writing = [(RunTrainer, "_save_optimizer_and_scheduler"), (RunTrainer, "_save_rng_state")]
+    for owner, method in (*writing, (TrainerState, "save_to_json")):
+        assert run(At(owner, method, 1, kill))[0] == -signal.SIGKILL
+        assert any(not (path / MANIFEST).exists() for path in run.folder.glob("checkpoint-*"))
+    for _ in range(3):
+        process = run.start()
+        process.join(chance.uniform(0.3, 0.9) * whole.seconds)
         process.kill()
         process.join()
-        partial += any(not (path / MANIFEST).exists() for path in run.folder.glob("checkpoint-*"))
-    assert partial, "no kill came while a checkpoint was written"
     run.finish()
     assert_alike(run, whole)
 
