@@ -49,7 +49,6 @@ from egmf.training.assembly import (
     build_processor,
     build_towers,
     describes_new_tower,
-    exchange_pseudo_tokens,
     gather_trained_model,
     merge_lora,
     set_clip_statistics,
@@ -325,8 +324,6 @@ def main(arguments: list[str]) -> None:
             validation[key] = with_lengths(expand_by_task(rows["validation"], [processor.tasks[name]]), learning)
     set_seed(training.seed)  # the last phase starts alike whether earlier ones were trained or loaded
     model = add_lora(recipe, model, learns_on)
-    if recipe.phases.pseudo_token_exchange:
-        exchange_pseudo_tokens(model, recipe.phases.pseudo_token_exchange)
     if PartialState().is_main_process:
         model.print_trainable_parameters()
 

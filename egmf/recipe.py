@@ -229,14 +229,6 @@ class PhaseArguments:
     fusion_label_smoothing: float = field(
         default=0.0, metadata={"help": "probability that the fusion's target spreads evenly over all legal answers"}
     )
-    pseudo_token_exchange: float = field(
-        default=0.0,
-        metadata={
-            "help": "share of rows that get another row's pseudo tokens while the LLM learns, after `fusion_epochs`: "
-            "on training rows the experts are right more often than on new ones, and the LLM would trust them too far",
-            "minimum": 0,
-        },
-    )
     expert_gain: float | None = field(
         default=None,
         metadata={
@@ -256,9 +248,6 @@ class PhaseArguments:
     def __post_init__(self):
         if self.temperature is not None and not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature: got {self.temperature}, wanted a positive number")
-        if self.pseudo_token_exchange and (self.pseudo_token_exchange >= 1 or not self.fusion_epochs):
-            got = f"{self.pseudo_token_exchange} with fusion_epochs {self.fusion_epochs}"
-            raise ValueError(f"pseudo_token_exchange: got {got}, wanted a share below 1 with a phase of the fusion")
 
 
 # TrainingArguments that describe the machine or the location of the run.

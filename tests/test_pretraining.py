@@ -21,7 +21,6 @@ from egmf.data.collator import AffectCollator, expand_by_task
 from egmf.media_inputs_egmf import TowerInput
 from egmf.processing_egmf import BUILTIN_TASKS
 from egmf.recipe import load_recipe
-from egmf.training.assembly import exchange_pseudo_tokens
 from egmf.training.pretraining import FusionPretraining, score_targets
 from train import build_model, build_processor, build_towers, resolve_language_model
 
@@ -261,19 +260,6 @@ def test_the_first_phase_scores_answers_as_score_labels_does(fresh_egmf, process
         scores = fresh_egmf.score_labels(processor.candidates(task), **batch).expert_log_probs[row]
         torch.testing.assert_close(logits[row, : len(scores)], scores, rtol=0, atol=1e-4)
         assert torch.isinf(logits[row, len(scores) :]).all()
-
-
-@torch.no_grad()
-def test_some_rows_learn_with_the_pseudo_tokens_of_another(fresh_egmf, samples, make_batch):
-    batch = make_batch(samples[:3])
-    own = fresh_egmf.eval().model.get_pseudo_tokens(**batch)[0]
-    exchange_pseudo_tokens(fresh_egmf, 0.3)
-    torch.testing.assert_close(fresh_egmf.model.get_pseudo_tokens(**batch)[0], own)
-    fresh_egmf.model.fusion.projector.train()  # the rest without dropout
-    torch.manual_seed(0)
-    drawn = torch.stack([fresh_egmf.model.get_pseudo_tokens(**batch)[0] for _ in range(100)])
-    kept, moved = ((drawn - tokens).abs().amax((2, 3)) < 1e-5 for tokens in (own, own.roll(1, 0)))
-    assert (kept ^ moved).all() and 0.2 < moved.float().mean() < 0.4
 
 
 def test_scores_have_targets_that_know_their_order():

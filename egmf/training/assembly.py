@@ -30,7 +30,7 @@ from egmf.commands import check_name
 from egmf.data.lengths import clip_seconds
 from egmf.data.speakers import SPEAKER, Centers, stack_centers
 from egmf.data.tower_cache import COLUMNS, PREPROCESSORS, TowerCache
-from egmf.fusion_egmf import ClipStatistics, PseudoTokenProjector
+from egmf.fusion_egmf import ClipStatistics
 from egmf.media_inputs_egmf import TowerInput
 from egmf.modeling_egmf import EGMFForConditionalGeneration, undivided
 from egmf.processing_egmf import EGMFProcessor
@@ -329,24 +329,6 @@ def set_trainable_towers(model: EGMFForConditionalGeneration, towers: list[str])
     for modality in towers:
         getattr(model.model, f"{modality}_tower").requires_grad_()
     model.train()  # frozen towers stay in eval mode, without dropout and with fixed statistics
-
-
-def exchange_pseudo_tokens(model: nn.Module, share: float) -> None:
-    """Gives a share of each training batch's rows the pseudo tokens of the row before.
-
-    The experts have learned the training rows and are right on nearly all of them, but not on new ones. An LLM that
-    reads only correct pseudo tokens learns to trust them and to neglect the words. Our own choice.
-    """
-
-    def exchange(projector: nn.Module, _, tokens: torch.Tensor) -> torch.Tensor:
-        if not projector.training:
-            return tokens
-        chosen = torch.rand(len(tokens), 1, 1, device=tokens.device) < share
-        return torch.where(chosen, tokens.roll(1, 0), tokens)
-
-    for module in model.modules():
-        if isinstance(module, PseudoTokenProjector):
-            module.register_forward_hook(exchange)
 
 
 def add_lora(recipe: Recipe, model: EGMFForConditionalGeneration, trained: list[str]) -> PeftModel:
