@@ -65,8 +65,6 @@ def recognize_table(args: argparse.Namespace) -> None:
     columns = args.corpus_options.get("columns")
     if unknown := args.corpus_options.keys() - {"columns"}:
         raise ValueError(f"corpus_options: got {', '.join(sorted(unknown))}, wanted columns")
-    if not args.source.is_file():
-        raise ValueError(f"source: got {args.source}, wanted the file of a table")
     transcriber = Transcriber(args.transcriber, args.language)
     transcriber.load()  # a wrong model is no error of a clip
 

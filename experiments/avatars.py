@@ -215,10 +215,9 @@ def missing_section(runs: list[dict]) -> list[str]:
     figures = table_by_variant(runs, "missing", 100, 1) + "\n| " + " | ".join(limit) + " |"
     text = (
         "The six conditions of MMIN ([`robustness.py`](../egmf/evaluation/robustness.py)): every clip with these "
-        "modalities alone (A audio, V vision, T text), by one model. "
-        "*AVT* is the intact clip, *mean* that of the six conditions. One "
-        "model always saw all three in training; of the other one's samples each modality was hidden at times. The "
-        "last row is what the corpus's own rules allow (`ceiling`)."
+        "modalities alone (A audio, V vision, T text), by one model. *AVT* is the intact clip, *mean* that of the six "
+        "conditions. One model always saw all three in training; of the other one's samples each modality was hidden "
+        "at times. The last row is what the corpus's own rules allow (`ceiling`)."
     )
     tested = any("missing" in entry for entry in runs)
     return ["## Missing modalities: accuracy in percent", text, figures] if tested else []

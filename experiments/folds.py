@@ -42,8 +42,7 @@ class Experiment:
     """A recipe and the folds that it is trained on.
 
     Args:
-        title: Heading of its table.
-        reads: What the model reads, in tables.
+        title: Heading of its table: the corpus, a colon, what the model reads, a comma, and more.
         recipe: Name of the recipe.
         folds: Number of folds.
         shown: The metrics of its table.
@@ -52,7 +51,6 @@ class Experiment:
     """
 
     title: str
-    reads: str
     recipe: str
     folds: int
     shown: tuple[str, ...]
@@ -63,7 +61,6 @@ class Experiment:
 EXPERIMENTS = {
     "ravdess": Experiment(
         "RAVDESS: speech, 360 clips, six folds of four actors",
-        "speech",
         "ravdess_smollm2",
         6,
         ("ua", "accuracy"),
@@ -71,7 +68,6 @@ EXPERIMENTS = {
     ),
     "ravdess_faces": Experiment(
         "RAVDESS: speech and faces, 1,440 clips, the five published folds",
-        "speech and face",
         "ravdess_faces_smollm2",
         5,
         ("accuracy", "ua"),
@@ -81,7 +77,6 @@ EXPERIMENTS = {
     ),
     "mvsa": Experiment(
         "MVSA: text and picture, 4,000 tweets, five folds",
-        "text and picture",
         "mvsa_smollm2",
         5,
         ("accuracy", "weighted_f1"),
@@ -90,7 +85,6 @@ EXPERIMENTS = {
     ),
     "casia": Experiment(
         "CASIA: Mandarin speech, 1,200 clips, one of four speakers held out",
-        "speech",
         "casia_smollm2",
         4,
         ("accuracy", "ua"),
@@ -115,8 +109,8 @@ METRICS = {"accuracy": "accuracy", "weighted_f1": "weighted F1", "ua": "UA"}
 
 
 def name_of(one: Experiment, variant: str) -> str:
-    """The name of an experiment's variant in tables."""
-    return one.reads if variant == "full" else NAMES[variant]
+    """The name of an experiment's variant in tables; `full` has that of what the model reads."""
+    return one.title.partition(": ")[2].partition(",")[0] if variant == "full" else NAMES[variant]
 
 
 def fields_of(name: str) -> dict:
@@ -391,7 +385,7 @@ def render(data: dict) -> str:
                 for single, tests in part["mcnemar"].items()
                 for test in tests
             ]
-            parts.append(f"McNemar's exact test of {one.reads} against one of them:")
+            parts.append(f"McNemar's exact test of {name_of(one, 'full')} against one of them:")
             parts.append(table(["against", "seed", "only both correct", "only one correct", "p"], rows))
         nll = [[name_of(one, variant), f"{np.mean(own['nll']):.3f}"] for variant, own in part["variants"].items()]
         parts.append(table(["model", "negative log-likelihood of the gold answer"], nll))

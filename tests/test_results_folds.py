@@ -64,7 +64,7 @@ def test_collect_and_render(runs):
     assert (test["first_only"], test["second_only"]) == (23, 0) and test["p_value"] == pytest.approx(2 / 2**23)
     data = {"ravdess_faces": part | {"probe": {"audio": {"accuracy": 0.5, "weighted_f1": 0.5, "ua": 0.25}}}}
     text = folds.render(data)
-    assert re.search(r"\| speech and face \| 1 \| 83\.85 \(7\d\.\d\d to 87\.50\) \| 83\.85 \(", text)
+    assert re.search(r"\| speech and faces \| 1 \| 83\.85 \(7\d\.\d\d to 87\.50\) \| 83\.85 \(", text)
     assert "| speech, linear probe |  | 50.00 | 25.00 |" in text
     assert "python train.py 1\npython eval.py 1" in text
     assert "| RAVDESS | speech | accuracy | 71.88 |" in folds.headline(data)
