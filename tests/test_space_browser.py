@@ -191,6 +191,17 @@ def test_a_broken_clip_then_a_good_one(open_page, place):
     assert answer(page) and page.get_by_role("alert").filter(has_text="nothing").count() == 0
 
 
+def test_answer_waits_for_an_upload(open_page, place):
+    page, uploads = open_page(), []
+    page.route("**/upload?*", lambda upload: uploads.append(upload))  # holds them
+    for end in ("abort", "continue_"):
+        page.set_input_files("#video input[type=file]", str(place / "one.mp4"))
+        page.locator("#ask:disabled").wait_for()
+        getattr(uploads.pop(), end)()
+        page.locator("#ask:enabled").wait_for()
+    assert answer(page)
+
+
 def test_two_users_at_once(open_page, place, recognize):
     files = [place / "one.mp4", place / "long.mp4"]
     pages = [open_page(), open_page()]

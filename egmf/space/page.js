@@ -1,5 +1,6 @@
 // The clip stays in the browser: the player and a second question need no file on the server, which deletes it.
 const egmf = {
+  fetch: window.fetch.bind(window),
   clips: new Map(), // path on the server -> the clip
 
   // Screen readers read out what appears there.
@@ -11,7 +12,13 @@ const egmf = {
     return [...document.querySelectorAll("#video video, #sound audio")].find((one) => one.offsetParent && one.src);
   },
 
+  // "Answer" waits for a clip on its way to the server: without it, there would be nothing to answer.
+  setSending(isSending) {
+    document.getElementById("ask").disabled = isSending;
+  },
+
   async keep(value, place) {
+    egmf.setSending(false);
     if (!value) return;
     const answer = await fetch(value.url);
     if (!answer.ok) return;
@@ -46,11 +53,20 @@ const egmf = {
     const form = new FormData();
     form.append("files", clip.blob, clip.name);
     const [url] = value.url.split("/file=");
-    const answer = await fetch(`${url}/upload`, { method: "POST", body: form });
+    const answer = await egmf.fetch(`${url}/upload`, { method: "POST", body: form });
     if (!answer.ok) return value;
     const [path] = await answer.json();
     return { ...value, path, url: `${url}/file=${path}` };
   },
+};
+
+// Gradio has no event for the begin of an upload, but sends all of them with `fetch`.
+window.fetch = (...request) => {
+  const sent = egmf.fetch(...request);
+  if (!new URL(request[0], location.href).pathname.endsWith("/upload")) return sent;
+  egmf.setSending(true); // until `keep` has the clip
+  sent.then((answer) => answer.ok || egmf.setSending(false), () => egmf.setSending(false));
+  return sent;
 };
 
 document.addEventListener("click", (event) => {
