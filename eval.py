@@ -106,9 +106,10 @@ def read_predictions(file: Path, rows, task) -> dict[str, dict]:
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
         try:
             row = json.loads(line)
-            others[row["id"]] = {name: row[name] for name in ("gold", "answers")}
+            others[row["id"]] = {"gold": row["gold"], "answers": row["answers"]}
+            row["answers"]["distribution"]
         except (ValueError, KeyError, TypeError):
-            wanted = "a row of predictions.jsonl with id, gold and answers"
+            wanted = "a row of predictions.jsonl with id, gold and answers (at least `distribution`)"
             raise ValueError(f"{file}: line {number}: got {line[:60]!r}, wanted {wanted}") from None
     gold = dict(zip(rows["id"][:], rows[LABEL_COLUMNS[task.kind]][:], strict=True))
     if {row_id: row["gold"] for row_id, row in others.items()} != gold:
@@ -120,7 +121,8 @@ def read_predictions(file: Path, rows, task) -> dict[str, dict]:
 def compare(predictions: list[dict], others: dict[str, dict], task, samples: list) -> dict[str, dict]:
     """Runs paired tests of this run against another one on the same samples, for each kind of answer."""
     gold, tests = [row["gold"] for row in predictions], {}
-    for answer in predictions[0]["answers"]:
+    known = set.intersection(*map(set, others.values()))  # an older run may lack some
+    for answer in (one for one in predictions[0]["answers"] if one in known):
         here = [row["answers"][answer] for row in predictions]
         there = [others[row["id"]][answer] for row in predictions]
         tests[answer] = {"differences": paired_differences(measure_of(task), gold, here, there, samples)}
@@ -245,7 +247,7 @@ def main(arguments: list[str]) -> None:
     if options is None:
         options = trained["corpus_options"] if trained.get("corpus") == args.corpus else part.get("options", {})
     if args.corpus == "table":  # the splits that training made; what it has not seen is test data
-        options = {"splits": read_splits(Path(args.model).parent / SPLITS_FILE)} | options
+        options = {"splits": read_splits(Path(args.model).absolute().parent / SPLITS_FILE)} | options
     with in_turns():  # loading may generate the corpus
         corpus = load_corpus(args.corpus, args.corpus_dir, **options)
     rows = corpus[args.split]

@@ -23,6 +23,7 @@ A transcripts file has the columns `file` (name or path), `text` and optionally 
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -79,6 +80,10 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         if getattr(args, first) and (both := [name for name in ("window", "hop") if getattr(args, name)]):
             parser.error(f"--{both[0]}: got a value with --{first}, wanted one of them")
     args.files = find_files(args.inputs, args.recursive)
+    read = [*args.files, *(args.speaker_clips or ()), *filter(None, (args.transcripts, args.segments))]
+    for name in ("output", "plot"):
+        if (file := getattr(args, name)) and file.exists() and any(_is_same(file, other) for other in read):
+            parser.error(f"--{name}: got {file}, which is read, wanted another file")
     for name in ("text", "segments", "plot"):
         if getattr(args, name) is not None and len(args.files) > 1:
             hint = "; see --transcripts" if name == "text" else ""
@@ -86,6 +91,10 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     if args.output and args.output.suffix.lower() == ".vtt" and len(args.files) > 1:
         parser.error(f"--output: got {len(args.files)} files for subtitles, wanted one")
     return args
+
+
+def _is_same(file: Path, other: str | Path) -> bool:
+    return os.path.exists(other) and file.samefile(other)
 
 
 def samples_of(args: argparse.Namespace) -> list[dict]:

@@ -228,11 +228,9 @@ def main(arguments: list[str]) -> None:
         language_model = resolve_language_model(recipe.model.language_model)
     if PartialState().is_main_process:
         report_corpora(recipe, corpora, output)
-    if data.by_speaker:
-        corpora = [
-            DatasetDict({split: name_speakers(part.name, split, rows) for split, rows in splits.items()})
-            for part, splits in zip(data.parts, corpora, strict=True)
-        ]
+    for split in ("train", *(["validation"] if data.speaker_adaptation else [])) if data.by_speaker else ():
+        for part, splits in zip(data.parts, corpora, strict=True):
+            splits[split] = name_speakers(part.name, split, splits[split])
     corpus = {split: concatenate_datasets([part[split] for part in corpora]) for split in ("train", "validation")}
     with undivided():
         towers = build_towers(recipe)

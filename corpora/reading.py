@@ -137,7 +137,7 @@ def read_csv(file: Path) -> tuple[list[str], Iterator[tuple[int, dict[str, str] 
         ValueError: If a column comes twice, or (while iterating) a quote is not closed.
     """
     content = decode_text(file)
-    first = content.split("\n", 1)[0]
+    first = (content.splitlines() or [""])[0]
     delimiter = max(DELIMITERS, key=lambda mark: len(next(csv.reader([first], delimiter=mark), [])))
     lines = csv.reader(io.StringIO(content, newline=""), delimiter=delimiter, strict=True)
     header = [name.strip() for name in _next_cells(file, lines) or ()]

@@ -1,6 +1,8 @@
 """Splits for a table that names none."""
 
 import csv
+import hashlib
+import json
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,6 +17,7 @@ from corpora.clips import split_part
 SPLITS = ("train", "validation", "test")
 SHARES = (0.7, 0.15, 0.15)
 SPLITS_FILE = "splits.csv"  # in the folder of a run
+_LEARNED = ("text", "speaker", "language", "context", "emotion", "sentiment")  # beside the clip
 
 
 def make_splits(rows: Sequence[dict[str, Any]], seed: int) -> str:
@@ -51,33 +54,44 @@ def clip_key(row: Mapping[str, Any]) -> str:
 
 
 def write_splits(file: str | os.PathLike, corpus: DatasetDict) -> None:
-    """Write the split of all rows as CSV.
+    """Write the split of all rows as CSV, with a digest of what else a model learns from a row.
 
     Raises:
-        ValueError: If the file is there already, and has other rows or splits.
+        ValueError: If the file is there already, and has other rows, splits or contents.
     """
     found = {
-        clip_key(row): split for split, rows in corpus.items() for row in rows.select_columns(["id", "audio", "video"])
+        clip_key(row): {"split": split, "content": _digest(row)}
+        for split, rows in corpus.items()
+        for row in rows.select_columns(["id", "audio", "video", *_LEARNED])
     }
     if os.path.isfile(file):
-        known = read_splits(file)
-        changed = sum(found.get(key) != known.get(key) for key in found.keys() | known.keys())
+        known = _read(file)
+        # A file of an earlier version has no contents.
+        same = [key for key, row in known.items() if key in found and found[key].items() >= row.items()]
+        changed = len(found.keys() | known.keys()) - len(same)
         if changed:
-            got = f"{changed} rows that are new, gone or in another split since the run began"
+            got = f"{changed} rows that are new, gone, changed or in another split since the run began"
             raise ValueError(f"{file}: got {got}, wanted another output_dir for another table")
         return
     with open(file, "w", encoding="utf-8", newline="") as target:
-        writer = csv.writer(target)
-        writer.writerow(("clip", "split"))
-        writer.writerows(found.items())
+        writer = csv.DictWriter(target, ("clip", "split", "content"))
+        writer.writeheader()
+        writer.writerows({"clip": key} | row for key, row in found.items())
 
 
 def read_splits(file: str | os.PathLike) -> dict[str, str]:
     """The split of each row by [`clip_key`], from a file of [`write_splits`]; empty if there is none."""
-    if not os.path.isfile(file):
-        return {}
+    return {key: row["split"] for key, row in _read(file).items()} if os.path.isfile(file) else {}
+
+
+def _read(file: str | os.PathLike) -> dict[str, dict[str, str]]:
     with open(file, encoding="utf-8", newline="") as source:
-        return {row["clip"]: row["split"] for row in csv.DictReader(source)}
+        return {row.pop("clip"): row for row in csv.DictReader(source)}
+
+
+def _digest(row: Mapping[str, Any]) -> str:
+    content = json.dumps([row[name] for name in _LEARNED], ensure_ascii=False)
+    return hashlib.sha256(content.encode(errors="surrogatepass")).hexdigest()[:16]
 
 
 def _divides(rows: Sequence[Mapping[str, Any]], name: str) -> bool:

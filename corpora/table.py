@@ -33,7 +33,7 @@ import mimetypes
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from corpora.clips import name_part, store_clip
-from corpora.reading import read_csv, repair_text
+from corpora.reading import decode_text, read_csv, repair_text
 from corpora.schema import build_split, check_count
 from corpora.splits import SPLITS, clip_key, make_splits
 
@@ -78,12 +78,14 @@ class _Part:
             the row could not be read.
         folder: Where relative paths begin; None if the rows must not name files (datasets of the Hub).
         split: The split of all rows, if the source names it.
+        within: The folder within the source, if several folders have tables: equal names are different clips.
     """
 
     name: str
     rows: Iterator[tuple[str, dict[str, Any] | str]]
     folder: Path | None
     split: str | None = None
+    within: str = ""
 
 
 @dataclass
@@ -116,7 +118,7 @@ def load(
         context: maximum number of preceding utterances of the dialogue in each row.
         seed: random seed of the splits, if the table names none.
         splits: the splits that a run wrote down (`corpora.splits.read_splits`), for a table that names none. Rows that
-            are not in it belong to `test`.
+            are not in it belong to `test`; if it is empty, all rows do, with a warning.
         drop_wrong_rows: whether to log wrong rows and leave them out, instead of raising an error.
         config: configuration of a Hub dataset that has several.
 
@@ -180,7 +182,10 @@ def _folder(folder: Path) -> list[_Part]:
     splits = {file: next((SPLIT_NAMES[word] for word in words[file] if word in SPLIT_NAMES), None) for file in tables}
     one = len(set(splits.values())) == 1  # then it is no division
     if tables:
-        return [_table(file, None if one else splits[file]) for file in tables]
+        several = len({file.parent for file in tables}) > 1
+        within = [file.parent.relative_to(folder).as_posix() if several else "" for file in tables]
+        pairs = zip(tables, within, strict=True)
+        return [replace(_table(file, None if one else splits[file]), within=own) for file, own in pairs]
     return [_Part(str(folder), _clip_rows(folder, files), folder)]
 
 
@@ -243,6 +248,8 @@ def _dataset_rows(rows: Dataset) -> Iterator[tuple[str, dict[str, Any]]]:
 def _table(file: Path, split: str | None) -> _Part:
     suffix = file.suffix.lower()
     if suffix in BUILDERS:
+        if suffix == ".jsonl" and not decode_text(file).strip():
+            raise ValueError(f"{file}: got an empty file, wanted one row in each line")
         rows = _dataset_rows(_loaded(str(file), BUILDERS[suffix], data_files=str(file), split="train"))
     elif suffix in (".csv", ".tsv"):
         rows = ((f"line {line}", cells) for line, cells in read_csv(file)[1])
@@ -334,7 +341,8 @@ def _row(where: str, cells: dict[str, Any], part: _Part) -> dict[str, Any]:
         if not is_empty(cells.get(name)):
             file = _file(name, cells[name], part.folder)
             row |= dict.fromkeys(_media_columns(name, file), file)
-            row |= {"recording": file, "id": text[name] if isinstance(cells[name], str) else file}
+            own = os.path.join(part.within, text[name]) if isinstance(cells[name], str) else file
+            row |= {"recording": file, "id": own}
     if not row["text"] and not row["recording"]:
         raise WrongRow("got neither words nor a file, wanted one of them")
     if text.get("start") or text.get("end"):
@@ -462,6 +470,10 @@ def _assign_splits(source: str, rows: list[dict], seed: int, known: Mapping[str,
                 learned,
                 len(rows),
             )
+        elif not known:
+            lacks = "names no splits, and no splits.csv of a run is beside the model"
+            learned_from = "those that the model has learned from, if any, are among them"
+            logger.warning("%s: %s: all %d rows are test rows, and %s", source, lacks, len(rows), learned_from)
         return
     by = make_splits(rows, seed)
     counts = ", ".join(f"{name} {sum(row['split'] == name for row in rows)}" for name in SPLITS)

@@ -233,7 +233,7 @@ class PhaseArguments:
         default=None,
         metadata={
             "help": "power of the experts' own answer beside the LLM's; by default fitted to the validation split "
-            "after training, or 1 without `fusion_epochs`; 0 trains and answers without the experts' own answer",
+            "after training, or 1 without that split or `fusion_epochs`; 0 leaves the experts' own answer out",
             "minimum": 0,
         },
     )
@@ -257,7 +257,7 @@ _NOT_RECORDED = {"output_dir", "resume_from_checkpoint", "use_cpu", "hub_token",
 _OWN = (ModelArguments, DataArguments, PhaseArguments)
 # TrainingArguments on which the trained weights depend, beside the number of rows in a step.
 _LEARNED_WITH = {"seed", "data_seed", "learning_rate", "lr_scheduler_type", "weight_decay", "warmup_steps", "optim"}
-_LEARNED_WITH |= {"max_grad_norm", "label_smoothing_factor", "train_sampling_strategy", "bf16", "fp16"}
+_LEARNED_WITH |= {"max_grad_norm", "train_sampling_strategy", "bf16", "fp16"}
 
 
 @dataclass
@@ -369,6 +369,9 @@ def load_recipe(arguments: list[str]) -> Recipe:
     if training.resume_from_checkpoint:
         got = training.resume_from_checkpoint
         raise ValueError(f"resume_from_checkpoint: got {got}, wanted nothing: repeat the command to resume a run")
+    if training.label_smoothing_factor:  # Trainer would compare each token with itself
+        wanted = "0; fusion_label_smoothing smooths what the experts learn"
+        raise ValueError(f"label_smoothing_factor: got {training.label_smoothing_factor}, wanted {wanted}")
     dry_run = "dry_run" in namespace
     recipe = Recipe(model, fusion, data, phases, training, said.keys() | given.keys(), dry_run)
     if data.corpora and phases.tower_epochs:

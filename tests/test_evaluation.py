@@ -284,6 +284,13 @@ def test_an_evaluation_across_corpora_is_written_whole(model_folder, tmp_path, m
         eval_script.main([*arguments, str(tmp_path / "second"), "--compare", str(others)])
     with pytest.raises(ValueError, match="modalities: got smell, wanted some of those that the model reads: text"):
         eval_script.main([*arguments, str(tmp_path / "second"), "--modalities", "text", "smell"])
+    # A baseline may have one kind of answer only.
+    rows = [json.loads(line) for line in lines]
+    alone = [row | {"answers": {"distribution": row["answers"]["distribution"]}} for row in rows]
+    others.write_text("".join(json.dumps(row) + "\n" for row in alone), "utf-8")
+    eval_script.main([*arguments, str(tmp_path / "second"), "--compare", str(others)])
+    compared = json.loads((tmp_path / "second/metrics.json").read_text(encoding="utf-8"))["compared_to"]
+    assert [*compared] == ["distribution"]
     eval_script.main([*arguments, str(tmp_path / "second"), "--compare", str(tmp_path / "first/predictions.jsonl")])
     tests = json.loads((tmp_path / "second/metrics.json").read_text(encoding="utf-8"))["compared_to"]["distribution"]
     assert tests["mcnemar"]["p_value"] == tests["differences"]["weighted_f1"]["p_value"] == 1.0

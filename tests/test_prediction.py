@@ -201,6 +201,7 @@ def test_a_table_waits_for_the_first_answer(run, place):
     with (place / "all.csv").open(encoding="utf-8", newline="") as file:
         first, second = csv.DictReader(file)
     assert status == 1 and "Cannot read" in first["error"] and second["label"] and "probabilities.joy" in second
+    assert {"language", "recognized_by"} < first.keys()  # a later answer may have them
     run("broken.mp4", "--output", "none.csv")
     assert "Cannot read" in (place / "none.csv").read_text()
 
@@ -226,6 +227,7 @@ def test_a_terminal_gets_a_table(run, monkeypatch, capsys):
         (["a.wav", "--segments", "words.csv", "--window", "3"], "--window: got a value with --segments"),
         (["a.wav", "--window", "0"], "argument --window: got '0', wanted seconds from 0.05"),
         (["a.wav", "--language", "en"], "--language: got a value without --transcriber"),
+        (["talks/talk.mp4", "--transcripts", "words.csv", "--output", "words.csv"], "got words.csv, which is read"),
     ],
 )
 def test_wrong_arguments(place, monkeypatch, capsys, arguments, message):

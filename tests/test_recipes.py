@@ -209,6 +209,7 @@ def test_every_field_of_the_fusion_can_be_set(tmp_path):
         ({"num_epochs": 3}, r"unknown \['num_epochs'\]"),
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size: got 0, wanted at least 1"),
         ({"resume_from_checkpoint": "last"}, "resume_from_checkpoint: got last, wanted nothing"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor: got 0.1, wanted 0; fusion_label_smoothing"),
         ({"bf16": True, "fp16": True}, "recipe.yaml: At most one of fp16 and bf16"),
         ({"corpus": "moral"}, "corpus: got 'moral', wanted one of avatars, "),
         ({"tasks": [{"name": "stress", "label": ["a", "b"]}]}, "got the unknown field label, wanted some of name"),

@@ -360,6 +360,8 @@ def test_a_trained_model_knows_how_long_its_clips_were(recognize, tmp_path):
     rows = Dataset.from_dict({"audio": [*files, str(tmp_path / "broken.wav"), None], "video": [None] * 22})
     assert clip_seconds(rows) == pytest.approx(np.quantile(0.5 + 0.1 * np.arange(20), 0.95), abs=0.01)
     assert clip_seconds(rows.select([21])) is None
+    parts = Dataset.from_dict({"audio": [f"{files[-1]}#t=0,0.5", f"{files[-1]}#t=1.5"], "video": [None] * 2})
+    assert clip_seconds(parts) == pytest.approx(np.quantile([0.5, 0.9], 0.95), abs=0.01)
     processor = copy.copy(recognize.processor)
     processor.clip_seconds = 0.7
     processor.save_pretrained(tmp_path / "model")

@@ -183,6 +183,8 @@ def test_processes_share_an_order_and_not_their_random_numbers(tmp_path):
         seen = [row for process in batches for rows, _ in process for row in rows]
         assert set(seen) == set(range(37)) and len(seen) == 42  # the last batches are filled up
     assert not set(found[0]["drawn"]) & set(found[1]["drawn"])
+    for process in found:  # 7 steps an epoch: the run resumes inside the second one
+        assert process["resumed"] == process["rows"][10:]
 
 
 @pytest.mark.slow

@@ -135,6 +135,19 @@ def test_folders_of_datasets_give_the_same_rows(tmp_path, clips, expected):
                 assert Path(row["audio"]).read_bytes() == Path(other["audio"]).read_bytes()
 
 
+def test_equal_names_in_the_folders_of_splits_are_different_clips(tmp_path):
+    write_sounds(tmp_path, [f"{split}/{number}.wav" for split in ("train", "test") for number in range(2)])
+    for split in ("train", "test"):
+        rows = [{"file_name": f"{number}.wav", "label": "ab"[number]} for number in range(2)]
+        write_csv(tmp_path / split / "metadata.csv", rows)
+    corpus = load_corpus("table", tmp_path)
+    assert {split: rows["id"][:] for split, rows in corpus.items()} == {
+        "train": ["train/0.wav", "train/1.wav"],
+        "validation": [],
+        "test": ["test/0.wav", "test/1.wav"],
+    }
+
+
 def test_folders_by_class_name_the_labels(tmp_path):
     write_sounds(tmp_path, [f"{label}/{number}.wav" for label in ("calm", "tense") for number in range(3)])
     corpus = load_corpus("table", tmp_path)
@@ -257,6 +270,25 @@ def test_what_is_wrong_with_a_file_is_said(content, message, tmp_path):
         load_corpus("table", file)
 
 
+def test_lines_that_end_as_on_an_old_macintosh(tmp_path):
+    (tmp_path / "t.csv").write_bytes(b"text;label\rso;calm\rwhat;tense\r")
+    found = load_corpus("table", tmp_path / "t.csv").values()
+    assert {row["text"]: row["emotion"] for rows in found for row in rows} == {"so": "calm", "what": "tense"}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "t.jsonl: got an empty file, wanted one row in each line"),
+        (b'{"text": "a", "label": "b"}\n{"text": "d\xe9j\xe0", "label": "b"}\n', "t.jsonl: line 2: got a byte 0xe9"),
+    ],
+)
+def test_what_is_wrong_with_json_lines_is_said(content, message, tmp_path):
+    (tmp_path / "t.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        load_corpus("table", tmp_path / "t.jsonl")
+
+
 def test_a_source_that_is_nothing_is_said(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"clips.csv: no such file or folder, wanted a table \(.csv"):
         load_corpus("table", tmp_path / "clips.csv")
@@ -316,7 +348,7 @@ def test_few_speakers_still_give_a_test_split(groups, sizes):
     assert [Counter(row["split"] for row in rows)[name] for name in ("train", "validation", "test")] == sizes
 
 
-def test_written_splits_hold_for_a_table_that_has_grown(tmp_path):
+def test_written_splits_hold_for_a_table_that_has_grown(tmp_path, caplog):
     write_sounds(tmp_path, [f"{number}.wav" for number in range(6)])
     rows = [{"file": f"{number}.wav", "label": "ab"[number % 2]} for number in range(6)]
     made = load_corpus("table", write_csv(tmp_path / "t.csv", rows[:5]))
@@ -327,12 +359,25 @@ def test_written_splits_hold_for_a_table_that_has_grown(tmp_path):
     for split in ("train", "validation"):
         assert set(again[split]["id"]) == set(made[split]["id"]) != set()
     assert set(again["test"]["id"]) == set(made["test"]["id"]) | {"5.wav"}
-    with pytest.raises(ValueError, match="splits.csv: got 1 rows that are new, gone or in another split"):
+    changed = "rows that are new, gone, changed or in another split"
+    with pytest.raises(ValueError, match=f"splits.csv: got 1 {changed}"):
         write_splits(tmp_path / "splits.csv", again)
+    corrected = [row | {"label": "a" if row["file"] == "1.wav" else row["label"]} for row in rows[:5]]
+    with pytest.raises(ValueError, match=f"splits.csv: got 1 {changed}"):
+        write_splits(
+            tmp_path / "splits.csv", load_corpus("table", write_csv(tmp_path / "t.csv", corrected), splits=known)
+        )
+    lines = (tmp_path / "splits.csv").read_text(encoding="utf-8").splitlines()
+    earlier = "".join(line.rpartition(",")[0] + "\n" for line in lines)  # a version that wrote no contents
+    (tmp_path / "splits.csv").write_text(earlier, encoding="utf-8")
+    write_splits(tmp_path / "splits.csv", made)
     # Other clips of the same names were not trained on.
     write_sounds(tmp_path / "other", [f"{number}.wav" for number in (5, 0, 1, 2, 3, 4)])
     other = load_corpus("table", write_csv(tmp_path / "other" / "t.csv", rows), splits=known)
     assert len(other["test"]) == 6
+    caplog.clear()
+    assert len(load_corpus("table", tmp_path / "t.csv", splits={})["test"]) == 5
+    assert "no splits.csv of a run is beside the model: all 5 rows are test rows" in caplog.text
 
 
 def test_dialogues_give_context(tmp_path):
@@ -536,6 +581,21 @@ def test_a_table_trains_and_answers_as_the_built_in_corpus(corpus, tower, tmp_pa
     assert losses == own_losses and len(losses) >= 3
     assert answers == own_answers
     assert all(torch.equal(weights[name], own_weights[name]) for name in weights)
+
+
+@pytest.mark.slow
+def test_a_table_without_validation_rows_trains_a_model_that_hears_its_experts(tower, tmp_path):
+    """Speakers are mixed, so those of the training rows must be known, and those of the test rows need not."""
+    names = [f"{number}.wav" for number in range(8)]
+    write_sounds(tmp_path, names)
+    rows = [{"file": name, "label": "ab"[place % 2]} for place, name in enumerate(names)]
+    parts = [{"speaker": "Ann", "split": "train"}] * 3 + [{"speaker": "Bob", "split": "train"}] * 3
+    parts += [{"speaker": "", "split": "test"}] * 2
+    table = write_csv(tmp_path / "t.csv", [row | part for row, part in zip(rows, parts, strict=True)])
+    fields = ["--corpus_dir", table, "--output_dir", tmp_path / "run", "--speaker_mixing", 1.0]
+    said = run("train", "recipes/own_clips.yaml", *small(tower), *fields).said
+    assert "no validation rows: expert_gain and temperature are not fitted" in said
+    assert load_file(tmp_path / "run/model/model.safetensors")["model.readout.gain"].item() == 1.0
 
 
 # --- the section of the README ---------------------------------------------------------------------------------------

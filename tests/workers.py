@@ -49,7 +49,7 @@ class Recorder(torch.nn.Module):
 
 
 def order(folder: str) -> None:
-    """Rows and random numbers of two epochs of length-grouped training."""
+    """Rows and random numbers of two epochs grouped by length, and the rows of a run that resumes after step 10."""
     rng = random.Random(0)
     rows = Dataset.from_list([{"row": row, "length": rng.randint(1, 9)} for row in range(37)])
     arguments = TrainingArguments(
@@ -58,7 +58,8 @@ def order(folder: str) -> None:
         num_train_epochs=2,
         per_device_train_batch_size=3,
         train_sampling_strategy="group_by_length",
-        save_strategy="no",
+        save_strategy="steps",
+        save_steps=10,
         remove_unused_columns=False,
         disable_tqdm=True,
     )
@@ -66,9 +67,11 @@ def order(folder: str) -> None:
     def collate(batch: list[dict]) -> dict[str, torch.Tensor]:
         return {name: torch.tensor([row[name] for row in batch]) for name in ("row", "length")}
 
-    model = Recorder()
+    model, resumed = Recorder(), Recorder()
     MixtureTrainer(model, arguments, data_collator=collate, train_dataset=rows).train()
-    write(folder, {"rows": model.rows, "drawn": model.drawn})
+    checkpoint = str(Path(folder) / "checkpoint-10")
+    MixtureTrainer(resumed, arguments, data_collator=collate, train_dataset=rows).train(checkpoint)
+    write(folder, {"rows": model.rows, "drawn": model.drawn, "resumed": resumed.rows})
 
 
 def cache(folder: str, *paths: str) -> None:

@@ -62,7 +62,7 @@ class Output:
             self.waiting.append(row)  # its empty values do not show the columns
             return
         if self.columns is None:
-            front = ["file", "start", "end", "segments", "speaker", "text"]
+            front = ["file", "start", "end", "segments", "speaker", "text", "language", "recognized_by"]
             self.columns = [*front, *(name for name in row if name not in front)]
             csv.writer(self.file).writerow(self.columns)
             for earlier in self.waiting:

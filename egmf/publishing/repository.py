@@ -31,10 +31,10 @@ from egmf.files import weights_digest
 from egmf.modeling_egmf import EGMFForConditionalGeneration
 from egmf.processing_egmf import AffectTask
 from egmf.publishing.model_card import Run, recipe_yaml, write_card
+from egmf.publishing.pins import ROOT, pins
 from egmf.recipe import complete_record
 
 
-ROOT = Path(__file__).resolve().parents[2]
 # Files of `model/` that are published unchanged: configurations, the processor's files, the code.
 COPIED = ("*.json", "*_egmf.py", "*.jinja", "*.txt", "*.model")
 # Files of an earlier publication that must be deleted, because they would be loaded instead of the new ones.
@@ -43,7 +43,7 @@ REPLACED += ("handler.py", "requirements.txt")
 INDEX = "model.safetensors.index.json"
 WRITTEN = {"README.md", "LICENSE", "recipe.json", "recipe.yaml"}
 # Packages that an Inference Endpoint installs for `handler.py`. Its image brings torch, NumPy and Pillow.
-SERVED = {"av", "decord2", "huggingface-hub", "soundfile", "soxr", "transformers"}
+SERVED = ("av", "decord2", "huggingface-hub", "soundfile", "soxr", "transformers")
 
 
 def check_repo_id(repo_id: str) -> None:
@@ -172,8 +172,7 @@ def build_folder(run: Run, repo_id: str, license: str | None, adapter_only: bool
             weights = {name: value for path in weight_files(model) for name, value in load_file(path).items()}
             save_torch_state_dict(weights, folder, max_shard_size=max_shard_size)
             shutil.copyfile(ROOT / "handler.py", folder / "handler.py")
-            pinned = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines(keepends=True)
-            _write(folder / "requirements.txt", "".join(line for line in pinned if line.partition("==")[0] in SERVED))
+            _write(folder / "requirements.txt", "\n".join(pins("requirements.txt", SERVED)) + "\n")
         write_card(folder, run, repo_id, license, adapter_only)
         check_no_paths(folder, run.folder)
         for path in folder.iterdir():

@@ -8,10 +8,10 @@ from typing import Any
 
 from huggingface_hub import SpaceCard, SpaceCardData
 
+from egmf.publishing.pins import ROOT, pins
 from egmf.readme import section
 
 
-ROOT = Path(__file__).resolve().parents[2]
 TEMPLATE = Path(__file__).with_name("space.md")
 # The code of the page. That of the model comes with the model.
 COPIED = ("app.py", "LICENSE", "egmf/__init__.py", "egmf/commands.py", "egmf/readme.py")
@@ -20,12 +20,6 @@ COPIED += ("egmf/prediction/__init__.py", "egmf/prediction/outputs.py", "egmf/sp
 PACKAGES = ("av", "decord2", "huggingface-hub", "numpy", "pillow", "safetensors", "soundfile", "soxr", "tokenizers")
 PACKAGES += ("torch", "transformers")
 PYTHON = "3.11"
-
-
-def pinned(file: str) -> dict[str, str]:
-    """The lines of a requirements file, by package."""
-    lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
-    return {line.partition("==")[0]: line for line in lines if line and not line.startswith("#")}
 
 
 def write_space(
@@ -69,10 +63,10 @@ def write_space(
     settings: dict[str, Any] = {"model": repo_id, "transcriber": transcriber, "examples": copies}
     settings |= {"max_megabytes": megabytes, "max_seconds": seconds}
     (folder / "space.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    page, model = pinned("requirements-space.txt"), pinned("requirements.txt")
-    lines = [page["gradio"], *(model[name] for name in PACKAGES)]
+    [gradio] = pins("requirements-space.txt", ["gradio"])
+    lines = [gradio, *pins("requirements.txt", PACKAGES)]
     (folder / "requirements.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return _write_card(folder, repo_id, transcriber, page["gradio"].partition("==")[2], megabytes, seconds)
+    return _write_card(folder, repo_id, transcriber, gradio.partition("==")[2], megabytes, seconds)
 
 
 def _write_card(

@@ -62,8 +62,8 @@ def calibrate(
     """Sets the gain of the trained model and the temperatures of the processor, and logs them.
 
     The recipe's `expert_gain` and `temperature` are used as they are. What it leaves open is fitted to the validation
-    split; without one, it stays as training left it. So does the gain of a readout that was trained with the LLM: the
-    sum of both is what `generate()` has learned.
+    split; without one, both are 1, with a warning. The gain of a readout that was trained with the LLM is 1 as well:
+    the sum of both is what `generate()` has learned.
 
     Args:
         trainer: The trainer of the finished last phase.
@@ -72,8 +72,10 @@ def calibrate(
         validation: Rows of the validation split, with one task in each data set.
         phases: The recipe's fields.
     """
-    gain, figures = phases.expert_gain, {}
-    if gain is None and not phases.fusion_epochs:
+    gain, figures, validation = phases.expert_gain, {}, list(validation)
+    if not validation and None in (gain, phases.temperature):
+        logging.warning("no validation rows: expert_gain and temperature are not fitted; what the recipe lacks is 1")
+    if gain is None and not (phases.fusion_epochs and validation):
         gain = 1.0
     temperatures = dict.fromkeys(tasks, phases.temperature) if phases.temperature is not None else {}
     found: dict[str, list] = {}

@@ -57,6 +57,17 @@ class PerRankSeed(TrainerCallback):
             set_seed(args.seed, device_specific=True)
 
 
+class SamplerEpoch(TrainerCallback):
+    """Tells the sampler its epoch: Accelerate does not reach it if several processes go on inside an epoch."""
+
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        batches = train_dataloader.batch_sampler
+        while hasattr(batches, "batch_sampler"):  # wrappers, for a process's share and for skipped batches
+            batches = batches.batch_sampler
+        if hasattr(batches.sampler, "set_epoch"):
+            batches.sampler.set_epoch(int(state.epoch))
+
+
 def data_seed_of(args: TrainingArguments) -> int:
     """The seed of sampling and augmentation: `data_seed`, or `seed` if it is not set."""
     return args.seed if args.data_seed is None else args.data_seed
@@ -74,6 +85,7 @@ class MixtureTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.mixture = mixture
         self.add_callback(PerRankSeed())
+        self.add_callback(SamplerEpoch())
 
     def _get_train_sampler(self, train_dataset=None):
         rows = self.train_dataset if train_dataset is None else train_dataset
