@@ -11,10 +11,8 @@ import json
 import signal
 import sys
 from pathlib import Path
-from typing import Any
 
 from transformers import pipeline
-from transformers.utils import cached_file
 
 from egmf.commands import check_model, run_command
 from egmf.space.answering import Recognizer
@@ -43,13 +41,6 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     return args
 
 
-def trained_tasks(model: str, processor: Any) -> list[str]:
-    """The tasks that the model was trained on, as its recipe says; without a recipe, the default one, or all."""
-    if recipe := cached_file(model, "recipe.json", _raise_exceptions_for_missing_entries=False):
-        return json.loads(Path(recipe).read_text(encoding="utf-8"))["tasks"]
-    return [processor.default_task] if processor.default_task else list(processor.tasks)
-
-
 def main(arguments: list[str]) -> None:
     args = parse_arguments(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # which deletes what was uploaded
@@ -64,7 +55,9 @@ def main(arguments: list[str]) -> None:
         raise ImportError(f"gradio: got {error}, wanted `pip install -r requirements-space.txt`") from None
     recognize = pipeline("affect-recognition", model=args.model, trust_remote_code=True)
     recognizer = Recognizer(recognize, args.max_seconds, args.transcriber)
-    tasks = trained_tasks(args.model, recognize.processor)
+    processor = recognize.processor
+    known = getattr(processor, "trained_tasks", None) or filter(None, [processor.default_task])  # of an older model
+    tasks = list(known) or list(processor.tasks)
 
     title = "EGMF" if Path(args.model).is_dir() else args.model
     page = build_page(recognizer, title, tasks, examples, args.max_megabytes)

@@ -225,7 +225,7 @@ class ClipStatistics(nn.Module):
         return torch.cat([mean, (variance + 1e-6).sqrt()], -1).squeeze(1)  # a root of 0 has an infinite gradient
 
     def forward(self, layers: tuple[torch.Tensor, ...], mask: torch.Tensor) -> torch.Tensor:
-        return self.proj(self.dropout(self.norm(self.measure(layers, mask))))
+        return self.proj(self.dropout(self.norm(self.measure(layers, mask))).to(self.proj.weight.dtype))
 
 
 class EGMFFusion(nn.Module):

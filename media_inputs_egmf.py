@@ -20,6 +20,7 @@ from .media_readers_egmf import FULL_SCALE, LARGEST_RESULT, MediaError, mono
 from .samples_egmf import on_disk
 
 
+OF_A_STREAM = ("damaged", "crash")  # kinds of MediaErrors that leave a file's other stream to be decoded
 MOST_CHANNELS = 8  # maximum number of channels in an array of samples: 7.1 surround
 RATES = 1, 10_000_000  # range of an array's sampling rate in Hz; soxr hangs far outside of it
 
@@ -74,16 +75,20 @@ class MediaInputsMixin:
             loaders.pop("audio")
         if self.image_processor is None:
             loaders.pop("video")
-        found, error = {}, MediaError(path, "not media", "the model takes neither sound nor pictures")
+        found, errors = {}, []
         for name, load in loaders.items():
             try:
                 found[name] = load(name, path)
-            except MediaError as raised:
-                error = raised
-                if raised.kind != f"no {name}":
+            except MediaError as error:
+                if error.kind not in (f"no {name}", *OF_A_STREAM):
                     raise
+                errors.append(error)
+        damage = next((error for error in errors if error.kind in OF_A_STREAM), None)
         if not found:
-            raise error
+            nothing = MediaError(path, "not media", "the model takes neither sound nor pictures")
+            raise damage or (errors[-1] if errors else nothing)
+        if damage is not None:
+            warnings.warn(MediaWarning(str(damage)), stacklevel=3)
         return Media(**found)
 
     def media_inputs(self, media: list[Media], return_tensors: str | None = None) -> BatchFeature:
@@ -168,17 +173,31 @@ class MediaInputsMixin:
         return clip or VideoClip(frames, np.full(len(frames), np.nan), np.nan, [])
 
     @cached_property
+    def _probes(self) -> tuple[TowerInput, TowerInput]:
+        """What the feature extractor makes of 0.25 and of 0.75 seconds."""
+        rate = self.feature_extractor.sampling_rate
+        short, long = (self._extract(np.zeros(quarters * rate // 4, np.float32)) for quarters in (1, 3))
+        return short, long
+
+    @cached_property
     def audio_input_rate(self) -> float:
         """Positions per second in the feature extractor's output: the model's `config.audio_input_rate`."""
-        rate = self.feature_extractor.sampling_rate
-        short, long = (self._extract(np.zeros(quarters * rate // 4, np.float32)).mask.sum() for quarters in (1, 3))
-        return 2.0 * float(long - short)
+        short, long = self._probes
+        return 2.0 * float(long.mask.sum() - short.mask.sum())
 
     @cached_property
     def audio_window(self) -> float:
         """Maximum length of sound that the model reads in seconds: a fixed window, or infinity."""
-        mask = self._extract(np.zeros(self.feature_extractor.sampling_rate // 4, np.float32)).mask
-        return float("inf") if mask.all() else len(mask) / self.audio_input_rate
+        short, long = self._probes
+        return len(long.mask) / self.audio_input_rate if len(short.mask) == len(long.mask) else float("inf")
+
+    @cached_property
+    def _audio_axis(self) -> int:
+        """The axis of the positions in the feature extractor's output: 0 or -1."""
+        short, long = self._probes
+        if self.audio_window < float("inf"):
+            return -1 if long.values.shape[-1] == len(long.mask) else 0
+        return 0 if long.values.shape[0] != short.values.shape[0] else -1
 
     def _extract(self, samples: np.ndarray) -> TowerInput:
         """Computes the audio tower's input from one clip's samples (N,)."""
@@ -187,6 +206,9 @@ class MediaInputsMixin:
         # Convolutions need a few frames, so shorter sound is padded with silence.
         samples = np.pad(samples, (0, max(0, rate // 20 - len(samples))))
         made = self.feature_extractor(samples, **options, return_tensors="np")
+        if "attention_mask" not in made:
+            wanted = "one that returns an attention_mask, as those of Whisper, Wav2Vec2 and SeamlessM4T"
+            raise ValueError(f"feature_extractor: got {type(self.feature_extractor).__name__}, wanted {wanted}")
         return TowerInput(made[self.feature_extractor.model_input_names[0]][0], made["attention_mask"][0])
 
     def tower_inputs(self, media: Media) -> Media:
@@ -204,8 +226,7 @@ class MediaInputsMixin:
         present = {i: clip for i, clip in enumerate(clips) if clip is not None}
         if not present:
             return {}
-        # In a fixed window the positions are the last axis.
-        axis = next(-1 if clip.mask.shape == clip.values.shape[-1:] else 0 for clip in present.values())
+        axis = self._audio_axis
         longest = max(len(clip.mask) for clip in present.values())
         shape = list(next(clip.values.shape for clip in present.values()))
         shape[axis] = longest

@@ -354,6 +354,8 @@ class EGMFForConditionalGeneration(EGMFPreTrainedModel, ScoringMixin, Generation
             scale = embeddings(sample.to(language_model.device)).float().square().mean().sqrt()
             model.model.fusion.projector.embedding_rms.copy_(scale)
         model.generation_config = copy.deepcopy(language_model.generation_config)
+        # Many instruct models sample by default. The answer to a clip should be the same each time.
+        model.generation_config.update(do_sample=False, temperature=None, top_k=None, top_p=None, min_p=None)
         # Without a cache, a generated placeholder would count as a placeholder of the prompt.
         model.generation_config.suppress_tokens = [config.pseudo_token_id]
         if "past_key_values" not in inspect.signature(language_model.base_model.forward).parameters:

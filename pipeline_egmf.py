@@ -208,9 +208,10 @@ class AffectRecognitionPipeline(TimelineMixin, Pipeline):
             sample = as_sample(sample, self._sampling_rate, is_row)
             *chunks, whole = self.answer_segments(sample, batch_size=size, **timed, **options)
         except (ValueError, self.processor.media_error) as error:
-            if (options.get("on_error") or self._postprocess_params["on_error"]) != "report":
+            after = self._parameters(**options)[2]
+            if after["on_error"] != "report":
                 raise
-            whole, chunks = self._failed(error, self._parameters(**options)[2]["task"]), []
+            whole, chunks = self._failed(error, after["task"]), []
         return {**whole, "chunks": chunks}
 
     def _size(self, batch_size: int | None, default: int = 8) -> int:
@@ -225,6 +226,8 @@ class AffectRecognitionPipeline(TimelineMixin, Pipeline):
         stored = self._preprocess_params, self._forward_params, self._postprocess_params
         given = self._sanitize_parameters(**kwargs)
         before, forward, after = ({**a, **b} for a, b in zip(stored, given, strict=True))
+        before["shared"] = {**stored[0]["shared"], **given[0]["shared"]}
+        after.setdefault("on_error", "raise")
         after["task"] = self._task(after.get("task"), after.pop("candidate_labels", None))
         return [before, forward, after]
 
@@ -305,8 +308,7 @@ class AffectRecognitionPipeline(TimelineMixin, Pipeline):
         top = given.get("top_k", 1)
         if isinstance(top, bool) or not isinstance(top, int) or top < 1:
             raise ValueError(f"top_k: got {top!r}, wanted a positive number of answers")
-        after = {name: given.pop(name) for name in ("task", "top_k", "candidate_labels") if name in given}
-        after["on_error"] = given.pop("on_error", "raise")
+        after = {name: given.pop(name) for name in ("task", "top_k", "candidate_labels", "on_error") if name in given}
         transcriber, language = given.pop("transcriber", None), given.pop("language", None)
         if language and not isinstance(transcriber, str | os.PathLike):
             raise ValueError(f"language: got {language!r} without a transcriber's name, wanted both")
@@ -351,8 +353,11 @@ class AffectRecognitionPipeline(TimelineMixin, Pipeline):
         """
         missing: list[Warning] = []
         try:
-            fields = {**shared, **as_sample(sample, self._sampling_rate, is_row)}
-            fields["source"] = next((fields[name] for name in MEDIA if fields.get(name) is not None), None)
+            given = as_sample(sample, self._sampling_rate, is_row)
+            fields = {**shared, **{name: value for name, value in given.items() if value is not None}}
+            # Of pictures, only a file may have sound.
+            sounds = (fields.get(name) for name in MEDIA if name != "video" or is_file(as_media(fields.get(name))))
+            fields["source"] = next((sound for sound in sounds if sound is not None), None)
             with _collected(self.processor.media_warning, missing):
                 clips = self._load(fields, needs_media)
                 media = self.processor.tower_inputs(clips)
@@ -375,7 +380,8 @@ class AffectRecognitionPipeline(TimelineMixin, Pipeline):
         """The model's inputs for prepared samples (None if all have an error), and their reports."""
         reports, columns = [], []
         centers: dict[int, Mapping] = {}  # by the identity of `speaker_clips`, which samples may share
-        trained = {label for one in self.processor.tasks.values() for label in one.answers}
+        tasks = self.processor.tasks
+        trained = {label for name in self.processor.trained_tasks or tasks for label in tasks[name].answers}
         untrained = [repr(label) for label in task.answers if label not in trained]
         for one in batch:
             if one["error"] is not None:
@@ -397,7 +403,7 @@ class AffectRecognitionPipeline(TimelineMixin, Pipeline):
             if warning := adaptation_warning(self.model.config, present, centred):
                 report["warnings"].append(warning)
             if untrained:
-                report["warnings"].append(f"no task of the model has the labels {', '.join(untrained)}")
+                report["warnings"].append(f"the model was not trained on the labels {', '.join(untrained)}")
             columns.append(fields | media._asdict() | {"center": center})
             reports.append(report)
         if not columns:

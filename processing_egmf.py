@@ -77,7 +77,8 @@ class EGMFProcessor(ChatsMixin, MediaInputsMixin, RecordingsMixin, ProcessorMixi
         tasks: Additional tasks, `{name: AffectTask or dict of its fields}`.
         max_context_tokens: Maximum number of tokens of the context and following lines together. If they exceed it,
             whole utterances are dropped, starting with the farthest (the following one of two equally far ones).
-        default_task: The task that is used if a call names none: the one that the model was trained on.
+        default_task: The task that is used if a call names none: the first one that the model was trained on.
+        trained_tasks: The tasks that the model was trained on, or None if that is not known.
         temperatures: Temperature of the distribution over answers by task, fitted to validation data; otherwise 1.
         clip_seconds: Length that 95 % of the training clips do not exceed: by default that of windows of a recording.
         chat_template: Kept for the tokenizer; the sequences of EGMF do not use it.
@@ -101,6 +102,7 @@ class EGMFProcessor(ChatsMixin, MediaInputsMixin, RecordingsMixin, ProcessorMixi
         default_task: str | None = None,
         temperatures: dict[str, float] | None = None,
         clip_seconds: float | None = None,
+        trained_tasks: list[str] | None = None,
         chat_template=None,
     ):
         super().__init__(tokenizer, chat_template=chat_template or getattr(tokenizer, "chat_template", None))
@@ -126,8 +128,9 @@ class EGMFProcessor(ChatsMixin, MediaInputsMixin, RecordingsMixin, ProcessorMixi
         self.default_task = default_task
         self.temperatures = dict(temperatures or {})
         self.clip_seconds = clip_seconds
-        if default_task is not None:
-            self._task(default_task)
+        for name in (*filter(None, [default_task]), *(trained_tasks or ())):
+            self._task(name)
+        self.trained_tasks = trained_tasks
 
         self._special_ids = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._special_ids -= {tokenizer.unk_token_id} - {tokenizer.eos_token_id, self.pseudo_token_id}
@@ -136,6 +139,12 @@ class EGMFProcessor(ChatsMixin, MediaInputsMixin, RecordingsMixin, ProcessorMixi
         # The tokens that the tokenizer adds before a text by default: bos or nothing.
         letter, full = self._piece("a"), tokenizer("a")["input_ids"]
         self._start_ids = full[: full.index(letter[0])] if letter and letter[0] in full else []
+
+    @classmethod
+    def from_args_and_dict(cls, args, processor_dict: dict[str, Any], **kwargs):
+        if kwargs.get("tasks"):  # in addition to those of the checkpoint
+            kwargs["tasks"] = {**processor_dict.get("tasks", {}), **kwargs["tasks"]}
+        return super().from_args_and_dict(args, processor_dict, **kwargs)
 
     @classmethod
     def get_attributes(cls) -> list[str]:

@@ -15,7 +15,7 @@ from .spans_egmf import spans_at_pauses, windows
 
 
 WINDOW = 10.0  # seconds of a window if neither the checkpoint nor its encoder says how long clips are
-SEGMENT_FIELDS = {"start", "end", "text", "speaker"}
+SEGMENT_FIELDS = {"start", "end", "text", "speaker", "language"}
 
 
 def check_segments(segments: Any) -> list[dict[str, Any]]:
@@ -23,10 +23,11 @@ def check_segments(segments: Any) -> list[dict[str, Any]]:
 
     Args:
         segments: Dicts with `start` and `end` in seconds, and optionally `text` and `speaker`; or with `timestamp`
-            (start, end) in their place, as speech recognition returns.
+            (start, end) in their place, as speech recognition returns. An end of None is the start of the next one. A
+            segment without length is left out, and `language` is not read.
 
     Raises:
-        ValueError: If a segment has other fields or no positive length.
+        ValueError: If a segment has other fields or ends before it starts, or the last one has no end.
     """
     wanted = "a list of dicts with start, end, and optionally text and speaker"
     if not isinstance(segments, list | tuple) or not segments:
@@ -39,10 +40,20 @@ def check_segments(segments: Any) -> list[dict[str, Any]]:
         if not {"start", "end"} <= segment.keys() <= SEGMENT_FIELDS:
             raise ValueError(f"segments[{place}]: got {given!r}, wanted start, end, and optionally text and speaker")
         start, end = segment["start"], segment["end"]
-        if not all(isinstance(x, Real) and math.isfinite(x) for x in (start, end)) or not 0 <= start < end:
+        if end is None and place + 1 < len(segments):
+            end = _start_of(segments[place + 1])
+        if not all(isinstance(x, Real) and math.isfinite(x) for x in (start, end)) or not 0 <= start <= end:
             raise ValueError(f"segments[{place}]: got {start!r} to {end!r}, wanted seconds with 0 <= start < end")
-        checked.append({"text": None, "speaker": None, **segment, "start": float(start), "end": float(end)})
+        said = {name: segment.get(name) for name in ("text", "speaker")}
+        checked += [{**said, "start": float(start), "end": float(end)}] if start < end else []
+    if not checked:
+        raise ValueError("segments: got only segments without length, wanted some with seconds between start and end")
     return sorted(checked, key=lambda segment: segment["start"])
+
+
+def _start_of(segment: Any) -> Any:
+    times = segment.get("timestamp") if isinstance(segment, Mapping) else None
+    return times[0] if isinstance(times, list | tuple) and times else dict(segment or {}).get("start")
 
 
 class RecordingSpans:

@@ -51,8 +51,8 @@ def as_media(value: Any) -> Any:
     if isinstance(value, Mapping):
         if "sampling_rate" in value and (array := value.get("array", value.get("raw"))) is not None:
             return {"array": array, "sampling_rate": value["sampling_rate"]}
-        if value.keys() <= {"bytes", "path"}:
-            return value["path"] if value.get("bytes") is None else value["bytes"]
+        if value and value.keys() <= {"bytes", "path"}:
+            return value.get("path") if value.get("bytes") is None else value["bytes"]
     if hasattr(value, "get_all_samples"):
         sound = value.get_all_samples()
         return {"array": sound.data.numpy(), "sampling_rate": sound.sample_rate}
@@ -101,7 +101,7 @@ def as_sample(value: Any, sampling_rate: int | None, is_row: bool = False) -> di
         is_row: Whether the value is a row of a data set, which may have other columns.
 
     Raises:
-        ValueError: If a mapping has none of the fields, or others and is no row.
+        ValueError: If a mapping has none of the fields; or, unless it is a row, others, or `file` beside another clip.
     """
     if is_file(value):
         return {"file": value}
@@ -123,4 +123,9 @@ def as_sample(value: Any, sampling_rate: int | None, is_row: bool = False) -> di
         wanted = f"some of {sorted(FIELDS)}"
         what = "a row got the columns" if is_row else "a sample got"
         raise ValueError(f"affect-recognition: {what} {sorted(unknown)}, wanted {wanted}")
+    decoded = [name for name in ("audio", "video") if sample.get(name) is not None]
+    if sample.get("file") is not None and decoded:
+        if not is_row:
+            raise ValueError(f"affect-recognition: a sample got file and {decoded[0]}, wanted one of them")
+        del sample["file"]  # a path on the machine that made the data set
     return sample

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import math
 import os
 import tempfile
@@ -22,6 +23,7 @@ from .recordings_egmf import RecordingSpans
 from .samples_egmf import is_file, on_disk
 
 
+LOGGER = logging.getLogger(__name__)
 PIECE = 28.0  # seconds that are recognised together: Whisper hears 30
 GAP = 0.5  # seconds without a word that end a segment, for models that give the times of words
 VERSION = 1  # of the cache's entries
@@ -118,11 +120,19 @@ class Transcriber(MediaInputsMixin):
             if entry.is_file():
                 return json.loads(entry.read_text(encoding="utf-8"))
             found = self._recognize(source, progress)
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=entry.parent, delete=False, encoding="utf-8") as file:
-            json.dump(found, file, ensure_ascii=False)
-        os.replace(file.name, entry)  # an interrupted call leaves no half entry
+        try:
+            self._keep(entry, found)
+        except OSError as error:
+            LOGGER.warning("%s: the transcript is not kept: %s", self.cache, error.strerror or error)
         return found
+
+    @staticmethod
+    def _keep(entry: Path, found: dict[str, Any]) -> None:
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=entry.parent) as folder:
+            unfinished = Path(folder, entry.name)
+            unfinished.write_text(json.dumps(found, ensure_ascii=False), encoding="utf-8")
+            os.replace(unfinished, entry)  # an interrupted call leaves no half entry
 
     def _key(self, source: Any) -> str:
         if not self._identity:

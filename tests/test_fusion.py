@@ -321,6 +321,13 @@ def test_clip_statistics_are_those_of_the_frames_in_use():
     assert (fusion(inputs[0], prompt)[0] - before).abs().max() > 1e-3
 
 
+def test_clip_statistics_of_a_fusion_in_bfloat16():
+    fusion = build_fusion(clip_statistics=["audio"]).eval().bfloat16()
+    inputs = {"text": (None, None, None), "audio": (torch.randn(2, 5, 8), torch.ones(2, 5), None)}
+    tokens, _, _ = fusion(inputs | {"vision": (None, None, None)}, torch.randn(2, 16).bfloat16())
+    assert tokens.dtype == torch.bfloat16 and tokens.isfinite().all()
+
+
 def test_no_clip_statistics_unless_wanted():
     assert not [name for name in build_fusion().state_dict() if "clip_statistics" in name]
 

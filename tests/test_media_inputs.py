@@ -16,12 +16,14 @@ import torch
 from datasets import Dataset
 from test_towers import IMAGE, WAVE, whisper
 from transformers import (
+    ASTFeatureExtractor,
     AutoTokenizer,
     CLIPImageProcessor,
     CLIPVisionConfig,
     CLIPVisionModel,
     HubertConfig,
     HubertModel,
+    SeamlessM4TFeatureExtractor,
     Wav2Vec2FeatureExtractor,
     WhisperFeatureExtractor,
 )
@@ -113,6 +115,22 @@ def log_probs(media, **call) -> torch.Tensor:
     return model.score_labels(processor.candidates("meld"), **processor(task="meld", **call)).log_probs
 
 
+def test_frames_that_are_padded_to_an_even_number_are_no_window(llm_folder):
+    """The extractor of Wav2Vec2-BERT gives (positions, 160); a clip of 160 positions is no exception."""
+    processor = build_processor(llm_folder())
+    processor.feature_extractor = SeamlessM4TFeatureExtractor()
+    assert processor.audio_window == np.inf and processor.audio_input_rate == 50
+    clips = [{"array": tone(seconds), "sampling_rate": 16000} for seconds in (3.22, 5.0)]
+    assert processor.load_media(audio=clips[0]).audio.duration == pytest.approx(3.22, abs=0.01)
+    batch = processor(text=["so", "so"], audio=clips, task="meld")
+    assert batch["input_features"].shape == (2, 249, 160)
+    assert batch["audio_mask"].sum(1).tolist() == [160, 249]
+    processor = build_processor(llm_folder())
+    processor.feature_extractor = ASTFeatureExtractor()
+    with pytest.raises(ValueError, match="feature_extractor: got ASTFeatureExtractor, wanted one that returns an att"):
+        processor(text="so", audio=clips[0], task="meld")
+
+
 def test_input_rates(llm_folder):
     assert build_processor(llm_folder(), "whisper").audio_input_rate == 100
     assert build_processor(llm_folder(), "hubert").audio_input_rate == 16000
@@ -192,6 +210,23 @@ def test_what_a_file_lacks_is_said(llm_folder, files, tmp_path):
     with pytest.warns(MediaWarning, match=r"cut.wav: .*0\.2 of 0\.4 seconds"):
         batch = processor(text="so", audio=tmp_path / "cut.wav", task="meld")
     whole = processor(text="so", audio=files["wav"], task="meld")
+    with av.open(files["mp4"]) as source, av.open(str(tmp_path / "noise.mp4"), "w") as target:
+        streams = {stream.index: target.add_stream_from_template(stream) for stream in source.streams}
+        for packet in (packet for packet in source.demux() if packet.dts is not None):
+            kept, stream = packet, streams[packet.stream.index]
+            if stream.type == "audio":
+                kept = av.Packet(b"\x55" * packet.size)
+                kept.pts, kept.dts, kept.time_base, kept.duration = (
+                    packet.pts,
+                    packet.dts,
+                    packet.time_base,
+                    packet.duration,
+                )
+            kept.stream = stream
+            target.mux(kept)
+    with pytest.warns(MediaWarning, match="Cannot read .*noise.mp4': no sound can be decoded"):
+        loaded = processor.load_file(tmp_path / "noise.mp4")
+    assert loaded.audio is None and len(loaded.video.frames) == 4
     assert 0.4 < batch["audio_mask"].sum() / whole["audio_mask"].sum() < 0.5
 
 

@@ -183,6 +183,17 @@ def test_beams_with_and_without_a_cache_agree(any_egmf, samples, make_batch):
     assert torch.equal(beams, greedy(model, batch, num_beams=3, num_return_sequences=2, use_cache=False))
 
 
+def test_generation_is_greedy_whatever_the_llm_does_by_default(llm_folder, assemble, samples, make_batch):
+    """Qwen3 and other instruct models name a temperature and cut-offs in their generation config."""
+    llm = AutoModelForCausalLM.from_pretrained(llm_folder())
+    sampling = {"do_sample": True, "temperature": 5.0, "top_k": 20, "top_p": 0.9}
+    llm.generation_config.update(**sampling)
+    model, batch = assemble(llm), make_batch(samples)
+    wanted = model.generate(**batch, max_new_tokens=8, do_sample=False)
+    assert all(torch.equal(model.generate(**batch, max_new_tokens=8), wanted) for _ in range(3))
+    assert not torch.equal(model.generate(**batch, max_new_tokens=8, **sampling), wanted)
+
+
 def test_generation_never_writes_a_placeholder(fresh_egmf, samples, make_batch):
     """Without a cache, a generated placeholder would be treated as one of the prompt."""
     batch = make_batch(samples[:1])

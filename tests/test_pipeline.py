@@ -176,7 +176,9 @@ def test_candidate_labels(recognize, voices):
     assert answer["probabilities"] == pytest.approx({label: all_of_them[label] / total for label in some}, abs=1e-5)
     own = recognize(voices[0][0], candidate_labels=["bored", "joy", "thrilled to bits"])
     assert own["label"] in own["probabilities"] and sum(own["probabilities"].values()) == pytest.approx(1)
-    assert own["warnings"] == ["no task of the model has the labels 'bored', 'thrilled to bits'"]
+    assert own["warnings"] == ["the model was not trained on the labels 'bored', 'thrilled to bits'"]
+    others = recognize(voices[0][0], candidate_labels=["happy", "calm"])  # of a task that it was not trained on
+    assert others["warnings"] == ["the model was not trained on the labels 'happy', 'calm'"]
     scores = recognize(voices[0][0], task="mosei", candidate_labels=["bad", "good"])
     assert list(scores["probabilities"]) == ["bad", "good"]
     for wrong in ("joy", ["joy"], ["joy", 3]):
@@ -190,6 +192,37 @@ def test_options_of_the_pipeline_are_defaults_of_its_calls(recognize, voices):
     own = type(recognize)(recognize.model, processor=recognize.processor, top_k=2, candidate_labels=LABELS[:4])
     assert set(own(voices[0][0])["probabilities"]) < set(LABELS[:4])
     assert len(own(voices[0][0], top_k=1)["probabilities"]) == 1
+    said = {"text": "so what", "speaker": "Ann"}
+    own = type(recognize)(recognize.model, processor=recognize.processor, on_error="report", **said)
+    wanted = recognize({"file": voices[0][0], **said})
+    answers = own([voices[0][0], {"file": voices[0][0], "text": None}, "gone.wav"])
+    assert_same(answers[:2], [wanted] * 2)
+    assert "gone.wav" in answers[2]["error"]
+    assert_same([own(voices[0][0], text="no")], [recognize({"file": voices[0][0], **said, "text": "no"})])
+    with pytest.raises(recognize.processor.media_error):
+        own("gone.wav", on_error="raise")
+
+
+def test_a_file_beside_another_clip(recognize, voices):
+    """Rows of data sets name a file of the machine that made them."""
+    row = {"file": "/home/somebody/1.flac", "audio": voices[0][0], "id": 1}
+    assert_same(recognize(datasets.Dataset.from_list([row])), voices[1][:1])
+    with pytest.raises(ValueError, match="a sample got file and audio, wanted one of them"):
+        recognize({"file": voices[0][0], "audio": voices[0][1]})
+    with pytest.raises(ValueError, match="must be a file"):
+        recognize({"audio": {}})
+    assert recognize({"audio": {"bytes": None, "path": None}, "text": "so"})["label"]
+
+
+def test_tasks_are_added_to_those_of_the_checkpoint(place, recognize, tmp_path):
+    own = {"stress": {"kind": "classification", "labels": ["calm", "tense"], "prompt": "Calm or tense?"}}
+    processor = type(recognize.processor).from_pretrained(place / "model", tasks=own, default_task="stress")
+    processor.save_pretrained(tmp_path)
+    shutil.copy(place / "model/config.json", tmp_path)
+    pain = {"pain": own["stress"] | {"labels": ["none", "some"]}}
+    again = AutoProcessor.from_pretrained(tmp_path, trust_remote_code=True, tasks=pain)
+    assert again.default_task == "stress" and again.tasks["stress"].labels == ("calm", "tense")
+    assert again.tasks["pain"].labels == ("none", "some")
 
 
 @pytest.fixture(scope="module")

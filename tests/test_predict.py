@@ -29,7 +29,7 @@ WORDS = ["that is just great", "no", "so"]
 def save_model_with_towers(folder: Path, language_model: str, assemble, **config):
     """Writes a checkpoint with both towers to `folder / "model"`, and an audio file and a broken file beside it."""
     processor = build_processor(language_model)
-    processor.default_task = "meld"
+    processor.default_task, processor.trained_tasks = "meld", ["meld"]
     torch.manual_seed(3)
     towers = {"audio_tower": whisper(), "vision_tower": CLIPVisionModel(CLIPVisionConfig(**IMAGE))}
     model = assemble(**towers, audio_input_rate=100, **config)

@@ -338,7 +338,7 @@ def test_what_is_missing_is_said(recognize, talk, tmp_path):
     [
         ({"segments": []}, "segments: got .*, wanted a list of dicts"),
         ({"segments": [{"start": 1}]}, r"segments\[0\]: got .*wanted start, end"),
-        ({"segments": [{"start": 1, "end": 1}]}, "got 1 to 1, wanted seconds with 0 <= start < end"),
+        ({"segments": [{"start": 1, "end": 1}]}, "got only segments without length, wanted some"),
         ({"segments": [{"timestamp": (0, None), "text": "so"}]}, "got 0 to None, wanted seconds"),
         ({"window": 0}, "window: got 0, wanted seconds from 0.05"),
         ({"hop": "1"}, "hop: got '1', wanted seconds from 0.05"),
@@ -375,9 +375,20 @@ def test_segments_belong_to_one_recording(recognize, talk):
     chunks = [{"timestamp": (0.0, 0.5), "text": " so"}]  # as speech recognition returns them
     answer = recognize(talk[0], return_timestamps=True, segments=chunks)
     assert answer["chunks"][0]["text"] == " so" and answer["segments"] == 1
+    # Whisper leaves out some ends, gives words no length, and may name the language.
+    chunks = [{"timestamp": (0.0, None), "text": "so", "language": "english"}, {"timestamp": (0.3, 0.3), "text": "it"}]
+    chunks += [{"timestamp": (0.3, 0.6), "text": "goes"}]
+    answer = recognize(talk[0], return_timestamps=True, segments=chunks)
+    assert [(chunk["timestamp"], chunk["text"]) for chunk in answer["chunks"]] == [
+        ((0.0, 0.3), "so"),
+        ((0.3, 0.6), "goes"),
+    ]
+    for wrong in ([{"timestamp": (0.5, None), "text": "so"}], [{"start": 1.0, "end": 0.5}], [{"start": 1, "end": 1}]):
+        with pytest.raises(ValueError, match="segments.*: got .*, wanted .*seconds"):
+            recognize(talk[0], return_timestamps=True, segments=wrong)
     with pytest.raises(ValueError, match="segments: got a list of samples"):
         recognize([talk[0]], return_timestamps=True, segments=chunks)
-    with pytest.raises(ValueError, match="recording: got file and audio, wanted one of"):
+    with pytest.raises(ValueError, match="got file and audio, wanted one of"):
         recognize({"file": talk[0], "audio": talk[0]}, return_timestamps=True)
     with pytest.raises(ValueError, match="recording: got nothing"):
         recognize({"text": "so"}, return_timestamps=True)

@@ -88,6 +88,12 @@ def test_the_same_file_is_recognised_once(place, transcribe, tmp_path, monkeypat
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".json"]
 
 
+def test_a_transcript_that_cannot_be_kept_is_returned(place, tmp_path, caplog):
+    (tmp_path / "file").write_text("no folder")
+    found = Transcriber(place / "whisper", "en", cache=tmp_path / "file" / "cache")(place / "short.wav")
+    assert found["text"] and "cache: the transcript is not kept: " in caplog.text
+
+
 def test_the_language_is_set_or_detected(place, transcribe):
     assert transcribe("whisper", "en")(place / "short.wav")["language"] == "english"
     assert transcribe("whisper", "German")(place / "short.wav")["language"] == "german"
@@ -133,6 +139,12 @@ def test_the_pipeline_recognises_the_words_of_samples_without(place, monkeypatch
     spans = [{"start": 1.0, "end": 2.0}, {"start": 3.0, "end": 4.0, "text": "so"}]
     first, second = recognize(long, return_timestamps=True, segments=spans)["chunks"]
     assert first["text"] and first["recognized_by"] and second["text"] == "so" and "recognized_by" not in second
+    # Pictures have no sound.
+    frames = np.zeros((4, 32, 48, 3), np.uint8)
+    spans = [{"start": 0.0, "end": 0.2}, {"start": 0.2, "end": 0.4, "text": "so"}]
+    mute = recognize(str(place / "mute.mp4"), return_timestamps=True, segments=spans)
+    for answer in (recognize({"video": frames}), *mute["chunks"]):
+        assert answer["label"] and "recognized_by" not in answer
     with pytest.raises(ValueError, match="window: got a value with a transcriber"):
         recognize(long, return_timestamps=True, window=1.0)
     with pytest.raises(ValueError, match="language: got 'de' without a transcriber's name"):

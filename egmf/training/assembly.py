@@ -113,6 +113,7 @@ def build_processor(recipe: Recipe, language_model: str, towers: dict[str, tuple
         tasks=recipe.data.task_definitions,
         max_context_tokens=recipe.data.max_context_tokens,
         default_task=recipe.data.tasks[0],
+        trained_tasks=recipe.data.tasks,
     )
     processor.limit_length(AutoConfig.from_pretrained(language_model))
     return processor
