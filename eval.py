@@ -107,7 +107,7 @@ def read_predictions(file: Path, rows, task) -> dict[str, dict]:
         try:
             row = json.loads(line)
             others[row["id"]] = {"gold": row["gold"], "answers": row["answers"]}
-            row["answers"]["distribution"]
+            row["answers"]["distribution"]  # it must be there
         except (ValueError, KeyError, TypeError):
             wanted = "a row of predictions.jsonl with id, gold and answers (at least `distribution`)"
             raise ValueError(f"{file}: line {number}: got {line[:60]!r}, wanted {wanted}") from None

@@ -353,8 +353,7 @@ class AffectRecognitionPipeline(TimelineMixin, Pipeline):
         """
         missing: list[Warning] = []
         try:
-            given = as_sample(sample, self._sampling_rate, is_row)
-            fields = {**shared, **{name: value for name, value in given.items() if value is not None}}
+            fields = {**shared, **as_sample(sample, self._sampling_rate, is_row)}
             # Of pictures, only a file may have sound.
             sounds = (fields.get(name) for name in MEDIA if name != "video" or is_file(as_media(fields.get(name))))
             fields["source"] = next((sound for sound in sounds if sound is not None), None)

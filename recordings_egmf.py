@@ -32,16 +32,14 @@ def check_segments(segments: Any) -> list[dict[str, Any]]:
     wanted = "a list of dicts with start, end, and optionally text and speaker"
     if not isinstance(segments, list | tuple) or not segments:
         raise ValueError(f"segments: got {segments!r}, wanted {wanted}")
-    checked = []
-    for place, given in enumerate(segments):
-        segment = dict(given) if isinstance(given, Mapping) else {}
-        if isinstance(times := segment.pop("timestamp", None), list | tuple) and len(times) == 2:
-            segment |= {"start": times[0], "end": times[1]}
+    read, checked = [_with_start_and_end(given) for given in segments], []
+    for place, segment in enumerate(read):
         if not {"start", "end"} <= segment.keys() <= SEGMENT_FIELDS:
-            raise ValueError(f"segments[{place}]: got {given!r}, wanted start, end, and optionally text and speaker")
+            got, wanted = repr(segments[place]), "start, end, and optionally text and speaker"
+            raise ValueError(f"segments[{place}]: got {got}, wanted {wanted}")
         start, end = segment["start"], segment["end"]
-        if end is None and place + 1 < len(segments):
-            end = _start_of(segments[place + 1])
+        if end is None and place + 1 < len(read):
+            end = read[place + 1].get("start")
         if not all(isinstance(x, Real) and math.isfinite(x) for x in (start, end)) or not 0 <= start <= end:
             raise ValueError(f"segments[{place}]: got {start!r} to {end!r}, wanted seconds with 0 <= start < end")
         said = {name: segment.get(name) for name in ("text", "speaker")}
@@ -51,9 +49,11 @@ def check_segments(segments: Any) -> list[dict[str, Any]]:
     return sorted(checked, key=lambda segment: segment["start"])
 
 
-def _start_of(segment: Any) -> Any:
-    times = segment.get("timestamp") if isinstance(segment, Mapping) else None
-    return times[0] if isinstance(times, list | tuple) and times else dict(segment or {}).get("start")
+def _with_start_and_end(given: Any) -> dict[str, Any]:
+    segment = dict(given) if isinstance(given, Mapping) else {}
+    if isinstance(times := segment.pop("timestamp", None), list | tuple) and len(times) == 2:
+        segment |= {"start": times[0], "end": times[1]}
+    return segment
 
 
 class RecordingSpans:

@@ -92,7 +92,7 @@ def _download(url: str, file) -> None:
 
 
 def as_sample(value: Any, sampling_rate: int | None, is_row: bool = False) -> dict[str, Any]:
-    """Converts a sample in any form to a dict with some of `FIELDS`.
+    """Converts a sample in any form to a dict with some of `FIELDS`, none of them None.
 
     Args:
         value: A file (path, URL or bytes), an array of sound at `sampling_rate`, `{"array" or "raw",
@@ -114,17 +114,17 @@ def as_sample(value: Any, sampling_rate: int | None, is_row: bool = False) -> di
         return {"file" if isinstance(medium, bytes) else "audio": medium}
     if value.keys() and value.keys() <= {"bytes", "path"}:
         return {"file": as_media(value)}
-    sample = {name: value[name] for name in value.keys() & FIELDS}
-    unknown = value.keys() - FIELDS
+    known, unknown = value.keys() & FIELDS, value.keys() - FIELDS
+    sample = {name: value[name] for name in known if value[name] is not None}
     if "sampling_rate" in unknown and unknown & {"array", "raw"}:
         sample["audio"] = as_media(value)
         unknown -= ARRAY_FIELDS
-    if unknown and not (is_row and sample):
+    if unknown and not (is_row and (known or sample)):
         wanted = f"some of {sorted(FIELDS)}"
         what = "a row got the columns" if is_row else "a sample got"
         raise ValueError(f"affect-recognition: {what} {sorted(unknown)}, wanted {wanted}")
-    decoded = [name for name in ("audio", "video") if sample.get(name) is not None]
-    if sample.get("file") is not None and decoded:
+    decoded = [name for name in ("audio", "video") if name in sample]
+    if "file" in sample and decoded:
         if not is_row:
             raise ValueError(f"affect-recognition: a sample got file and {decoded[0]}, wanted one of them")
         del sample["file"]  # a path on the machine that made the data set

@@ -109,8 +109,7 @@ class TimelineMixin:
         for name, value in (("window", window), ("hop", hop)):
             if value is not None and (not isinstance(value, Real) or not SHORTEST <= value < math.inf):
                 raise ValueError(f"{name}: got {value!r}, wanted seconds from {SHORTEST}")
-        given = as_sample(sample, self._sampling_rate)
-        fields = {**before["shared"], **{name: value for name, value in given.items() if value is not None}}
+        fields = {**before["shared"], **as_sample(sample, self._sampling_rate)}
         lines = None if segments is None else self.processor.check_segments(segments)
         if lines is None and "transcriber" in after and (window or hop):
             raise ValueError("window: got a value with a transcriber, whose segments are used, wanted one of both")

@@ -228,9 +228,10 @@ def main(arguments: list[str]) -> None:
         language_model = resolve_language_model(recipe.model.language_model)
     if PartialState().is_main_process:
         report_corpora(recipe, corpora, output)
-    for split in ("train", *(["validation"] if data.speaker_adaptation else [])) if data.by_speaker else ():
-        for part, splits in zip(data.parts, corpora, strict=True):
-            splits[split] = name_speakers(part.name, split, splits[split])
+    if data.by_speaker:
+        for split in ("train", "validation") if data.speaker_adaptation else ("train",):
+            for part, splits in zip(data.parts, corpora, strict=True):
+                splits[split] = name_speakers(part.name, split, splits[split])
     corpus = {split: concatenate_datasets([part[split] for part in corpora]) for split in ("train", "validation")}
     with undivided():
         towers = build_towers(recipe)
