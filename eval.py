@@ -285,6 +285,7 @@ def main(arguments: list[str]) -> None:
         "label_map": args.label_map,
     }
     report |= {"split": args.split, "samples": len(rows), "modalities": modalities, "speaker_adaptation": adapted}
+    report["corpus_options"] = {name: value for name, value in options.items() if name not in ("splits", "media")}
     args.output.mkdir(parents=True, exist_ok=True)
     (evaluate_robustness if args.robustness else evaluate)(args, predict, rows, modalities, report)
 

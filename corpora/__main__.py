@@ -24,7 +24,7 @@ from huggingface_hub import HfApi
 
 from corpora.clips import split_part
 from corpora.convert import CONVERTIBLE, convert, describe
-from corpora.converted import LOCAL
+from corpora.converted import LOCAL, SHARDS
 from corpora.words import add_words
 from egmf.arguments import mapping
 from egmf.commands import run_command
@@ -53,10 +53,11 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 
 
 def push(folder: Path, repository: str) -> str:
-    """Upload a converted folder, except for the local path of the clips. Returns the URL of the dataset."""
+    """Upload a converted folder in place of an earlier one, without the local path of the clips. Returns its URL."""
     api = HfApi()
     address = api.create_repo(repository, repo_type="dataset", private=True, exist_ok=True)
-    api.upload_folder(repo_id=repository, repo_type="dataset", folder_path=folder, ignore_patterns=[LOCAL])
+    chosen = {"ignore_patterns": [LOCAL], "delete_patterns": [SHARDS]}  # there may have been more shards
+    api.upload_folder(repo_id=repository, repo_type="dataset", folder_path=folder, **chosen)
     return str(address)
 
 
@@ -96,7 +97,8 @@ def main(arguments: list[str]) -> int:
         try:
             print(f"dataset: {push(args.out, args.push_to_hub)}")
         except Exception as error:  # the client raises many types; the folder is complete in any case
-            retry = f"hf upload {args.push_to_hub} {args.out} --repo-type dataset --exclude {LOCAL}"
+            retry = f"hf upload {args.push_to_hub} {args.out} --repo-type dataset --private"
+            retry += f" --exclude {LOCAL} --delete '{SHARDS}'"
             print(f"error: {args.out} is written, but the upload failed: {error}\nretry: {retry}", file=sys.stderr)
             return 1
     return 0

@@ -51,5 +51,7 @@ def load(source: str | os.PathLike, fold: int = 1, validation: bool = True) -> D
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file, expected the audio file of metadata.csv")
         split = next((name for name, speaker in held_out.items() if speaker == entry.speaker), "train")
-        rows[split].append({"id": path.stem, "language": "zh", "audio": str(path), "emotion": entry.emotion_zh})
+        row_id = Path(entry.file).with_suffix("").as_posix()
+        row_id = row_id if row_id.startswith(f"{entry.speaker}_") else f"{entry.speaker}_{row_id}"
+        rows[split].append({"id": row_id, "language": "zh", "audio": str(path), "emotion": entry.emotion_zh})
     return DatasetDict({split: build_split(found) for split, found in rows.items()})

@@ -13,6 +13,7 @@ from corpora.schema import FEATURES
 
 
 REPORT, LOCAL = "corpus.json", "local.json"  # report; local path of the clips
+SHARDS = "data/*.parquet"
 SPLITS = ("train", "validation", "test")
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from datasets import DatasetDict
+from datasets.packaged_modules.audiofolder.audiofolder import AudioFolder
 
 from corpora.reading import part_of_id
 from corpora.schema import build_split
@@ -48,15 +49,20 @@ def load(source: str | os.PathLike, fold: int = 1, validation: bool = True, fold
 
     Raises:
         FileNotFoundError: if the folder does not exist or contains no RAVDESS speech.
-        ValueError: if `folds` or `fold` is unknown, a file name has codes that RAVDESS does not define (the message
-            names the file), or the action units lack a clip.
+        ValueError: if `folds` or `fold` is unknown, a file name has codes that RAVDESS does not define or comes twice
+            (the message names the file), or the action units lack a clip.
     """
     if folds not in FOLDS:
         raise ValueError(f"folds: got {folds!r}, expected one of {', '.join(FOLDS)}")
     count = len(FOLDS[folds])
     if not isinstance(fold, int) or isinstance(fold, bool) or not 1 <= fold <= count:
         raise ValueError(f"fold: got {fold!r}, expected an integer from 1 to {count}")
-    files = sorted(path for path in Path(source).rglob("03-01-*") if path.is_file())
+    found = Path(source).rglob("03-01-*")
+    files = sorted(path for path in found if path.is_file() and path.suffix.lower() in AudioFolder.EXTENSIONS)
+    names: dict[str, Path] = {}
+    for path in files:
+        if names.setdefault(path.stem, path) is not path:
+            raise ValueError(f"{path}: got the clip of {names[path.stem]} again, expected each clip once")
     if not files:
         raise FileNotFoundError(f"{source}: no files 03-01-*, expected the folder with the audio files of RAVDESS")
     units = _action_units(Path(source))

@@ -118,7 +118,7 @@ def load(
         context: maximum number of preceding utterances of the dialogue in each row.
         seed: random seed of the splits, if the table names none.
         splits: the splits that a run wrote down (`corpora.splits.read_splits`), for a table that names none. Rows that
-            are not in it belong to `test`; if it is empty, all rows do, with a warning.
+            are not in it belong to `test`; if it has none of the rows, all do, with a warning.
         drop_wrong_rows: whether to log wrong rows and leave them out, instead of raising an error.
         config: configuration of a Hub dataset that has several.
 
@@ -341,8 +341,7 @@ def _row(where: str, cells: dict[str, Any], part: _Part) -> dict[str, Any]:
         if not is_empty(cells.get(name)):
             file = _file(name, cells[name], part.folder)
             row |= dict.fromkeys(_media_columns(name, file), file)
-            own = os.path.join(part.within, text[name]) if isinstance(cells[name], str) else file
-            row |= {"recording": file, "id": own}
+            row |= {"recording": file, "id": _id_of(cells[name], file, part.within)}
     if not row["text"] and not row["recording"]:
         raise WrongRow("got neither words nor a file, wanted one of them")
     if text.get("start") or text.get("end"):
@@ -362,6 +361,13 @@ def _row(where: str, cells: dict[str, Any], part: _Part) -> dict[str, Any]:
             raise WrongRow(f"split: got {text['split'] or 'nothing'}, wanted one of {', '.join(SPLITS)}")
     row["named_split"] = row["split"]
     return row
+
+
+def _id_of(cell: str | dict[str, Any], file: str, within: str) -> str:
+    """The id of a clip by default, which is the same on every machine."""
+    if isinstance(cell, dict) and cell.get("bytes"):
+        return Path(file).name  # the digest of its content
+    return os.path.join(within, (cell["path"] if isinstance(cell, dict) else cell).strip())
 
 
 def _part_of_file(text: dict[str, str | None], row: dict[str, Any]) -> tuple[float | None, float | None]:
@@ -463,17 +469,11 @@ def _assign_splits(source: str, rows: list[dict], seed: int, known: Mapping[str,
         for row in rows:
             row["split"] = known.get(clip_key(row), "test")
         learned = sum(row["split"] != "test" for row in rows)
-        if learned:
-            logger.warning(
-                "%s: %d of %d rows were train or validation rows of this run and are no test rows",
-                source,
-                learned,
-                len(rows),
-            )
-        elif not known:
-            lacks = "names no splits, and no splits.csv of a run is beside the model"
-            learned_from = "those that the model has learned from, if any, are among them"
-            logger.warning("%s: %s: all %d rows are test rows, and %s", source, lacks, len(rows), learned_from)
+        said = f"{learned} of {len(rows)} rows were train or validation rows of this run and are no test rows"
+        if not learned:
+            said = f"names no splits, and no splits.csv beside the model has its rows: all {len(rows)} are test rows, "
+            said += "with those that the model has learned from, if any"
+        logger.warning("%s: %s", source, said)
         return
     by = make_splits(rows, seed)
     counts = ", ".join(f"{name} {sum(row['split'] == name for row in rows)}" for name in SPLITS)

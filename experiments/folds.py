@@ -8,8 +8,9 @@
 `run` trains and evaluates an experiment's recipe on each fold in turn, into `RUNS_DIR/VARIANT_fold<n>_<seed>/`, skips
 finished folds, and passes other arguments (`--audio_tower MODEL`) to `train.py`. With `--validation`, the fold after
 the tested one is the validation split, and the run is evaluated on that: settings are chosen there. `probe` measures
-linear probes (`bench/probe.py`). `collect` reads the runs, adds them to the JSON file and writes every answer to
-results/NAME_answers.csv. `render` reads only the JSON file and also fills the table in README.md.
+linear probes (`bench/probe.py`). `collect` adds runs to the JSON file, and every answer to results/NAME_answers.csv; a
+run replaces an earlier one of its variant and seed. `render` reads only the JSON file and also fills the table in
+README.md.
 """
 
 import argparse
@@ -234,58 +235,83 @@ def read_runs(name: str, runs_dir: Path) -> dict[str, dict[int, dict[str, dict]]
     return found
 
 
-def collect(name: str, runs_dir: Path) -> tuple[dict, list[dict]]:
-    """An experiment's part of results/folds.json, and every answer."""
-    runs = read_runs(name, runs_dir)
-    ids = sorted(next(iter(runs["full"].values())))
-    gold = [next(iter(runs["full"].values()))[row_id]["gold"] for row_id in ids]
-    unit, clusters = clusters_of(fields_of(name)["corpus"], ids, [None] * len(ids))
-    variants, answers = {}, []
-    for variant in (one for one in NAMES if one in runs):
-        seeds, figures = sorted(runs[variant]), {}
-        for answer in ANSWERS:
-            given = [[runs[variant][seed][row_id]["answers"][answer] for row_id in ids] for seed in seeds]
-            by_seed = [measure(gold, one) for one in given]
-            figures[answer] = {metric: [round(one[metric], 6) for one in by_seed] for metric in METRICS}
-            figures[answer]["unparsable"] = sum(one.count(None) for one in given)
-            if answer == "distribution":
-                for metric in EXPERIMENTS[name].shown:
-                    figures[answer][f"{metric}_interval"] = interval(metric, gold, given, clusters)
-        nll = [_nll(runs[variant][seed].values()) for seed in seeds]
-        command = (runs_dir / f"{variant}_fold1_{seeds[0]}" / "command.txt").read_text(encoding="utf-8").strip()
-        variants[variant] = {"seeds": seeds, "answers": figures, "nll": nll, "command": command}
-        for seed in seeds:
-            for row_id, label in zip(ids, gold, strict=True):
-                row = runs[variant][seed][row_id]
+def collect(name: str, runs_dir: Path) -> tuple[list[dict], dict[str, dict]]:
+    """Every answer of an experiment's runs, and by variant the `nll` of each seed and the `command`."""
+    answers, rest = [], {}
+    for variant, by_seed in read_runs(name, runs_dir).items():
+        nll = {seed: _nll(rows.values()) for seed, rows in by_seed.items()}
+        command = (runs_dir / f"{variant}_fold1_{min(by_seed)}" / "command.txt").read_text(encoding="utf-8").strip()
+        rest[variant] = {"nll": nll, "command": command}
+        for seed, rows in by_seed.items():
+            for row_id, row in sorted(rows.items()):
                 said = {answer: row["answers"][answer] for answer in ANSWERS}
-                answers.append({"variant": variant, "seed": seed, "id": row_id, "gold": label} | said)
-    sizes = {"samples": len(ids), "clusters": len(set(clusters)), "unit": unit, "classes": len(set(gold))}
-    return {"test_set": sizes, "variants": variants}, answers
+                answers.append({"variant": variant, "seed": seed, "id": row_id, "gold": row["gold"]} | said)
+    return answers, rest
 
 
 def add_runs(name: str, runs_dir: Path, earlier: dict, known: list[dict]) -> tuple[dict, list[dict]]:
-    """An experiment's part of results/folds.json and its answers, with runs in place of their variants' earlier ones.
+    """An experiment's part of results/folds.json and its answers, with runs in place of earlier ones of their seeds.
+
+    Args:
+        name, runs_dir: The experiment and the folder of its runs.
+        earlier, known: Its part of the JSON file, and the rows of its CSV file; empty if there are none.
 
     Raises:
-        ValueError: See [`read_runs`].
+        ValueError: See [`read_runs`]; or if earlier runs were tested on other samples.
     """
-    part, answers = collect(name, runs_dir)
-    answers += [row for row in known if row["variant"] not in part["variants"]]
-    variants = earlier.get("variants", {}) | part["variants"]
-    part["variants"] = {variant: variants[variant] for variant in NAMES if variant in variants}
-    right: dict[tuple[str, int], list[bool]] = {}
-    for row in sorted(answers, key=lambda row: row["id"]):
-        right.setdefault((row["variant"], int(row["seed"])), []).append(row["distribution"] == row["gold"])
-    part["mcnemar"] = {
+    answers, new = collect(name, runs_dir)
+    own = {(row["variant"], row["seed"]) for row in answers}
+    for row in known:
+        if (row["variant"], int(row["seed"])) not in own:
+            said = {answer: row[answer] or None for answer in ANSWERS}  # no label is an empty cell
+            answers.append(row | said | {"seed": int(row["seed"])})
+    answers.sort(key=lambda row: (list(NAMES).index(row["variant"]), row["seed"], row["id"]))
+    runs: dict[str, dict[int, dict[str, dict]]] = {}
+    for row in answers:
+        runs.setdefault(row["variant"], {}).setdefault(row["seed"], {})[row["id"]] = row
+    gold = {row["id"]: row["gold"] for row in answers}
+    if any(rows.keys() != gold.keys() for by_seed in runs.values() for rows in by_seed.values()):
+        raise ValueError(f"{runs_dir}: its samples are not those of the earlier runs of {name}")
+    ids = list(gold)
+    unit, clusters = clusters_of(fields_of(name)["corpus"], ids, [None] * len(ids))
+    variants = {}
+    for variant, by_seed in runs.items():
+        before = earlier.get("variants", {}).get(variant, {"seeds": [], "nll": []})
+        added = new.get(variant, {"nll": {}, "command": before.get("command")})
+        nll = dict(zip(before["seeds"], before["nll"], strict=True)) | added["nll"]
+        figures = _figures(name, by_seed, [*gold.values()], clusters)
+        seeds = list(by_seed)
+        variants[variant] = {"seeds": seeds, "answers": figures, "nll": [nll[seed] for seed in seeds]}
+        variants[variant]["command"] = added["command"]
+    right = {
+        (variant, seed): [row["distribution"] == row["gold"] for row in rows.values()]
+        for variant, by_seed in runs.items()
+        for seed, rows in by_seed.items()
+    }
+    tests = {
         single: [
             {"seed": seed} | mcnemar(both, right[single, seed])
-            for (variant, seed), both in sorted(right.items())
+            for (variant, seed), both in right.items()
             if variant == "full" and (single, seed) in right
         ]
         for single in EXPERIMENTS[name].single
     }
-    answers.sort(key=lambda row: (list(NAMES).index(row["variant"]), int(row["seed"])))
-    return earlier | part, answers
+    sizes = {"samples": len(ids), "clusters": len(set(clusters)), "unit": unit, "classes": len(set(gold.values()))}
+    return earlier | {"test_set": sizes, "variants": variants, "mcnemar": tests}, answers
+
+
+def _figures(name: str, by_seed: dict[int, dict[str, dict]], gold: list[str], clusters: list[str]) -> dict[str, dict]:
+    """The metrics of each kind of answer, by seed; of the distribution also intervals."""
+    figures: dict[str, dict] = {}
+    for answer in ANSWERS:
+        given = [[row[answer] for row in rows.values()] for rows in by_seed.values()]
+        measured = [measure(gold, one) for one in given]
+        figures[answer] = {metric: [round(one[metric], 6) for one in measured] for metric in METRICS}
+        figures[answer]["unparsable"] = sum(one.count(None) for one in given)
+        if answer == "distribution":
+            for metric in EXPERIMENTS[name].shown:
+                figures[answer][f"{metric}_interval"] = interval(metric, gold, given, clusters)
+    return figures
 
 
 def _nll(rows) -> float:

@@ -22,7 +22,7 @@ LAUNCHES_BEFORE = {
     "score_labels, 7 labels": "66",
     "score_labels, 61 scores": "66, and the LLM's layers a second time",
 }
-# Measured by hand on one H100 (torch 2.11.0, commit 0542f57), and not since. Milliseconds of wall time, batch 16.
+# Shown until `make gpu` has measured: by hand, one H100 (torch 2.11.0, commit 0542f57), milliseconds, batch 16.
 ON_GPU = [
     "## On a GPU",
     "The ratios below are of CPU time and do not hold on a GPU, where steps and answers of models of this size wait "
@@ -171,6 +171,24 @@ def answers_table(figures: dict) -> str:
     return table(["way", "samples per second", "time to prefill's", "goal"], rows)
 
 
+def on_gpu(data: dict) -> list[str]:
+    """The paragraphs on a GPU: what `make gpu` measured, or else the measurements by hand."""
+    if not {"train_step on cuda", "answer on cuda"} <= data.keys():
+        return ON_GPU
+    step, answer = data["train_step on cuda"], data["answer on cuda"]
+    machine = step["machine"]
+    versions = ", ".join(f"{name} {machine[name]}" for name in ("python", "torch", "transformers", "peft"))
+    return [
+        "## On a GPU",
+        f"`make gpu` on one {machine['device']}; {versions}. Seconds of wall time between synchronisations, medians "
+        "(lowest to highest) of interleaved repetitions in one process. The names are those of the section on a CPU.",
+        measured_steps(step["models"]),
+        f"Answers of {name_of(answer['model'])}, {answer['layers']} layers, batches of {answer['batch_size']} prompts "
+        f"of {answer['tokens']} tokens on average:",
+        answers_table(answer),
+    ]
+
+
 def setting(machine: dict) -> str:
     cores = f"{machine['cores']} CPU cores ({machine['instructions']}), one of them used"
     versions = ", ".join(f"{name} {machine[name]}" for name in ("python", "torch", "transformers", "peft"))
@@ -189,7 +207,7 @@ def render(data: dict) -> str:
     (memory_rows,) = {depth["memory_batch_size"] for figures in models.values() for depth in figures["depths"]}
     parts = [
         "# What training steps and answers cost",
-        *ON_GPU,
+        *on_gpu(data),
         *launches(data["launches"]),
         "## On a CPU",
         "Seconds are of CPU time on one core: other programs disturb them less than they disturb the clock. Medians "

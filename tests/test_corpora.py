@@ -476,6 +476,11 @@ def test_ravdess_faults(tmp_path):
     (tmp_path / "03-01-09-01-01-01-01.wav").touch()
     with pytest.raises(ValueError, match=r"03-01-09-01-01-01-01.wav: expected a name such as"):
         load_corpus("ravdess", tmp_path)
+    write_ravdess(tmp_path / "copy", actors=[3])
+    with pytest.raises(
+        ValueError, match=r"copy/Actor_03/03-01-01-.*got the clip of .* again, expected each clip once"
+    ):
+        load_corpus("ravdess", tmp_path)
 
 
 def test_ravdess_published_folds():
@@ -528,6 +533,16 @@ def test_casia_holds_out_a_speaker(tmp_path):
     assert {row_id[0] for row_id in splits["validation"]["id"]} == {"1"} and splits["train"].num_rows == 12
     assert set(splits["train"]["emotion"]) == set(casia.EMOTIONS) == set(BUILTIN_TASKS["casia"].labels)
     assert clusters_of("casia", ["4_201"], [None]) == ("speakers", ["4"])
+    nested = ["file,speaker,emotion_zh"]  # equal names in the folders of speakers and emotions
+    for row in rows[1:]:
+        name, speaker, emotion = row.split(",")
+        (tmp_path / speaker / name[2]).mkdir(parents=True)
+        (tmp_path / speaker / name[2] / "201.wav").touch()
+        nested.append(f"{speaker}/{name[2]}/201.wav,{speaker},{emotion}")
+    (tmp_path / "metadata.csv").write_text("\n".join(nested), encoding="utf-8")
+    ids = [row_id for split in load_corpus("casia", tmp_path, fold=4).values() for row_id in split["id"]]
+    assert len(set(ids)) == 24 and clusters_of("casia", ids[-1:], [None]) == ("speakers", ["4"])
+    (tmp_path / "metadata.csv").write_text("\n".join(rows), encoding="utf-8")
     (tmp_path / "1_0.flac").unlink()
     with pytest.raises(FileNotFoundError, match="1_0.flac: no such file"):
         load_corpus("casia", tmp_path)

@@ -271,6 +271,9 @@ def test_command(folder, capsys):
         main(["meld", str(folder), "--out", str(folder / "other")])
 
 
+STALE = "data/train-00000-of-00009.parquet"
+
+
 class Hub(BaseHTTPRequestHandler):
     """The part of the Hub's HTTP API that an upload needs."""
 
@@ -292,6 +295,8 @@ class Hub(BaseHTTPRequestHandler):
                     for file in json.loads(body)["files"]
                 ]
             }
+        elif "/tree/" in self.path:
+            answer = [{"type": "file", "path": STALE, "size": 1, "oid": "1"}]
         elif "/commit/" in self.path:
             answer = {
                 "commitUrl": f"{answer['url']}/commit/1",
@@ -312,7 +317,10 @@ class Hub(BaseHTTPRequestHandler):
 
 
 def test_push_to_hub(folder, monkeypatch, capsys):
-    """The real client uploads a private dataset to a local server, with all files except the machine-specific one."""
+    """The real client uploads a private dataset to a local server, without the file that is of this machine alone.
+
+    A shard of an earlier upload would give its rows twice.
+    """
     clip_table(folder / "sims", "meta.csv", "zh")
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     Thread(target=server.serve_forever, daemon=True).start()
@@ -330,13 +338,16 @@ def test_push_to_hub(folder, monkeypatch, capsys):
     created = next(json.loads(body) for path, body in Hub.requests if path == "/api/repos/create")
     assert (created["name"], created["visibility"], created["type"]) == ("sims", "private", "dataset")
     committed = next(body for path, body in Hub.requests if "/commit/" in path)
-    sent = {json.loads(line)["value"].get("path") for line in committed.splitlines()} - {None}
+    lines = [json.loads(line) for line in committed.splitlines()]
+    assert [line["value"]["path"] for line in lines if line["key"] == "deletedFile"] == [STALE]
+    sent = {line["value"].get("path") for line in lines if line["key"] != "deletedFile"} - {None}
     written = {path.relative_to(folder / "out").as_posix() for path in (folder / "out").rglob("*") if path.is_file()}
     assert sent == written - {"local.json"} and "local.json" in written
 
     assert main([*command, "--out", str(folder / "again")]) == 1  # there is no server any more
     told = capsys.readouterr().err
     assert "is written, but the upload failed" in told and "hf upload me/sims" in told
+    assert "--private --exclude local.json --delete 'data/*.parquet'" in told
     assert (folder / "again/corpus.json").is_file()
 
 

@@ -69,6 +69,20 @@ def test_every_figure_that_is_defined_and_no_other(card_of):
     assert card.data.tags[2] == "sentiment-analysis" and "a score from -3.0 to +3.0 in steps of 0.1" in card.text
 
 
+def test_other_options_than_those_of_the_training_are_named(card_of):
+    """Another fold may hold actors that the model has learned from."""
+    own, other = (report("ravdess", CLASSES, corpus_options={"fold": fold}) for fold in (1, 2))
+    text = card_of(run_of("ravdess", "ravdess", own, other, corpus_options={"fold": 1})).text
+    assert "### RAVDESS, test: 12 samples, task ravdess\n" in text
+    assert 'task ravdess, corpus_options {"fold": 2}, other than those of the training\n' in text
+
+
+def test_positive_and_negative_are_a_sentiment(card_of):
+    card = card_of(run_of("mosi", "mosi", report("mosi", CLASSES)))
+    assert card.data.tags[2] == "sentiment-analysis" and "answers with a sentiment" in card.text
+    assert {result.task_name for result in card.data.eval_results} == {"Sentiment analysis"}
+
+
 def test_what_a_figure_was_measured_under(card_of):
     """The figure states if it used a label map to another corpus or fewer modalities than the model accepts."""
     mapped = report("cherma", CLASSES, task="meld", label_map="meld-cherma")

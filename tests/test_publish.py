@@ -412,7 +412,7 @@ def test_a_folder_with_files_of_others_is_left_alone(run):
 
 def test_a_path_of_this_machine_is_not_published(run):
     recipe = json.loads((run / "model" / "recipe.json").read_text())
-    recipe["corpus_options"] |= {"labels": str(run / "labels.csv")}
+    recipe["corpus_options"] |= {"media": str(run / "clips"), "labels": str(run / "labels.csv")}
     (run / "model" / "recipe.json").write_text(json.dumps(recipe))
     with pytest.raises(ValueError, match=rf"README.md: got {re.escape(str(run))}, a folder of this machine"):
         build_folder(read_run(run), REPO, None, False, "5GB")
@@ -588,6 +588,8 @@ def test_a_space_is_complete(space, tmp_path, run):
         assert not path.is_file() or not [name for name in private if name.encode() in path.read_bytes()], path
     with pytest.raises(ValueError, match=r"--space: got .*, which has files, wanted a new folder"):
         publish(run, "--repo", REPO, "--space", str(space))
+    with pytest.raises(ValueError, match="--transcriber: got the local .*, wanted the id of a model on the Hub"):
+        publish(run, "--repo", REPO, "--space", str(tmp_path / "other"), "--transcriber", str(tmp_path))
     with pytest.raises(ValueError, match="--example: got gone.mp4, wanted an existing file"):
         publish(run, "--repo", REPO, "--space", str(tmp_path / "other"), "--example", "gone.mp4", "")
     with pytest.raises(SystemExit):

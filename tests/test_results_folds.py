@@ -49,7 +49,7 @@ def test_unweighted_accuracy_weighs_classes_alike():
 
 
 def test_collect_and_render(runs):
-    part, answers = folds.collect("ravdess_faces", runs)
+    part, answers = folds.add_runs("ravdess_faces", runs, {}, [])
     assert part["test_set"] == {"samples": 192, "clusters": 24, "unit": "actors", "classes": 8}
     assert len(answers) == 2 * 192
     full = part["variants"]["full"]
@@ -59,7 +59,6 @@ def test_collect_and_render(runs):
     # One actor of 24 has nothing right: drawn 0 to about 3 times.
     low, high = full["answers"]["distribution"]["accuracy_interval"]
     assert high == pytest.approx(7 / 8, abs=1e-6) and 0.7 < low < right
-    part, answers = folds.add_runs("ravdess_faces", runs, {}, [])
     [test] = part["mcnemar"]["audio"]
     assert (test["first_only"], test["second_only"]) == (23, 0) and test["p_value"] == pytest.approx(2 / 2**23)
     data = {"ravdess_faces": part | {"probe": {"audio": {"accuracy": 0.5, "weighted_f1": 0.5, "ua": 0.25}}}}
@@ -70,14 +69,26 @@ def test_collect_and_render(runs):
     assert "| RAVDESS | speech | accuracy | 71.88 |" in folds.headline(data)
 
 
-def test_later_runs_replace_a_variant_and_keep_the_others(runs):
+@pytest.mark.parametrize("gone", ["audio", "full"])
+def test_later_runs_replace_those_of_their_seed_and_keep_the_others(runs, gone):
     part, answers = folds.add_runs("ravdess_faces", runs, {"probe": {}}, [])
-    for folder in runs.glob("audio_fold*"):
+    for folder in runs.glob(f"{gone}_fold*"):
         shutil.rmtree(folder)
     as_read = [{key: "" if value is None else str(value) for key, value in row.items()} for row in answers]
     again, kept = folds.add_runs("ravdess_faces", runs, part, as_read)
-    assert again == part and [row["id"] for row in kept] == [row["id"] for row in answers]
-    assert [row["variant"] for row in kept] == ["full"] * 192 + ["audio"] * 192
+    assert again == part and kept == answers
+    for folder in [*runs.iterdir()]:
+        folder.rename(folder.with_name(folder.name.replace("1111", "2222")))
+    more, rows = folds.add_runs("ravdess_faces", runs, part, as_read)
+    other = "full" if gone == "audio" else "audio"
+    assert more["variants"][other]["seeds"] == [1111, 2222] and more["variants"][gone] == part["variants"][gone]
+    assert (
+        more["variants"][other]["answers"]["distribution"]["ua"]
+        == 2 * part["variants"][other]["answers"]["distribution"]["ua"]
+    )
+    assert len(rows) == 3 * 192 and len(more["mcnemar"]["audio"]) == 1
+    with pytest.raises(ValueError, match="its samples are not those of the earlier runs of ravdess_faces"):
+        folds.add_runs("ravdess_faces", runs, part, as_read[:-1])
 
 
 def test_intervals_of_all_metrics():

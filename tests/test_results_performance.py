@@ -38,6 +38,14 @@ def test_a_missed_goal_says_so():
     assert "10.00 (10.00 to 10.00), missed" in performance.render(data)
 
 
+def test_figures_of_a_gpu_replace_those_taken_by_hand():
+    assert "not measured since" in performance.render(DATA)
+    measured = {f"{name} on cuda": copy.deepcopy(DATA[name]) for name in ("train_step", "answer")}
+    measured["train_step on cuda"]["machine"]["device"] = "NVIDIA H200"
+    text = performance.render(DATA | measured)
+    assert "`make gpu` on one NVIDIA H200" in text and "not measured since" not in text
+
+
 def test_turns_rotate():
     said = []
     ways = {name: lambda name=name: said.append(name) or len(said) for name in "abc"}

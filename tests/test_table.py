@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -127,6 +128,8 @@ def test_folders_of_datasets_give_the_same_rows(tmp_path, clips, expected):
             clips / "by_split" / f"{split}.csv", [row | {"file": f"../{row['file']}", "split": ""} for row in rows]
         )
     others = [load_corpus("table", folder) for folder in (tmp_path / "saved", tmp_path / "shards", clips / "by_split")]
+    ids = [row_id for rows in others[1].values() for row_id in rows["id"]]
+    assert all(re.fullmatch(r"[0-9a-f]{64}\.wav", row_id) for row_id in ids)  # the same on every machine
     for corpus in (folder, *others):
         for split, rows in corpus.items():
             assert [row["emotion"] for row in rows] == [row["emotion"] for row in expected[split]]
@@ -377,7 +380,7 @@ def test_written_splits_hold_for_a_table_that_has_grown(tmp_path, caplog):
     assert len(other["test"]) == 6
     caplog.clear()
     assert len(load_corpus("table", tmp_path / "t.csv", splits={})["test"]) == 5
-    assert "no splits.csv of a run is beside the model: all 5 rows are test rows" in caplog.text
+    assert "no splits.csv beside the model has its rows: all 5 are test rows" in caplog.text
 
 
 def test_dialogues_give_context(tmp_path):

@@ -4,6 +4,7 @@ Metrics come from `metrics.json` of `eval.py`, settings and versions from `recip
 the section on use and misuse from the README.
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
@@ -18,7 +19,6 @@ from egmf.recipe import default_record
 
 
 TEMPLATE = Path(__file__).with_name("card.md")
-ANSWERS = {"classification": "an emotion", "regression": "a sentiment score"}
 DEFAULT_LICENSE = "base-model-and-corpora"
 
 
@@ -70,7 +70,8 @@ FIGURES = {
     "non0_acc2": ("accuracy", "Non0 Acc-2"),
     "non0_f1": ("f1", "Non0 F1"),
 }
-KINDS = {"classification": "emotion-recognition", "regression": "sentiment-analysis"}
+SUBJECTS = ("emotion-recognition", "sentiment-analysis")
+POLARITIES = {"positive", "neutral", "negative"}
 
 
 @dataclass
@@ -150,6 +151,7 @@ def eval_results(run: Run) -> list[EvalResult]:
     for report in run.evaluations.values():
         corpus = CORPORA.get(report["corpus"], Corpus(report["corpus"]))
         kind = kind_of(report)
+        subject = next((subject_of(task) for task in run.tasks if task.name == report["task"]), SUBJECTS[0])
         for answer, figures in answers_of(report).items():
             for name, value in figures.items():
                 if not isinstance(value, float):
@@ -158,7 +160,7 @@ def eval_results(run: Run) -> list[EvalResult]:
                 results.append(
                     EvalResult(
                         task_type="text-classification" if kind == "classification" else "text-regression",
-                        task_name=KINDS[kind].replace("-", " ").capitalize(),
+                        task_name=subject.replace("-", " ").capitalize(),
                         dataset_type=corpus.dataset or report["corpus"],
                         dataset_name=corpus.name,
                         dataset_split=report["split"],
@@ -170,6 +172,11 @@ def eval_results(run: Run) -> list[EvalResult]:
                     )
                 )
     return results
+
+
+def subject_of(task: AffectTask) -> str:
+    """Whether a task is about emotions or about sentiment, as a tag of the Hub."""
+    return SUBJECTS[task.kind == "regression" or set(task.labels) <= POLARITIES]
 
 
 def answers_of(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -191,6 +198,11 @@ def conditions(report: dict[str, Any], run: Run) -> list[str]:
     said = [f"{report['samples']} samples", f"task {report['task']}"]
     said += [f"labels by {report['label_map']}"] if report["label_map"] else []
     said += ["speaker adaptation (all clips of each speaker)"] if report.get("speaker_adaptation") else []
+    part = run.recipe["corpora"].get(report["corpus"], {})
+    learned = run.recipe["corpus_options"] if report["corpus"] == run.recipe["corpus"] else part.get("options", {})
+    options = report.get("corpus_options", learned)
+    if report["corpus"] in run.corpora and options != learned:
+        said.append(f"corpus_options {json.dumps(options)}, other than those of the training")
     limited = len(report["modalities"]) < len(modalities(run.config))
     return said + ([f"sees {' and '.join(report['modalities'])} alone"] if limited else [])
 
@@ -203,7 +215,6 @@ def modalities(config: dict[str, Any]) -> list[str]:
 
 def card_data(run: Run, repo_id: str, license: str | None, adapter_only: bool) -> ModelCardData:
     """The card's YAML front matter."""
-    kinds = dict.fromkeys(task.kind for task in run.tasks)
     results = eval_results(run)
     terms: dict[str, Any] = {"license": license}
     if license is None:
@@ -212,7 +223,7 @@ def card_data(run: Run, repo_id: str, license: str | None, adapter_only: bool) -
     relation: dict[str, Any] = (
         {"base_model_relation": "adapter" if adapter_only else "finetune"} if run.base_model else {}
     )
-    tags = ["egmf", "multimodal", *(KINDS[kind] for kind in kinds), "custom_code", "lora"]
+    tags = ["egmf", "multimodal", *dict.fromkeys(map(subject_of, run.tasks)), "custom_code", "lora"]
     return ModelCardData(
         library_name="peft" if adapter_only else "transformers",
         pipeline_tag=pipeline_tag(run.towers),
@@ -234,7 +245,7 @@ def write_card(folder: Path, run: Run, repo_id: str, license: str | None, adapte
     body = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=repo_id.partition("/")[2],
         inputs=_inputs(run),
-        answers=" or ".join(dict.fromkeys(ANSWERS[task.kind] for task in run.tasks)),
+        answers=" or ".join(dict.fromkeys(map(_kind_of_answer, run.tasks))),
         tasks="\n".join(f"| `{task.name}` | {_answers(task)} | {task.language} |" for task in run.tasks),
         use=_use(run, repo_id, adapter_only),
         training=_training(run),
@@ -268,6 +279,12 @@ def _inputs(run: Run) -> str:
         if name in modalities(run.config):
             inputs.append(medium if name in run.towers else f"{name} features")
     return " and ".join([", ".join(inputs[:-1]), inputs[-1]] if len(inputs) > 1 else inputs)
+
+
+def _kind_of_answer(task: AffectTask) -> str:
+    if task.kind == "regression":
+        return "a sentiment score"
+    return "an emotion" if subject_of(task) == SUBJECTS[0] else "a sentiment"
 
 
 def _answers(task: AffectTask) -> str:
@@ -447,8 +464,8 @@ def _limits(run: Run) -> str:
         )
     if run.corpora.keys() - drawn:
         limits.append(
-            "Its training data are what the corpora named above hold: actors, films, series, or opinions that people "
-            "put on YouTube. None of these is how people feel or talk elsewhere."
+            "It knows what its training data hold. People who act, are filmed or write for others do not show how "
+            "people feel or talk elsewhere."
         )
     if run.is_copy:
         limits.append(

@@ -78,6 +78,8 @@ def read_run(folder: Path, base_model: str | None = None) -> Run:
         _read, (model / f"{name}.json" for name in ("recipe", "config", "processor_config"))
     )
     recipe = complete_record(recipe)
+    for options in (recipe["corpus_options"], *(part.get("options", {}) for part in recipe["corpora"].values())):
+        options.pop("media", None)  # the folder of the clips
     name = recipe["language_model"]
     # Neither the recipe nor the config keeps the path of a local folder.
     known = name if "/" in name or name == config["text_config"].get("_name_or_path") else None

@@ -40,8 +40,10 @@ def write_space(
         megabytes, seconds: Limits of a clip.
 
     Raises:
-        ValueError: If the folder has files, or an example is no file.
+        ValueError: If the folder has files, an example is no file, or the transcriber is a local folder.
     """
+    if transcriber is not None and Path(transcriber).exists():
+        raise ValueError(f"--transcriber: got the local {transcriber}, wanted the id of a model on the Hub")
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"--space: got {folder}, which has files, wanted a new folder")
     for file, _ in examples:
