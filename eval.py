@@ -55,7 +55,7 @@ from egmf.evaluation.predictor import Predictor
 from egmf.evaluation.significance import intervals, mcnemar, paired_differences, resample
 from egmf.files import weights_digest
 from egmf.pipeline_egmf import adaptation_warning
-from egmf.processes import default_workers, in_turns, silence_other_ranks
+from egmf.processes import LONGEST_WAIT, default_workers, in_turns, silence_other_ranks
 from egmf.processing_egmf import EGMFProcessor
 
 
@@ -228,7 +228,7 @@ def write_report(path: Path, report: dict) -> None:
 def main(arguments: list[str]) -> None:
     args = parse_arguments(arguments)
     check_model(args.model)
-    device = PartialState(cpu=not torch.accelerator.is_available()).device
+    device = PartialState(cpu=not torch.accelerator.is_available(), timeout=LONGEST_WAIT).device
     silence_other_ranks()
     with in_turns():  # transformers copies the model's code into its cache
         processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=True)

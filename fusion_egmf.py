@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
+from transformers.utils.generic import maybe_autocast
 
 from .configuration_egmf import EGMFConfig
 from .experts_egmf import (
@@ -220,8 +221,9 @@ class ClipStatistics(nn.Module):
         mask = mask.bool()
         frames = torch.cat(layers, -1).float().masked_fill(~mask.unsqueeze(-1), 0.0)
         share = (mask / mask.sum(1, keepdim=True).clamp(min=1)).unsqueeze(1)  # (B, 1, T)
-        mean = share @ frames
-        variance = share @ (frames - mean).square()
+        with maybe_autocast(frames.device.type, enabled=False):  # half precision would round the sums
+            mean = share @ frames
+            variance = share @ (frames - mean).square()
         return torch.cat([mean, (variance + 1e-6).sqrt()], -1).squeeze(1)  # a root of 0 has an infinite gradient
 
     def forward(self, layers: tuple[torch.Tensor, ...], mask: torch.Tensor) -> torch.Tensor:

@@ -484,6 +484,8 @@ class EGMFForConditionalGeneration(EGMFPreTrainedModel, ScoringMixin, Generation
         Raises:
             ValueError: If a field is invalid. The message gives the field, its value and the valid values.
         """
+        if labels is not None:
+            kwargs.setdefault("use_cache", False)  # the key-value cache would only cost memory and copies
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

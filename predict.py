@@ -41,7 +41,7 @@ from egmf.prediction.answers import Answerer
 from egmf.prediction.inputs import find_files
 from egmf.prediction.outputs import SUFFIXES, Output
 from egmf.prediction.segments import read_segments
-from egmf.processes import default_workers, in_turns, silence_other_ranks
+from egmf.processes import LONGEST_WAIT, default_workers, in_turns, silence_other_ranks
 
 
 PLOTS = {".png", ".pdf", ".svg"}
@@ -128,7 +128,7 @@ def main(arguments: list[str]) -> int:
     samples = samples_of(args)
     segments = read_segments(args.segments) if args.segments else None
     check_model(args.model)
-    state = PartialState(cpu=not torch.accelerator.is_available())
+    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=LONGEST_WAIT)
     silence_other_ranks()
     with in_turns():  # transformers copies the model's code into its cache
         recognize = pipeline("affect-recognition", model=args.model, trust_remote_code=True, device=state.device)

@@ -129,7 +129,9 @@ def fill_cache(
     training = recipe.training
     frozen = towers.keys() - trained
     inputs = inputs or TowerCache(model, processor, frozen=(), trained=towers)
-    cache = TowerCache(model.to(training.device), processor, frozen, trained, autocast_of(training), inputs=inputs)
+    for part in [getattr(model.model, f"{name}_tower") for name in towers] if are_sharded() else [model]:
+        part.to(training.device)  # the LLM of a divided model may be too large for one device
+    cache = TowerCache(model, processor, frozen, trained, autocast_of(training), inputs=inputs)
     for split, speeds in (("train", recipe.data.audio_speeds), ("validation", (1.0,))):
         cache.fill(corpus[split].select_columns([*COLUMNS.values()]), training.device, speeds)
     for error in cache.errors.values():

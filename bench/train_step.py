@@ -17,8 +17,8 @@ torch uses beyond the weights during a step on one batch of the recipe's size, w
 models are the pretrained SmolLM2-135M, and Qwen3-0.6B with random weights, full width and vocabulary, and two small
 numbers of layers. Time and memory grow linearly with the layers, so two depths determine the cost of all layers.
 
-With `--device cuda`, both models have all their layers and batches of 16 rows; times are wall seconds, and memory is
-what torch has allocated.
+With `--device cuda`, both models have all their layers and batches of 16 rows; times are wall seconds of the steps
+after the first two of an epoch, and memory is what torch has allocated.
 """
 
 import argparse
@@ -55,18 +55,24 @@ MODELS = {  # recipe, rows in a batch, layers
 
 
 ON_ACCELERATOR = {SMOLLM2: ("mosi_smollm2", 16, (None,)), "Qwen/Qwen3-0.6B": ("meld_qwen3_features", 16, (28,))}
+WARM_UP = (
+    2  # steps of an epoch on an accelerator that are not measured: Trainer empties the cache of its memory before
+)
 
 
 class StepClock(TrainerCallback):
-    """Measures the seconds of the training steps."""
+    """Measures the seconds of the training steps after the first `skipped` ones."""
 
     seconds = 0.0
+
+    def __init__(self, skipped: int):
+        self.skipped = skipped
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.begun = clock(args.device)
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.seconds += clock(args.device) - self.begun
+        self.seconds += (clock(args.device) - self.begun) * (state.global_step > self.skipped)
 
 
 class Floor(nn.Module):
@@ -157,9 +163,13 @@ class Bench:
         return found
 
 
+def batches_on(device: torch.device) -> int:
+    return BATCHES if device.type == "cpu" else WARM_UP + 5 * BATCHES
+
+
 def epoch(trainer: Trainer, lean: bool) -> float:
     """Seconds of the steps of one epoch."""
-    steps = StepClock()
+    steps = StepClock(0 if trainer.args.device.type == "cpu" else WARM_UP)
     trainer.add_callback(steps)
     with disable_input_dtype_casting(trainer.model, active=lean):
         trainer.train()
@@ -183,13 +193,15 @@ def measure(model_name: str, layers: int | None, batch_size: int, repetitions: i
         bench = Bench(model_name, layers, folder, device)
         recipes_size = bench.recipe.training.per_device_train_batch_size
         memory, weights = {}, {}
+        for dtype in (torch.float32, torch.bfloat16):  # creates an accelerator's workspaces, which belong to no way
+            torch.ones(64, 64, dtype=dtype, device=device).mm(torch.ones(64, 64, dtype=dtype, device=device))
         for name, trainer in bench.trainers(1, recipes_size).items():
             memory[name] = step_memory(trainer, name != "plain")
             weights[name] = sum(parameter.nbytes for parameter in trainer.model.parameters())
         shown = {way: f"{held / 1e6:.0f} MB" for way, held in memory.items()}
         print(model_name, layers, recipes_size, "rows:", shown, flush=True)
         gc.collect()
-        trainers = bench.trainers(BATCHES, batch_size)
+        trainers = bench.trainers(batches_on(device), batch_size)
         ways = {name: lambda t=trainer, n=name: epoch(t, n != "plain") for name, trainer in trainers.items()}
         seconds = take_turns(ways, repetitions)
     gc.collect()
@@ -207,7 +219,8 @@ def main() -> None:
     found = {"machine": machine(args.device), "models": {}}
     models = MODELS if args.device.type == "cpu" else ON_ACCELERATOR
     for name, (recipe, batch_size, depths) in models.items():
-        setting = {"recipe": recipe, "batch_size": batch_size, "batches": BATCHES, "depths": []}
+        batches = batches_on(args.device)
+        setting = {"recipe": recipe, "batch_size": batch_size, "batches": batches, "depths": []}
         found["models"][name] = setting
         for layers in depths:
             setting["depths"].append(measure(name, layers, batch_size, args.repetitions, args.device))

@@ -7,11 +7,16 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 from accelerate import PartialState
 from peft.utils.integrations import gather_params_ctx
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers.utils import logging as transformers_logging
+
+
+LONGEST_WAIT = timedelta(days=1)  # of a process for the others, which may have longer recordings
 
 
 @contextmanager
@@ -42,10 +47,17 @@ def default_workers() -> int:
 
 @contextmanager
 def held_whole(module: nn.Module) -> Iterator[None]:
-    """Gathers a module's weights that DeepSpeed's ZeRO-3 has divided. No effect on other models.
+    """Gathers a module's weights that DeepSpeed's ZeRO-3 or FSDP2 has divided. No effect on other models.
 
     The weights stay whole in the block even if they are tied to another module, which would release them after use.
     """
+    if isinstance(module, FSDPModule):  # a head with weights of its own; FSDP2 gathers tied ones with the model
+        module.unshard()
+        try:
+            yield
+        finally:
+            module.reshard()
+        return
     parameters = list(module.parameters())
     with gather_params_ctx(parameters, modifier_rank=None):
         in_use = [parameter.ds_active_sub_modules for parameter in parameters if hasattr(parameter, "ds_id")]

@@ -8,6 +8,7 @@ command line overrides any field; there, mappings are written in JSON:
 """
 
 import argparse
+import logging
 import math
 import re
 from dataclasses import MISSING, dataclass, field, fields
@@ -366,6 +367,9 @@ def load_recipe(arguments: list[str]) -> Recipe:
         training = _made(TrainingArguments, merged)
     except ValueError as error:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+    if training.n_gpu > 1:
+        logging.warning("one of %d GPUs is used; `accelerate launch train.py` uses all of them", training.n_gpu)
+        training._n_gpu = 1  # Trainer would copy the model to all of them in every step (DataParallel)
     if training.resume_from_checkpoint:
         got = training.resume_from_checkpoint
         raise ValueError(f"resume_from_checkpoint: got {got}, wanted nothing: repeat the command to resume a run")

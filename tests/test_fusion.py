@@ -308,6 +308,8 @@ def test_clip_statistics_are_those_of_the_frames_in_use():
     whole = torch.stack(layers, 2)[1, :4].flatten(1)
     wanted = torch.cat([whole.mean(0), whole.std(0, correction=0)])
     torch.testing.assert_close(measured[1], wanted, rtol=0, atol=1e-4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(ClipStatistics.measure(layers, mask), measured)
     assert torch.equal(measured[:1], ClipStatistics.measure(tuple(layer[:1] for layer in layers), mask[:1]))
 
     fusion = build_fusion(clip_statistics=["audio"]).eval()

@@ -387,6 +387,7 @@ def test_a_batch_without_clips_trains_every_parameter_of_a_trained_tower(assembl
     )
     assert "input_values" not in collate()(list(rows))
     batch = collate(blanks=True)(list(rows))
+    assert all(value.is_contiguous() for value in batch.values())  # as pinned memory must be
     assert batch["input_values"].shape[0] == 2 and not batch["audio_mask"].any()
     without = model.eval()(**collate()(list(rows)))
     torch.testing.assert_close(model(**batch).loss, without.loss)

@@ -131,10 +131,9 @@ class AffectCollator:
         blanks = {}
         for modality in sorted(self.cache.trained) if self.cache else ():
             if f"{modality}_mask" not in batch:
-                blank = self.processor.blank_media(modality)
-                blanks |= {
-                    name: value.expand(len(batch["input_ids"]), *value.shape[1:]) for name, value in blank.items()
-                }
+                blank, count = self.processor.blank_media(modality), len(batch["input_ids"])
+                # Copies, because memory that rows share cannot be pinned.
+                blanks |= {name: value.repeat(count, *[1] * (value.ndim - 1)) for name, value in blank.items()}
         return blanks
 
     def _batch(self, rows: list[dict]):

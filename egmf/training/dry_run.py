@@ -90,11 +90,12 @@ def describe_model(recipe: Recipe, model, rows: Dataset, collator: AffectCollato
         lines.append("  fusion and expert readout, except the fusion's projector, are trained before")
     lengths = prompt_lengths(rows, collator)
     longest = max(range(len(rows)), key=lengths.__getitem__)
-    training, batch = recipe.training, collator([rows[longest]])
+    training, device = recipe.training, model.device  # weights in 4 bits are on a GPU
+    batch = {name: value.to(device) for name, value in collator([rows[longest]]).items()}
     half = training.mixed_precision == "bf16"
     with kept_tensors(model) as kept, disable_input_dtype_casting(model, active=half):
-        with torch.autocast("cpu", torch.bfloat16, enabled=half):
-            model.train()(**batch)
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+            model.to(device).train()(**batch)
         activations = kept() * training.per_device_train_batch_size
     frozen = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
     learned = TRAINED_BYTES * count_parameters(model, trained=True)
