@@ -44,6 +44,7 @@ from corpora.splits import SPLITS_FILE, read_splits
 from egmf.arguments import mapping, positive
 from egmf.commands import check_model, run_command
 from egmf.data.collator import LABEL_COLUMNS, AffectCollator, check_labels, expand_by_task
+from egmf.data.mixture import has_any
 from egmf.data.speakers import name_speakers, speaker_centers
 from egmf.data.tower_cache import COLUMNS, TowerCache
 from egmf.evaluation import robustness
@@ -268,6 +269,9 @@ def main(arguments: list[str]) -> None:
     if warning := adaptation_warning(model.config, seen, seen if adapted else []):
         logging.warning(warning)
     towers = [name for name in seen if getattr(model.base_model, f"{name}_tower") is not None]
+    for name in seen:
+        if not has_any(rows, COLUMNS[name] if name in towers else f"{name}_features"):
+            logging.warning("%s: no row of %s / %s has it; the model answers without", name, args.corpus, args.split)
     if towers:
         predict.cache = TowerCache(model, processor, towers)
         predict.cache.fill(rows.select_columns([COLUMNS[name] for name in towers]), device)

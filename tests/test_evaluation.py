@@ -242,7 +242,7 @@ def test_a_checkpoint_whose_own_processor_is_older_is_evaluated(model_folder, tm
 
 
 @pytest.mark.filterwarnings("ignore:Glyph")  # a machine without a Chinese font draws boxes
-def test_an_evaluation_across_corpora_is_written_whole(model_folder, tmp_path, monkeypatch, capsys):
+def test_an_evaluation_across_corpora_is_written_whole(model_folder, tmp_path, monkeypatch, capsys, caplog):
     labels = ["高兴", "悲伤", "平静", "高兴", "愤怒", "惊奇"]
     corpus = rows_with("emotion", labels)
     rows = [{**row, "id": f"film{number % 3}$_${number}"} for number, row in enumerate(corpus["test"])]
@@ -265,6 +265,7 @@ def test_an_evaluation_across_corpora_is_written_whole(model_folder, tmp_path, m
     answers = [json.loads(line)["answers"]["distribution"] for line in lines]
     report = json.loads((tmp_path / "first/metrics.json").read_text(encoding="utf-8"))
     assert (report["task"], report["label_map"]) == ("meld", "meld-cherma")
+    assert "audio: no row of mosi / test has it; the model answers without" in caplog.text
     assert report["clusters"] == {"unit": "videos", "number": 3}
     figures = report["answers"]["distribution"]
     assert figures["accuracy"] == sum(a == b for a, b in zip(answers, labels, strict=True)) / 6

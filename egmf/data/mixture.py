@@ -40,7 +40,7 @@ def check_corpora(
                 check_labels(f"{part.name} / {split}", corpus[split], processor.tasks[name])
         for modality in set(modalities) - {"text"}:
             columns = [f"{modality}_features", COLUMNS[modality]]
-            features, clips = (_has_any(corpus["train"], name) for name in columns)
+            features, clips = (has_any(corpus["train"], name) for name in columns)
             tower = getattr(processor, PREPROCESSORS[modality]) is not None
             if tower and features and not clips:
                 logging.warning("%s: its %s features are not read: the recipe names a tower", part.name, modality)
@@ -48,7 +48,7 @@ def check_corpora(
                 logging.warning("%s: %s of its clips is not read: the recipe names no tower", part.name, modality)
 
 
-def _has_any(rows: Dataset, column: str) -> bool:
+def has_any(rows: Dataset, column: str) -> bool:
     """Whether a column has a value other than null. Values are not converted to Python objects."""
     tables = rows.select_columns([column]).with_format("arrow").iter(1000)
     return any(table.column(column).null_count < len(table) for table in tables)
