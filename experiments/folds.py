@@ -415,7 +415,7 @@ def render(data: dict) -> str:
             parts.append(table(["against", "seed", "only both correct", "only one correct", "p"], rows))
         nll = [[name_of(one, variant), f"{np.mean(own['nll']):.3f}"] for variant, own in part["variants"].items()]
         parts.append(table(["model", "negative log-likelihood of the gold answer"], nll))
-        parts.append("Commands of the first fold; those of the others differ in `fold`:")
+        parts.append("Commands of the first fold of one seed; others differ in `fold` and in `--seed`:")
         parts.append("```bash\n" + "\n".join(own["command"] for own in part["variants"].values()) + "\n```")
     parts.append("Made from `results/folds.json` by `python -m experiments.folds render`.")
     return "\n\n".join(parts) + "\n"
