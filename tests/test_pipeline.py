@@ -205,7 +205,7 @@ def test_options_of_the_pipeline_are_defaults_of_its_calls(recognize, voices):
 
 def test_a_file_beside_another_clip(recognize, voices):
     """Rows of data sets name a file of the machine that made them."""
-    row = {"file": "/home/somebody/1.flac", "audio": voices[0][0], "id": 1}
+    row = {"file": "/data/somebody/1.flac", "audio": voices[0][0], "id": 1}
     assert_same(recognize(datasets.Dataset.from_list([row])), voices[1][:1])
     with pytest.raises(ValueError, match="a sample got file and audio, wanted one of them"):
         recognize({"file": voices[0][0], "audio": voices[0][1]})
