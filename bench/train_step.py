@@ -55,9 +55,8 @@ MODELS = {  # recipe, rows in a batch, layers
 
 
 ON_ACCELERATOR = {SMOLLM2: ("mosi_smollm2", 16, (None,)), "Qwen/Qwen3-0.6B": ("meld_qwen3_features", 16, (28,))}
-WARM_UP = (
-    2  # steps of an epoch on an accelerator that are not measured: Trainer empties the cache of its memory before
-)
+# Steps of an epoch on an accelerator that are not measured, because Trainer has emptied the cache of its memory.
+WARM_UP = 2
 
 
 class StepClock(TrainerCallback):

@@ -151,7 +151,7 @@ def eval_results(run: Run) -> list[EvalResult]:
     for report in run.evaluations.values():
         corpus = CORPORA.get(report["corpus"], Corpus(report["corpus"]))
         kind = kind_of(report)
-        subject = next((subject_of(task) for task in run.tasks if task.name == report["task"]), SUBJECTS[0])
+        subject = next((subject_of(task) for task in run.tasks if task.name == report["task"]), None)
         for answer, figures in answers_of(report).items():
             for name, value in figures.items():
                 if not isinstance(value, float):
@@ -160,7 +160,7 @@ def eval_results(run: Run) -> list[EvalResult]:
                 results.append(
                     EvalResult(
                         task_type="text-classification" if kind == "classification" else "text-regression",
-                        task_name=subject.replace("-", " ").capitalize(),
+                        task_name=(subject or SUBJECTS[kind == "regression"]).replace("-", " ").capitalize(),
                         dataset_type=corpus.dataset or report["corpus"],
                         dataset_name=corpus.name,
                         dataset_split=report["split"],
