@@ -54,6 +54,8 @@ class MediaMixin:
     def _pool(self, name: str, layers: tuple[torch.Tensor, ...], mask: torch.Tensor, times: torch.Tensor | None):
         """Selects the hidden layers of `config.tower_layers`, and averages frames as `config.frame_pooling` says."""
         layers = tuple(layers[number] for number in read_layers(self.config, name))
+        # A device map may have put the tower elsewhere.
+        mask, times = (value if value is None else value.to(layers[0].device) for value in (mask, times))
         if name not in self.config.frame_pooling:
             return layers, mask, times
         together, sizes = torch.stack(layers, 2), (len(layers), layers[0].shape[-1])

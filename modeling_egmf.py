@@ -81,6 +81,7 @@ class EGMFPreTrainedModel(PreTrainedModel):
     input_modalities = ("text", "audio", "image")
     supports_gradient_checkpointing = True
     _skip_keys_device_placement = ["past_key_values"]
+    _no_split_modules = ["EGMFFusion", "ExpertReadout"]
     _keep_in_fp32_modules_strict = ["fusion", "readout"]
     _keys_to_ignore_on_load_missing = [r"readout\.spelling"]
     _supports_sdpa = True
@@ -127,6 +128,8 @@ class EGMFModel(MediaMixin, EGMFPreTrainedModel):
         self.vision_tower = build_tower(config.vision_config) if config.vision_config is not None else None
         self.fusion = EGMFFusion(config)
         self.readout = ExpertReadout(config)
+        towers = [type(tower).__name__ for tower in (self.audio_tower, self.vision_tower) if tower is not None]
+        self._no_split_modules = [*self._no_split_modules, *towers]  # all layers of a tower are read together
         self.post_init()
         self.freeze_towers()
 
@@ -191,7 +194,7 @@ class EGMFModel(MediaMixin, EGMFPreTrainedModel):
         prompt = masked_mean(embeds, padding_mask.bool() & (seen == 0) & ~uttered)
         pseudo_tokens, latents, gate_weights = self.fusion(inputs, prompt, each_expert)
         places = (seen - 1).clamp(0, wanted - 1).unsqueeze(-1).expand_as(embeds)
-        embeds = torch.where(placeholders.unsqueeze(-1), pseudo_tokens.to(embeds.dtype).gather(1, places), embeds)
+        embeds = torch.where(placeholders.unsqueeze(-1), pseudo_tokens.to(embeds).gather(1, places), embeds)
         return embeds, pseudo_tokens, self.readout.states(latents, prompt), gate_weights
 
     def get_pseudo_tokens(
@@ -266,7 +269,8 @@ class EGMFModel(MediaMixin, EGMFPreTrainedModel):
                 **kwargs,
             )
         return EGMFOutput(
-            last_hidden_state=outputs.last_hidden_state,
+            # Back on the device of the input, where the readout is added: a device map may have split the LLM.
+            last_hidden_state=outputs.last_hidden_state.to(inputs_embeds.device),
             past_key_values=outputs.get("past_key_values"),
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),
@@ -544,7 +548,8 @@ class EGMFForConditionalGeneration(EGMFPreTrainedModel, ScoringMixin, Generation
         order = (~answers).long().argsort(dim=1, stable=True)[:, :length]
         tokens = labels.gather(1, order).clamp(min=0)
         prefixes = answer_prefixes(self.model.get_input_embeddings()(tokens))[:, :-1]
-        return (self.model.readout.gain * self.model.readout(states, prefixes))[answers.gather(1, order)]
+        read = self.model.readout.gain * self.model.readout(states, prefixes)
+        return read.to(labels.device)[answers.gather(1, order)]
 
     def _add_readout(self, hidden, mask, states, prefixes) -> torch.Tensor:
         """Adds the readout to the last S positions of each row's hidden states (B, L, H)."""

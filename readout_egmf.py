@@ -62,6 +62,7 @@ class ExpertReadout(nn.Module):
 
         The latents are (B, K, d), or (B, 1 + E, K, d) for the mixed and for each single expert.
         """
+        latents = latents.to(self.gain.device)  # the fusion may be on another one
         asked = self.prompt(_unit(prompt.to(latents)))
         asked = asked.view(len(asked), *[1] * (latents.ndim - 2), -1).expand(*latents.shape[:-2], 1, -1)
         return torch.cat([asked, self.norm(latents)], -2)

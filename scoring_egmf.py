@@ -299,8 +299,10 @@ class ScoringMixin:
 
     def answer_logits(self, trie: AnswerTrie, states: torch.Tensor) -> torch.Tensor:
         """Logits of the tokens that the trie's decisions choose among: (..., N, H) -> (..., N, V)."""
-        bias = self.lm_head.bias[trie.token_ids] if self.lm_head.bias is not None else None
-        return self._finish_logits(F.linear(states, self.lm_head.weight[trie.token_ids], bias))
+        head, tokens = self.lm_head, trie.token_ids.to(self.lm_head.weight.device)  # perhaps another device's
+        bias = None if head.bias is None else head.bias[tokens]
+        logits = F.linear(states.to(tokens.device), head.weight[tokens], bias)
+        return self._finish_logits(logits).to(states.device)
 
     def _takes_tree_mask(self) -> bool:
         """Whether the LLM accepts a 4-D mask and has full attention in all layers."""

@@ -188,9 +188,8 @@ def read_frames(tower: PreTrainedModel, frames: torch.Tensor, mask: torch.Tensor
     means = [
         state.mean((2, 3)) if state.ndim == 4 else state.mean(1) for state in states[-tower_num_states(tower.config) :]
     ]
-    return tuple(
-        mean.new_zeros(*mask.shape, mean.shape[-1]).masked_scatter(mask.unsqueeze(-1), mean) for mean in means
-    )
+    mask = mask.unsqueeze(-1).to(means[0].device)
+    return tuple(mean.new_zeros(*mask.shape[:2], mean.shape[-1]).masked_scatter(mask, mean) for mean in means)
 
 
 def average_frames(
