@@ -74,7 +74,7 @@ class EGMFConfig(PreTrainedConfig):
 
     model_type = "egmf"
     sub_configs = {"text_config": AutoConfig, "audio_config": AutoConfig, "vision_config": AutoConfig}
-    keys_to_ignore_at_inference = ["past_key_values", "hidden_states", "attentions", "gate_weights"]
+    keys_to_ignore_at_inference = ["past_key_values", "hidden_states", "attentions", "gate_weights", "expert_states"]
 
     text_config: dict | PreTrainedConfig | None = None
     audio_config: dict | PreTrainedConfig | None = None
@@ -136,6 +136,9 @@ class EGMFConfig(PreTrainedConfig):
                 f"fusion_hidden_size: got {self.fusion_hidden_size}, wanted a multiple of "
                 f"fusion_num_attention_heads ({self.fusion_num_attention_heads})"
             )
+        if not hasattr(self.text_config, "hidden_size"):
+            wanted = "a text-only one, such as Gemma3ForCausalLM for a Gemma 3 that also reads pictures"
+            raise ValueError(f"text_config: got a multimodal model ({self.text_config.model_type}), wanted {wanted}")
         for modality in ("audio", "vision"):
             if (
                 getattr(self, f"{modality}_config") is not None

@@ -255,9 +255,9 @@ class GlobalExpert(nn.Module):
         waves = (math.pi * clip.fractions.unsqueeze(1) * orders).cos() * (orders.clamp(max=1) + 1)  # (B, C, T)
         weights = (waves.unsqueeze(1) * clip.share.unsqueeze(2)).flatten(1, 2)
         components = (weights.to(clip.frames) @ clip.frames).unflatten(1, (-1, len(orders)))
-        matrices = torch.stack([proj.weight for proj in self.proj.values()])
-        biases = torch.stack([proj.bias for proj in self.proj.values()]).unsqueeze(1)
-        return torch.einsum("bmcd,med->bmce", components, matrices) + biases + self.component_embedding
+        by_modality = components.transpose(0, 1).contiguous()  # one copy, where each projection would make its own
+        projected = [proj(part) for proj, part in zip(self.proj.values(), by_modality, strict=True)]
+        return torch.stack(projected, 1) + self.component_embedding
 
     def forward(self, clip: ClipSequence) -> torch.Tensor:
         """-> (B, M, K, d)."""

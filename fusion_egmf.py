@@ -286,11 +286,11 @@ class EGMFFusion(nn.Module):
 
         Without clip statistics they are None.
         """
-        weight, is_tower = self.input_proj[name].weight, name in self.layer_mix
+        like, is_tower = self.present_embedding, name in self.layer_mix
         if features is None or not mask.shape[1]:
             # A masked blank frame. In distributed training every process must use all parameters in a step.
-            mask, times = torch.zeros(batch_size, 1, dtype=torch.bool, device=weight.device), None
-            features = weight.new_zeros(batch_size, 1, self.widths[name])
+            mask, times = torch.zeros(batch_size, 1, dtype=torch.bool, device=like.device), None
+            features = like.new_zeros(batch_size, 1, self.widths[name])
             features = (features,) * self.layer_mix[name].weights.numel() if is_tower else features
         mask, statistics = mask.bool(), None
         if name in self.clip_statistics:
@@ -301,7 +301,7 @@ class EGMFFusion(nn.Module):
             features = features.masked_fill(~mask.unsqueeze(-1), 0.0)
             features, mask, times = average_frames(features, mask, times, self.frame_pooling[name])
         times = torch.full_like(mask, torch.nan, dtype=torch.float32) if times is None else times.float()
-        return features.to(weight.dtype), statistics, mask, times
+        return features.to(like.dtype), statistics, mask, times
 
     def _project(self, name: str, features: torch.Tensor, padding: torch.Tensor) -> torch.Tensor:
         """Normalises and projects the frames of one modality: (B, T, width) and padding (B, T) -> (B, T, d)."""

@@ -109,7 +109,7 @@ class MediaMixin:
         if center.device.type == "cpu":
             finite = torch.isfinite(center).all()
             torch_compilable_check(finite, f"{name}_center: got NaN or infinite values, wanted finite ones")
-        parts = center.float().reshape(len(center), len(layers), 1, -1).unbind(1)
+        parts = center.to(layers[0].device, torch.float32).reshape(len(center), len(layers), 1, -1).unbind(1)
         centred = tuple(layer.float() - part for layer, part in zip(layers, parts, strict=True))
         return centred if is_tower else centred[0]
 

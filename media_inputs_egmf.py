@@ -16,7 +16,7 @@ import torch
 from transformers.feature_extraction_utils import BatchFeature
 
 from .media_egmf import AudioClip, VideoClip, load_audio, load_video
-from .media_readers_egmf import FULL_SCALE, LARGEST_RESULT, MediaError, mono
+from .media_readers_egmf import FULL_SCALE, LARGEST_RESULT, MediaError, mono, spread
 from .samples_egmf import on_disk
 
 
@@ -165,12 +165,18 @@ class MediaInputsMixin:
             return value
         if is_path(value):
             return _reported(value, load_video(value, self.num_frames))
+        if hasattr(value, "get_frames_at"):
+            wanted = "a file; a column of `datasets` keeps it with `cast_column(NAME, Video(decode=False))`"
+            raise ValueError(f"`{name}` got a decoder ({type(value).__name__}), wanted {wanted}.")
         clip = value if hasattr(value, "frames") else None
         frames = np.asarray(value if clip is None else clip.frames)
         if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not frames.size:
             wanted = "a file, a VideoClip or uint8 frames (F, height, width, 3)"
             raise ValueError(f"`{name}` must be {wanted}, got {frames.dtype} of the shape {frames.shape}.")
-        return clip or VideoClip(frames, np.full(len(frames), np.nan), np.nan, [])
+        some = spread(len(frames), self.num_frames)  # as many as are read of a file
+        if clip is None:
+            return VideoClip(frames[some], np.full(len(some), np.nan), np.nan, [])
+        return VideoClip(frames[some], clip.times[some], clip.duration, clip.warnings)
 
     @cached_property
     def _probes(self) -> tuple[TowerInput, TowerInput]:
@@ -269,7 +275,7 @@ def _as_clip(name: str, value: Any) -> AudioClip:
     elif hasattr(value, "samples"):  # by its form, as the class may be another copy's
         clip = AudioClip(as_samples(f"{name}.samples", value.samples), value.sampling_rate, value.warnings)
     else:
-        wanted = "a file, an AudioClip or a dict of `array` and `sampling_rate`"
+        wanted = "a file, an AudioClip, a dict of `array` and `sampling_rate`, or an array beside `sampling_rate`"
         raise ValueError(f"`{name}` must be {wanted}, got {type(value).__name__}.")
     if not clip.samples.size or not np.isfinite(clip.samples).all():
         raise ValueError(f"`{name}` must have samples, all finite, got {clip.samples.size} with NaN or infinity.")

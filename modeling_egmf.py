@@ -7,7 +7,6 @@ Shape letters: B samples, L prompt positions, T frames of a modality, F video fr
 tokens, H the LLM's hidden size.
 """
 
-import copy
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, StaticCache
 from transformers.integrations import deepspeed as deepspeed_integration
@@ -83,6 +82,8 @@ class EGMFPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]
     _no_split_modules = ["EGMFFusion", "ExpertReadout"]
     _keep_in_fp32_modules_strict = ["fusion", "readout"]
+    # Quantizers leave these modules as they are; they read this list, and match names from their start.
+    _keep_in_fp32_modules = ["fusion", "readout", "model.fusion", "model.readout"]
     _keys_to_ignore_on_load_missing = [r"readout\.spelling"]
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -328,7 +329,8 @@ class EGMFForConditionalGeneration(EGMFPreTrainedModel, ScoringMixin, Generation
                 config_kwargs[f"{name}_config"] = tower.config
                 config_kwargs["tower_layers"].setdefault(name, spread_layers(tower.config))
                 attention[f"{name}_config"] = tower.config._attn_implementation
-                towers[f"{name}_tower"] = tower.requires_grad_(False).to(language_model.dtype)
+                tower = tower.requires_grad_(False).to(language_model.device, language_model.dtype)
+                towers[f"{name}_tower"] = tower
         if config_kwargs.get("pseudo_token_id", 0) >= language_model.get_input_embeddings().num_embeddings:
             language_model.resize_token_embeddings(config_kwargs["pseudo_token_id"] + 1)
 
@@ -357,11 +359,11 @@ class EGMFForConditionalGeneration(EGMFPreTrainedModel, ScoringMixin, Generation
             sample = torch.arange(0, embeddings.num_embeddings, embeddings.num_embeddings // 4096 + 1)
             scale = embeddings(sample.to(language_model.device)).float().square().mean().sqrt()
             model.model.fusion.projector.embedding_rms.copy_(scale)
-        model.generation_config = copy.deepcopy(language_model.generation_config)
-        # Many instruct models sample by default. The answer to a clip should be the same each time.
-        model.generation_config.update(do_sample=False, temperature=None, top_k=None, top_p=None, min_p=None)
+        # Many instruct models sample by default, or penalise words of the prompt. An answer is the most probable one.
+        tokens = language_model.generation_config.to_dict()
+        tokens = {name: tokens.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         # Without a cache, a generated placeholder would count as a placeholder of the prompt.
-        model.generation_config.suppress_tokens = [config.pseudo_token_id]
+        model.generation_config = GenerationConfig(**tokens, suppress_tokens=[config.pseudo_token_id])
         if "past_key_values" not in inspect.signature(language_model.base_model.forward).parameters:
             # State-space models (Mamba) have another kind of cache. Each step processes the whole sequence instead.
             model.generation_config.use_cache = False

@@ -23,6 +23,7 @@ from transformers.processing_utils import ProcessorMixin
 from .chats_egmf import ChatsMixin
 from .media_inputs_egmf import MediaInputsMixin, as_array
 from .recordings_egmf import RecordingsMixin
+from .samples_egmf import with_rate
 from .tasks_egmf import BUILTIN_TASKS, AffectTask, AnswerConstraint, AnswerDistribution, AnswerText
 from .transcription_egmf import Transcriber
 
@@ -217,14 +218,17 @@ class EGMFProcessor(ChatsMixin, MediaInputsMixin, RecordingsMixin, ProcessorMixi
             speaker: The name of the speaker.
             audio: Per sample a file with sound, an [`AudioClip`], or `{"array", "sampling_rate"}`: (samples,),
                 (samples, channels) or (channels, samples), floats from -1 to 1 or integers; channels are averaged.
+                With `sampling_rate`, a plain array.
             video: Per sample a file with pictures, a [`VideoClip`], or an array of RGB frames (F, height, width, 3),
-                uint8. The sound track of a video file is used as the sample's audio if `audio` is None.
+                uint8, of which `num_frames` are read. The sound track of a video file is used as the sample's audio if
+                `audio` is None.
             audio_features, vision_features: Per sample an array `(T, D)` of finite numbers, `T` >= 1; for a model with
                 a tower the tower's hidden layers `(T, layers + 1, D)`.
             audio_times, vision_times: Per sample the times `(T,)` of the features' rows in seconds, NaN if unknown.
             task: Name of a task in `tasks`, or an `AffectTask`; by default `default_task`.
             answer: The label or score to learn; adds `labels`, and the answer and EOS to the sequence.
             return_tensors: `"pt"`, or `"np"` or None for numpy arrays.
+            sampling_rate: Sampling rate in Hz of `audio` that is given as plain arrays.
             sound_track: Whether to use the sound track of a video file; True by default.
             padding_side: `"left"` (default, required for generation) or `"right"`; also inside `text_kwargs`.
 
@@ -245,14 +249,19 @@ class EGMFProcessor(ChatsMixin, MediaInputsMixin, RecordingsMixin, ProcessorMixi
         """
         options = {**self.text_kwargs, **kwargs.pop("text_kwargs", {}), **kwargs}
         padding_side, sound_track = options.pop("padding_side"), options.pop("sound_track", True)
+        sampling_rate = options.pop("sampling_rate", None)
         if options or padding_side not in ("left", "right"):
-            wanted = "`padding_side` 'left' or 'right', `sound_track`, and no other option"
+            wanted = "`padding_side` 'left' or 'right', `sound_track`, `sampling_rate`, and no other option"
             raise ValueError(f"EGMFProcessor wanted {wanted}, got {padding_side!r} and {options}.")
 
         columns = dict(text=text, context=context, following=following, speaker=speaker, task=task, answer=answer)
         columns.update(audio=audio, video=video, audio_features=audio_features, audio_times=audio_times)
         columns.update(vision_features=vision_features, vision_times=vision_times)
-        columns = _as_columns(columns) if _is_batch(columns) else {name: [value] for name, value in columns.items()}
+        dims = {"audio_features": 2 + bool(self.feature_extractor), "vision_features": 2 + bool(self.image_processor)}
+        batched = _is_batch(columns, dims)
+        columns = _as_columns(columns) if batched else {name: [value] for name, value in columns.items()}
+        if sampling_rate is not None:
+            columns["audio"] = [with_rate(clip, sampling_rate) for clip in columns["audio"]]
         tasks = [self._task(self.default_task if one is None else one) for one in columns["task"]]
 
         rows: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "utterance_mask": []}
@@ -507,12 +516,13 @@ def _ndim(value: Any) -> int:
     return 0
 
 
-def _is_batch(columns: dict[str, Any]) -> bool:
+def _is_batch(columns: dict[str, Any], dims: dict[str, int]) -> bool:
+    """Whether the columns hold several samples; `dims` has the number of dimensions of one sample's features."""
     if columns["text"] is not None:
         return not isinstance(columns["text"], str)
-    features = [columns[name] for name in ("audio_features", "vision_features") if columns[name] is not None]
+    features = {name: columns[name] for name in dims if columns[name] is not None}
     if features:
-        return any(_ndim(value) > 2 for value in features)
+        return any(_ndim(value) > dims[name] for name, value in features.items())
     return any(isinstance(columns[name], list | tuple) for name in ("audio", "video", "speaker", "task", "answer"))
 
 

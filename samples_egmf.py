@@ -59,6 +59,11 @@ def as_media(value: Any) -> Any:
     return value
 
 
+def with_rate(value: Any, sampling_rate: int | None) -> Any:
+    """A plain array of sound as `{"array", "sampling_rate"}`; other values are returned unchanged."""
+    return {"array": value, "sampling_rate": sampling_rate} if isinstance(value, np.ndarray | torch.Tensor) else value
+
+
 @contextmanager
 def on_disk(value: Any) -> Iterator[Any]:
     """Yields a file for bytes or a URL, in a temporary folder, and any other value as [`as_media`] returns it.
@@ -106,7 +111,7 @@ def as_sample(value: Any, sampling_rate: int | None, is_row: bool = False) -> di
     if is_file(value):
         return {"file": value}
     if isinstance(value, np.ndarray | torch.Tensor):
-        return {"audio": {"array": value, "sampling_rate": sampling_rate}}
+        return {"audio": with_rate(value, sampling_rate)}
     if not isinstance(value, Mapping):
         if (medium := as_media(value)) is value:
             wanted = f"a file, bytes, an array or a mapping with some of {sorted(FIELDS)}"
@@ -116,6 +121,8 @@ def as_sample(value: Any, sampling_rate: int | None, is_row: bool = False) -> di
         return {"file": as_media(value)}
     known, unknown = value.keys() & FIELDS, value.keys() - FIELDS
     sample = {name: value[name] for name in known if value[name] is not None}
+    if "audio" in sample:
+        sample["audio"] = with_rate(sample["audio"], sampling_rate)
     if "sampling_rate" in unknown and unknown & {"array", "raw"}:
         sample["audio"] = as_media(value)
         unknown -= ARRAY_FIELDS

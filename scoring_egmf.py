@@ -148,7 +148,7 @@ class AnswerTrie:
         ]
         steps = torch.zeros(len(answers), *illegal.shape)
         steps[tuple(map(list, zip(*taken, strict=True)))] = 1.0
-        self.token_ids = torch.tensor(token_ids, device=device)
+        self.token_ids = torch.tensor(token_ids, dtype=torch.long, device=device)
         self.illegal, self.steps = illegal.to(device), steps.flatten(1).to(device)
         longest = max(map(len, self.paths))
         padded = [[*path, *[0] * (longest - len(path))] for path in self.paths]
@@ -299,9 +299,14 @@ class ScoringMixin:
 
     def answer_logits(self, trie: AnswerTrie, states: torch.Tensor) -> torch.Tensor:
         """Logits of the tokens that the trie's decisions choose among: (..., N, H) -> (..., N, V)."""
-        head, tokens = self.lm_head, trie.token_ids.to(self.lm_head.weight.device)  # perhaps another device's
-        bias = None if head.bias is None else head.bias[tokens]
-        logits = F.linear(states.to(tokens.device), head.weight[tokens], bias)
+        head = self.lm_head
+        if type(head) is not nn.Linear or hasattr(head, "_hf_hook") and head.weight.is_meta:
+            # LoRA or quantised weights compute another product, and offloaded weights are there during a call only.
+            logits = head(states)[..., trie.token_ids]
+        else:
+            tokens = trie.token_ids.to(head.weight.device)  # perhaps another device's
+            bias = None if head.bias is None else head.bias[tokens]
+            logits = F.linear(states.to(tokens.device), head.weight[tokens], bias)
         return self._finish_logits(logits).to(states.device)
 
     def _takes_tree_mask(self) -> bool:
@@ -343,6 +348,7 @@ class ScoringMixin:
 
     def _batch_states(self, trie: AnswerTrie, input_ids, attention_mask, inputs: dict):
         """Like `_tree_states` for an LLM without tree masks: the prompt, then each branch of the trie."""
+        inputs = self.encode_media(inputs)  # once, not for each branch
         # The answer must directly follow the prompt, so move the padding to the left.
         order = attention_mask.bool().long().argsort(dim=1, stable=True)
         input_ids, attention_mask = input_ids.gather(1, order), attention_mask.gather(1, order)

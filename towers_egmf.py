@@ -56,13 +56,13 @@ def encoder_of(tower: PreTrainedModel, modality: str) -> PreTrainedModel:
 
 
 def is_pyramid(config: PreTrainedConfig) -> bool:
-    """Whether the layers of a tower differ in width (ResNet, ConvNeXt). Only the last layer of these is read."""
-    return not hasattr(config, "hidden_size") and hasattr(config, "hidden_sizes")
+    """Whether the layers of a tower differ in width (ResNet, ConvNeXt, Swin). Only the last layer of these is read."""
+    return hasattr(config, "depths") or not hasattr(config, "hidden_size")
 
 
 def tower_size(config: PreTrainedConfig) -> int:
     """Hidden size of the layers that are read from a tower."""
-    return config.hidden_sizes[-1] if is_pyramid(config) else config.hidden_size
+    return config.hidden_size if hasattr(config, "hidden_size") else config.hidden_sizes[-1]
 
 
 def tower_num_states(config: PreTrainedConfig) -> int:

@@ -13,6 +13,8 @@ from test_towers import IMAGE, whisper
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 from transformers import AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from egmf.modeling_egmf import EGMFForConditionalGeneration
 
@@ -159,3 +161,34 @@ def test_a_model_on_several_devices_answers_as_on_one(case, processor):
 def test_a_device_map_keeps_the_fusion_whole(case):
     model, _, _ = case
     assert {"EGMFFusion", "ExpertReadout", "LlamaDecoderLayer"} <= set(model._no_split_modules)
+
+
+OFFLOADED = {
+    "layers": {"model.language_model.embed_tokens": "cpu", f"{LAYERS}.0": "disk", f"{LAYERS}.1": "disk"}
+    | {"model.language_model.norm": "cpu", "model.language_model.rotary_emb": "cpu", "lm_head": "cpu"},
+    "the rest": {"model.language_model": "cpu", "model.fusion": "disk", "model.readout": "disk", "lm_head": "disk"},
+}
+
+
+@pytest.mark.parametrize("parts", OFFLOADED)
+def test_offloaded_parts_give_the_same_answers(assemble, llm_folder, processor, samples, make_batch, tmp_path, parts):
+    """Where memory is short, `device_map="auto"` leaves the last parts of a model on the CPU or the disk."""
+    model = assemble(AutoModelForCausalLM.from_pretrained(llm_folder(tied=parts == "layers")))
+    model.save_pretrained(tmp_path / "model")
+    places = {"model.fusion": "cpu", "model.readout": "cpu"} | OFFLOADED[parts]
+    loaded = EGMFForConditionalGeneration.from_pretrained(
+        tmp_path / "model", device_map=places, offload_folder=tmp_path / "offloaded"
+    )
+    batch, candidates = make_batch(samples), processor.candidates("meld")
+    wanted, found = (one.score_labels(candidates, **batch).log_probs for one in (model, loaded))
+    torch.testing.assert_close(found, wanted)
+    options = {"max_new_tokens": 3, "do_sample": False}
+    assert torch.equal(loaded.generate(**batch, **options), model.generate(**batch, **options))
+
+
+def test_quantisation_leaves_fusion_and_readout_alone(egmf):
+    """As bitsandbytes and the other quantizers of transformers choose what they convert."""
+    skipped = HfQuantizer.get_modules_to_not_convert(egmf, None, egmf._keep_in_fp32_modules)
+    linear = [name for name, module in egmf.named_modules() if isinstance(module, torch.nn.Linear)]
+    converted = [name for name in linear if should_convert_module(name, skipped)]
+    assert converted and all(name.startswith("model.language_model.") for name in converted)

@@ -145,6 +145,8 @@ def test_file_clip_and_array_are_the_same(media, files):
         processor(text="so", audio=Path(files["wav"]), video=Path(files["mp4"]), task="meld"),
         processor(text="so", audio=load_audio(files["wav"], rate), video=video, task="meld"),
         processor(text="so", audio={"array": samples, "sampling_rate": rate}, video=video, task="meld"),
+        processor(text="so", audio=samples, sampling_rate=rate, video=video, task="meld"),
+        processor(text=["so"], audio=[torch.from_numpy(samples)], sampling_rate=rate, video=[video], task="meld"),
     ]
     assert batches[0]["pixel_values"].shape == (1, 4, 3, 16, 16)
     torch.testing.assert_close(
@@ -157,6 +159,25 @@ def test_file_clip_and_array_are_the_same(media, files):
     frames_alone = processor(text="so", video=video.frames, task="meld")
     assert torch.equal(frames_alone["pixel_values"], batches[0]["pixel_values"])
     assert frames_alone["vision_times"].isnan().all()
+
+
+def test_as_many_frames_are_read_of_an_array_as_of_a_file(media, files):
+    processor, _ = media
+    every = load_video(files["mp4"], 1000)
+    assert len(every.frames) > 4
+    of_file = processor(text="so", video=files["mp4"], sound_track=False, task="meld")
+    for video in (every, every.frames):
+        batch = processor(text="so", video=video, task="meld")
+        assert torch.equal(batch["pixel_values"], of_file["pixel_values"])
+        assert video is every.frames or torch.equal(batch["vision_times"], of_file["vision_times"])
+
+
+def test_hidden_layers_of_a_tower_are_one_sample(media):
+    processor, _ = media
+    layers = np.ones((6, 3, 5), np.float32)
+    assert processor(audio_features=layers, task="meld")["audio_features"].shape == (1, 6, 3, 5)
+    assert processor(audio_features=layers[None], task="meld")["audio_features"].shape == (1, 6, 3, 5)
+    assert processor(audio_features=[layers, None], task="meld")["audio_features"].shape == (2, 6, 3, 5)
 
 
 def test_answer_is_the_same_alone_and_in_a_mixed_batch(media, files):

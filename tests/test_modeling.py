@@ -14,6 +14,8 @@ from transformers import (
     BloomConfig,
     CohereConfig,
     Gemma2Config,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
     GPTNeoConfig,
     LlamaForCausalLM,
@@ -23,6 +25,7 @@ from transformers import (
     PhiConfig,
 )
 
+from egmf.modeling_egmf import EGMFForConditionalGeneration
 from egmf.processing_egmf import EGMFProcessor
 from egmf.readout_egmf import answer_prefixes
 
@@ -184,12 +187,15 @@ def test_beams_with_and_without_a_cache_agree(any_egmf, samples, make_batch):
 
 
 def test_generation_is_greedy_whatever_the_llm_does_by_default(llm_folder, assemble, samples, make_batch):
-    """Qwen3 and other instruct models name a temperature and cut-offs in their generation config."""
+    """Qwen and other instruct models name a temperature, cut-offs and penalties in their generation config."""
     llm = AutoModelForCausalLM.from_pretrained(llm_folder())
     sampling = {"do_sample": True, "temperature": 5.0, "top_k": 20, "top_p": 0.9}
-    llm.generation_config.update(**sampling)
+    llm.generation_config.update(**sampling, repetition_penalty=1.3, no_repeat_ngram_size=2)
     model, batch = assemble(llm), make_batch(samples)
     wanted = model.generate(**batch, max_new_tokens=8, do_sample=False)
+    assert (
+        model.generation_config.repetition_penalty in (None, 1.0) and not model.generation_config.no_repeat_ngram_size
+    )
     assert all(torch.equal(model.generate(**batch, max_new_tokens=8), wanted) for _ in range(3))
     assert not torch.equal(model.generate(**batch, max_new_tokens=8, **sampling), wanted)
 
@@ -247,6 +253,21 @@ def test_unknown_head_is_refused(llm_folder, assemble):
 
     with pytest.raises(ValueError, match="Doubling computes logits in a way EGMF does not support"):
         assemble(Doubling.from_pretrained(llm_folder()))
+
+
+def test_a_multimodal_llm_is_refused():
+    text = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "head_dim": 8,
+    }
+    llm = Gemma3ForConditionalGeneration(
+        Gemma3Config(text_config=text | {"vocab_size": 300}, vision_config={**text, "image_size": 16, "patch_size": 8})
+    )
+    with pytest.raises(ValueError, match="text_config: got a multimodal model .gemma3., wanted a text-only one"):
+        EGMFForConditionalGeneration.from_language_model(llm, pseudo_token_id=9)
 
 
 def test_weights_are_the_llms_own(llm_folder, assemble):

@@ -138,6 +138,7 @@ def test_arrays(recognize, voices):
         {"array": stereo, "sampling_rate": rate},
         {"raw": stereo.T, "sampling_rate": rate},
         {"audio": {"raw": torch.from_numpy(stereo), "sampling_rate": rate}},
+        {"audio": samples},
     ]
     assert_same(recognize(forms), voices[1][:1] * len(forms))
     words = {"text": "no", "speaker": "Ross"}

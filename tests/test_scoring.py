@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from scipy.stats import chisquare
 from test_modeling import OTHER_LLMS, random_llm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from test_towers import IMAGE
+from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPVisionConfig, CLIPVisionModel
 
 from bench.launches import count
 from egmf.processing_egmf import EGMFProcessor
@@ -151,6 +153,34 @@ def test_head_is_evaluated_for_the_candidates_alone(llm_folder, assemble, proces
         model.lm_head.weight[others] = torch.nan
     assert torch.equal(model.score_labels(candidates, **batch).log_probs, before)
     assert not calls
+
+
+def test_lora_on_the_head_reaches_the_scores(llm_folder, assemble, processor, samples, make_batch):
+    model = assemble(AutoModelForCausalLM.from_pretrained(llm_folder(tied=False)))
+    batch, candidates = make_batch(samples), processor.candidates("meld")
+    before = model.score_labels(candidates, **batch).log_probs
+    tuned = get_peft_model(model, LoraConfig(target_modules=["lm_head"], init_lora_weights=False))
+    found = tuned.score_labels(candidates, **batch).log_probs
+    merged = tuned.merge_and_unload().score_labels(candidates, **batch).log_probs
+    assert (found - before).abs().max() > 0.01
+    torch.testing.assert_close(found, merged, atol=1e-4, rtol=1e-4)
+
+
+def test_a_tower_runs_once_whatever_the_number_of_answers(assemble, processor):
+    """Also for an LLM that reads the branches of the answers as a batch."""
+    tower = CLIPVisionModel(CLIPVisionConfig(**IMAGE))
+    model, seen = assemble(vision_tower=tower), []
+    model.model.vision_tower.register_forward_pre_hook(lambda _, images: seen.append(len(images[0])))
+    model._takes_tree_mask = lambda: False
+    batch = processor(text=["well", "no"], task="mosei")
+    media = {"pixel_values": torch.randn(2, 3, 3, 16, 16), "vision_mask": torch.ones(2, 3, dtype=torch.long)}
+    model.score_labels(processor.candidates("mosei"), **batch, **media)
+    assert sum(seen) == 6
+
+
+def test_one_answer_is_certain(egmf, processor, samples, make_batch):
+    found = egmf.score_labels(processor.candidates("meld")[:1], **make_batch(samples)).log_probs
+    assert torch.equal(found, torch.zeros(len(samples), 1))
 
 
 def test_gate_weights_come_with_the_scores(egmf, processor, samples, make_batch):

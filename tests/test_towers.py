@@ -19,6 +19,8 @@ from transformers import (
     HubertModel,
     ResNetConfig,
     ResNetModel,
+    SwinConfig,
+    SwinModel,
     Wav2Vec2Config,
     Wav2Vec2FeatureExtractor,
     Wav2Vec2Model,
@@ -59,6 +61,7 @@ IMAGE = {
     "image_size": 16,
     "patch_size": 8,
 }
+SWIN = {"image_size": 16, "patch_size": 2, "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "window_size": 4}
 PYRAMID = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}  # of many widths
 
 
@@ -80,6 +83,7 @@ TOWERS = {
     ),
     "clip-vision": (lambda: CLIPVisionModel(CLIPVisionConfig(**IMAGE)), "pixel_values"),
     "resnet": (lambda: ResNetModel(ResNetConfig(**PYRAMID)), "pixel_values"),
+    "swin": (lambda: SwinModel(SwinConfig(**SWIN)), "pixel_values"),
     "clip": (
         lambda: CLIPModel(CLIPConfig(text_config={**IMAGE, "vocab_size": 9}, vision_config=IMAGE)),
         "pixel_values",
@@ -226,7 +230,9 @@ def test_layer_mix_learns(towered, processor):
     model(**{**batch, **targets}).loss.backward()
     mix = model.model.fusion.layer_mix[modality].weights
     tower = getattr(model.model, f"{modality}_tower")
-    states = 1 if tower.config.model_type == "resnet" else 3  # its layers differ in width: the last one alone is read
+    states = (
+        1 if tower.config.model_type in ("resnet", "swin") else 3
+    )  # their layers differ in width: the last one alone is read
     assert mix.shape == (states,) and torch.allclose(mix.softmax(0), torch.full((states,), 1 / states))
     assert states == 1 or (mix.grad != 0).all()
     assert all(parameter.grad is None for parameter in tower.parameters())
