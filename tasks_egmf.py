@@ -79,7 +79,9 @@ class AffectTask:
             labels = tuple(labels) if isinstance(labels, list | tuple) else ()
             clean = all(isinstance(label, str) and label and label == label.strip() for label in labels)
             legal = clean and len(set(labels)) == len(labels) > 1 and scale == (None, None, None)
-            wanted = "two or more different `labels` without outer spaces, and no `low`, `high`, `step`"
+            wanted = (
+                "two or more different `labels` (numbers in quotes) without outer spaces, no `low`, `high`, `step`"
+            )
         else:
             low, high, step = map(_tenths, scale)
             legal = None not in (low, high, step) and low < high and 0 < step and not (low % step or high % step)

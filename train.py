@@ -42,12 +42,13 @@ from egmf.files import writing
 from egmf.modeling_egmf import EGMFForConditionalGeneration, undivided
 from egmf.processes import are_sharded, in_turns, silence_other_ranks
 from egmf.processing_egmf import EGMFProcessor
-from egmf.recipe import Recipe, load_recipe
+from egmf.recipe import DataArguments, Recipe, load_recipe
 from egmf.training.assembly import (
     add_lora,
     build_model,
     build_processor,
     build_towers,
+    check_clip_statistics,
     describes_new_tower,
     gather_trained_model,
     merge_lora,
@@ -58,13 +59,13 @@ from egmf.training.assembly import (
     trained_towers,
 )
 from egmf.training.calibration import calibrate
-from egmf.training.checkpoints import keep_settings
+from egmf.training.checkpoints import has_begun, keep_settings
 from egmf.training.dry_run import describe_model, describe_prompt
 from egmf.training.language_models import resolve_language_model
 from egmf.training.preemption import run_training
 from egmf.training.pretraining import FusionPretraining, TowerPretraining
 from egmf.training.shrinking import shrink
-from egmf.training.trainer import AffectTrainer, RunTrainer, check_media, check_reporters, metrics_of
+from egmf.training.trainer import AffectTrainer, RunTrainer, check_best_metric, check_media, metrics_of
 
 
 # Packages whose versions are recorded with the model.
@@ -97,6 +98,9 @@ def pretrain(
         save_total_limit=1,
         load_best_model_at_end=False,
         train_sampling_strategy="random",
+        lr_scheduler_kwargs=None,
+        neftune_noise_alpha=None,
+        eval_on_start=False,
         activation_checkpointing=False,  # a method of whole models only
         gradient_checkpointing=None,
     )
@@ -159,6 +163,15 @@ def with_lengths(rows: Dataset, collator: AffectCollator) -> Dataset:
     return rows.add_column("length", prompt_lengths(rows, collator))
 
 
+def validation_splits(data: DataArguments, corpora: list[DatasetDict]) -> list[tuple[str, str, Dataset]]:
+    """Each corpus's validation rows with each of its tasks: the name in the log, the task's name and the rows."""
+    return [
+        (f"{part.name}_{name}" if data.corpora else name, name, rows["validation"])
+        for part, rows in zip(data.parts, corpora, strict=True)
+        for name in (part.tasks if len(rows["validation"]) else ())
+    ]
+
+
 def check_sharding(recipe: Recipe) -> None:
     """Raises a ValueError if a recipe uses features that FSDP and DeepSpeed do not support."""
     epochs = {name: getattr(recipe.phases, name) for name in ("tower_epochs", "fusion_epochs")}
@@ -205,6 +218,8 @@ def report_corpora(recipe: Recipe, corpora: list[DatasetDict], output: Path) -> 
             for doubt in find_doubts(corpus):
                 logging.warning("%s: %s", part.name, doubt)
         if part.name == "table" and not recipe.dry_run:
+            if not has_begun(output):  # nothing was learned from the former table
+                (output / SPLITS_FILE).unlink(missing_ok=True)
             write_splits(output / SPLITS_FILE, corpus)
 
 
@@ -212,7 +227,6 @@ def main(arguments: list[str]) -> None:
     recipe = load_recipe(arguments)
     training, data = recipe.training, recipe.data
     silence_other_ranks()
-    check_reporters(training.report_to)
     check_sharding(recipe)
     output = Path(training.output_dir)
     if output.exists() and not output.is_dir():
@@ -242,6 +256,8 @@ def main(arguments: list[str]) -> None:
     check_corpora(data.parts, corpora, processor, data.modalities)
     if training.eval_strategy != "no" and not len(corpus["validation"]):
         raise ValueError(f"eval_strategy: got {training.eval_strategy.value} without validation rows, wanted no")
+    check_best_metric(training, {key: processor.tasks[name] for key, name, _ in validation_splits(data, corpora)})
+    check_clip_statistics(recipe, corpus["train"])
     asked, mixture = mix_rows(data.parts, corpora, processor, data.balance_classes)
     with undivided():
         model = build_model(recipe, language_model, processor, towers, corpus["train"])
@@ -318,11 +334,11 @@ def main(arguments: list[str]) -> None:
         blanks=training.world_size > 1,
     )
     scoring = AffectCollator(processor, tasks, data.modalities, with_answers=False, cache=cache, centers=adapted)
-    train_rows, validation = with_lengths(asked, learning), {}
-    for part, rows in zip(data.parts, corpora, strict=True):
-        for name in part.tasks if len(rows["validation"]) else ():
-            key = f"{part.name}_{name}" if data.corpora else name
-            validation[key] = with_lengths(expand_by_task(rows["validation"], [processor.tasks[name]]), learning)
+    train_rows = with_lengths(asked, learning)
+    validation = {
+        key: with_lengths(expand_by_task(rows, [processor.tasks[name]]), learning)
+        for key, name, rows in validation_splits(data, corpora)
+    }
     set_seed(training.seed)  # the last phase starts alike whether earlier ones were trained or loaded
     model = add_lora(recipe, model, learns_on)
     if PartialState().is_main_process:

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 from datasets import DatasetDict
 
+from corpora.clips import split_part
 from corpora.converted import is_converted, load_converted
 
 
@@ -68,14 +69,22 @@ def clusters_of(name: str, ids: Sequence[str], speakers: Sequence[str | None]) -
     """Clusters of dependent rows, which a bootstrap resamples as a whole.
 
     A corpus module defines `CLUSTERS`: the name of the unit, and a function from a row's id and speaker to a cluster.
-    Without `CLUSTERS`, or if an id has another form, each row is its own cluster.
+    Rows without a cluster belong to their recording, and otherwise to themselves.
 
     Returns:
-        The unit (`"videos"`, `"dialogues"`, `"actors"`, `"people"` or `"utterances"`) and the cluster of each row.
+        The unit (`"videos"`, `"dialogues"`, `"actors"`, `"people"`, `"speakers"`, `"recordings"` or `"utterances"`)
+        and the cluster of each row.
     """
+    unit, found = _named_clusters(name, ids, speakers)
+    recordings = [split_part(row_id)[0] for row_id in ids]
+    if not any(found):
+        unit = "utterances" if len(set(recordings)) == len(recordings) else "recordings"
+    return unit, [cluster or own for cluster, own in zip(found, recordings, strict=True)]
+
+
+def _named_clusters(name: str, ids: Sequence[str], speakers: Sequence[str | None]) -> tuple[str, list[str | None]]:
     unit, cluster_of = getattr(importlib.import_module(f"{__name__}.{name}"), "CLUSTERS", ("utterances", None))
-    found = [cluster_of(*row) for row in zip(ids, speakers, strict=True)] if cluster_of else [None]
-    return ("utterances", list(ids)) if None in found else (unit, found)
+    return unit, [cluster_of(*row) if cluster_of else None for row in zip(ids, speakers, strict=True)]
 
 
 def speakers_of(name: str, ids: Sequence[str], speakers: Sequence[str | None]) -> list[str]:
@@ -87,7 +96,7 @@ def speakers_of(name: str, ids: Sequence[str], speakers: Sequence[str | None]) -
     Raises:
         ValueError: if the corpus does not name the speaker of every row.
     """
-    unit, clusters = clusters_of(name, ids, speakers)
+    unit, clusters = _named_clusters(name, ids, speakers)
     found = clusters if unit in SPEAKER_UNITS else list(speakers)
     unnamed = [row_id for row_id, speaker in zip(ids, found, strict=True) if not speaker]
     if unnamed:

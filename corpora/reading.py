@@ -127,7 +127,8 @@ def decode_text(file: Path) -> str:
 def read_csv(file: Path) -> tuple[list[str], Iterator[tuple[int, dict[str, str] | str]]]:
     """Read a CSV file in the forms that spreadsheet programs save ([`decode_text`]); all cells are text.
 
-    The delimiter is the one of `DELIMITERS` that divides the header into the most columns. Empty lines are left out.
+    The delimiter is the one that a first line such as `sep=;` names, which Excel reads, or else the one of
+    `DELIMITERS` that divides the header into the most columns. Empty lines are left out.
 
     Returns:
         The header, and the line and cells of each row; the cells are a string that says what is wrong if their number
@@ -138,8 +139,12 @@ def read_csv(file: Path) -> tuple[list[str], Iterator[tuple[int, dict[str, str] 
     """
     content = decode_text(file)
     first = (content.splitlines() or [""])[0]
-    delimiter = max(DELIMITERS, key=lambda mark: len(next(csv.reader([first], delimiter=mark), [])))
+    named = re.fullmatch(r'"?sep=(.)"?', first)
+    counted = max(DELIMITERS, key=lambda mark: len(next(csv.reader([first], delimiter=mark), [])))
+    delimiter = named.group(1) if named else counted
     lines = csv.reader(io.StringIO(content, newline=""), delimiter=delimiter, strict=True)
+    if named:
+        next(lines)
     header = [name.strip() for name in _next_cells(file, lines) or ()]
     for name in header:
         if name and header.count(name) > 1:

@@ -3,6 +3,7 @@
 import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -50,28 +51,42 @@ def describe_corpus(corpus: DatasetDict) -> list[str]:
 
 def find_doubts(corpus: DatasetDict) -> list[str]:
     """Lines about what is legal but often a mistake; each names its rows."""
-    return [*_copies(corpus), *_rare_labels(corpus), *_similar_labels(corpus)]
+    doubts = [*_copies(corpus), *_lengths(corpus), *_rare_labels(corpus)]
+    return doubts + [
+        *_similar("labels", corpus, "emotion"),
+        *_similar("speakers", corpus, "speaker"),
+        *_shared(corpus),
+    ]
 
 
 def seconds_of(name: str) -> float | None:
     """The length of a file, or of a part of one, as its header states it; None if it states none."""
     path, start, end = split_part(name)
-    if end is not None:
-        return end - start
+    whole = _file_seconds(path)
+    if whole is None:
+        return None if end is None else end - start
+    return max(0.0, min(whole, whole if end is None else end) - start)
+
+
+@lru_cache(maxsize=1 << 16)
+def _file_seconds(path: str) -> float | None:
     try:
-        return max(0.0, soundfile.info(path).duration - start)
+        return soundfile.info(path).duration
     except (RuntimeError, OSError):
         pass
     try:
         with open(path, "rb") as file, av.open(file, options={"protocol_whitelist": "none"}) as container:
-            return max(0.0, container.duration / 1e6 - start) if container.duration else None
+            return container.duration / 1e6 if container.duration else None
     except (av.FFmpegError, OSError):
         return None
 
 
 def _spread(values: Iterable[float]) -> str:
     values = list(values)
-    return f"{min(values):.3g} to {max(values):.3g}, median {median(values):.3g}"
+    shown = [
+        f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}" for value in (min(values), max(values), median(values))
+    ]
+    return f"{shown[0]} to {shown[1]}, median {shown[2]}"
 
 
 def _features(rows: Dataset) -> list[tuple[str, int]]:
@@ -99,6 +114,30 @@ def _copies(corpus: DatasetDict) -> list[str]:
     return lines
 
 
+def _lengths(corpus: DatasetDict) -> list[str]:
+    """Clips of no length: files without sound, and parts behind the end of their file."""
+    empty = [
+        row_id
+        for rows in corpus.values()
+        for row_id, file in zip(rows["id"][:], rows["audio"][:], strict=True)
+        if file is not None and seconds_of(file) == 0
+    ]
+    what = "clips without sound, or with a start behind the end of their file"
+    return [f"{what}: {len(empty)}, such as {empty[0]}"] if empty else []
+
+
+def _shared(corpus: DatasetDict) -> list[str]:
+    """Speakers that are in several splits."""
+    splits = defaultdict(list)
+    for split, rows in corpus.items():
+        for speaker in rows.unique("speaker"):
+            if speaker is not None:
+                splits[speaker].append(split)
+    shared = [f"{speaker} in {' and '.join(own)}" for speaker, own in splits.items() if len(own) > 1]
+    known = "figures then hold for known speakers"
+    return [f"speakers in several splits: {len(shared)}, such as {shared[0]}; {known}"] if shared else []
+
+
 def _rare_labels(corpus: DatasetDict) -> list[str]:
     rows_of = defaultdict(lambda: defaultdict(list))
     for split, rows in corpus.items():
@@ -120,10 +159,10 @@ def _first(by_split: dict[str, list[str]]) -> str:
     return next(ids[0] for ids in by_split.values() if ids)
 
 
-def _similar_labels(corpus: DatasetDict) -> list[str]:
+def _similar(kind: str, corpus: DatasetDict, column: str) -> list[str]:
     spelled = defaultdict(set)
     for rows in corpus.values():
-        for label in rows.unique("emotion"):
-            if label is not None:
-                spelled["".join(filter(str.isalnum, label.casefold())) or label].add(label)
-    return [f"labels {', '.join(map(repr, sorted(same)))} look like one" for same in spelled.values() if len(same) > 1]
+        for name in rows.unique(column):
+            if name is not None:
+                spelled["".join(filter(str.isalnum, name.casefold())) or name].add(name)
+    return [f"{kind} {', '.join(map(repr, sorted(same)))} look like one" for same in spelled.values() if len(same) > 1]

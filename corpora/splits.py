@@ -16,6 +16,7 @@ from corpora.clips import split_part
 
 SPLITS = ("train", "validation", "test")
 SHARES = (0.7, 0.15, 0.15)
+KINDS = ("speaker", "dialogue", "recording")  # of groups, by preference
 SPLITS_FILE = "splits.csv"  # in the folder of a run
 _LEARNED = ("text", "speaker", "language", "context", "emotion", "sentiment")  # beside the clip
 
@@ -23,24 +24,31 @@ _LEARNED = ("text", "speaker", "language", "context", "emotion", "sentiment")  #
 def make_splits(rows: Sequence[dict[str, Any]], seed: int) -> str:
     """Fill `split` in all rows. Rows of one group stay together, and labels are spread as evenly as possible.
 
-    The groups are the speakers. If a row has no speaker, or all have the same, the groups are the dialogues, or else
-    the recordings. Train gets 70 % of the rows, validation and test 15 % each, as far as whole groups allow; test and
-    then validation get at least one group while train keeps one.
+    The groups are the speakers. If no row has a speaker, or all have the same, the groups are the dialogues, or else
+    the recordings. Rows without what groups the others form groups of their own, by the next of these. Train gets 70 %
+    of the rows, validation and test 15 % each, as far as whole groups allow; test and then validation get at least one
+    group while train keeps one.
 
     Args:
-        rows: Rows with `speaker`, `dialogue` and `recording` (None if unknown) and `emotion` (None for scores).
+        rows: Rows with `speaker`, `dialogue` and `recording` (None if unknown), `emotion`, and `sentiment` (None for
+            classes). Only classes are spread.
         seed: Seed of the order of the groups.
 
     Returns:
         The kind of groups: "speaker", "dialogue", "recording" or "row".
     """
-    by = next((name for name in ("speaker", "dialogue", "recording") if _divides(rows, name)), "row")
-    keys = [row[by] if by != "row" else number for number, row in enumerate(rows)]
+    by = next((name for name in KINDS if len({row[name] for row in rows} - {None}) > 1), "row")
+    kinds = KINDS[KINDS.index(by) :] if by in KINDS else ()
+    keys = [
+        next(((kind, row[kind]) for kind in kinds if row[kind] is not None), ("row", number))
+        for number, row in enumerate(rows)
+    ]
+    classes = [row["emotion"] if row["sentiment"] is None else None for row in rows]
     groups = {key: place for place, key in enumerate(dict.fromkeys(keys))}
-    labels = {label: place for place, label in enumerate(dict.fromkeys(row["emotion"] for row in rows))}
+    labels = {label: place for place, label in enumerate(dict.fromkeys(classes))}
     counts = np.zeros((len(groups), len(labels)))  # rows of each group and label
-    for key, row in zip(keys, rows, strict=True):
-        counts[groups[key], labels[row["emotion"]]] += 1
+    for key, label in zip(keys, classes, strict=True):
+        counts[groups[key], labels[label]] += 1
     chosen = _divide(counts, np.random.default_rng(seed))
     for key, row in zip(keys, rows, strict=True):
         row["split"] = SPLITS[chosen[groups[key]]]
@@ -92,11 +100,6 @@ def _read(file: str | os.PathLike) -> dict[str, dict[str, str]]:
 def _digest(row: Mapping[str, Any]) -> str:
     content = json.dumps([row[name] for name in _LEARNED], ensure_ascii=False)
     return hashlib.sha256(content.encode(errors="surrogatepass")).hexdigest()[:16]
-
-
-def _divides(rows: Sequence[Mapping[str, Any]], name: str) -> bool:
-    values = {row[name] for row in rows}
-    return None not in values and len(values) > 1
 
 
 def _divide(counts: np.ndarray, rng: np.random.Generator) -> np.ndarray:

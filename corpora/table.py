@@ -37,6 +37,7 @@ from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 import datasets
 from datasets import Audio, ClassLabel, Dataset, DatasetDict, Image, Video
@@ -144,8 +145,8 @@ def load(
         logger.warning("%s: %s and left out:\n%s", source, count, lines)
     if not found.rows:
         raise ValueError(f"{source}: got no rows, wanted at least one utterance")
-    _assign_splits(str(source), found.rows, seed, splits)
     _number_labels(found.rows)
+    _assign_splits(str(source), found.rows, seed, splits)
     _add_context(found.rows, context)
     return DatasetDict(
         {split: build_split(_schema_row(row) for row in found.rows if row["split"] == split) for split in SPLITS}
@@ -274,7 +275,7 @@ def read_cells(
         where = f"{part.name}: {place}"
         if isinstance(cells, str):
             raise ValueError(f"{where}: {cells}")
-        places = places or _places(part.name, list(cells), columns)
+        places = places or _places(part, cells, columns)
         row: dict[str, Any] | WrongRow
         try:
             row = _row(where, {name: cells[own] for name, own in places.items()}, part)
@@ -291,7 +292,7 @@ def _read_part(part: _Part, columns: dict[str, str], found: _Found) -> None:
             found.wrong.append(f"{where}: {cells}")
             continue
         if not places:
-            places = _places(part.name, list(cells), columns)
+            places = _places(part, cells, columns)
         try:
             row = _row(where, {name: cells[own] for name, own in places.items()}, part)
             if row["id"] is None:  # words alone
@@ -307,8 +308,9 @@ def _read_part(part: _Part, columns: dict[str, str], found: _Found) -> None:
         found.rows.append(row)
 
 
-def _places(name: str, header: list[str], columns: dict[str, str]) -> dict[str, str]:
+def _places(part: _Part, cells: dict[str, Any], columns: dict[str, str]) -> dict[str, str]:
     """The table's column for each of `COLUMNS` that it has. Logs the columns that are not read."""
+    name, header = part.name, list(cells)
     for ours, own in columns.items():
         if own not in header:
             raise ValueError(f"{name}: columns: got {ours}: {own!r}, wanted one of its columns {', '.join(header)}")
@@ -324,6 +326,13 @@ def _places(name: str, header: list[str], columns: dict[str, str]) -> dict[str, 
     ignored = [own for own in header if own not in places.values()]
     if ignored:
         logger.info("%s: not read: %s", name, ", ".join(ignored))
+    for own in ignored:  # a column of another name may be meant
+        value = cells[own].strip() if isinstance(cells[own], str) else ""
+        is_clip = bool(_kind(value)) and part.folder is not None and (part.folder / value).is_file()
+        meant = "file" if is_clip else "split" if value.lower() in SPLIT_NAMES else None
+        if meant and meant not in places:
+            hint = f'--corpus_options \'{{"columns": {{"{meant}": "{own}"}}}}\' reads it as {meant}'
+            logger.warning("%s: the column %s, with %r, is not read; %s", name, own, value, hint)
     return places
 
 
@@ -333,7 +342,8 @@ def _row(where: str, cells: dict[str, Any], part: _Part) -> dict[str, Any]:
     Raises:
         WrongRow: For the first cell that is wrong.
     """
-    text = {name: None if is_empty(value) else str(value).strip() for name, value in cells.items()}
+    # One spelling of accents: macOS writes them as two characters.
+    text = {name: None if is_empty(value) else normalize("NFC", str(value).strip()) for name, value in cells.items()}
     row: dict[str, Any] = {name: text.get(name) for name in ("text", "speaker", "dialogue", "language")}
     row |= {name: row[name] and repair_text(row[name]) for name in ("text", "speaker")}
     row |= {"where": where, "id": None, "audio": None, "video": None, "recording": None}
@@ -367,7 +377,7 @@ def _id_of(cell: str | dict[str, Any], file: str, within: str) -> str:
     """The id of a clip by default, which is the same on every machine."""
     if isinstance(cell, dict) and cell.get("bytes"):
         return Path(file).name  # the digest of its content
-    return os.path.join(within, (cell["path"] if isinstance(cell, dict) else cell).strip())
+    return os.path.normpath(os.path.join(within, (cell["path"] if isinstance(cell, dict) else cell).strip()))
 
 
 def _part_of_file(text: dict[str, str | None], row: dict[str, Any]) -> tuple[float | None, float | None]:
@@ -396,13 +406,15 @@ def _file(name: str, value: Any, folder: Path | None) -> str:
         raise WrongRow(f"{name}: got the address {value}, wanted a file on this machine")
     if folder is None:
         raise WrongRow(f"{name}: got the path {value} in a dataset of the Hub, wanted the file's content")
-    path = folder / value.strip()
+    value = value.strip()
+    path = next((one for form in ("NFC", "NFD") if (one := folder / normalize(form, value)).is_file()), folder / value)
     if not path.is_file():
+        wanted = "a file" if "\\" not in value else "a file, with / between folders"
         raise WrongRow(
-            f"{name}: got {value.strip()}, {'a folder' if path.is_dir() else 'which does not exist'}, wanted a file"
+            f"{name}: got {value}, {'a folder' if path.is_dir() else 'which does not exist'}, wanted {wanted}"
         )
     if not path.stat().st_size:
-        raise WrongRow(f"{name}: got {value.strip()}, which is empty, wanted a clip")
+        raise WrongRow(f"{name}: got {value}, which is empty, wanted a clip")
     return str(path)
 
 
@@ -476,6 +488,9 @@ def _assign_splits(source: str, rows: list[dict], seed: int, known: Mapping[str,
         logger.warning("%s: %s", source, said)
         return
     by = make_splits(rows, seed)
+    if by != "row" and (unnamed := [row for row in rows if row[by] is None]):
+        taken = f"got nothing in {len(unnamed)} rows, such as {unnamed[0]['where']}"
+        logger.warning("%s: %s: %s; nothing keeps them apart from those of the same %s", source, by, taken, by)
     counts = ", ".join(f"{name} {sum(row['split'] == name for row in rows)}" for name in SPLITS)
     logger.info("%s: names no splits; made by %s with seed %d: %s", source, by, seed, counts)
 

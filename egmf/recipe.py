@@ -12,20 +12,24 @@ import logging
 import math
 import re
 from dataclasses import MISSING, dataclass, field, fields
+from importlib.util import find_spec
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 import yaml
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import HfArgumentParser, Trainer, TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from corpora import CORPORA
 from egmf.arguments import mapping
 from egmf.configuration_egmf import EGMFConfig
+from egmf.processes import LONGEST_WAIT
 from egmf.tasks_egmf import BUILTIN_TASKS, AffectTask
 
 
+_REPORTERS = ("clearml", "codecarbon", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
 MODALITIES = ("text", "audio", "vision")
 # Fields of `EGMFConfig` that are derived from the LLM, towers, processor and corpus; recipes cannot set them.
 _DERIVED = {"text_config", "audio_config", "vision_config", "audio_feature_size", "vision_feature_size"}
@@ -358,6 +362,11 @@ def load_recipe(arguments: list[str]) -> Recipe:
     machine = {} if torch.accelerator.is_available() else {"use_cpu": True}
     merged = machine | said | {name: value for name, value in given.items() if name not in FUSION_FIELDS}
     merged = {name: _checked(name, value, *hints[name]) for name, value in merged.items()}
+    merged = {"ddp_timeout": int(LONGEST_WAIT.total_seconds())} | merged
+    if str(merged.get("metric_for_best_model")).endswith(("mae", "unparsable")):
+        merged = {"greater_is_better": False} | merged  # Trainer knows this of a loss only
+    if merged.get("load_best_model_at_end") and merged.get("save_total_limit") == 1:
+        merged["save_total_limit"] = 2  # with 1, Trainer deletes the last checkpoint before the run has ended
     fusion = _fusion_defaults() | fusion | {name: value for name, value in given.items() if name in FUSION_FIELDS}
     _check_fusion(fusion)
     if "language_model" not in merged:
@@ -367,15 +376,10 @@ def load_recipe(arguments: list[str]) -> Recipe:
         training = _made(TrainingArguments, merged)
     except ValueError as error:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+    _check_training(training)
     if training.n_gpu > 1:
         logging.warning("one of %d GPUs is used; `accelerate launch train.py` uses all of them", training.n_gpu)
         training._n_gpu = 1  # Trainer would copy the model to all of them in every step (DataParallel)
-    if training.resume_from_checkpoint:
-        got = training.resume_from_checkpoint
-        raise ValueError(f"resume_from_checkpoint: got {got}, wanted nothing: repeat the command to resume a run")
-    if training.label_smoothing_factor:  # Trainer would compare each token with itself
-        wanted = "0; fusion_label_smoothing smooths what the experts learn"
-        raise ValueError(f"label_smoothing_factor: got {training.label_smoothing_factor}, wanted {wanted}")
     dry_run = "dry_run" in namespace
     recipe = Recipe(model, fusion, data, phases, training, said.keys() | given.keys(), dry_run)
     if data.corpora and phases.tower_epochs:
@@ -387,6 +391,32 @@ def load_recipe(arguments: list[str]) -> Recipe:
     if data.by_speaker and trained:
         raise ValueError(f"{data.by_speaker} with {' and '.join(trained)}, wanted frozen towers or features")
     return recipe
+
+
+def _check_training(training: TrainingArguments) -> None:
+    """Refuses what Trainer would accept now, and fail at or compute wrongly later."""
+    refused = {
+        "resume_from_checkpoint": "nothing: repeat the command to resume a run",
+        # Trainer would compare each token with itself.
+        "label_smoothing_factor": "0; fusion_label_smoothing smooths what the experts learn",
+        # Workers would keep the random numbers of the first epoch, and validation the rows of its first task.
+        "dataloader_persistent_workers": "false",
+    }
+    for name, wanted in refused.items():
+        if getattr(training, name):
+            raise ValueError(f"{name}: got {getattr(training, name)}, wanted {wanted}")
+    if training.train_sampling_strategy == "batch_rebalance":
+        raise ValueError("train_sampling_strategy: got batch_rebalance, wanted random, sequential or group_by_length")
+    for name in training.report_to:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise ValueError(f"report_to: got {name!r}, wanted none or some of {', '.join(INTEGRATION_TO_CALLBACK)}")
+        if name in _REPORTERS and find_spec(name) is None:
+            raise ValueError(f"report_to: got {name!r}, wanted its package beside it: pip install {name}")
+    if not any(name in training.optim for name in ("galore", "apollo", "lomo")):  # these need the model
+        try:
+            Trainer.get_optimizer_cls_and_kwargs(training)
+        except (ValueError, ImportError) as error:
+            raise ValueError(f"optim: got {training.optim.value}: {' '.join(str(error).split())}") from error
 
 
 def _made(arguments: Any, values: dict[str, Any]) -> Any:
@@ -417,19 +447,20 @@ def _check_fusion(fusion: dict[str, Any]) -> None:
         raise ValueError(f"{name}: got {fusion.get(name)!r}, wanted {' or '.join(map(str, choices))}") from error
 
 
-def _hints() -> dict[str, tuple[Any, int | None]]:
-    """The type and the minimum of each field, by name."""
+def _hints() -> dict[str, tuple[Any, int | None, Any]]:
+    """The type, the minimum and the choices of each field, by name."""
     found = {}
     for arguments in (*_OWN, TrainingArguments):
         hints = get_type_hints(arguments)
         for part in fields(arguments):
             if part.init:
-                found[part.name] = hints[part.name], part.metadata.get("minimum", _LEAST.get(part.name))
+                minimum = part.metadata.get("minimum", _LEAST.get(part.name))
+                found[part.name] = hints[part.name], minimum, part.metadata.get("choices")
     return found
 
 
-def _checked(name: str, value: Any, hint: Any, minimum: int | None) -> Any:
-    """Checks a value's type and minimum, and converts numbers that YAML reads as text (1e-4)."""
+def _checked(name: str, value: Any, hint: Any, minimum: int | None, choices: Any) -> Any:
+    """Checks a value's type, minimum and choices, and converts numbers that YAML reads as text (1e-4)."""
     kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     kinds = tuple(get_origin(kind) or kind for kind in kinds)
     if isinstance(value, str) and str not in kinds and {int, float} & set(kinds):
@@ -446,7 +477,9 @@ def _checked(name: str, value: Any, hint: Any, minimum: int | None) -> Any:
         if not fits:
             wanted = " or ".join("nothing" if kind is NoneType else kind.__name__ for kind in kinds)
             raise ValueError(f"{name}: got {value!r}, wanted {wanted}")
-    if minimum is not None and value < minimum:
+    if choices is not None and value is not None and value not in choices:
+        raise ValueError(f"{name}: got {value!r}, wanted one of {', '.join(map(str, choices))}")
+    if minimum is not None and value is not None and value < minimum:
         raise ValueError(f"{name}: got {value}, wanted at least {minimum}")
     return value
 

@@ -209,6 +209,18 @@ def test_every_field_of_the_fusion_can_be_set(tmp_path):
         ({"num_epochs": 3}, r"unknown \['num_epochs'\]"),
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size: got 0, wanted at least 1"),
         ({"resume_from_checkpoint": "last"}, "resume_from_checkpoint: got last, wanted nothing"),
+        (
+            {"dataloader_persistent_workers": True, "dataloader_num_workers": 1},
+            "persistent_workers: got True, wanted fa",
+        ),
+        ({"train_sampling_strategy": "group_by_lenght"}, "got 'group_by_lenght', wanted one of random, sequential"),
+        ({"train_sampling_strategy": "batch_rebalance"}, "got batch_rebalance, wanted random"),
+        ({"report_to": "tensorbord"}, "report_to: got 'tensorbord', wanted none or some of .*tensorboard"),
+        (
+            {"report_to": ["trackio", "wandb"]},
+            "report_to: got 'wandb', wanted its package beside it: pip install wandb",
+        ),
+        ({"optim": "adamw_bnb_8bit"}, "optim: got adamw_bnb_8bit: .*bitsandbytes"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor: got 0.1, wanted 0; fusion_label_smoothing"),
         ({"bf16": True, "fp16": True}, "recipe.yaml: At most one of fp16 and bf16"),
         ({"corpus": "moral"}, "corpus: got 'moral', wanted one of avatars, "),
@@ -218,6 +230,18 @@ def test_every_field_of_the_fusion_can_be_set(tmp_path):
 def test_a_value_that_a_field_may_not_have_is_named(tmp_path, fields, message):
     with pytest.raises(ValueError, match=message):
         load_recipe([written(tmp_path, **fields)])
+
+
+def test_trainer_keeps_the_best_checkpoint_and_the_last(tmp_path):
+    fields = {
+        "load_best_model_at_end": True,
+        "save_total_limit": 1,
+        "eval_strategy": "epoch",
+        "save_strategy": "epoch",
+    }
+    training = load_recipe([written(tmp_path, **fields, metric_for_best_model="mae", expert_gain=None)]).training
+    assert training.greater_is_better is False and training.save_total_limit == 2
+    assert load_recipe([written(tmp_path, **fields, metric_for_best_model="accuracy")]).training.greater_is_better
 
 
 def test_help_names_the_fields_and_their_defaults(capsys):

@@ -37,7 +37,7 @@ from egmf.files import RunStopped
 from egmf.processing_egmf import BUILTIN_TASKS
 from egmf.training.checkpoints import MANIFEST, damage_of, last_whole_checkpoint, seal, steps_of
 from egmf.training.progress import JsonLinesLog
-from egmf.training.trainer import AffectTrainer, RunTrainer, SeededCollator, check_reporters
+from egmf.training.trainer import AffectTrainer, RunTrainer, SeededCollator
 
 
 # 2 epochs of 6 steps. Neither the log's steps nor the epochs' ends fall on those of the checkpoints.
@@ -598,14 +598,6 @@ def test_trackio_has_a_run_for_each_phase_that_goes_on(tmp_path, monkeypatch):
     assert curves == {experts: losses(run, "fusion"), last: losses(run)}
     assert [len(curve) for curve in curves.values()] == [6, 12]
     assert [line["train/global_step"] for line in logs("tiny", last) if "eval/weighted_f1" in line] == [6, 12]
-
-
-def test_a_package_that_report_to_needs_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "trackio", None)
-    with pytest.raises(
-        ValueError, match="report_to: got 'trackio', wanted its package beside it: pip install trackio"
-    ):
-        check_reporters(["tensorboard", "trackio"])
 
 
 def test_tokens_are_counted_without_their_padding(processor):

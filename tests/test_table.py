@@ -6,6 +6,7 @@ import re
 import shutil
 from collections import Counter
 from pathlib import Path
+from unicodedata import normalize
 
 import numpy as np
 import pandas as pd
@@ -22,7 +23,7 @@ from test_media_inputs import build_processor, tone, write_clip
 from test_towers import whisper
 from transformers import WhisperFeatureExtractor
 
-from corpora import clusters_of, load_corpus, meld
+from corpora import clusters_of, load_corpus, meld, speakers_of
 from corpora.report import describe_corpus, find_doubts
 from corpora.splits import make_splits, read_splits, write_splits
 from egmf.data.clips import load_row_media
@@ -318,6 +319,18 @@ def test_doubts_name_their_rows(tmp_path):
         "label 'tense' has one clip: copy.wav in test",
         "labels 'Calm', 'calm' look like one",
     ]
+    soundfile.write(tmp_path / "empty.wav", np.zeros(0), 16000)
+    rows = [("a.wav", "Ann", "train", "0"), ("b.wav", "Bob", "train", "0"), ("b.wav", "Bob", "test", "300")]
+    rows += [("empty.wav", "ann", "train", "0")]
+    names = ("file", "speaker", "split", "start")
+    cells = [dict(zip(names, row, strict=True)) | {"label": "ab"[number % 2]} for number, row in enumerate(rows)]
+    doubts = find_doubts(load_corpus("table", write_csv(tmp_path / "u.csv", cells)))
+    begin = "2 clips have no sound or begin behind the end of their file, such as empty.wav"
+    assert [doubt for doubt in doubts if doubt.startswith(begin)]
+    assert "speakers 'Ann', 'ann' look like one" in doubts
+    assert doubts[-1] == (
+        "1 speakers are in several splits, such as Bob in train and test: figures then hold for known speakers"
+    )
     said = describe_corpus(corpus)
     assert said[0] == "train: 2 rows" and "  audio: in 2 rows, seconds 0.3 to 0.32, median 0.31" in said
 
@@ -328,7 +341,7 @@ def test_doubts_name_their_rows(tmp_path):
 def test_made_splits_keep_speakers_apart_and_labels_even():
     rng = np.random.default_rng(0)
     rows = [
-        {"speaker": str(speaker), "dialogue": None, "recording": None, "emotion": label}
+        {"speaker": str(speaker), "dialogue": None, "recording": None, "emotion": label, "sentiment": None}
         for speaker in range(20)
         for label in ["calm"] * int(rng.integers(3, 6)) + ["tense"] * 2
     ]
@@ -346,9 +359,62 @@ def test_made_splits_keep_speakers_apart_and_labels_even():
     assert before != [row["split"] for row in rows]
 
 
+def test_rows_without_a_speaker_leave_the_others_together(tmp_path, caplog):
+    cells = [{"text": f"{n}", "label": "ab"[n % 2], "speaker": "" if n == 7 else f"s{n % 8}"} for n in range(80)]
+    corpus = load_corpus("table", write_csv(tmp_path / "t.csv", cells))
+    where = {
+        speaker: {split for split in corpus if speaker in corpus[split]["speaker"]} for speaker in "s0 s1 s7".split()
+    }
+    assert all(len(splits) == 1 for splits in where.values())
+    assert "speaker: got nothing in 1 rows, such as" in caplog.text and "line 9" in caplog.text
+    ids = [row_id for rows in corpus.values() for row_id in rows["id"]]
+    speakers = [speaker for rows in corpus.values() for speaker in rows["speaker"]]
+    unit, clusters = clusters_of("table", ids, speakers)
+    assert unit == "speakers" and len(set(clusters)) == 9
+    assert clusters_of("table", ["a.wav#t=0,1", "a.wav#t=1,2", "b.wav"], [None] * 3) == (
+        "recordings",
+        ["a.wav", "a.wav", "b.wav"],
+    )
+    with pytest.raises(ValueError, match="got no speaker in 1 of 80 rows of table"):
+        speakers_of("table", ids, speakers)
+
+
+@pytest.mark.parametrize("column", ["label", "score"])
+def test_scores_are_split_by_size_alone(tmp_path, column):
+    """Each number would otherwise be a class of its own, and the rare ones all in train."""
+    cells = [{"text": f"{n}", column: f"{n / 100}", "speaker": f"s{n % 40}"} for n in range(400)]
+    corpus = load_corpus("table", write_csv(tmp_path / "t.csv", cells))
+    assert [len(rows) for rows in corpus.values()] == [280, 60, 60]
+
+
+def test_columns_that_may_be_meant_are_named(tmp_path, caplog):
+    write_sounds(tmp_path, ["a.wav", "b.wav"])
+    cells = [{"text": name, "label": name[0], "filename": f"{name}.wav", "set": "train"} for name in "ab"]
+    load_corpus("table", write_csv(tmp_path / "t.csv", cells))
+    assert (
+        """the column filename, with 'a.wav', is not read; --corpus_options '{"columns": {"file": "filename"}}'"""
+        in (caplog.text)
+    )
+    assert "the column set, with 'train', is not read" in caplog.text
+
+
+def test_excel_may_name_the_delimiter_and_accents_have_one_spelling(tmp_path):
+    write_sounds(tmp_path, ["é.wav"])  # as one character
+    lines = ["sep=;", "file;label;text", "é.wav;fâché;a, b|c"]
+    composed, apart = (normalize(form, lines[2]) for form in ("NFC", "NFD"))
+    (tmp_path / "t.csv").write_text("\n".join([*lines[:2], composed]), encoding="utf-8")
+    (tmp_path / "u.csv").write_text("\n".join([*lines[:2], apart]), encoding="utf-8")
+    first, second = (load_corpus("table", tmp_path / name)["train"][0] for name in ("t.csv", "u.csv"))
+    assert first["text"] == "a, b|c" and first["emotion"] == second["emotion"] == normalize("NFC", "fâché")
+    assert first["audio"] == second["audio"]
+
+
 @pytest.mark.parametrize(("groups", "sizes"), [(1, [4, 1, 1]), (2, [3, 0, 3]), (3, [2, 2, 2])])
 def test_few_speakers_still_give_a_test_split(groups, sizes):
-    rows = [{"speaker": str(n % groups), "dialogue": None, "recording": None, "emotion": None} for n in range(6)]
+    rows = [
+        {"speaker": str(n % groups), "dialogue": None, "recording": None, "emotion": None, "sentiment": None}
+        for n in range(6)
+    ]
     assert make_splits(rows, 0) == ("speaker" if groups > 1 else "row")
     assert [Counter(row["split"] for row in rows)[name] for name in ("train", "validation", "test")] == sizes
 
@@ -601,6 +667,22 @@ def test_a_table_without_validation_rows_trains_a_model_that_hears_its_experts(t
     said = run("train", "recipes/own_clips.yaml", *small(tower), *fields).said
     assert "no validation rows: expert_gain and temperature are not fitted" in said
     assert load_file(tmp_path / "run/model/model.safetensors")["model.readout.gain"].item() == 1.0
+
+
+def test_a_table_without_sound_can_be_corrected(tower, tmp_path):
+    """The recipe wants statistics of the sound; nothing was trained on the first table."""
+    names = [f"{number}.wav" for number in range(8)]
+    write_sounds(tmp_path, names)
+    rows = [{"file": "", "text": name, "label": "ab"[place % 2]} for place, name in enumerate(names)]
+    fields = [*small(tower), "--corpus_dir", tmp_path / "t.csv", "--output_dir", tmp_path / "run"]
+    for more in (["--dry_run"], []):
+        write_csv(tmp_path / "t.csv", rows)
+        outcome = run("train", "recipes/own_clips.yaml", *fields, *more, check=False)
+        assert outcome.status == 2
+        assert "clip_statistics: got audio, of which no row has a clip, wanted one with audio in a" in outcome.said
+    write_csv(tmp_path / "t.csv", [row | {"file": row["text"]} for row in rows])
+    run("train", "recipes/own_clips.yaml", *fields)
+    assert (tmp_path / "run/model/model.safetensors").is_file()
 
 
 # --- the section of the README ---------------------------------------------------------------------------------------

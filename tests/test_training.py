@@ -52,6 +52,21 @@ def test_every_recipe_parses_and_names_a_task_of_its_corpus_kind(recipe):
     assert parsed.training.output_dir.startswith("runs/")
 
 
+def test_an_unknown_metric_is_refused_before_training(tmp_path):
+    outcome = train(tmp_path / "run", "--metric_for_best_model", "weighted_f", check=False)
+    assert outcome.status == 2 and "step" not in outcome.said
+    assert (
+        "metric_for_best_model: got 'weighted_f', wanted one of loss, accuracy, weighted_f1, unparsable"
+        in outcome.said
+    )
+
+
+def test_settings_of_the_last_phase_do_not_concern_the_others(tmp_path):
+    scheduler = ["--lr_scheduler_type", "cosine_with_min_lr", "--lr_scheduler_kwargs", '{"min_lr": 1e-4}']
+    train(tmp_path / "run", "--fusion_epochs", "1", "--max_steps", "2", "--eval_on_start", "true", *scheduler)
+    assert (tmp_path / "run/model/model.safetensors").is_file()
+
+
 def test_command_line_overrides_the_recipe():
     recipe = load_recipe(
         [str(REPO / "recipes/tiny.yaml"), "--seed", "7", "--experts", "local", "--learning_rate", "1e-2"]

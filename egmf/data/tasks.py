@@ -33,6 +33,12 @@ def infer_tasks(corpus: DatasetDict, name: str = "table") -> list[AffectTask]:
     if named and not numbers_as_labels:
         if len(set(labels)) < 2:
             raise ValueError(f"label: got {labels[0]!r} in every row, wanted two or more different labels")
+        others = sorted({label for label in labels if not _is_number(label)})
+        if 2 * len(others) < len(set(labels)):
+            shown = ", ".join(map(repr, others[:5]))
+            logging.warning(
+                "label: most are numbers, but as %s are none, all are classes; scores are numbers alone", shown
+            )
         tasks.append(AffectTask(name, "classification", tuple(sorted(set(labels))), language=language))
         logging.info("task %s: one of %s", name, ", ".join(tasks[-1].answers))
     if numbered:
@@ -42,7 +48,11 @@ def infer_tasks(corpus: DatasetDict, name: str = "table") -> list[AffectTask]:
         rounded = f"answers from {task.low:g} to {task.high:g} in steps of {task.step:g}"
         logging.info("task %s: %s, %s", task.name, range_seen, rounded)
         if numbers_as_labels:
-            logging.info("For numbers that name classes, give the recipe `tasks: [{name: %s, labels: [...]}]`", name)
+            classes = ", ".join(f'"{label}"' for label in sorted(set(labels), key=float)[:MOST_ANSWERS])
+            hint = f"tasks: [{{name: {name}, labels: [{classes}]}}]"
+            logging.warning(
+                "label: all are numbers, so they are scores; if they name classes, add to the recipe %s", hint
+            )
     if not tasks:
         raise ValueError("tasks: got none, and rows without a label, wanted `label` or `score` in every row")
     return tasks

@@ -212,6 +212,16 @@ def clip_statistics(
         yield ClipStatistics.measure(layers, torch.ones(frames.shape[:2]))[0]
 
 
+def check_clip_statistics(recipe: Recipe, rows: Dataset) -> None:
+    """Raises a ValueError if the recipe names a modality of which no training row has a clip."""
+    for modality in set(recipe.fusion["clip_statistics"] or ()) & set(recipe.data.modalities):
+        column = COLUMNS[modality] if getattr(recipe.model, f"{modality}_tower") else f"{modality}_features"
+        values = rows.data.column(column)
+        if values.null_count == len(values):
+            wanted = f"one with {column} in a training row, or `clip_statistics` without it"
+            raise ValueError(f"clip_statistics: got {modality}, of which no row has a clip, wanted {wanted}")
+
+
 def set_clip_statistics(
     model: EGMFForConditionalGeneration, corpus, cache: TowerCache | None, centers: Centers | None = None
 ) -> None:

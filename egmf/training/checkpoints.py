@@ -22,6 +22,11 @@ MANIFEST = "manifest.json"
 SETTINGS = "settings.json"  # of the run, in its folder
 
 
+def has_begun(run: Path) -> bool:
+    """Whether a run has a checkpoint of any phase."""
+    return any(run.glob(f"{PREFIX_CHECKPOINT_DIR}-*")) or any(run.glob(f"*/{PREFIX_CHECKPOINT_DIR}-*"))
+
+
 def keep_settings(run: Path, settings: dict[str, Any]) -> None:
     """Writes down the settings of a new run; of one that has begun to train, checks that they are still the same.
 
@@ -33,8 +38,7 @@ def keep_settings(run: Path, settings: dict[str, Any]) -> None:
         ValueError: If a setting differs: finished phases would keep the weights that they learned with the old one.
     """
     file, settings = run / SETTINGS, json.loads(json.dumps(settings))
-    begun = any(run.glob(f"{PREFIX_CHECKPOINT_DIR}-*")) or any(run.glob(f"*/{PREFIX_CHECKPOINT_DIR}-*"))
-    if not begun or not file.exists():
+    if not has_begun(run) or not file.exists():
         write_whole(file, json.dumps(settings, indent=2) + "\n")
         return
     before = json.loads(file.read_text(encoding="utf-8"))

@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +24,11 @@ from accelerate.utils import broadcast_object_list, set_seed
 from datasets import Dataset
 from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_pt_utils import nested_gather
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction, rotate_checkpoints
 
 from egmf.data.collator import AffectCollator
 from egmf.data.mixture import MixtureSampler
@@ -36,6 +36,7 @@ from egmf.evaluation.measures import classification_metrics, regression_metrics
 from egmf.evaluation.plots import plot_training
 from egmf.files import RunStopped, write_whole, writing
 from egmf.processes import held_whole
+from egmf.processing_egmf import AffectTask
 from egmf.training.checkpoints import MANIFEST, last_whole_checkpoint, seal, size_of, steps_of
 from egmf.training.preemption import termination
 from egmf.training.progress import JsonLinesLog, Progress
@@ -43,6 +44,7 @@ from egmf.training.progress import JsonLinesLog, Progress
 
 STATE = "trainer_state.json"
 RUNNING_LOSS = "running_loss.json"
+ASKED_EVERY = 8  # steps after which several processes ask each other whether one was told to stop
 UNCHECKED = 64  # at most so many losses wait on an accelerator before they are checked
 
 
@@ -104,11 +106,22 @@ class MixtureTrainer(Trainer):
         return MixtureSampler(*mixture, data_seed_of(self.args), lengths, group)
 
 
-def check_reporters(names: list[str]) -> None:
-    """Raises a ValueError if `report_to` names a package that is not installed, before anything is computed."""
-    for name in names:
-        if name in ("tensorboard", "trackio") and find_spec(name) is None:
-            raise ValueError(f"report_to: got {name!r}, wanted its package beside it: pip install {name}")
+def check_best_metric(training: TrainingArguments, tasks: dict[str, AffectTask]) -> None:
+    """Raises a ValueError if `metric_for_best_model` is no metric of the validation, before anything is computed.
+
+    Args:
+        training: The arguments.
+        tasks: The task of each validation split, by the name under which it is logged if there are several.
+    """
+    if not (training.load_best_model_at_end and tasks):
+        return
+    names = []
+    for key, task in tasks.items():
+        rows = EvalPrediction(np.zeros((2, len(task.answers))), np.zeros((2, 2), int))
+        names += [name if len(tasks) == 1 else f"{key}_{name}" for name in metrics_of([task], rows)]
+    if training.metric_for_best_model.removeprefix("eval_") not in names:
+        got = training.metric_for_best_model
+        raise ValueError(f"metric_for_best_model: got {got!r}, wanted one of {', '.join(names)}")
 
 
 def check_media(record: Path, errors: dict[tuple[str, str], str]) -> None:
@@ -173,10 +186,17 @@ class SeededCollator:
         return batch
 
 
-def _begin_worker(worker: int, begin: Callable[[int], None]) -> None:
-    """Lets a data loader's worker ignore SIGTERM: the main process needs its batches to finish the step."""
+def ignoring_sigterm(loader: DataLoader) -> DataLoader:
+    """Lets a loader's workers ignore SIGTERM: a step or a validation that is under way needs their batches."""
+    if loader.num_workers:
+        loader.worker_init_fn = partial(_begin_worker, begin=loader.worker_init_fn)
+    return loader
+
+
+def _begin_worker(worker: int, begin: Callable[[int], None] | None) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    begin(worker)
+    if begin is not None:
+        begin(worker)
 
 
 class CheckpointCallback(TrainerCallback):
@@ -199,7 +219,10 @@ class CheckpointCallback(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.at_end = state.epoch == int(state.epoch) or state.global_step >= state.max_steps
-        self._decide(control)
+        # Several processes have to ask each other, for which the hosts wait for their accelerators.
+        alone = self.trainer.accelerator.num_processes == 1
+        if alone or self.at_end or control.should_save or state.global_step % ASKED_EVERY == 0:
+            self._decide(control)
 
     def on_epoch_end(self, args, state, control, **kwargs):
         control.should_save = control.should_save or self.put_off
@@ -289,6 +312,9 @@ class RunTrainer(MixtureTrainer):
             self._load_from_checkpoint(checkpoint)
             self.state = state
             if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+                # The run may have been moved.
+                best = Path(checkpoint).with_name(Path(state.best_model_checkpoint).name)
+                state.best_model_checkpoint = str(best)
                 self._load_best_model()
             return
         restored = json.loads((Path(checkpoint) / RUNNING_LOSS).read_text(encoding="utf-8"))
@@ -324,9 +350,7 @@ class RunTrainer(MixtureTrainer):
             loader = super().get_train_dataloader()
         finally:
             self.data_collator = collator
-        if loader.num_workers:
-            loader.worker_init_fn = partial(_begin_worker, begin=loader.worker_init_fn)
-        return loader
+        return ignoring_sigterm(loader)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         ids, amount = inputs.pop("row_ids"), inputs.pop("amount")
@@ -429,10 +453,11 @@ class AffectTrainer(RunTrainer):
 
     def get_eval_dataloader(self, eval_dataset=None):
         training_collator, self.data_collator = self.data_collator, self.scoring_collator
+        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
         try:
-            return super().get_eval_dataloader(eval_dataset)
+            return ignoring_sigterm(super().get_eval_dataloader(eval_dataset))
         finally:
-            self.data_collator = training_collator
+            self.data_collator, self.args.dataloader_drop_last = training_collator, drop_last
 
     @torch.no_grad()
     def scores_by_gain(self, dataset: Dataset, gains: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
