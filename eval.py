@@ -162,6 +162,8 @@ def evaluate(args: argparse.Namespace, predict: Predictor, rows, modalities: lis
     with (args.output / "predictions.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in predictions)
 
+    unread = [f"{row['id']}: {row['media_error']}" for row in predictions if "media_error" in row]
+    report["unreadable"] = len(unread)
     gold = [row["gold"] for row in predictions]
     metrics = metrics_of(predictions, task)
     unit, clusters = clusters_of(args.corpus, rows["id"][:], rows["speaker"][:])
@@ -194,6 +196,8 @@ def evaluate(args: argparse.Namespace, predict: Predictor, rows, modalities: lis
         f"95 % intervals by {number} {unit}" if number > 1 else f"no intervals: they need more {unit} than one"
     )
     print(f"{args.corpus} / {args.split}: {len(rows)} samples; {spread_over}")
+    if unread:
+        print(f"answered without a file that cannot be read: {len(unread)} samples, such as {unread[0]}")
     print(table_of(metrics, spread))
     for name in ("before", "after") if "calibration" in report else ():
         figures = ", ".join(f"{key} {value:.4f}" for key, value in report["calibration"][name].items())

@@ -149,6 +149,8 @@ def load_video(path: str | os.PathLike, num_frames: int, time_limit: float = 60.
 def media_length(path: str | os.PathLike, time_limit: float = 60.0) -> float | None:
     """The length in seconds that a file states, which is an estimate for some formats; None if it states none.
 
+    It is 0 for a still picture.
+
     Raises:
         MediaError: If the file cannot be opened.
     """

@@ -56,10 +56,13 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     words.add_argument("--text", help="what is said in the one file")
     words.add_argument("--transcripts", type=Path, metavar="FILE.csv", help="what is said, by file")
     words.add_argument("--segments", type=Path, metavar="FILE", help="parts of the recording: .srt, .vtt, .json, .csv")
+    parser.add_argument("--speaker", help="who speaks in all files, if training named the speakers")
     parser.add_argument("--transcriber", metavar="MODEL", help="speech recognition model for files without words")
     parser.add_argument("--language", help="language that the transcriber hears; it detects it by default")
     parser.add_argument("--window", type=positive_seconds, help="longest part of a recording, in seconds")
-    parser.add_argument("--hop", type=positive_seconds, help="seconds between equal parts, wherever pauses are")
+    parser.add_argument(
+        "--hop", type=positive_seconds, help="seconds between the starts of equal parts; ignores pauses"
+    )
     parser.add_argument("--task", help="task to ask; by default the one the model was trained on")
     parser.add_argument("--speaker_clips", nargs="+", metavar="FILE", help="clips of the speaker of all files")
     parser.add_argument("--batch_size", type=positive, default=8, help="files or parts in the model at a time")
@@ -103,10 +106,11 @@ def samples_of(args: argparse.Namespace) -> list[dict]:
     Raises:
         ValueError: If the transcripts cannot be read or a file has none.
     """
+    named = {} if args.speaker is None else {"speaker": args.speaker}
     if args.transcripts is None:
-        return [{"file": file, "text": args.text} for file in args.files]
+        return [{"file": file, "text": args.text, **named} for file in args.files]
     words = match_transcripts(args.transcripts, args.files)
-    return [{"file": file, **said} for file, said in zip(args.files, words, strict=True)]
+    return [{"file": file, **named, **said} for file, said in zip(args.files, words, strict=True)]
 
 
 def share_files(answer: Answerer, samples: list[dict]) -> Iterator[dict]:

@@ -1,8 +1,8 @@
 """Prepares corpora: converts the published files of a benchmark, or recognises the words of your own clips.
 
-    python -m corpora mosei MOSEI/Processed/unaligned_50.pkl --out corpora/mosei
-    python -m corpora meld MELD --corpus_options '{"media": "MELD/clips"}' --out corpora/meld
-    python train.py RECIPE --corpus_dir corpora/mosei
+    python -m corpora mosei MOSEI/Processed/unaligned_50.pkl --out DIR/mosei
+    python -m corpora meld MELD --corpus_options '{"media": "MELD/clips"}' --out DIR/meld
+    python train.py RECIPE --corpus_dir DIR/mosei
     python -m corpora table clips.csv --transcriber openai/whisper-small --out clips_with_words.csv
 
 A benchmark becomes sharded parquet, which `load_corpus`, training and evaluation read. Prints a report: rows and

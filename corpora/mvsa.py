@@ -3,8 +3,9 @@
 Two forms are read:
 
 - As published: `data/ID.txt` and `data/ID.jpg`, and a table of labels, `labelResultAll.txt` (`ID<tab>text,image`: a
-  label for the text and one for the image) or `train.txt` (`guid,tag`: one label). Of two labels, neutral gives way to
-  the other; a tweet with a positive and a negative label is left out, as in the literature.
+  label for the text and one for the image; in MVSA-Multiple by each of three annotators, of whom the majority counts)
+  or `train.txt` (`guid,tag`: one label). Of two labels, neutral gives way to the other; a tweet with a positive and a
+  negative label, or without a majority, is left out, as in the literature.
 - `mvsa.parquet` with the columns `id`, `text`, `sentiment`, `fold` (1 to 5) and `vision_features` (2,560 values: two
   frames of 1,280, the mean and the maximum of an image encoder's last map).
 
@@ -15,6 +16,7 @@ equal texts share a fold. One is the test split, the next the validation split.
 import hashlib
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -68,16 +70,23 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, dict]]:
         )
 
 
+def _majority(labels: list[str]) -> str | None:
+    [(label, count)] = Counter(labels).most_common(1)
+    return label if 2 * count > len(labels) else None
+
+
 def _published_rows(source: Path) -> Iterator[tuple[int, dict]]:
     tables = [source / name for name in ("labelResultAll.txt", "train.txt") if (source / name).is_file()]
     if not tables:
         raise FileNotFoundError(f"{source}: no mvsa.parquet, labelResultAll.txt or train.txt, expected MVSA's folder")
-    contradictory = 0
+    contradictory = 0  # or without a majority
     for line in tables[0].read_text(encoding="utf-8").splitlines()[1:]:
         name, _, labels = line.replace("\t", ",").partition(",")
-        found = set(filter(None, labels.replace(" ", "").split(",")))
+        given = list(filter(None, labels.replace(" ", "").split(",")))
+        # Text and image by turns; MVSA-Multiple has the labels of three annotators.
+        found = {_majority(given[place::2]) for place in range(min(2, len(given)))}
         found -= {"neutral"} if len(found) > 1 else set()
-        if len(found) != 1:
+        if len(found) != 1 or None in found:
             contradictory += 1
             continue
         text = (source / "data" / f"{name}.txt").read_text(encoding="utf-8", errors="replace").strip()

@@ -267,6 +267,8 @@ def read_cells(
 ) -> Iterator[tuple[str, dict[str, Any], dict[str, Any] | WrongRow]]:
     """The place, the cells and the fields of each row of a table; the fields of a wrong row are its error.
 
+    Labels and splits are not read; the table may have none yet.
+
     Raises:
         ValueError: If the table lacks a column, or the cells of a row cannot be told apart.
     """
@@ -275,7 +277,9 @@ def read_cells(
         where = f"{part.name}: {place}"
         if isinstance(cells, str):
             raise ValueError(f"{where}: {cells}")
-        places = places or _places(part, cells, columns)
+        if not places:
+            found = _places(part, cells, columns, with_labels=False)
+            places = {ours: own for ours, own in found.items() if ours not in ("label", "score", "split")}
         row: dict[str, Any] | WrongRow
         try:
             row = _row(where, {name: cells[own] for name, own in places.items()}, part)
@@ -308,7 +312,7 @@ def _read_part(part: _Part, columns: dict[str, str], found: _Found) -> None:
         found.rows.append(row)
 
 
-def _places(part: _Part, cells: dict[str, Any], columns: dict[str, str]) -> dict[str, str]:
+def _places(part: _Part, cells: dict[str, Any], columns: dict[str, str], with_labels: bool = True) -> dict[str, str]:
     """The table's column for each of `COLUMNS` that it has. Logs the columns that are not read."""
     name, header = part.name, list(cells)
     for ours, own in columns.items():
@@ -321,7 +325,7 @@ def _places(part: _Part, cells: dict[str, Any], columns: dict[str, str]) -> dict
     hint = "; other names go into corpus_options: {columns: {label: NAME}}"
     if not {"text", *MEDIA} & places.keys():
         raise ValueError(f"{got}, wanted file, audio, video, image or text{hint}")
-    if not {"label", "score"} & places.keys():
+    if with_labels and not {"label", "score"} & places.keys():
         raise ValueError(f"{got}, wanted label or score{hint}")
     ignored = [own for own in header if own not in places.values()]
     if ignored:

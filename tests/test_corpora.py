@@ -574,6 +574,17 @@ def test_mvsa_as_published_and_as_parquet(tmp_path):
     assert rows["0"][0]["emotion"] == "positive" and rows["1"][0]["emotion"] == "negative"
     assert rows["0"][1] == rows["1"][1]  # the same text
     assert rows["3"][0]["video"].endswith("3.jpg") and rows["3"][0]["text"] == "tweet 1"
+    three = [
+        "neutral,neutral neutral,positive positive,neutral",
+        "positive,positive neutral,neutral negative,negative",
+    ]
+    three.append("negative,neutral negative,neutral positive,positive")  # tabs between the annotators
+    table = "".join(f"{number}\t{label}\n".replace(" ", "\t") for number, label in enumerate(three))
+    (tmp_path / "labelResultAll.txt").write_text("ID\ttext,image\ttext,image\ttext,image\n" + table)
+    found = {
+        row["id"]: row["emotion"] for fold in range(1, 6) for row in load_corpus("mvsa", tmp_path, fold=fold)["test"]
+    }
+    assert found == {"0": "neutral", "2": "negative"}  # 1 has no majority
     columns = {"id": [7, 8], "text": ["so", "no"], "sentiment": ["neutral", "positive"], "fold": [1, 3]}
     columns["vision_features"] = [[0.5] * 2560, [1.0] * 2560]
     pq.write_table(pa.table(columns), tmp_path / "mvsa.parquet")

@@ -244,8 +244,9 @@ ROWS = 'file,text\none.mp4,"so, so"\ntwo.mp4,no\n'
         ROWS.replace('"so, so"', "so, so").replace("mp4,", "mp4\t").replace("file,", "file\t").encode(),
         ROWS.replace("\n", "\r\n").encode(),
         b"\n".join([ROWS.encode(), b"", b""]),
+        ROWS.replace("file", "file_name").replace("mp4,", "mp4 ,").encode(),
     ],
-    ids=["plain", "mark", "utf-16", "capitals", "semicolons", "tabs", "windows", "blank"],
+    ids=["plain", "mark", "utf-16", "capitals", "semicolons", "tabs", "windows", "blank", "spaces"],
 )
 def test_transcripts_as_spreadsheets_save_them(tmp_path, content):
     (tmp_path / "words.csv").write_bytes(content)

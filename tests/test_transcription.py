@@ -216,6 +216,8 @@ def test_missing_numbers_stay_empty_and_clips_inside_a_table_are_refused(place, 
     rows = {"file": ["short.wav", "short.wav"], "label": ["a", "b"], "start": [None, 0.1], "text": ["so", "no"]}
     pd.DataFrame(rows).to_parquet(tmp_path / "t.parquet")
     add_words(tmp_path / "t.parquet", tmp_path / "out.csv", None)
+    (tmp_path / "unlabelled.csv").write_text("file,text\nshort.wav,so\n", encoding="utf-8")
+    assert add_words(tmp_path / "unlabelled.csv", tmp_path / "words.csv", None).rows == 1
     written = list(csv.DictReader((tmp_path / "out.csv").open(encoding="utf-8", newline="")))
     assert [row["start"] for row in written] == ["", "0.1"]
     inside = {"audio": [{"bytes": (place / "short.wav").read_bytes(), "path": "a.wav"}], "label": ["a"]}

@@ -35,6 +35,7 @@ from egmf.processing_egmf import EGMFProcessor
 
 
 DECODING = ("media_egmf", "media_readers_egmf", "media_inputs_egmf")
+CUTTING = ("egmf.data.clips", "egmf.media_recordings_egmf", "egmf.spans_egmf")
 PREPROCESSORS = {"audio": "feature_extractor", "vision": "image_processor"}
 COLUMNS = {"audio": "audio", "vision": "video"}  # of the corpus schema
 # The packages that decode and compute; the version of one that is not installed counts as None.
@@ -92,7 +93,10 @@ class TowerCache:
         settings["packages"] = {name: _version(name) for name in PACKAGES}
         if modality == "vision":
             settings["num_frames"] = self.processor.num_frames
-        code, weights = [_sibling(self.processor, name) for name in DECODING] + [load_row_media, _Files], []
+        # Clips inside recordings are read by this clone's code, not by a checkpoint's.
+        code = [_sibling(self.processor, name) for name in DECODING] + [import_module(name) for name in CUTTING]
+        code.append(_Files)
+        weights = []
         if modality in self.frozen:
             tower = self._tower(modality)
             settings |= {"class": type(tower).__name__, "config": tower.config.to_dict()}

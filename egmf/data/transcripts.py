@@ -12,19 +12,22 @@ COLUMNS = ("file", "text", "speaker")  # the last one may be missing
 def read_table(path: Path, required: tuple[str, ...]) -> Iterator[tuple[int, dict[str, str]]]:
     """Yields the line number and the cells by column of each row that is not empty; see [`read_csv`].
 
-    Names of columns are in lower case.
+    Names of columns are in lower case, and `file_name` is `file`, as in tables of clips.
 
     Raises:
         ValueError: If the table is malformed or lacks a required column. The message names the line.
     """
     header, rows = read_csv(path)
-    if not set(required) <= {name.lower() for name in header}:
+    names = {name: name.lower() for name in header}
+    if "file" not in names.values():
+        names = {name: "file" if lower == "file_name" else lower for name, lower in names.items()}
+    if not set(required) <= {*names.values()}:
         wanted = " and ".join(required)
         raise ValueError(f"{path}: line 1: got {','.join(header)[:100]!r}, wanted a header with the columns {wanted}")
     for line, cells in rows:
         if isinstance(cells, str):
             raise ValueError(f"{path}: line {line}: {cells}")
-        yield line, {name.lower(): cell for name, cell in cells.items()}
+        yield line, {names[name]: cell.strip() for name, cell in cells.items()}
 
 
 def read_transcripts(path: Path) -> dict[str, dict[str, str]]:

@@ -33,7 +33,8 @@ def find_files(inputs: list[str], recursive: bool) -> list[str]:
         if os.path.isdir(name):
             found = _in_folder(name, recursive)
             if not found:
-                wanted = "some" if recursive else "some; --recursive looks in the folders below"
+                wanted = "some, or pictures by a pattern such as *.png"
+                wanted += "" if recursive else "; --recursive looks in the folders below"
                 raise ValueError(f"{name}: got a folder without sound and video files, wanted {wanted}")
         elif not is_url(name) and not os.path.exists(name) and glob.has_magic(name):
             found = sorted(path for path in glob.glob(name, recursive=True) if not os.path.isdir(path))
