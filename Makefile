@@ -10,10 +10,12 @@ test fast: export OMP_NUM_THREADS := 1
 FAST := $(addprefix tests/test_,$(addsuffix .py,comparison corpora corpora_convert corpora_formats evaluation fusion \
 	model_card modeling processing results results_avatars results_folds robustness towers))
 
-.PHONY: help test fast quickstart demo results gpu
+.PHONY: help install test fast quickstart demo results gpu
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
+
+install: $(INSTALLED) ## make .venv, with exactly what requirements.txt names
 
 fast: $(INSTALLED) ## linter and the quick tests, in under a minute
 	$(BIN)/ruff check .

@@ -3,7 +3,7 @@
     python publish.py runs/mosi --repo OWNER/NAME --dry_run
     python publish.py runs/mosi --repo OWNER/NAME [--private] [--license apache-2.0]
     python publish.py runs/mosi --repo OWNER/NAME --adapter_only
-    python publish.py runs/mosi --repo OWNER/NAME --space DIR [--example clip.mp4 "That is just great."]
+    python publish.py runs/own_clips --repo OWNER/NAME --space DIR [--example clip.mp4 "That is just great."]
 
 Writes a new `hub/` folder in the run's folder each time. It contains the merged model in shards, or with
 `--adapter_only` the trained weights (LoRA, the fusion, towers that the Hub does not have); the model's code and

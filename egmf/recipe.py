@@ -105,14 +105,16 @@ class DataArguments:
         },
     )
     task_definitions: dict[str, dict] = field(default_factory=dict, init=False)
-    corpora: dict = field(default_factory=dict, metadata={"help": "a mixture, see `DataArguments`"})
+    corpora: dict = field(
+        default_factory=dict, metadata={"help": "several corpora with weights as JSON, see docs/training.md"}
+    )
     corpus_dir: str | None = field(
         default=None,
         metadata={
             "help": "folder with the corpus's files; of a mixture, with a folder per corpus; of a table, its file"
         },
     )
-    corpus_options: dict = field(default_factory=dict, metadata={"help": "options of its `load` in `corpora/`"})
+    corpus_options: dict = field(default_factory=dict, metadata={"help": "its options as JSON, see docs/corpora.md"})
     balance_classes: bool = field(
         default=False, metadata={"help": "draw every label equally often, for labels of different frequency"}
     )
@@ -136,7 +138,9 @@ class DataArguments:
             "minimum": 0,
         },
     )
-    max_context_tokens: int = field(default=256, metadata={"help": "tokens of the dialogue around it", "minimum": 0})
+    max_context_tokens: int = field(
+        default=256, metadata={"help": "tokens of the dialogue in the prompt", "minimum": 0}
+    )
     modalities: list[str] = field(
         default_factory=lambda: list(MODALITIES), metadata={"help": "modalities the model may see"}
     )
