@@ -48,7 +48,7 @@ class Experiment:
         folds: Number of folds.
         shown: The metrics of its table.
         published: What others measured, one line.
-        single: Variants with one modality, with the best of which `full` is compared.
+        single: Variants with one modality, which the README's table shows.
     """
 
     title: str
@@ -289,12 +289,13 @@ def add_runs(name: str, runs_dir: Path, earlier: dict, known: list[dict]) -> tup
         for seed, rows in by_seed.items()
     }
     tests = {
-        single: [
-            {"seed": seed} | mcnemar(both, right[single, seed])
-            for (variant, seed), both in right.items()
-            if variant == "full" and (single, seed) in right
+        other: [
+            {"seed": seed} | mcnemar(whole, right[other, seed])
+            for (variant, seed), whole in right.items()
+            if variant == "full" and (other, seed) in right
         ]
-        for single in EXPERIMENTS[name].single
+        for other in runs
+        if other not in ("full", "adapted")
     }
     sizes = {"samples": len(ids), "clusters": len(set(clusters)), "unit": unit, "classes": len(set(gold.values()))}
     return earlier | {"test_set": sizes, "variants": variants, "mcnemar": tests}, answers
@@ -406,13 +407,14 @@ def render(data: dict) -> str:
         parts += [f"## {one.title}", *([one.published] if one.published else []), main_table(name, part)]
         if any(part["mcnemar"].values()):
             rows = [
-                [NAMES[single], str(test["seed"]), str(test["first_only"]), str(test["second_only"])]
+                [NAMES[other], str(test["seed"]), str(test["first_only"]), str(test["second_only"])]
                 + [f"{test['p_value']:.1e}"]
-                for single, tests in part["mcnemar"].items()
+                for other, tests in part["mcnemar"].items()
                 for test in tests
             ]
-            parts.append(f"McNemar's exact test of {name_of(one, 'full')} against one of them:")
-            parts.append(table(["against", "seed", "only both correct", "only one correct", "p"], rows))
+            whole = name_of(one, "full")
+            parts.append(f"McNemar's exact test of {whole} against the other models:")
+            parts.append(table(["against", "seed", f"only {whole} correct", "only the other correct", "p"], rows))
         nll = [[name_of(one, variant), f"{np.mean(own['nll']):.3f}"] for variant, own in part["variants"].items()]
         parts.append(table(["model", "negative log-likelihood of the gold answer"], nll))
         parts.append("Commands of the first fold of one seed; others differ in `fold` and in `--seed`:")
