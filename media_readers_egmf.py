@@ -499,7 +499,8 @@ def _read_length(file: str, wanted: int) -> tuple[dict[str, Any], np.ndarray]:
     """Reads the length that a file states in seconds, or None; 0 for a still picture."""
     with open_container(file) as container:
         length = container.duration
-        if container.format.name.endswith("_pipe"):
+        frames = [stream.frames for stream in container.streams]
+        if container.format.name.endswith("_pipe") or not length and frames == [1]:
             return {"seconds": 0.0}, np.zeros(0)
     return {"seconds": length / 1e6 if length and length > 0 else None}, np.zeros(0)
 

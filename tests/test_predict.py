@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from PIL import Image
 from test_media_inputs import build_processor, tone, write_clip
 from test_towers import IMAGE, whisper
 from transformers import CLIPVisionConfig, CLIPVisionModel, pipeline
@@ -19,7 +20,8 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, pipeline
 from egmf.commands import is_mistake
 from egmf.data.collator import AffectCollator
 from egmf.data.transcripts import match_transcripts
-from predict import main
+from egmf.prediction.answers import Answerer
+from predict import main, parse_arguments, samples_of
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -274,6 +276,21 @@ def test_faulty_transcripts(tmp_path, content, message):
         main(["model", "one.mp4", "--transcripts", str(tmp_path / "words.csv")])
     said = str(error.value)
     assert "words.csv: " + message in said and len(said.splitlines()) == 1 and is_mistake(error.value)
+
+
+def test_one_speaker_speaks_in_all_files_but_those_of_the_transcripts(tmp_path):
+    (tmp_path / "words.csv").write_text("file,text,speaker\na.wav,so,Bob\nb.wav,no,\n")
+    arguments = ["model", "a.wav", "b.wav", "--speaker", "Ann"]
+    assert [one["speaker"] for one in samples_of(parse_arguments(arguments))] == ["Ann", "Ann"]
+    samples = samples_of(parse_arguments([*arguments, "--transcripts", str(tmp_path / "words.csv")]))
+    assert [(one["text"], one["speaker"]) for one in samples] == [("so", "Bob"), ("no", "Ann")]
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.gif", "a.webp"])
+def test_a_picture_is_a_clip_and_no_recording(recognize, tmp_path, name):
+    Image.new("RGB", (20, 20)).save(tmp_path / name)
+    [(_, answer)] = Answerer(recognize, 1, {}, {})([{"file": str(tmp_path / name)}])
+    assert answer["error"] is None and "segments" not in answer
 
 
 def test_one_line_serves_no_two_files(tmp_path):
