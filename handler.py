@@ -12,6 +12,7 @@ import os
 import socket
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -27,7 +28,9 @@ PARAMETERS = ("task", "top_k", "candidate_labels", "text", "speaker", "context",
 PARAMETERS += ("return_timestamps", "segments", "window", "hop")
 FILE = "a file as base64 or as a URL"
 LARGEST_DOWNLOAD = 256 << 20  # bytes
+LARGEST_REQUEST = 1 << 30  # bytes of all files of a request
 DOWNLOAD_SECONDS = 60.0
+MOST_LABELS, LONGEST_LABELS = 50, 1000  # memory grows with the cube of their number
 REDIRECTS = 5
 
 
@@ -74,6 +77,10 @@ class EndpointHandler:
         if "inputs" not in data:
             raise ValueError(f"inputs: got none, wanted {FILE}, or an object with some of {', '.join(FIELDS)}")
         inputs, parameters = data["inputs"], dict(_check("parameters", data.get("parameters") or {}, PARAMETERS))
+        if isinstance(labels := parameters.get("candidate_labels"), list):
+            if len(labels) > MOST_LABELS or len("".join(map(str, labels))) > LONGEST_LABELS:
+                wanted = f"at most {MOST_LABELS} of together {LONGEST_LABELS} characters"
+                raise ValueError(f"candidate_labels: got {len(labels)} labels, wanted {wanted}")
         if (clips := parameters.get("speaker_clips")) is not None:
             parameters["speaker_clips"] = self._clips("parameters.speaker_clips", clips, folder)
         if not isinstance(inputs, list):
@@ -153,20 +160,31 @@ class _File(os.PathLike):
         return str(self.path)
 
     def _fetch(self) -> None:
-        deadline, size = time.monotonic() + DOWNLOAD_SECONDS, 0
-        options = {"follow_redirects": True, "max_redirects": REDIRECTS, "timeout": DOWNLOAD_SECONDS}
-        with (
-            httpx.Client(transport=_PublicTransport(), **options) as client,
-            client.stream("GET", self.url) as response,
-        ):
-            if not response.is_success:
-                raise OSError(f"the server answers with status {response.status_code}")
-            with self.path.open("wb") as file:
-                for part in response.iter_bytes(1 << 16):
-                    size += file.write(part)
-                    if size > LARGEST_DOWNLOAD or time.monotonic() > deadline:
-                        most = f"{LARGEST_DOWNLOAD >> 20} MB in {DOWNLOAD_SECONDS:.0f} seconds"
-                        raise OSError(f"it exceeds {most}")
+        deadline, url = time.monotonic() + DOWNLOAD_SECONDS, self.url
+        with httpx.Client(transport=_PublicTransport(), timeout=DOWNLOAD_SECONDS) as client:
+            for _ in range(REDIRECTS + 1):
+                # httpx would read the whole body of a redirect into memory.
+                with client.stream("GET", url, follow_redirects=False) as response:
+                    if response.has_redirect_location:
+                        url = response.next_request.url
+                        continue
+                    if not response.is_success:
+                        raise OSError(f"the server answers with status {response.status_code}")
+                    self._write(response.iter_bytes(), deadline)
+                    return
+        raise OSError(f"it redirects more than {REDIRECTS} times")
+
+    def _write(self, parts: Iterator[bytes], deadline: float) -> None:
+        """Writes the file, part by part as they arrive."""
+        left = LARGEST_REQUEST - sum(other.stat().st_size for other in self.path.parent.iterdir())
+        with self.path.open("wb") as file:
+            for part in parts:
+                file.write(part)
+                if file.tell() > LARGEST_DOWNLOAD or time.monotonic() > deadline:
+                    most = f"{LARGEST_DOWNLOAD >> 20} MB in {DOWNLOAD_SECONDS:.0f} seconds"
+                    raise OSError(f"it exceeds {most}")
+                if file.tell() > left:
+                    raise OSError(f"the files of the request exceed {LARGEST_REQUEST >> 20} MB")
 
 
 class _PublicTransport(httpx.HTTPTransport):

@@ -24,6 +24,7 @@ from .spans_egmf import spans_at_pauses, windows
 
 BEAT = 10.0  # seconds of the recording after which the worker says where it is
 CHUNK = 1.0  # seconds of sound that are resampled together
+GAP = 3600.0  # seconds between two pictures that no intact recording has
 EDGE = 5e-4  # seconds by which a frame may precede its span: subtitles round to milliseconds
 
 
@@ -154,6 +155,12 @@ class _Pictures:
             self.times = (
                 list(map(track.seconds, stamps)) if self.is_timed else [i / self.rate for i in range(len(shown))]
             )
+            gaps = [place for place in range(1, len(self.times)) if self.times[place] - self.times[place - 1] > GAP]
+            if gaps:  # a damaged stamp, which would make the recording as long as it says
+                self.times = self.times[: gaps[0]]
+                track.notes.append(
+                    f"video: the pictures after {self.times[-1]:.1f} s are {GAP:g} s later and left out"
+                )
             last = max(shown, key=lambda packet: packet.pts).duration if shown and self.is_timed else None
             length = float(last * track.stream.time_base) if last else 1 / self.rate
         self.end = self.times[-1] + length if self.times else 0.0
@@ -250,13 +257,18 @@ def read_recording(file: str, wanted: dict[str, Any], send: Callable) -> dict[st
             else windows(length, wanted["window"], wanted["window"])
         )
         planned = ((span, pictures.plan(*span) if pictures else []) for span in found)
+    empty = 0.0
     for (start, end), plan in planned:
         if sound:
             sound.forget(start)
         samples = sound.take(start, end) if sound else np.zeros(0, np.float32)
         times, frames = pictures.take(plan, end) if pictures else ([], [])
+        duration = end if spans is None else duration
+        if wanted["spans"] is None and not len(samples) and not frames:
+            empty += end - start
+            continue
         stacked = np.stack(frames) if frames else np.zeros((0, 0, 0, 3), np.uint8)
         send({"start": start, "end": end, "times": [time - start for time in times]}, samples, stacked)
-        duration = end if spans is None else duration
     warnings = [warning for part in (sound, pictures) if part for warning in part.shortfall()]
+    warnings += [f"{empty:.1f} seconds without sound and pictures are left out"] * (empty > 0)
     return {"duration": duration, "warnings": warnings}

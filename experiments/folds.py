@@ -15,11 +15,11 @@ README.md.
 
 import argparse
 import csv
+import itertools
 import json
 import shlex
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -120,16 +120,10 @@ def fields_of(name: str) -> dict:
 
 
 def run(name: str, args: argparse.Namespace, more: list[str]) -> None:
-    """Trains and evaluates every unfinished fold, variant and seed, `args.jobs` at once."""
-    todo = [
-        (variant, fold, seed)
-        for seed in args.seeds
-        for variant in args.variants
-        for fold in args.folds or range(1, EXPERIMENTS[name].folds + 1)
-    ]
-    with ThreadPoolExecutor(args.jobs) as pool:
-        for _ in pool.map(lambda one: _run(name, args, more, *one), todo):
-            pass
+    """Trains and evaluates every unfinished fold, variant and seed."""
+    folds = args.folds or range(1, EXPERIMENTS[name].folds + 1)
+    for seed, variant, fold in itertools.product(args.seeds, args.variants, folds):
+        _run(name, args, more, variant, fold, seed)
 
 
 def _run(name: str, args: argparse.Namespace, more: list[str], variant: str, fold: int, seed: int) -> None:
@@ -436,7 +430,6 @@ def main(arguments: list[str]) -> None:
             runner.add_argument("--seeds", type=int, nargs="+", default=[1111])
             runner.add_argument("--folds", type=int, nargs="+", help="by default all")
             runner.add_argument("--validation", action="store_true", help="evaluate on the next fold instead")
-            runner.add_argument("--jobs", type=int, default=1, help="runs at the same time")
     collector = commands.add_parser("collect", help="runs -> results/folds.json")
     collector.add_argument("name", choices=EXPERIMENTS)
     collector.add_argument("runs_dir", type=Path)

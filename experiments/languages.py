@@ -99,7 +99,9 @@ def run(args: argparse.Namespace, more: list[str]) -> None:
             probe += ["--output", str(folder / "probe.json")]
             folder.mkdir(parents=True, exist_ok=True)
             lines = [shlex.join(["python", *command]) for command in (train, test, probe)]
-            local = {f"{args.runs_dir}/": "RUNS_DIR/"} | {word: Path(word).name for word in more if "/" in word}
+            local = {f"{args.runs_dir}/": "RUNS_DIR/"} | {
+                word: Path(word).name for word in more if Path(word).is_absolute()
+            }
             for word, shown in local.items():
                 lines = [line.replace(word, shown) for line in lines]
             (folder / "command.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -259,11 +259,11 @@ Not yet run. Computed for one A100 by `python -m experiments.needs`, whose first
 
 Every process reads {rates} per second.
 `python -m bench.reading` measured 139 to 167 million of clips and 6.6 to 9.7 million of features, with files in
-memory, on one core of a Xeon. Of the slowest rate for clips, half is assumed: their files come from a disk. Of a tower
-with more than 8 hidden states, 8 are read, and four frames of its sound are averaged. A batch of MOSEI's clips then
-has 14 million numbers in 16 bits; all 25 states of every frame would be 156 million, read in 1.3 instead of 0.09 CPU
-seconds. The recipes' `dataloader_num_workers` is {workers}. With 0, the process that trains reads between its steps,
-and both times add up. With 4, others read beside it, in a quarter of the time.
+memory, on one core of a Xeon. For clips, half of the slowest rate is assumed, because their files come from a disk.
+If a tower has more than 8 hidden states, 8 are read, and four frames of its sound are averaged. A batch of MOSEI's
+clips then has 14 million numbers in 16 bits; all 25 states of every frame would be 156 million, read in 1.3 instead of
+0.09 CPU seconds. The recipes' `dataloader_num_workers` is {workers}. With 0, the process that trains reads between
+its steps, and both times add up. With 4, others read beside it, in a quarter of the time.
 
 """
 

@@ -50,17 +50,16 @@ def web(place):
 
     class Handler(SimpleHTTPRequestHandler):
         def do_GET(self):
-            if self.path == "/endless":
-                return self.send_endless()
-            if not self.path.startswith("/to/"):
+            kind = self.path.split("/")[1]
+            if kind not in ("endless", "to", "flood"):
                 return super().do_GET()
-            self.send_response(302)
-            self.send_header("Location", self.path.removeprefix("/to/"))
+            self.send_response(200 if kind == "endless" else 302)
+            self.send_header("Location", self.path.removeprefix(f"/{kind}/"))
             self.end_headers()
+            if kind != "to":
+                self.send_endless()
 
         def send_endless(self):
-            self.send_response(200)
-            self.end_headers()
             with contextlib.suppress(ConnectionError):
                 while True:
                     self.wfile.write(bytes(1 << 20))
@@ -261,6 +260,18 @@ def test_no_request_reaches_the_servers_network(endpoint, place, web):
     assert asked == [f"localhost /to/http://127.0.0.1:{port}/voice.wav"]
     url = f"http://localhost:{port}/" + "to//" * 9 + "voice.wav"
     assert "redirects" in refusal(endpoint, {"inputs": url}, place)
+
+
+def test_the_body_of_a_redirect_is_not_read(endpoint, place, web):
+    url = f"http://localhost:{web[0]}"
+    answers = [ask(endpoint, f"{url}/{path}") for path in ("voice.wav", f"flood/{url}/voice.wav")]
+    assert answers[0] == answers[1]
+
+
+def test_labels_are_few(endpoint, place):
+    for labels in ([str(number) for number in range(51)], ["a" * 1000, "b"]):
+        data = {"inputs": {"text": "no"}, "parameters": {"candidate_labels": labels}}
+        assert "wanted at most 50 of together 1000 characters" in refusal(endpoint, data, place)
 
 
 def test_a_url_without_end_is_given_up(endpoint, place, web):

@@ -77,6 +77,11 @@ def test_other_options_than_those_of_the_training_are_named(card_of):
     assert 'task ravdess, corpus_options {"fold": 2}, other than those of the training\n' in text
 
 
+def test_files_that_could_not_be_read_stand_beside_the_figures(card_of):
+    text = card_of(run_of("ravdess", "ravdess", report("ravdess", CLASSES) | {"unreadable": 3})).text
+    assert "12 samples, task ravdess, 3 of them answered without a file that cannot be read" in text
+
+
 def test_positive_and_negative_are_a_sentiment(card_of):
     card = card_of(run_of("mosi", "mosi", report("mosi", CLASSES)))
     assert card.data.tags[2] == "sentiment-analysis" and "answers with a sentiment" in card.text

@@ -299,13 +299,14 @@ def test_loads_by_id_and_revision_in_a_fresh_process(trained, hub, on_hub, tmp_p
 @pytest.mark.slow
 def test_adapter_alone_gives_what_the_merged_model_gives(trained, hub, on_hub, run, tmp_path):
     """Publishing the adapter to the merged model's repository removes the merged weights and keeps foreign files."""
-    hub.commit(REPO, {"notes.md": b"by hand"})
+    by_hand = {"notes.md": b"by hand", "onnx/model.safetensors": b"of another kind"}
+    hub.commit(REPO, by_hand)
     before = len(hub.repos[REPO].commits)
     said = publish_elsewhere(run, tmp_path, hub, "--repo", REPO, "--adapter_only")
     assert hub.repos[REPO].commits[-1].oid in said
     assert len(hub.repos[REPO].commits) == before + 1
     files = hub.repos[REPO].commits[-1].files
-    assert files == files_of(run / "hub") | {name: files[name] for name in (".gitattributes", "notes.md")}
+    assert files == files_of(run / "hub") | by_hand | {".gitattributes": files[".gitattributes"]}
     assert not [name for name in files if name.startswith("model") and name.endswith((".safetensors", ".index.json"))]
     config = json.loads(files["adapter_config.json"])
     base = hub.repos[BASE].commits[-1].oid

@@ -174,6 +174,24 @@ def test_a_damaged_recording_gives_what_is_left(clips, tmp_path):  # noqa: F811
     assert raised.value.kind == "no audio"
 
 
+def test_a_picture_that_claims_to_be_hours_later_adds_no_empty_windows(tmp_path):
+    """Nor does a gap of minutes, in which there is nothing to answer."""
+    for stamps, duration in ((36000, 2.0), (120, 120.04)):
+        with av.open(str(tmp_path / "late.mkv"), "w") as container:
+            video = container.add_stream("ffv1", rate=FPS)
+            video.height, video.width, video.pix_fmt = 16, 16, "bgr0"
+            for place in [*range(2 * FPS), stamps * FPS]:
+                frame = av.VideoFrame.from_ndarray(np.zeros((16, 16, 3), np.uint8), format="rgb24")
+                frame.pts, frame.time_base = place, Fraction(1, FPS)
+                container.mux(video.encode(frame))
+            container.mux(video.encode(None))
+        recording = Recording(tmp_path / "late.mkv", None, 4, window=1.0)
+        spans = list(recording)
+        assert all(len(span.video.frames) for span in spans) and len(spans) <= 4
+        assert recording.duration == pytest.approx(duration, abs=0.1)
+        assert [said for said in recording.warnings if "left out" in said]
+
+
 def test_memory_holds_a_few_windows(tmp_path):
     soundfile.write(tmp_path / "long.wav", np.tile(tone(10), 12), RATE)
     media_readers_egmf.import_readers()

@@ -137,6 +137,8 @@ def test_what_cannot_be_answered_says_why_without_a_folder(place, ask, recognize
     assert error(words=" \n") == error()
     assert error(words="no", labels="joy") == "Your own labels: got joy, wanted two or more different ones."
     assert "wanted two or more different ones" in error(words="no", labels="a, b, a")
+    assert error(words="no", labels=", ".join(map(str, range(51)))) == "Your own labels: got 51, wanted at most 50."
+    assert error(words="no", labels="o" * 1001) == "Your own labels: got 1001 characters, wanted at most 1000."
     assert error(words="o" * 5001) == f"What is said: got 5001 characters, wanted at most {LONGEST_WORDS}."
     *_, answers = Recognizer(recognize, max_seconds=2)(Question(str(place / "long.mp4")))
     too_long = "The clip is too long: got more than 2 seconds, the limit of this page."

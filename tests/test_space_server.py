@@ -206,7 +206,8 @@ def test_words_are_recognised_where_a_transcriber_is_given(place, tmp_path):
     whisper = build_whisper(tmp_path / "whisper")
     with running_page(tmp_path, place / "model", "--transcriber", whisper) as running:
         (answer,) = ask(running, place / f"{SECRET}.wav")
-        assert answer["recognized_by"] == whisper and isinstance(answer["text"], str) and answer["error"] is None
+        assert answer["recognized_by"] == "whisper"  # without the folder of the server
+        assert isinstance(answer["text"], str) and answer["error"] is None
         (typed,) = ask(running, place / f"{SECRET}.wav", words="no")
         assert "recognized_by" not in typed
         kept = [path for path in running.temporary.rglob("*.json") if "modules" not in path.parts]

@@ -8,8 +8,8 @@ from egmf.samples_egmf import is_url
 
 
 # Suffixes that not every system's list of types has.
-KNOWN = {".aac", ".aiff", ".avi", ".flac", ".m2ts", ".m4a", ".mkv", ".mov", ".mp3", ".mp4", ".oga", ".ogg", ".ogv"}
-KNOWN |= {".opus", ".ts", ".wav", ".webm", ".wma", ".wmv"}
+KNOWN = {".aac", ".aiff", ".asf", ".avi", ".caf", ".f4v", ".flac", ".m2ts", ".m4a", ".m4b", ".mka", ".mkv", ".mov"}
+KNOWN |= {".mp3", ".mp4", ".mts", ".oga", ".ogg", ".ogv", ".opus", ".ts", ".vob", ".wav", ".webm", ".wma", ".wmv"}
 
 
 def is_media(name: str) -> bool:

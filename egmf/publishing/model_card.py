@@ -196,6 +196,8 @@ def interval_of(report: dict[str, Any], answer: str, name: str) -> str:
 def conditions(report: dict[str, Any], run: Run) -> list[str]:
     """The conditions under which a report's metrics were measured."""
     said = [f"{report['samples']} samples", f"task {report['task']}"]
+    if report.get("unreadable"):
+        said.append(f"{report['unreadable']} of them answered without a file that cannot be read")
     said += [f"labels by {report['label_map']}"] if report["label_map"] else []
     said += ["speaker adaptation (all clips of each speaker)"] if report.get("speaker_adaptation") else []
     part = run.recipe["corpora"].get(report["corpus"], {})

@@ -273,9 +273,8 @@ def upload(folder: Path, repo_id: str, private: bool) -> CommitInfo:
             f"private: got {repo_id!r}, which is there already and is public, wanted a private repository"
         )
     files = sorted(folder.iterdir())
-    stale = {file.rfilename for file in head.siblings or () if is_replaced(file.rfilename)} - {
-        path.name for path in files
-    }
+    before = [file.rfilename for file in head.siblings or ()]
+    stale = {name for name in before if "/" not in name and is_replaced(name)} - {path.name for path in files}
     # Not `upload_folder`, which may split large folders into several commits.
     return api.create_commit(
         repo_id,

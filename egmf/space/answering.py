@@ -15,6 +15,7 @@ from typing import Any
 
 LOGGER = logging.getLogger(__name__)
 LONGEST_WORDS = 5000  # characters
+MOST_LABELS, LONGEST_LABELS = 50, 1000  # the user's own, and their characters; memory grows with the cube of both
 FAILED = "The clip could not be answered: an error in the program. Nothing of it was kept."
 
 
@@ -111,10 +112,15 @@ class Question:
         """The user's own labels; None without any.
 
         Raises:
-            Refusal: If there is only one, or one is there twice.
+            Refusal: If there is only one, one is there twice, or they are too many or too long.
         """
-        found = [label.strip() for label in (self.labels or "").replace("\n", ",").split(",")]
+        typed = self.labels or ""
+        if len(typed) > LONGEST_LABELS:
+            raise Refusal(f"Your own labels: got {len(typed)} characters, wanted at most {LONGEST_LABELS}.")
+        found = [label.strip() for label in typed.replace("\n", ",").split(",")]
         found = [label for label in found if label]
+        if len(found) > MOST_LABELS:
+            raise Refusal(f"Your own labels: got {len(found)}, wanted at most {MOST_LABELS}.")
         if found and (len(found) < 2 or len(set(found)) < len(found)):
             raise Refusal(f"Your own labels: got {', '.join(found)}, wanted two or more different ones.")
         return found or None
@@ -199,7 +205,9 @@ class Recognizer:
 
 
 def _placed(answer: dict[str, Any]) -> dict[str, Any]:
-    """An answer with `start` and `end` instead of a `timestamp`."""
+    """An answer with `start` and `end` instead of a `timestamp`, and without the folder of a local transcriber."""
+    if os.path.isdir(answer.get("recognized_by") or ""):
+        answer = answer | {"recognized_by": Path(answer["recognized_by"]).name}
     if "timestamp" not in answer:
         return answer
     start, end = answer["timestamp"]

@@ -11,7 +11,7 @@ import gradio as gr
 from gradio import route_utils
 
 from egmf.readme import section
-from egmf.space.answering import LONGEST_WORDS, Question, Recognizer, Refusal, Uploads
+from egmf.space.answering import LONGEST_LABELS, LONGEST_WORDS, Question, Recognizer, Refusal, Uploads
 from egmf.space.rendering import Answer, render_answer, render_timeline
 
 
@@ -81,7 +81,7 @@ def build_page(
                     value="",
                     label="Your own labels",
                     info="Instead of those of the task: two or more, separated by commas.",
-                    max_length=1000,
+                    max_length=LONGEST_LABELS,
                 )
                 button = gr.Button("Answer", variant="primary", elem_id="ask")
             with gr.Column():
@@ -113,7 +113,8 @@ def build_page(
         page.load(None, None, None, js="() => { egmf.announce('answer'); }")
         for component in (video, sound, clip):
             _refuse_urls(component)
-    return page.queue(max_size=WAITING, default_concurrency_limit=1)
+    # Without `api_open`, programs wait in the queue as well; the model answers one question at a time.
+    return page.queue(max_size=WAITING, default_concurrency_limit=1, api_open=False)
 
 
 def launch_page(page: gr.Blocks, max_megabytes: int, **options: Any) -> None:

@@ -282,7 +282,7 @@ class RunTrainer(MixtureTrainer):
         return Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
 
     def train_or_resume(self) -> None:
-        """Trains, resuming from the last valid checkpoint. Of a finished phase, loads the weights.
+        """Trains, resuming from the last valid checkpoint. If the phase is finished, only loads its weights.
 
         Then draws the log of all phases so far to `training.png`.
         """
