@@ -8,6 +8,7 @@ import copy
 
 import pytest
 import torch
+from accelerate import infer_auto_device_map
 from accelerate.utils import send_to_device
 from test_towers import IMAGE, whisper
 from torch.overrides import TorchFunctionMode
@@ -158,9 +159,17 @@ def test_a_model_on_several_devices_answers_as_on_one(case, processor):
     assert torch.equal(place(generated, CPU), text)
 
 
-def test_a_device_map_keeps_the_fusion_whole(case):
+def test_a_device_map_keeps_fusion_readout_and_towers_whole(case):
+    """Whatever the devices' sizes are. A part is whole if the map names it and nothing inside it."""
     model, _, _ = case
-    assert {"EGMFFusion", "ExpertReadout", "LlamaDecoderLayer"} <= set(model._no_split_modules)
+    names = ("model.fusion", "model.readout", "model.audio_tower", "model.vision_tower")
+    whole = [name for name in names if getattr(model.model, name.removeprefix("model."), None) is not None]
+    sizes = [sum(value.nbytes for value in model.get_submodule(name).parameters()) for name in whole]
+    for share in (0.4, 0.7, 1.0):
+        room = {0: int(share * model.get_memory_footprint()), 1: max(sizes) + 1, "cpu": 10**9}
+        found = infer_auto_device_map(model, room, no_split_module_classes=list(model._no_split_modules))
+        for name in whole:
+            assert not [part for part in found if part.startswith(f"{name}.")], found
 
 
 OFFLOADED = {

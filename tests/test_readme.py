@@ -129,10 +129,6 @@ def test_links_and_files_exist(page):
     assert set(re.findall(r"`?make (\w+)", text)) <= set(targets)
 
 
-def test_the_commands_of_the_start_are_in_the_readme():
-    assert {"test", "quickstart"} <= set(re.findall(r"`?make (\w+)", README))
-
-
 def test_evaluation_commands_fit_the_recipes():
     trained = {}
     for recipe, *options in commands("train.py"):

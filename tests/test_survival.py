@@ -293,7 +293,9 @@ def test_a_damaged_checkpoint_is_set_aside_and_said(whole, tmp_path, caplog, nam
         file.write_bytes(content[: len(content) // 2] if harm == "cut" else content)
         assert last_whole_checkpoint(folder) == str(folder / before)
         assert (folder / "damaged-checkpoint-12" / name).exists() and not (folder / "checkpoint-12").exists()
-        assert re.search(rf"checkpoint-12 is damaged \({name}|[a-z.]+ is missing\)", caplog.text)
+        file = r"\S+" if name == MANIFEST else re.escape(name)  # a changed manifest is wrong about another file
+        assert re.search(rf"checkpoint-12 is damaged \({file} ", caplog.text)
+        caplog.clear()
     assert damage_of(folder / before) is None
 
 

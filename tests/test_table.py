@@ -583,11 +583,12 @@ def ravdess_table(folder: Path, file: Path, **options) -> Path:
     return write_csv(file, rows)
 
 
-def test_meld_as_a_table_has_the_same_rows(tmp_path):
-    for name, folder in (("small", write_meld(tmp_path)), ("published", published("meld"))):
-        table = load_corpus("table", meld_table(folder, tmp_path / f"{name}.csv"), context=3)
-        for split, rows in load_corpus("meld", folder, context=3).items():
-            assert table[split].to_list() == rows.to_list(), name
+@pytest.mark.parametrize("find", [write_meld, lambda _: published("meld")], ids=["small", "published"])
+def test_meld_as_a_table_has_the_same_rows(tmp_path, find):
+    folder = find(tmp_path)
+    table = load_corpus("table", meld_table(folder, tmp_path / "t.csv"), context=3)
+    for split, rows in load_corpus("meld", folder, context=3).items():
+        assert table[split].to_list() == rows.to_list()
 
 
 def test_ravdess_as_a_table_has_the_same_rows(tmp_path):

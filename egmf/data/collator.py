@@ -51,7 +51,10 @@ def gold_answer(row: dict, task: AffectTask) -> str | float:
     column = LABEL_COLUMNS[task.kind]
     if row[column] is None:
         raise ValueError(f"{row['id']}: {column} is null, wanted a label of task {task.name!r}")
-    task.format(row[column])
+    try:
+        task.format(row[column])
+    except ValueError as error:
+        raise ValueError(f"{row['id']}: {error}") from None
     return row[column]
 
 
