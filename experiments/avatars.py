@@ -13,7 +13,6 @@ from other machines. `render` reads only the JSON file and also fills the table 
 import argparse
 import json
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -21,25 +20,23 @@ import numpy as np
 
 from egmf.evaluation.robustness import summarize
 from experiments.pages import RESULTS, spread, table, write_page
+from experiments.running import VARIANTS, run_steps
 
 
 RECIPES = {"towers": "recipes/avatars_towers.yaml", "model": "recipes/avatars_smollm2.yaml"}
 TASKS = {"avatars": "accuracy", "avatars_score": "mae"}
 ANSWER = {"avatars": "distribution", "avatars_score": "median"}
-# For each variant: its changes to the recipe, and its name in the tables.
-VARIANTS: dict[str, tuple[list[str], str]] = {
-    "full": ([], "text, audio and vision"),
-    "text": (["--modalities", "text"], "text only"),
-    "audio": (["--modalities", "audio"], "audio only"),
-    "vision": (["--modalities", "vision"], "vision only"),
-    "no_local": (["--experts", "semantic", "global"], "without the local expert"),
-    "no_semantic": (["--experts", "local", "global"], "without the semantic expert"),
-    "no_global": (["--experts", "local", "semantic"], "without the global expert"),
-    "flat": (["--gating", "flat"], "flat gate"),
-    "dropout": (
-        ["--modality_dropout", '{"text": 0.2, "audio": 0.2, "vision": 0.2}'],
-        "modality dropout of 0.2 in training",
-    ),
+# The variants and their names in the tables.
+NAMES = {
+    "full": "text, audio and vision",
+    "text": "text only",
+    "audio": "audio only",
+    "vision": "vision only",
+    "no_local": "without the local expert",
+    "no_semantic": "without the semantic expert",
+    "no_global": "without the global expert",
+    "flat": "flat gate",
+    "dropout": "modality dropout of 0.2 in training",
 }
 # Variants that are also tested with missing modalities, and the conditions of this test (`robustness.py`).
 TESTED_MISSING = ("full", "dropout")
@@ -53,7 +50,7 @@ def commands_of(variant: str, seed: int, corpus_dir: str, runs_dir: Path) -> lis
     if variant == "towers":
         return [["train.py", RECIPES["towers"], *own]]
     own += ["--audio_tower", str(towers / "audio"), "--vision_tower", str(towers / "vision")]
-    commands = [["train.py", RECIPES["model"], *own, *VARIANTS[variant][0]]]
+    commands = [["train.py", RECIPES["model"], *own, *VARIANTS[variant]]]
     for task in TASKS:
         test = ["eval.py", str(folder / "model"), "--corpus", "avatars", "--corpus_dir", corpus_dir]
         commands.append([*test, "--task", task, "--split", "test", "--output", str(folder / task)])
@@ -63,27 +60,20 @@ def commands_of(variant: str, seed: int, corpus_dir: str, runs_dir: Path) -> lis
     return commands
 
 
-def finished(command: list[str]) -> bool:
-    """Whether the last output of a command exists."""
-    if command[0] == "eval.py":
-        return (Path(command[-1]) / ("mmin.json" if "mmin" in command else "metrics.json")).exists()
-    output = Path(command[command.index("--output_dir") + 1])
-    last = "towers/vision/preprocessor_config.json" if RECIPES["towers"] in command else "model/recipe.json"
-    return (output / last).exists()
-
-
 def run(corpus_dir: str, runs_dir: Path, variants: list[str], seeds: list[int]) -> None:
     for seed in seeds:
         for variant in ["towers", *variants]:
             folder = runs_dir / f"{variant}_{seed}"
-            folder.mkdir(parents=True, exist_ok=True)
             commands = commands_of(variant, seed, corpus_dir, runs_dir)
-            lines = [shlex.join(["python", *words]) for words in commands_of(variant, seed, "DIR", Path("RUNS_DIR"))]
-            (folder / "command.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-            for command in commands:
-                if not finished(command):
-                    print(shlex.join(command), flush=True)
-                    subprocess.run([sys.executable, *command], check=True)
+            steps = list(zip(commands, map(ending_of, commands), strict=True))
+            run_steps(folder, steps, {corpus_dir: "DIR", str(runs_dir): "RUNS_DIR"})
+
+
+def ending_of(command: list[str]) -> str:
+    """The file in the run's folder with which a command ends."""
+    if command[0] == "eval.py":
+        return f"{Path(command[-1]).name}/{'mmin' if 'mmin' in command else 'metrics'}.json"
+    return "towers/vision/preprocessor_config.json" if RECIPES["towers"] in command else "model/recipe.json"
 
 
 def collect(runs_dir: Path, known: list[dict]) -> list[dict]:
@@ -91,7 +81,7 @@ def collect(runs_dir: Path, known: list[dict]) -> list[dict]:
     runs = {(run["variant"], run["seed"]): run for run in known}
     for folder in sorted(path for path in runs_dir.iterdir() if path.is_dir()):
         variant, _, seed = folder.name.rpartition("_")
-        if variant not in VARIANTS or not all((folder / task / "metrics.json").exists() for task in TASKS):
+        if variant not in NAMES or not all((folder / task / "metrics.json").exists() for task in TASKS):
             print(f"{folder}: not evaluated, left out")
             continue
         entry = {"variant": variant, "seed": int(seed), "command": (folder / "command.txt").read_text().splitlines()}
@@ -111,7 +101,7 @@ def collect(runs_dir: Path, known: list[dict]) -> list[dict]:
         else:
             entry["command"] = [line for line in entry["command"] if "mmin" not in line]
         runs[entry["variant"], entry["seed"]] = entry
-    order = list(VARIANTS)
+    order = list(NAMES)
     return sorted(runs.values(), key=lambda entry: (order.index(entry["variant"]), entry["seed"]))
 
 
@@ -133,7 +123,7 @@ def table_by_variant(runs: list[dict], figure: str, scale: float, digits: int) -
     runs = [entry for entry in runs if figure in entry]
     groups = list(runs[0][figure]) if runs else []
     rows = [["model", "seeds", *groups], ["---"] * (2 + len(groups))]
-    for variant, (_, name) in VARIANTS.items():
+    for variant, name in NAMES.items():
         own = [entry for entry in runs if entry["variant"] == variant]
         if own:
             cells = [spread([scale * entry[figure][group] for entry in own], digits) for group in groups]
@@ -240,7 +230,7 @@ def main(arguments: list[str]) -> None:
     runner = commands.add_parser("run", help="train and test")
     runner.add_argument("--corpus_dir", required=True)
     runner.add_argument("--runs_dir", type=Path, required=True)
-    runner.add_argument("--variants", nargs="*", choices=VARIANTS, default=list(VARIANTS))
+    runner.add_argument("--variants", nargs="*", choices=NAMES, default=list(NAMES))
     runner.add_argument("--seeds", type=int, nargs="+", default=[1111, 2222, 3333])
     commands.add_parser("collect", help="runs -> results/avatars.json").add_argument("runs_dir", type=Path)
     commands.add_parser("render", help="results/avatars.json -> results/avatars.md and README.md")

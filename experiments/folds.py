@@ -17,7 +17,6 @@ import argparse
 import csv
 import itertools
 import json
-import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ import yaml
 from corpora import clusters_of
 from egmf.evaluation.significance import mcnemar
 from experiments.pages import RESULTS, percent, spread, table, write_page
-from experiments.run_variants import VARIANTS
+from experiments.running import VARIANTS, run_steps
 from metrics.emotion.measures import emotion_metrics
 
 
@@ -128,9 +127,6 @@ def run(name: str, args: argparse.Namespace, more: list[str]) -> None:
 
 def _run(name: str, args: argparse.Namespace, more: list[str], variant: str, fold: int, seed: int) -> None:
     folder, split = args.runs_dir / f"{variant}_fold{fold}_{seed}", "validation" if args.validation else "test"
-    if (folder / split / "metrics.json").exists():
-        print(f"{folder}: finished already")
-        return
     fields = fields_of(name)
     validation = args.validation or fields["corpus_options"]["validation"]
     options = json.dumps(fields["corpus_options"] | {"fold": fold, "validation": validation})
@@ -139,19 +135,8 @@ def _run(name: str, args: argparse.Namespace, more: list[str], variant: str, fol
     train += [*VARIANTS[variant], *more]
     test = ["eval.py", str(folder / "model"), "--corpus", fields["corpus"], "--corpus_dir", args.corpus_dir]
     test += ["--split", split, "--output", str(folder / split)]
-    folder.mkdir(parents=True, exist_ok=True)
-    shown = {args.corpus_dir: "DIR", str(args.runs_dir): "RUNS_DIR"}
-    lines = []
-    for command in (train, test):
-        words = [shown.get(word, word.replace(f"{args.runs_dir}/", "RUNS_DIR/")) for word in command]
-        # A local folder with the recipe's tower is not a part of the command that others need.
-        words = [Path(word).name if Path(word).is_absolute() else word for word in words]
-        lines.append(shlex.join(["python", *words]))
-    (folder / "command.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    for command in (train, test):
-        print(shlex.join(command), flush=True)
-        with (folder / "output.txt").open("a", encoding="utf-8") as output:
-            subprocess.run([sys.executable, *command], check=True, stdout=output, stderr=subprocess.STDOUT)
+    steps = [(train, "model/recipe.json"), (test, f"{split}/metrics.json")]
+    run_steps(folder, steps, {args.corpus_dir: "DIR", str(args.runs_dir): "RUNS_DIR"})
 
 
 def recalls(gold: np.ndarray, right: np.ndarray) -> dict[str, float]:
@@ -425,7 +410,7 @@ def main(arguments: list[str]) -> None:
         runner.add_argument("name", choices=EXPERIMENTS)
         runner.add_argument("--corpus_dir", required=True)
         runner.add_argument("--runs_dir", type=Path, required=True)
-        runner.add_argument("--variants", nargs="+", choices=VARIANTS, default=["full"])
+        runner.add_argument("--variants", nargs="+", choices=NAMES, default=["full"])
         if command == "run":
             runner.add_argument("--seeds", type=int, nargs="+", default=[1111])
             runner.add_argument("--folds", type=int, nargs="+", help="by default all")

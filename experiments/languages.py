@@ -14,8 +14,6 @@ the runs. `collect` adds runs to results/languages.json; `render` writes results
 import argparse
 import csv
 import json
-import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -24,7 +22,7 @@ from corpora.casia import SPEAKERS
 from corpora.ravdess import FOLDS
 from experiments.folds import interval, measure
 from experiments.pages import RESULTS, percent, table, write_page
-from experiments.run_variants import VARIANTS
+from experiments.running import VARIANTS, run_steps
 
 
 SHARED = {  # RAVDESS's label -> CASIA's
@@ -92,23 +90,13 @@ def run(args: argparse.Namespace, more: list[str]) -> None:
         for name in args.tables:
             folder = args.runs_dir / f"{name}_{variant}_{args.seed}"
             shared = ["--corpus_dir", str(args.runs_dir / f"{name}.csv")]
-            chosen = [*FIELDS, *(VARIANTS[variant] if variant != "full" else []), *more]
+            chosen = [*FIELDS, *VARIANTS[variant], *more]
             train = ["train.py", RECIPE, *shared, "--output_dir", str(folder), "--seed", str(args.seed), *chosen]
             test = ["eval.py", str(folder / "model"), "--corpus", "table", *shared, "--output", str(folder / "test")]
             probe = ["-m", "bench.probe", RECIPE, *shared, *chosen, "--split", "test"]
             probe += ["--output", str(folder / "probe.json")]
-            folder.mkdir(parents=True, exist_ok=True)
-            lines = [shlex.join(["python", *command]) for command in (train, test, probe)]
-            local = {f"{args.runs_dir}/": "RUNS_DIR/"} | {
-                word: Path(word).name for word in more if Path(word).is_absolute()
-            }
-            for word, shown in local.items():
-                lines = [line.replace(word, shown) for line in lines]
-            (folder / "command.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-            for command, made in ((train, "model"), (test, "test/metrics.json"), (probe, "probe.json")):
-                if not (folder / made).exists():
-                    with (folder / "output.txt").open("a", encoding="utf-8") as output:
-                        subprocess.run([sys.executable, *command], check=True, stdout=output, stderr=output)
+            steps = [(train, "model/recipe.json"), (test, "test/metrics.json"), (probe, "probe.json")]
+            run_steps(folder, steps, {str(args.runs_dir): "RUNS_DIR"})
 
 
 def collect(runs_dir: Path) -> list[dict]:

@@ -10,28 +10,11 @@ is evaluated in a folder with its name.
 """
 
 import argparse
-import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import yaml
 
-
-# The changes of each variant to the recipe.
-VARIANTS = {
-    "full": [],
-    "text": ["--modalities", "text"],
-    "audio": ["--modalities", "audio"],
-    "vision": ["--modalities", "vision"],
-    "no_local": ["--experts", "semantic", "global"],
-    "no_semantic": ["--experts", "local", "global"],
-    "no_global": ["--experts", "local", "semantic"],
-    "flat": ["--gating", "flat"],
-    "mean": ["--gating", "mean"],
-    "no_readout": ["--expert_gain", "0"],
-    "adapted": ["--speaker_adaptation", "true", "--speaker_mixing", "0"],
-}
+from experiments.running import VARIANTS, run_steps
 
 
 def main() -> None:
@@ -49,20 +32,12 @@ def main() -> None:
     for seed in args.seeds:
         for variant in args.variants:
             folder = args.runs_dir / f"{variant}_{seed}"
-            if all((folder / test / "metrics.json").exists() for test in tests):
-                print(f"{folder}: finished already")
-                continue
-            train = ["train.py", args.recipe, "--corpus_dir", args.corpus_dir, "--output_dir", folder, "--seed", seed]
-            commands = [["python", *map(str, [*train, *VARIANTS[variant], *more])]]
-            for test, (corpus, source) in tests.items():
-                command = ["eval.py", folder / "model", "--corpus", corpus, "--corpus_dir", source]
-                commands.append(["python", *map(str, command), "--split", "test", "--output", str(folder / test)])
-            folder.mkdir(parents=True, exist_ok=True)
-            lines = "".join(shlex.join(command) + "\n" for command in commands)
-            (folder / "command.txt").write_text(lines.replace(f"--corpus_dir {args.corpus_dir}", "--corpus_dir DIR"))
-            for command in commands:
-                print(shlex.join(command), flush=True)
-                subprocess.run([sys.executable, *command[1:]], check=True)
+            train = ["train.py", str(args.recipe), "--corpus_dir", args.corpus_dir, "--output_dir", str(folder)]
+            steps = [([*train, "--seed", str(seed), *VARIANTS[variant], *more], "model/recipe.json")]
+            for name, (corpus, source) in tests.items():
+                test = ["eval.py", str(folder / "model"), "--corpus", corpus, "--corpus_dir", source]
+                steps.append(([*test, "--split", "test", "--output", str(folder / name)], f"{name}/metrics.json"))
+            run_steps(folder, steps, {args.corpus_dir: "DIR", str(args.runs_dir): "RUNS_DIR"})
 
 
 if __name__ == "__main__":

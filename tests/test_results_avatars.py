@@ -7,6 +7,7 @@ import pytest
 from corpora.avatars import KINDS
 from experiments import avatars
 from experiments.pages import README, fill_readme
+from experiments.running import VARIANTS
 
 
 def write_run(folder, accuracy: float, mae: float) -> None:
@@ -68,10 +69,10 @@ def test_runs_of_several_machines_add_up(runs, tmp_path):
 
 
 def test_commands_differ_in_what_the_variant_names(tmp_path):
-    of = {variant: avatars.commands_of(variant, 7, "DIR", tmp_path)[0] for variant in ("towers", *avatars.VARIANTS)}
+    of = {variant: avatars.commands_of(variant, 7, "DIR", tmp_path)[0] for variant in ("towers", *avatars.NAMES)}
     towers = tmp_path / "towers_7"
     assert of["towers"][-4:] == ["--output_dir", str(towers), "--seed", "7"]
-    for variant, (change, _) in avatars.VARIANTS.items():
+    for variant, change in ((name, VARIANTS[name]) for name in avatars.NAMES):
         assert str(towers / "towers/audio") in of[variant]
         assert of[variant][len(of["full"]) :] == change
 

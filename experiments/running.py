@@ -1,0 +1,53 @@
+"""What the programs that run experiments share: the variants of a recipe, and running the commands of a run."""
+
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+
+# The changes of each variant to the recipe.
+VARIANTS = {
+    "full": [],
+    "text": ["--modalities", "text"],
+    "audio": ["--modalities", "audio"],
+    "vision": ["--modalities", "vision"],
+    "no_local": ["--experts", "semantic", "global"],
+    "no_semantic": ["--experts", "local", "global"],
+    "no_global": ["--experts", "local", "semantic"],
+    "flat": ["--gating", "flat"],
+    "mean": ["--gating", "mean"],
+    "no_readout": ["--expert_gain", "0"],
+    "adapted": ["--speaker_adaptation", "true", "--speaker_mixing", "0"],
+    "dropout": ["--modality_dropout", '{"text": 0.2, "audio": 0.2, "vision": 0.2}'],
+}
+
+
+def run_steps(folder: Path, steps: list[tuple[list[str], str]], shown: dict[str, str]) -> None:
+    """Runs the unfinished commands of a run one after the other. An interrupted training goes on where it was.
+
+    Args:
+        folder: The run's folder. `command.txt` in it gets the commands, `output.txt` what they print.
+        steps: The commands, without the interpreter, and the file in the folder with which each ends.
+        shown: What stands in `command.txt` for a folder of this machine. Of other absolute paths, such as that of a
+            tower, the last part remains.
+
+    Raises:
+        subprocess.CalledProcessError: If a command fails.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [shlex.join(["python", *(_shown(word, shown) for word in command)]) for command, _ in steps]
+    (folder / "command.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    for command, made in steps:
+        if (folder / made).exists():
+            continue
+        print(shlex.join(command), flush=True)
+        with (folder / "output.txt").open("a", encoding="utf-8") as output:
+            subprocess.run([sys.executable, *command], check=True, stdout=output, stderr=subprocess.STDOUT)
+
+
+def _shown(word: str, shown: dict[str, str]) -> str:
+    for place, name in shown.items():
+        if word == place or word.startswith(f"{place}/"):
+            return name + word.removeprefix(place)
+    return Path(word).name if Path(word).is_absolute() else word
