@@ -4,7 +4,7 @@
     accelerate launch --config_file recipes/accelerate/ddp.yaml train.py recipes/mosi_smollm2.yaml --corpus_dir DIR
 
 Phases: each tower from scratch (`tower_epochs`), the fusion without the LLM (`fusion_epochs`), the fusion and the LLM
-with LoRA. `num_train_epochs: 0` stops after the towers.
+with LoRA. `num_train_epochs: 0` stops before the LLM.
 
 `--dry_run` shows rows, a prompt, parameters and memory, and stops.
 
@@ -41,7 +41,7 @@ from egmf.data.tower_cache import COLUMNS, TowerCache
 from egmf.files import writing
 from egmf.modeling_egmf import EGMFForConditionalGeneration, undivided
 from egmf.processes import are_sharded, in_turns, silence_other_ranks
-from egmf.processing_egmf import EGMFProcessor
+from egmf.processing_egmf import AffectTask, EGMFProcessor
 from egmf.recipe import DataArguments, Recipe, load_recipe
 from egmf.training.assembly import (
     add_lora,
@@ -223,11 +223,76 @@ def report_corpora(recipe: Recipe, corpora: list[DatasetDict], output: Path) -> 
             write_splits(output / SPLITS_FILE, corpus)
 
 
-def main(arguments: list[str]) -> None:
-    recipe = load_recipe(arguments)
+@dataclasses.dataclass
+class Run:
+    """What the phases of a run share.
+
+    Args:
+        recipe, output: The recipe and the run's folder.
+        corpora: The splits of each corpus.
+        corpus: The training and the validation rows of all corpora.
+        towers: The encoders with their feature extractors or image processors, by modality.
+        processor, model: The processor and the model, whose weights the phases change.
+        rows: The training rows, repeated for each of their tasks.
+        mixture: How they are drawn, see [`MixtureTrainer`].
+        inputs: A cache of the clips for the phases before the LLM; None without encoders.
+        centers: Centers of the speakers; None if the recipe needs none.
+    """
+
+    recipe: Recipe
+    output: Path
+    corpora: list[DatasetDict]
+    corpus: dict[str, Dataset]
+    towers: dict[str, tuple]
+    processor: EGMFProcessor
+    model: EGMFForConditionalGeneration
+    rows: Dataset
+    mixture: tuple[list[int], list[float]] | None
+    inputs: TowerCache | None = None
+    centers: Centers | None = None
+
+    @property
+    def tasks(self) -> list[AffectTask]:
+        return [self.processor.tasks[name] for name in self.recipe.data.tasks]
+
+    @property
+    def trained(self) -> list[str]:
+        """Modalities whose encoders learn in the last phase."""
+        return trained_towers(self.recipe, self.towers)
+
+    @property
+    def trained_early(self) -> list[str]:
+        """Modalities whose encoders learn before the last phase."""
+        return list(self.towers) if self.recipe.phases.tower_epochs else self.trained
+
+    @property
+    def adapted(self) -> Centers | None:
+        """The centers that are subtracted after training, too."""
+        return self.centers if self.recipe.data.speaker_adaptation else None
+
+    def collator(
+        self, cache: TowerCache | None, with_answers: bool, augmented: tuple[str, ...] = ()
+    ) -> AffectCollator:
+        """The collator of a phase that trains the fusion or the LLM."""
+        data = self.recipe.data
+        return AffectCollator(
+            self.processor,
+            self.tasks,
+            data.modalities,
+            with_answers=with_answers,
+            cache=cache,
+            augmented=augmented,
+            speeds=tuple(data.audio_speeds),
+            modality_dropout=data.modality_dropout,
+            centers=self.centers,
+            speaker_mixing=data.speaker_mixing,
+            blanks=self.recipe.training.world_size > 1,
+        )
+
+
+def prepare(recipe: Recipe) -> Run:
+    """Loads the corpora, checks what can be checked before anything is computed, and builds the model."""
     training, data = recipe.training, recipe.data
-    silence_other_ranks()
-    check_sharding(recipe)
     output = Path(training.output_dir)
     if output.exists() and not output.is_dir():
         raise ValueError(f"output_dir: got {output}, a file, wanted a folder")
@@ -252,95 +317,89 @@ def main(arguments: list[str]) -> None:
     with undivided():
         towers = build_towers(recipe)
     processor = build_processor(recipe, language_model, towers)
-    tasks = [processor.tasks[name] for name in data.tasks]
     check_corpora(data.parts, corpora, processor, data.modalities)
     if training.eval_strategy != "no" and not len(corpus["validation"]):
         raise ValueError(f"eval_strategy: got {training.eval_strategy.value} without validation rows, wanted no")
     check_best_metric(training, {key: processor.tasks[name] for key, name, _ in validation_splits(data, corpora)})
     check_clip_statistics(recipe, corpus["train"])
-    asked, mixture = mix_rows(data.parts, corpora, processor, data.balance_classes)
+    rows, mixture = mix_rows(data.parts, corpora, processor, data.balance_classes)
     with undivided():
         model = build_model(recipe, language_model, processor, towers, corpus["train"])
-
     training.remove_unused_columns = False  # the collator reads the corpus's columns
-    learns_on = trained_towers(recipe, towers)
-    if recipe.dry_run:
-        collator = AffectCollator(processor, tasks, data.modalities, with_answers=True)
-        model = add_lora(recipe, model, learns_on)
-        print("\n".join([*describe_prompt(asked[0], collator), *describe_model(recipe, model, asked, collator)]))
-        return
-    with_experts = list(towers) if recipe.phases.tower_epochs else learns_on
-    inputs = fill_cache(recipe, model, processor, towers, with_experts, corpus, None) if towers else None
-    if inputs is not None and training.process_index == 0:
-        check_media(output / "unreadable.json", inputs.errors)
-    if describes_new_tower(recipe.model.audio_tower) and "audio" in with_experts:
-        set_seed(training.seed)
-        some = corpus["train"]["audio"][:: max(1, len(corpus["train"]) // 500)]
-        heard = (inputs.load("audio", path)["audio"] for path in some)
+    return Run(recipe, output, corpora, corpus, towers, processor, model, rows, mixture)
+
+
+def describe(run: Run) -> None:
+    """Prints what a dry run shows of the prompt and the model."""
+    collator = AffectCollator(run.processor, run.tasks, run.recipe.data.modalities, with_answers=True)
+    model = add_lora(run.recipe, run.model, run.trained)
+    lines = [*describe_prompt(run.rows[0], collator), *describe_model(run.recipe, model, run.rows, collator)]
+    print("\n".join(lines))
+
+
+def read_clips(run: Run) -> None:
+    """Caches the clips, and computes what depends on all of them: the start of a new encoder, and centers."""
+    recipe, model, rows = run.recipe, run.model, run.corpus["train"]
+    if run.towers:
+        run.inputs = fill_cache(recipe, model, run.processor, run.towers, run.trained_early, run.corpus, None)
+        if recipe.training.process_index == 0:
+            check_media(run.output / "unreadable.json", run.inputs.errors)
+    if describes_new_tower(recipe.model.audio_tower) and "audio" in run.trained_early:
+        set_seed(recipe.training.seed)
+        heard = (run.inputs.load("audio", path)["audio"] for path in rows["audio"][:: max(1, len(rows) // 500)])
         start_speech_tower(model.model.audio_tower, [clip for clip in heard if clip is not None])
-    speeds, adapted, centers = tuple(data.audio_speeds), None, None
-    if data.by_speaker:
-        centers = compute_centers(recipe, model, processor, corpus, inputs)
-    if data.speaker_adaptation:
-        adapted = centers
-        set_feature_statistics(model, corpus["train"], adapted)
-    if recipe.phases.tower_epochs:
-        for modality in towers:
-            set_seed(training.seed)  # the readout starts with the same weights whether or not the cache was filled
-            alone = TowerPretraining(model, modality, tasks[0]).requires_grad_()
-            collator = AffectCollator(
-                processor, tasks[:1], [modality], with_answers=False, cache=inputs, speeds=speeds
-            )
-            first = [dataclasses.replace(data.parts[0], tasks=data.tasks[:1])]
-            rows, own_mixture = mix_rows(first, corpora, processor, data.balance_classes)
-            epochs, rate = recipe.phases.tower_epochs, recipe.phases.tower_learning_rate
-            pretrain(recipe, alone, collator, rows, output / f"{modality}_tower", epochs, rate, own_mixture)
-            alone.requires_grad_(False)
-    set_clip_statistics(model, corpus, inputs, adapted)
-    if recipe.phases.fusion_epochs:
-        set_trainable_towers(model, with_experts)
-        experts = FusionPretraining(model.to(training.device), processor, tasks, recipe.phases.fusion_label_smoothing)
+    if recipe.data.by_speaker:
+        run.centers = compute_centers(recipe, model, run.processor, run.corpus, run.inputs)
+    if run.adapted:
+        set_feature_statistics(model, rows, run.adapted)
+
+
+def train_towers(run: Run) -> None:
+    """Trains each encoder alone, on the first task of the first corpus."""
+    recipe, data = run.recipe, run.recipe.data
+    for modality in run.towers:
+        set_seed(recipe.training.seed)  # the readout starts with the same weights whether or not the cache was filled
+        alone = TowerPretraining(run.model, modality, run.tasks[0]).requires_grad_()
+        speeds = tuple(data.audio_speeds)
         collator = AffectCollator(
-            processor,
-            tasks,
-            data.modalities,
-            with_answers=False,
-            cache=inputs,
-            augmented=tuple(with_experts),
-            speeds=speeds,
-            modality_dropout=data.modality_dropout,
-            centers=centers,
-            speaker_mixing=data.speaker_mixing,
-            blanks=training.world_size > 1,
+            run.processor, run.tasks[:1], [modality], with_answers=False, cache=run.inputs, speeds=speeds
         )
-        epochs, rate = recipe.phases.fusion_epochs, recipe.phases.fusion_learning_rate
-        pretrain(recipe, experts, collator, asked, output / "fusion", epochs, rate, mixture)
-    for modality in with_experts if PartialState().is_main_process else ():
-        save_tower(model, modality, towers[modality][1], output / "towers" / modality)
-    if not training.num_train_epochs:
-        return
-    set_trainable_towers(model, learns_on)
-    cache = fill_cache(recipe, model, processor, towers, learns_on, corpus, inputs) if towers else None
-    learning = AffectCollator(
-        processor,
-        tasks,
-        data.modalities,
-        with_answers=True,
-        cache=cache,
-        speeds=speeds,
-        modality_dropout=data.modality_dropout,
-        centers=centers,
-        speaker_mixing=data.speaker_mixing,
-        blanks=training.world_size > 1,
+        first = [dataclasses.replace(data.parts[0], tasks=data.tasks[:1])]
+        rows, mixture = mix_rows(first, run.corpora, run.processor, data.balance_classes)
+        epochs, rate = recipe.phases.tower_epochs, recipe.phases.tower_learning_rate
+        pretrain(recipe, alone, collator, rows, run.output / f"{modality}_tower", epochs, rate, mixture)
+        alone.requires_grad_(False)
+
+
+def train_fusion(run: Run) -> None:
+    """Trains the fusion and the readout, and with them encoders that learn early, without the LLM."""
+    phases = run.recipe.phases
+    set_trainable_towers(run.model, run.trained_early)
+    model = run.model.to(run.recipe.training.device)
+    experts = FusionPretraining(model, run.processor, run.tasks, phases.fusion_label_smoothing)
+    collator = run.collator(run.inputs, with_answers=False, augmented=tuple(run.trained_early))
+    epochs, rate = phases.fusion_epochs, phases.fusion_learning_rate
+    pretrain(run.recipe, experts, collator, run.rows, run.output / "fusion", epochs, rate, run.mixture)
+
+
+def train_language_model(run: Run) -> None:
+    """Trains the LLM with LoRA, fits gain and temperatures, and saves the model."""
+    recipe, training, data, processor = run.recipe, run.recipe.training, run.recipe.data, run.processor
+    set_trainable_towers(run.model, run.trained)
+    cache = None
+    if run.towers:
+        cache = fill_cache(recipe, run.model, processor, run.towers, run.trained, run.corpus, run.inputs)
+    learning = run.collator(cache, with_answers=True)
+    scoring = AffectCollator(
+        processor, run.tasks, data.modalities, with_answers=False, cache=cache, centers=run.adapted
     )
-    scoring = AffectCollator(processor, tasks, data.modalities, with_answers=False, cache=cache, centers=adapted)
-    train_rows = with_lengths(asked, learning)
+    train_rows = with_lengths(run.rows, learning)
     validation = {
         key: with_lengths(expand_by_task(rows, [processor.tasks[name]]), learning)
-        for key, name, rows in validation_splits(data, corpora)
+        for key, name, rows in validation_splits(data, run.corpora)
     }
     set_seed(training.seed)  # the last phase starts alike whether earlier ones were trained or loaded
-    model = add_lora(recipe, model, learns_on)
+    model = add_lora(recipe, run.model, run.trained)
     if PartialState().is_main_process:
         model.print_trainable_parameters()
 
@@ -352,20 +411,40 @@ def main(arguments: list[str]) -> None:
         train_dataset=train_rows,
         eval_dataset=validation if len(validation) > 1 else next(iter(validation.values()), None),
         processing_class=processor,
-        compute_metrics=lambda predictions: metrics_of(tasks, predictions),
-        mixture=mixture,
-        run_folder=output,
+        compute_metrics=lambda predictions: metrics_of(run.tasks, predictions),
+        mixture=run.mixture,
+        run_folder=run.output,
     )
     # Under autocast, LoRA's cast of its input to float32 takes a quarter of a step and has no effect.
     with disable_input_dtype_casting(model, active=training.mixed_precision == "bf16"):
         trainer.train_or_resume()
         calibrate(trainer, processor, data.tasks, validation.values(), recipe.phases)
-    whole = gather_trained_model(recipe, trainer, learns_on)
+    whole = gather_trained_model(recipe, trainer, run.trained)
     if whole is not None:
-        with writing(output / "adapter"):
-            whole.save_pretrained(output / "adapter")
-        save_model(recipe, merge_lora(whole), processor, output / "model")
-        print(f"model: {output / 'model'}")
+        with writing(run.output / "adapter"):
+            whole.save_pretrained(run.output / "adapter")
+        save_model(recipe, merge_lora(whole), processor, run.output / "model")
+        print(f"model: {run.output / 'model'}")
+
+
+def main(arguments: list[str]) -> None:
+    recipe = load_recipe(arguments)
+    silence_other_ranks()
+    check_sharding(recipe)
+    run = prepare(recipe)
+    if recipe.dry_run:
+        describe(run)
+        return
+    read_clips(run)
+    if recipe.phases.tower_epochs:
+        train_towers(run)
+    set_clip_statistics(run.model, run.corpus, run.inputs, run.adapted)
+    if recipe.phases.fusion_epochs:
+        train_fusion(run)
+    for modality in run.trained_early if PartialState().is_main_process else ():
+        save_tower(run.model, modality, run.towers[modality][1], run.output / "towers" / modality)
+    if recipe.training.num_train_epochs:
+        train_language_model(run)
 
 
 if __name__ == "__main__":
