@@ -12,7 +12,7 @@ predicted against true scores; gate weights by group or label; a reliability dia
 evaluates these answers: the greedy text of plain `generate()`, where unparsable answers are counted and are wrong; the
 most probable legal answer of `score_labels()`; and the same of the LLM without the expert readout (`llm`) and of the
 readout alone (`experts`). For scores it also evaluates the mean and the median of the distribution, and the mean of
-`llm` and of `experts`. Intervals are 95 %, by bootstrap over speakers, videos, dialogues or, if the corpus names none,
+`llm` and of `experts`. Intervals are 95 %, by bootstrap over speakers, videos, dialogues, recordings or, without any,
 utterances. In `metrics.json`, `unreadable` is the number of samples that were answered without a file that cannot be
 read, and `calibration` has the expected calibration error (15 bins) and the negative log-likelihood, with and without
 the temperature fitted in training.

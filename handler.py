@@ -166,6 +166,8 @@ class _File(os.PathLike):
                 # httpx would read the whole body of a redirect into memory.
                 with client.stream("GET", url, follow_redirects=False) as response:
                     if response.has_redirect_location:
+                        if response.next_request is None:
+                            raise OSError("it redirects to no valid address")
                         url = response.next_request.url
                         continue
                     if not response.is_success:

@@ -3,6 +3,7 @@
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from .spans_egmf import spans_at_pauses, windows
 
 BEAT = 10.0  # seconds of the recording after which the worker says where it is
 CHUNK = 1.0  # seconds of sound that are resampled together
-GAP = 3600.0  # seconds between two pictures that no intact recording has
+GAP = 86400.0  # seconds between two pictures, from which on a time stamp is taken for damaged
 EDGE = 5e-4  # seconds by which a frame may precede its span: subtitles round to milliseconds
 
 
@@ -155,12 +156,12 @@ class _Pictures:
             self.times = (
                 list(map(track.seconds, stamps)) if self.is_timed else [i / self.rate for i in range(len(shown))]
             )
-            gaps = [place for place in range(1, len(self.times)) if self.times[place] - self.times[place - 1] > GAP]
-            if gaps:  # a damaged stamp, which would make the recording as long as it says
-                self.times = self.times[: gaps[0]]
-                track.notes.append(
-                    f"video: the pictures after {self.times[-1]:.1f} s are {GAP:g} s later and left out"
-                )
+            borders = [place for place in range(1, len(self.times)) if self.times[place] - self.times[place - 1] > GAP]
+            if borders:  # a damaged stamp would make the recording as long as it says
+                parts = [self.times[first:last] for first, last in pairwise([0, *borders, len(self.times)])]
+                lost, self.times = len(self.times), max(parts, key=len)
+                lost -= len(self.times)
+                track.notes.append(f"video: pictures more than a day away from the others are left out: {lost}")
             last = max(shown, key=lambda packet: packet.pts).duration if shown and self.is_timed else None
             length = float(last * track.stream.time_base) if last else 1 / self.rate
         self.end = self.times[-1] + length if self.times else 0.0

@@ -300,9 +300,10 @@ class ScoringMixin:
     def answer_logits(self, trie: AnswerTrie, states: torch.Tensor) -> torch.Tensor:
         """Logits of the tokens that the trie's decisions choose among: (..., N, H) -> (..., N, V)."""
         head = self.lm_head
-        if type(head) is not nn.Linear or hasattr(head, "_hf_hook") and head.weight.is_meta:
+        if type(head).forward is not nn.Linear.forward or hasattr(head, "_hf_hook") and head.weight.is_meta:
             # LoRA or quantised weights compute another product, and offloaded weights are there during a call only.
-            logits = head(states)[..., trie.token_ids]
+            logits = head(states)
+            logits = logits[..., trie.token_ids.to(logits.device)]
         else:
             tokens = trie.token_ids.to(head.weight.device)  # perhaps another device's
             bias = None if head.bias is None else head.bias[tokens]

@@ -218,7 +218,7 @@ def report_corpora(recipe: Recipe, corpora: list[DatasetDict], output: Path) -> 
             for doubt in find_doubts(corpus):
                 logging.warning("%s: %s", part.name, doubt)
         if part.name == "table" and not recipe.dry_run:
-            if not has_begun(output):  # nothing was learned from the former table
+            if not has_begun(output) and not (output / "model").exists():  # nothing was learned from a former table
                 (output / SPLITS_FILE).unlink(missing_ok=True)
             write_splits(output / SPLITS_FILE, corpus)
 

@@ -21,7 +21,7 @@ SPLITS_FILE = "splits.csv"  # in the folder of a run
 _LEARNED = ("text", "speaker", "language", "context", "emotion", "sentiment")  # beside the clip
 
 
-def make_splits(rows: Sequence[dict[str, Any]], seed: int) -> str:
+def make_splits(rows: Sequence[dict[str, Any]], seed: int, spread_labels: bool = True) -> str:
     """Fill `split` in all rows. Rows of one group stay together, and labels are spread as evenly as possible.
 
     The groups are the speakers. If no row has a speaker, or all have the same, the groups are the dialogues, or else
@@ -30,9 +30,9 @@ def make_splits(rows: Sequence[dict[str, Any]], seed: int) -> str:
     group while train keeps one.
 
     Args:
-        rows: Rows with `speaker`, `dialogue` and `recording` (None if unknown), `emotion`, and `sentiment` (None for
-            classes). Only classes are spread.
+        rows: Rows with `speaker`, `dialogue` and `recording` (None if unknown) and `emotion` (None for scores).
         seed: Seed of the order of the groups.
+        spread_labels: Whether the labels are classes. If they are numbers, each would be a class of its own.
 
     Returns:
         The kind of groups: "speaker", "dialogue", "recording" or "row".
@@ -43,7 +43,7 @@ def make_splits(rows: Sequence[dict[str, Any]], seed: int) -> str:
         next(((kind, row[kind]) for kind in kinds if row[kind] is not None), ("row", number))
         for number, row in enumerate(rows)
     ]
-    classes = [row["emotion"] if row["sentiment"] is None else None for row in rows]
+    classes = [row["emotion"] if spread_labels else None for row in rows]
     groups = {key: place for place, key in enumerate(dict.fromkeys(keys))}
     labels = {label: place for place, label in enumerate(dict.fromkeys(classes))}
     counts = np.zeros((len(groups), len(labels)))  # rows of each group and label

@@ -145,8 +145,9 @@ def load(
         logger.warning("%s: %s and left out:\n%s", source, count, lines)
     if not found.rows:
         raise ValueError(f"{source}: got no rows, wanted at least one utterance")
-    _number_labels(found.rows)
-    _assign_splits(str(source), found.rows, seed, splits)
+    _unify_accents(found.rows)
+    are_scores = _number_labels(found.rows)
+    _assign_splits(str(source), found.rows, seed, splits, spread_labels=not are_scores)
     _add_context(found.rows, context)
     return DatasetDict(
         {split: build_split(_schema_row(row) for row in found.rows if row["split"] == split) for split in SPLITS}
@@ -303,12 +304,13 @@ def _read_part(part: _Part, columns: dict[str, str], found: _Found) -> None:
                 name = "text-" + hashlib.sha256(row["text"].encode()).hexdigest()[:10]
                 again = (f"{name}-{number}" for number in count(2))
                 row["id"] = name if name not in found.seen else next(one for one in again if one not in found.seen)
-            if row["id"] in found.seen:
-                raise WrongRow(f"got {row['id']!r} again ({found.seen[row['id']]}), wanted each clip or id once")
+            key = os.path.normpath(row["id"])  # a.wav and ./a.wav are one
+            if key in found.seen:
+                raise WrongRow(f"got {row['id']!r} again ({found.seen[key]}), wanted each clip or id once")
         except WrongRow as error:
             found.wrong.append(f"{where}: {error}")
             continue
-        found.seen[row["id"]] = where
+        found.seen[key] = where
         found.rows.append(row)
 
 
@@ -331,13 +333,22 @@ def _places(part: _Part, cells: dict[str, Any], columns: dict[str, str], with_la
     if ignored:
         logger.info("%s: not read: %s", name, ", ".join(ignored))
     for own in ignored:  # a column of another name may be meant
-        value = cells[own].strip() if isinstance(cells[own], str) else ""
-        is_clip = bool(_kind(value)) and part.folder is not None and (part.folder / value).is_file()
-        meant = "file" if is_clip else "split" if value.lower() in SPLIT_NAMES else None
+        meant = _meaning(cells[own], part)
         if meant and meant not in places:
             hint = f'--corpus_options \'{{"columns": {{"{meant}": "{own}"}}}}\' reads it as {meant}'
-            logger.warning("%s: the column %s, with %r, is not read; %s", name, own, value, hint)
+            logger.warning("%s: the column %s, with %r, is not read; %s", name, own, cells[own], hint)
     return places
+
+
+def _meaning(cell: Any, part: _Part) -> str | None:
+    """The column that a cell of another one may belong to: "file" or "split"."""
+    value = cell.strip() if isinstance(cell, str) else ""
+    if value.lower() in SPLIT_NAMES and part.split is None:
+        return "split"
+    try:
+        return "file" if _kind(value) and part.folder is not None and (part.folder / value).is_file() else None
+    except OSError:  # words that end like a file's name, and are too long for one
+        return None
 
 
 def _row(where: str, cells: dict[str, Any], part: _Part) -> dict[str, Any]:
@@ -346,8 +357,7 @@ def _row(where: str, cells: dict[str, Any], part: _Part) -> dict[str, Any]:
     Raises:
         WrongRow: For the first cell that is wrong.
     """
-    # One spelling of accents: macOS writes them as two characters.
-    text = {name: None if is_empty(value) else normalize("NFC", str(value).strip()) for name, value in cells.items()}
+    text = {name: None if is_empty(value) else str(value).strip() for name, value in cells.items()}
     row: dict[str, Any] = {name: text.get(name) for name in ("text", "speaker", "dialogue", "language")}
     row |= {name: row[name] and repair_text(row[name]) for name in ("text", "speaker")}
     row |= {"where": where, "id": None, "audio": None, "video": None, "recording": None}
@@ -381,7 +391,7 @@ def _id_of(cell: str | dict[str, Any], file: str, within: str) -> str:
     """The id of a clip by default, which is the same on every machine."""
     if isinstance(cell, dict) and cell.get("bytes"):
         return Path(file).name  # the digest of its content
-    return os.path.normpath(os.path.join(within, (cell["path"] if isinstance(cell, dict) else cell).strip()))
+    return os.path.join(within, (cell["path"] if isinstance(cell, dict) else cell).strip())
 
 
 def _part_of_file(text: dict[str, str | None], row: dict[str, Any]) -> tuple[float | None, float | None]:
@@ -411,7 +421,8 @@ def _file(name: str, value: Any, folder: Path | None) -> str:
     if folder is None:
         raise WrongRow(f"{name}: got the path {value} in a dataset of the Hub, wanted the file's content")
     value = value.strip()
-    path = next((one for form in ("NFC", "NFD") if (one := folder / normalize(form, value)).is_file()), folder / value)
+    spellings = (value, normalize("NFC", value), normalize("NFD", value))  # of accents, as another system wrote them
+    path = next((one for name in spellings if (one := folder / name).is_file()), folder / value)
     if not path.is_file():
         wanted = "a file" if "\\" not in value else "a file, with / between folders"
         raise WrongRow(
@@ -473,7 +484,9 @@ def _seconds(name: str, text: str | None) -> float | None:
 # --- over all rows ---------------------------------------------------------------------------------------------------
 
 
-def _assign_splits(source: str, rows: list[dict], seed: int, known: Mapping[str, str] | None) -> None:
+def _assign_splits(
+    source: str, rows: list[dict], seed: int, known: Mapping[str, str] | None, spread_labels: bool
+) -> None:
     """Fill `split` in all rows."""
     named = [row for row in rows if row["split"]]
     if len(named) == len(rows):
@@ -491,7 +504,7 @@ def _assign_splits(source: str, rows: list[dict], seed: int, known: Mapping[str,
             said += "with those that the model has learned from, if any"
         logger.warning("%s: %s", source, said)
         return
-    by = make_splits(rows, seed)
+    by = make_splits(rows, seed, spread_labels)
     if by != "row" and (unnamed := [row for row in rows if row[by] is None]):
         taken = f"got nothing in {len(unnamed)} rows, such as {unnamed[0]['where']}"
         logger.warning("%s: %s: %s; nothing keeps them apart from those of the same %s", source, by, taken, by)
@@ -499,12 +512,24 @@ def _assign_splits(source: str, rows: list[dict], seed: int, known: Mapping[str,
     logger.info("%s: names no splits; made by %s with seed %d: %s", source, by, seed, counts)
 
 
-def _number_labels(rows: list[dict]) -> None:
-    """Labels that are all numbers are scores as well."""
+def _unify_accents(rows: list[dict]) -> None:
+    """Give names that differ only in how an accent is encoded, as macOS does it, the spelling of the first one."""
+    for column in ("emotion", "speaker", "dialogue"):
+        spelled: dict[str, str] = {}
+        for row in rows:
+            if row[column] is not None:
+                row[column] = spelled.setdefault(normalize("NFC", row[column]), row[column])
+
+
+def _number_labels(rows: list[dict]) -> bool:
+    """Labels that are all numbers are scores as well; whether they are."""
     numbers = [_finite(row["emotion"]) if row["emotion"] is not None else None for row in rows]
-    if None not in numbers and all(row["sentiment"] is None for row in rows):
+    if None in numbers:
+        return False
+    if all(row["sentiment"] is None for row in rows):
         for row, number in zip(rows, numbers, strict=True):
             row["sentiment"] = number
+    return True
 
 
 def _add_context(rows: list[dict], context: int) -> None:

@@ -327,7 +327,8 @@ def complete_record(record: dict[str, Any]) -> dict[str, Any]:
     }
     flat = {name: record.pop(name) for name in FUSION_FIELDS if name in record}
     defaults = default_record()
-    return defaults | record | {"fusion": defaults["fusion"] | flat | record.get("fusion", {})}
+    given = {name: value for name, value in record.get("fusion", {}).items() if name in FUSION_FIELDS}
+    return defaults | record | {"fusion": defaults["fusion"] | flat | given}
 
 
 def load_recipe(arguments: list[str]) -> Recipe:

@@ -29,18 +29,20 @@ def run_steps(folder: Path, steps: list[tuple[list[str], str]], shown: dict[str,
     Args:
         folder: The run's folder. `command.txt` in it gets the commands, `output.txt` what they print.
         steps: The commands, without the interpreter, and the file in the folder with which each ends.
-        shown: What stands in `command.txt` for a folder of this machine. Of other absolute paths, such as that of a
-            tower, the last part remains.
+        shown: What stands in `command.txt` for a folder of this machine. Other absolute paths, such as that of a
+            tower, are reduced to their last part.
 
     Raises:
         subprocess.CalledProcessError: If a command fails.
     """
+    unfinished = [command for command, made in steps if not (folder / made).exists()]
+    if not unfinished:
+        print(f"{folder}: finished already")
+        return
     folder.mkdir(parents=True, exist_ok=True)
     lines = [shlex.join(["python", *(_shown(word, shown) for word in command)]) for command, _ in steps]
     (folder / "command.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    for command, made in steps:
-        if (folder / made).exists():
-            continue
+    for command in unfinished:
         print(shlex.join(command), flush=True)
         with (folder / "output.txt").open("a", encoding="utf-8") as output:
             subprocess.run([sys.executable, *command], check=True, stdout=output, stderr=subprocess.STDOUT)
@@ -48,6 +50,5 @@ def run_steps(folder: Path, steps: list[tuple[list[str], str]], shown: dict[str,
 
 def _shown(word: str, shown: dict[str, str]) -> str:
     for place, name in shown.items():
-        if word == place or word.startswith(f"{place}/"):
-            return name + word.removeprefix(place)
+        word = name if word == place else word.replace(f"{place}/", f"{name}/")
     return Path(word).name if Path(word).is_absolute() else word

@@ -28,11 +28,13 @@ from transformers.utils import is_bitsandbytes_available
 
 from egmf.commands import check_name
 from egmf.data.lengths import clip_seconds
+from egmf.data.mixture import has_any
 from egmf.data.speakers import SPEAKER, Centers, stack_centers
 from egmf.data.tower_cache import COLUMNS, PREPROCESSORS, TowerCache
 from egmf.fusion_egmf import ClipStatistics
 from egmf.media_inputs_egmf import TowerInput
 from egmf.modeling_egmf import EGMFForConditionalGeneration, undivided
+from egmf.processes import are_sharded
 from egmf.processing_egmf import EGMFProcessor
 from egmf.recipe import Recipe
 from egmf.towers_egmf import encoder_of, load_tower
@@ -214,10 +216,9 @@ def clip_statistics(
 
 def check_clip_statistics(recipe: Recipe, rows: Dataset) -> None:
     """Raises a ValueError if the recipe names a modality of which no training row has a clip."""
-    for modality in set(recipe.fusion["clip_statistics"] or ()) & set(recipe.data.modalities):
+    for modality in recipe.fusion["clip_statistics"] or ():
         column = COLUMNS[modality] if getattr(recipe.model, f"{modality}_tower") else f"{modality}_features"
-        values = rows.data.column(column)
-        if values.null_count == len(values):
+        if modality in recipe.data.modalities and not has_any(rows, column):
             wanted = f"one with {column} in a training row, or `clip_statistics` without it"
             raise ValueError(f"clip_statistics: got {modality}, of which no row has a clip, wanted {wanted}")
 
@@ -326,6 +327,9 @@ def build_model(
         **{f"{modality}_feature_size": len(mean) for modality, (mean, _) in statistics.items()},
     )
     model.is_loaded_in_4bit = arguments.load_in_4bit  # PEFT and Trainer look for it
+    if are_sharded():
+        # FSDP makes a unit of each of these, and gathers a unit's weights only for its forward pass.
+        model._no_split_modules = model.model.language_model._no_split_modules
     for modality, (mean, std) in statistics.items():
         model.model.fusion.set_feature_statistics(modality, mean, std)
     for modality in trained_towers(recipe, towers) + list(towers) * bool(recipe.phases.tower_epochs):

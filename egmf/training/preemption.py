@@ -33,7 +33,7 @@ class Termination:
         self.asked = True
         if not self.can_wait:
             raise self.stop("this part of the run had nothing to save")
-        logging.warning("SIGTERM: the run stops after this step and its checkpoint")
+        logging.warning("SIGTERM: the run stops soon, after a step and its checkpoint")
 
     def stop(self, saved: str) -> RunStopped:
         return RunStopped(f"Stopped by SIGTERM: {saved}. Repeat the command to resume.", TERMINATED)

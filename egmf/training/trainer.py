@@ -44,7 +44,7 @@ from egmf.training.progress import JsonLinesLog, Progress
 
 STATE = "trainer_state.json"
 RUNNING_LOSS = "running_loss.json"
-ASKED_EVERY = 8  # steps after which several processes ask each other whether one was told to stop
+ASKED_EVERY = 4  # steps after which several processes ask each other whether one was told to stop
 UNCHECKED = 64  # at most so many losses wait on an accelerator before they are checked
 
 
