@@ -254,7 +254,7 @@ def test_what_a_file_lacks_is_said(llm_folder, files, tmp_path):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        ({"audio": 3}, r"`audio\[0\]` must be a file, an AudioClip or a dict .*, got int"),
+        ({"audio": 3}, r"`audio\[0\]` must be a file, an AudioClip, a dict .*, got int"),
         (
             {"audio": {"array": [[[0.1]]], "sampling_rate": 16000}},
             r"`audio\[0\]\['array'\]` has the shape \(1, 1, 1\), wanted \(samples,\) or",
