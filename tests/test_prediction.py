@@ -125,7 +125,8 @@ def test_inputs(tmp_path, monkeypatch):
     assert find_files(["*.wav", "a.wav", "gone.wav"], False) == ["a.wav", "odd [1].wav", "gone.wav"]
     assert find_files(["**/*.opus", "odd [1].wav"], False) == ["deep/c.opus", "odd [1].wav"]
     assert find_files(["a.txt", "http://x/?.wav"], False) == ["a.txt", "http://x/?.wav"]  # named, so wanted
-    with pytest.raises(ValueError, match="none: got a folder without sound and video files, wanted some, or pictures .*; --recursive"):
+    wanted = "none: got a folder without sound and video files, wanted some, or pictures .*; --recursive"
+    with pytest.raises(ValueError, match=wanted):
         find_files(["none"], False)
     with pytest.raises(ValueError, match=r"\*.mp3: got a pattern that matches no file"):
         find_files(["*.mp3"], False)
