@@ -1,6 +1,7 @@
-"""Recognises the emotion or sentiment of the speakers in audio and video files.
+"""Recognises the emotion or sentiment of the speakers in audio and video files, or of words alone.
 
     python predict.py MODEL clip.mp4 --text "That is just great."
+    python predict.py MODEL --text "That is just great."
     python predict.py MODEL clips/ --recursive --transcripts transcripts.csv --output answers.csv
     python predict.py MODEL talk.mp4 --segments talk.srt --output talk.vtt --plot talk.png
     python predict.py MODEL talk.mp4 --transcriber openai/whisper-small
@@ -50,10 +51,10 @@ PLOTS = {".png", ".pdf", ".svg"}
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model", help="folder or Hub id of a trained model")
-    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="audio or video file, folder, pattern or URL")
+    parser.add_argument("inputs", nargs="*", metavar="INPUT", help="audio or video file, folder, pattern or URL")
     parser.add_argument("--recursive", action="store_true", help="also take the files in folders below a folder")
     words = parser.add_mutually_exclusive_group()
-    words.add_argument("--text", help="what is said in the one file")
+    words.add_argument("--text", help="what is said in the one file, or without any")
     words.add_argument("--transcripts", type=Path, metavar="FILE.csv", help="what is said, by file")
     words.add_argument("--segments", type=Path, metavar="FILE", help="parts of the recording: .srt, .vtt, .json, .csv")
     parser.add_argument("--speaker", help="who speaks in all files, if training named the speakers")
@@ -82,6 +83,12 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     for first in ("segments", "transcriber"):
         if getattr(args, first) and (both := [name for name in ("window", "hop") if getattr(args, name)]):
             parser.error(f"--{both[0]}: got a value with --{first}, wanted one of them")
+    if not args.inputs:
+        if args.text is None:
+            parser.error("INPUT: got nothing, wanted files, or --text without a file")
+        for name in ("transcriber", "window", "hop", "speaker_clips", "plot"):
+            if getattr(args, name):
+                parser.error(f"--{name}: got a value without a file, wanted both")
     args.files = find_files(args.inputs, args.recursive)
     read = [*args.files, *(args.speaker_clips or ()), *filter(None, (args.transcripts, args.segments))]
     for name in ("output", "plot"):
@@ -101,14 +108,14 @@ def _is_same(file: Path, other: str | Path) -> bool:
 
 
 def samples_of(args: argparse.Namespace) -> list[dict]:
-    """One sample per file, with its transcript.
+    """One sample per file, with its transcript; without files, one of `--text` alone.
 
     Raises:
         ValueError: If the transcripts cannot be read or a file has none.
     """
     named = {} if args.speaker is None else {"speaker": args.speaker}
     if args.transcripts is None:
-        return [{"file": file, "text": args.text, **named} for file in args.files]
+        return [{"file": file, "text": args.text, **named} for file in args.files or [None]]
     words = match_transcripts(args.transcripts, args.files)
     return [{"file": file, **named, **said} for file, said in zip(args.files, words, strict=True)]
 

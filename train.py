@@ -317,7 +317,7 @@ def prepare(recipe: Recipe) -> Run:
     with undivided():
         towers = build_towers(recipe)
     processor = build_processor(recipe, language_model, towers)
-    check_corpora(data.parts, corpora, processor, data.modalities)
+    check_corpora(recipe, corpora, processor)
     if training.eval_strategy != "no" and not len(corpus["validation"]):
         raise ValueError(f"eval_strategy: got {training.eval_strategy.value} without validation rows, wanted no")
     check_best_metric(training, {key: processor.tasks[name] for key, name, _ in validation_splits(data, corpora)})

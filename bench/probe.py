@@ -312,7 +312,7 @@ def main(arguments: list[str]) -> None:
     towers = build_towers(recipe)
     processor = build_processor(recipe, language_model, towers)
     tasks = [processor.tasks[name] for name in data.tasks]
-    check_corpora(data.parts, corpora, processor, data.modalities)
+    check_corpora(recipe, corpora, processor)
     for task in tasks:
         check_labels(f"{data.corpus} / {args.split}", corpus[args.split], task)
     corpus = DatasetDict({split: corpus[split] for split in ("train", "validation", args.split)})

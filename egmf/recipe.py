@@ -367,6 +367,8 @@ def load_recipe(arguments: list[str]) -> Recipe:
     machine = {} if torch.accelerator.is_available() else {"use_cpu": True}
     merged = machine | said | {name: value for name, value in given.items() if name not in FUSION_FIELDS}
     merged = {name: _checked(name, value, *hints[name]) for name, value in merged.items()}
+    if "corpus_options" in given and merged.get("corpus") == said.get("corpus"):  # otherwise they are another corpus's
+        merged["corpus_options"] = (said.get("corpus_options") or {}) | merged["corpus_options"]
     merged = {"ddp_timeout": int(LONGEST_WAIT.total_seconds())} | merged
     if str(merged.get("metric_for_best_model")).endswith(("mae", "unparsable")):
         merged = {"greater_is_better": False} | merged  # Trainer knows this of a loss only

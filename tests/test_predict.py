@@ -21,6 +21,7 @@ from egmf.commands import is_mistake
 from egmf.data.collator import AffectCollator
 from egmf.data.transcripts import match_transcripts
 from egmf.prediction.answers import Answerer
+from egmf.prediction.outputs import table_row
 from predict import main, parse_arguments, samples_of
 
 
@@ -133,9 +134,21 @@ def test_wrong_arguments(recognize):
         recognize({"words": "so"})
 
 
-def test_words_alone(recognize):
+def test_words_alone(recognize, place, capsys):
     answer = recognize({"text": "that is just great", "context": ["It broke."]})
     assert answer["label"] and answer["seconds"] is None
+    assert main([str(place[0] / "model"), "--text", "that is just great", "--speaker", "Ann"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    alone = recognize({"text": "that is just great", "speaker": "Ann"})
+    assert said.pop("file") is None and said == json.loads(json.dumps(alone))
+    assert table_row({"file": None, **alone}).startswith("-  ")
+    for arguments, message in (
+        (["model"], "INPUT: got nothing, wanted files, or --text without a file"),
+        (["model", "--text", "so", "--plot", "a.png"], "--plot: got a value without a file, wanted both"),
+    ):
+        with pytest.raises(SystemExit):
+            main(arguments)
+        assert message in capsys.readouterr().err
 
 
 def test_warnings_that_are_not_of_media_reach_the_user(recognize, place):

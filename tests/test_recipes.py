@@ -3,6 +3,7 @@
 import csv
 import json
 import logging
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from datasets import DatasetDict
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import OfflineModeIsEnabled
 from test_media import write_clip
@@ -21,7 +23,7 @@ import eval as eval_script
 import train as train_script
 from corpora import cherma, load_corpus, meld
 from corpora.schema import build_split
-from egmf.data.mixture import MixtureSampler
+from egmf.data.mixture import MixtureSampler, check_corpora
 from egmf.recipe import load_recipe
 from egmf.training.assembly import feature_statistics
 from egmf.training.language_models import build_tiny_language_model
@@ -173,6 +175,35 @@ def test_nothing_and_empty_lists_stay_what_they_are(tmp_path):
     assert recipe.data.modality_dropout == {} and recipe.data.parts[0].source is None
     assert load_recipe([written(tmp_path, learning_rate="1e-4")]).training.learning_rate == 1e-4
     assert load_recipe([written(tmp_path), "--clip_statistics"]).fusion["clip_statistics"] == []
+
+
+def test_corpus_options_of_the_command_line_add_to_those_of_the_recipe(tmp_path):
+    recipe = written(tmp_path, corpus="table", corpus_options={"columns": {"label": "emotion"}, "seed": 1})
+    given = ["--corpus_options", '{"drop_wrong_rows": true, "seed": 2}']
+    options = {"columns": {"label": "emotion"}, "drop_wrong_rows": True, "seed": 2}
+    assert load_recipe([recipe, *given]).data.corpus_options == options
+    # Another corpus has other options.
+    assert load_recipe([recipe, "--corpus", "generated", "--corpus_options", "{}"]).data.corpus_options == {}
+
+
+@pytest.mark.parametrize(
+    ("modality", "message"),
+    [
+        ("text", "got text, of which mvsa / train has none, wanted them without text"),
+        ("vision", "got vision, wanted them without it. mvsa / train: vision of its clips is not read: the recipe "),
+        ("audio", "got audio, wanted them without it. mvsa / train: it has no audio"),
+    ],
+)
+def test_a_named_modality_that_no_row_has_is_refused(modality, message, tmp_path):
+    """mvsa's published form has files of pictures, its recipe no tower for them."""
+    rows = build_split([{"id": "1", "video": "1.jpg", "text": "", "emotion": "positive"}])
+    corpora = [DatasetDict({"train": rows, "validation": rows})]
+    build_tiny_language_model(tmp_path / "llm")
+    path = written(tmp_path, corpus="mvsa", tasks=["mvsa"], corpus_dir="mvsa", modalities=[modality])
+    recipe = load_recipe([path])
+    processor = train_script.build_processor(recipe, str(tmp_path / "llm"), {})
+    with pytest.raises(ValueError, match=f"modalities: {re.escape(message)}"):
+        check_corpora(recipe, corpora, processor)
 
 
 def test_every_field_of_the_fusion_can_be_set(tmp_path):

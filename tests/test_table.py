@@ -687,6 +687,7 @@ def test_a_table_without_sound_can_be_corrected(tower, tmp_path):
         outcome = run("train", "recipes/own_clips.yaml", *fields, *more, check=False)
         assert outcome.status == 2
         assert "clip_statistics: got audio, of which no row has a clip, wanted one with audio in a" in outcome.said
+    run("train", "recipes/own_clips.yaml", *fields, "--modalities", "text", "--dry_run")
     write_csv(tmp_path / "t.csv", [row | {"file": row["text"]} for row in rows])
     run("train", "recipes/own_clips.yaml", *fields)
     assert (tmp_path / "run/model/model.safetensors").is_file()

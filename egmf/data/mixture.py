@@ -13,7 +13,7 @@ from egmf.data.collator import LABEL_COLUMNS, check_labels, expand_by_task
 from egmf.data.tasks import infer_tasks
 from egmf.data.tower_cache import COLUMNS, PREPROCESSORS
 from egmf.processing_egmf import AffectTask, EGMFProcessor
-from egmf.recipe import CorpusPart, DataArguments
+from egmf.recipe import CorpusPart, DataArguments, Recipe
 
 
 def load_corpora(data: DataArguments) -> list[DatasetDict]:
@@ -24,28 +24,38 @@ def load_corpora(data: DataArguments) -> list[DatasetDict]:
     return corpora
 
 
-def check_corpora(
-    parts: list[CorpusPart], corpora: list[DatasetDict], processor: EGMFProcessor, modalities: list[str]
-) -> None:
+def check_corpora(recipe: Recipe, corpora: list[DatasetDict], processor: EGMFProcessor) -> None:
     """Checks that each corpus's labels are answers of its tasks, and logs features and clips that will not be used.
 
     Raises:
-        ValueError: If a label is not an answer, or there are no rows to train on.
+        ValueError: If a label is not an answer, there are no rows to train on, or a recipe of one corpus names a
+            modality that no row has in a form that the model reads.
     """
+    parts, modalities = recipe.data.parts, recipe.data.modalities
+    named = "modalities" in recipe.fields and len(parts) == 1
     for part, corpus in zip(parts, corpora, strict=True):
         if not len(corpus["train"]):
             raise ValueError(f"{part.name} / train: got no rows, wanted some to learn from")
         for split in ("train", "validation"):
             for name in part.tasks:
                 check_labels(f"{part.name} / {split}", corpus[split], processor.tasks[name])
-        for modality in set(modalities) - {"text"}:
+        if named and "text" in modalities and not any(corpus["train"]["text"]):
+            raise ValueError(f"modalities: got text, of which {part.name} / train has none, wanted them without text")
+        for modality in [name for name in modalities if name != "text"]:
             columns = [f"{modality}_features", COLUMNS[modality]]
             features, clips = (has_any(corpus["train"], name) for name in columns)
             tower = getattr(processor, PREPROCESSORS[modality]) is not None
+            unread = None
             if tower and features and not clips:
-                logging.warning("%s: its %s features are not read: the recipe names a tower", part.name, modality)
-            if clips and not tower and not features:
-                logging.warning("%s: %s of its clips is not read: the recipe names no tower", part.name, modality)
+                unread = f"its {modality} features are not read: the recipe names {modality}_tower"
+            elif clips and not tower and not features:
+                unread = f"{modality} of its clips is not read: the recipe names no {modality}_tower"
+            elif not clips and not features:
+                unread = f"it has no {modality}"
+            if unread and named:
+                raise ValueError(f"modalities: got {modality}, wanted them without it. {part.name} / train: {unread}")
+            if unread and (clips or features):
+                logging.warning("%s: %s", part.name, unread)
 
 
 def has_any(rows: Dataset, column: str) -> bool:

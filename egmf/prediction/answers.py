@@ -56,7 +56,7 @@ class Answerer:
         Answers to a recording have `start` and `end`. The last one is for the whole and has `segments`, their number.
 
         Args:
-            samples: Have a `file`, and may have `text` and `speaker`.
+            samples: Have a `file`, which is None for words alone, and may have `text` and `speaker`.
         """
         clips: list[int] = []
         together = self.batch_size * max(1, self.AHEAD * self.num_workers)
@@ -69,7 +69,7 @@ class Answerer:
                 clips.clear()
 
             for place, sample in enumerate(samples):
-                is_clip = not is_url(sample["file"]) and not self._is_recording(sample)
+                is_clip = sample["file"] is None or not is_url(sample["file"]) and not self._is_recording(sample)
                 if is_clip:
                     clips.append(place)
                 if not is_clip or len(clips) == together:
@@ -94,7 +94,7 @@ class Answerer:
             inputs = _Clips(samples)  # a data set is answered as it is read, a list as a whole
             options["num_workers"] = self.num_workers
         for sample, answer in zip(samples, self.recognize(inputs, **options), strict=True):
-            yield {"file": str(sample["file"]), **answer}
+            yield {"file": None if sample["file"] is None else str(sample["file"]), **answer}
 
     def _alone(self, sample: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """The answers to a recording, or to a URL, which is downloaded once."""

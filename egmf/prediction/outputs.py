@@ -108,7 +108,7 @@ def cue(answer: dict[str, Any]) -> str:
     value = f"({answer['error']})" if answer["error"] else f"[{short_value(answer)}]"
     start, end = answer.get("start", 0.0), answer.get("end", answer["seconds"])
     if end is None or "segments" in answer:
-        return f"NOTE {answer['file']}: {value}".replace("-->", "->")
+        return f"NOTE {answer['file'] or '-'}: {value}".replace("-->", "->")
     words = " ".join((answer.get("text") or "").split())
     voice = f"<v {html.escape(answer['speaker'], quote=False)}>" if answer.get("speaker") else ""
     line = html.escape(f"{value} {words}".strip(), quote=False)
@@ -117,7 +117,7 @@ def cue(answer: dict[str, Any]) -> str:
 
 def table_row(answer: dict[str, Any]) -> str:
     """An answer as one line of the table for people."""
-    name = answer["file"]
+    name = answer["file"] or "-"
     if "segments" in answer:
         name = f"{name}: mean of {answer['segments']}"
     elif "start" in answer:

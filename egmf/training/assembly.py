@@ -219,7 +219,7 @@ def check_clip_statistics(recipe: Recipe, rows: Dataset) -> None:
     for modality in recipe.fusion["clip_statistics"] or ():
         column = COLUMNS[modality] if getattr(recipe.model, f"{modality}_tower") else f"{modality}_features"
         if modality in recipe.data.modalities and not has_any(rows, column):
-            wanted = f"one with {column} in a training row, or `clip_statistics` without it"
+            wanted = f"one with {column} in a training row, or `modalities` without {modality}"
             raise ValueError(f"clip_statistics: got {modality}, of which no row has a clip, wanted {wanted}")
 
 
