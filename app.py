@@ -14,7 +14,7 @@ from pathlib import Path
 
 from transformers import pipeline
 
-from egmf.commands import check_model, run_command
+from egmf.commands import add_model, check_model, loading_options, run_command
 from egmf.space.answering import Recognizer
 
 
@@ -23,7 +23,7 @@ SETTINGS = Path(__file__).with_name("space.json")
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("model", nargs="?", help="folder or Hub id of a trained model")
+    add_model(parser, nargs="?")
     parser.add_argument(
         "--example", dest="examples", nargs=2, action="append", metavar=("FILE", "WORDS"), help="a clip to choose"
     )
@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> None:
         from egmf.space.page import build_page, launch_page  # imports gradio, which nothing else needs
     except ImportError as error:
         raise ImportError(f"gradio: got {error}, wanted `pip install -r requirements-space.txt`") from None
-    recognize = pipeline("affect-recognition", model=args.model, trust_remote_code=True)
+    recognize = pipeline("affect-recognition", model=args.model, trust_remote_code=True, **loading_options(args))
     recognizer = Recognizer(recognize, args.max_seconds, args.transcriber)
     processor = recognize.processor
     known = getattr(processor, "trained_tasks", None) or filter(None, [processor.default_task])  # of an older model

@@ -7,7 +7,16 @@ from typing import Any
 class ChatsMixin:
     """`apply_chat_template` for EGMF's processor."""
 
-    def apply_chat_template(self, conversation: list, tokenize: bool = False, return_dict: bool = False, **kwargs):
+    def apply_chat_template(
+        self,
+        conversation: list,
+        chat_template: None = None,
+        *,
+        tokenize: bool = False,
+        return_dict: bool = False,
+        processor_kwargs: dict | None = None,
+        **kwargs,
+    ):
         """Converts conversations with text, sound and video to the model's input, as chat models do.
 
         The last message is the utterance that the task asks about, and the messages before it are its context. The
@@ -15,17 +24,24 @@ class ChatsMixin:
 
         Args:
             conversation: A list of messages `{"role", "content"}`, or a list of such lists. The content is a text or a
-                list of `{"type": "text", "text"}`, `{"type": "audio", "audio"}` and `{"type": "video", "video"}`;
-                `path` or `url` may replace the last key. `name` is the speaker's name. Only the last message may have
-                media.
+                list of `{"type": "text", "text"}`, `{"type": "audio", "audio"}`, and `{"type": "video", "video"}` or
+                `{"type": "image", "image"}`; `path` or `url` may replace the last key. `name` is the speaker's name.
+                Only the last message may have media.
+            chat_template: None; EGMF has its own sequence.
             tokenize: Whether to return token ids instead of the text of the sequence.
             return_dict: Whether to return all model inputs, with `tokenize`.
-            kwargs: Arguments of `__call__`, such as `task`. `add_generation_prompt=True` changes nothing.
+            processor_kwargs, kwargs: Arguments of `__call__`, such as `task`. `add_generation_prompt=True` changes
+                nothing.
 
         Raises:
             ValueError: If a message has another form.
         """
+        if chat_template is not None:
+            raise ValueError(f"chat_template: got {chat_template!r}, wanted None: EGMF has its own sequence")
         kwargs.pop("add_generation_prompt", None)
+        # Other chats' options, as long as they are off.
+        off = {"continue_final_message", "return_assistant_tokens_mask", "tools", "documents"}
+        kwargs = {name: value for name, value in kwargs.items() if value or name not in off} | (processor_kwargs or {})
         several = bool(conversation) and isinstance(conversation[0], list | tuple)
         columns: dict[str, list] = {"text": [], "speaker": [], "context": [], "audio": [], "video": []}
         for messages in conversation if several else [conversation]:
@@ -67,10 +83,13 @@ def _read_message(name: str, message: Any) -> dict[str, Any]:
     for part in content if isinstance(content, list | tuple) else [{"type": "text", "text": content}]:
         kind = part.get("type") if isinstance(part, Mapping) else None
         given = [part[key] for key in (kind, "path", "url") if part.get(key) is not None] if kind else []
+        medium = "video" if kind == "image" else kind
         if kind == "text" and isinstance(part.get("text"), str):
             texts.append(part["text"])
-        elif kind in found and found[kind] is None and len(given) == 1:
-            found[kind] = given[0]
+        elif medium in found and found[medium] is None and len(given) == 1:
+            found[medium] = given[0]
         else:
-            raise ValueError(f"{name}: got the content {part!r}, wanted text, and at most one audio and one video")
+            raise ValueError(
+                f"{name}: got the content {part!r}, wanted text, and at most one audio and one video or image"
+            )
     return {"text": " ".join(texts), "speaker": message.get("name"), **found}

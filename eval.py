@@ -43,7 +43,7 @@ from transformers.utils import cached_file
 from corpora import CORPORA, clusters_of, group_of, load_corpus
 from corpora.splits import SPLITS_FILE, read_splits
 from egmf.arguments import mapping, positive
-from egmf.commands import check_model, run_command
+from egmf.commands import add_model, check_model, loading_options, run_command
 from egmf.data.collator import LABEL_COLUMNS, AffectCollator, check_labels, expand_by_task
 from egmf.data.mixture import has_any
 from egmf.data.speakers import name_speakers, speaker_centers
@@ -63,7 +63,7 @@ from egmf.processing_egmf import EGMFProcessor
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("model", help="folder or Hub id of a trained model")
+    add_model(parser)
     parser.add_argument("--corpus", required=True, choices=CORPORA)
     parser.add_argument("--corpus_dir", help="folder with the corpus's published files; of a table, its file")
     parser.add_argument("--corpus_options", type=mapping, help="JSON; by default those the model was trained with")
@@ -81,9 +81,9 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     return parsed
 
 
-def load_training_fields(model: str) -> dict:
+def load_training_fields(model: str, revision: str | None) -> dict:
     """The recipe that a model was trained with, from `recipe.json` next to its weights; empty if there is none."""
-    file = cached_file(model, "recipe.json", _raise_exceptions_for_missing_entries=False)
+    file = cached_file(model, "recipe.json", revision=revision, _raise_exceptions_for_missing_entries=False)
     return json.loads(Path(file).read_text(encoding="utf-8")) if file else {}
 
 
@@ -237,11 +237,13 @@ def main(arguments: list[str]) -> None:
     device = PartialState(cpu=not torch.accelerator.is_available(), timeout=LONGEST_WAIT).device
     silence_other_ranks()
     with in_turns():  # transformers copies the model's code into its cache
-        processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=True)
-        model = AutoModel.from_pretrained(args.model, trust_remote_code=True).to(device).eval()
+        options = loading_options(args)
+        model = AutoModel.from_pretrained(args.model, trust_remote_code=True, **options).to(device).eval()
+        options.pop("dtype", None)
+        processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=True, **options)
     # The class of this clone: a checkpoint brings its own processor, which may be older than the method.
     EGMFProcessor.limit_length(processor, model.config.text_config)
-    trained = load_training_fields(args.model)
+    trained = load_training_fields(args.model, args.revision)
     part = trained.get("corpora", {}).get(args.corpus, {})  # the corpus's entry if the model was trained on a mixture
     name = args.task or (part or trained).get("tasks", [args.corpus])[0]
     if name not in processor.tasks:
@@ -293,6 +295,7 @@ def main(arguments: list[str]) -> None:
         "task": task.name,
         "label_map": args.label_map,
     }
+    report |= loading_options(args)
     report |= {"split": args.split, "samples": len(rows), "modalities": modalities, "speaker_adaptation": adapted}
     report["corpus_options"] = {name: value for name, value in options.items() if name not in ("splits", "media")}
     args.output.mkdir(parents=True, exist_ok=True)

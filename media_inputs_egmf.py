@@ -168,10 +168,12 @@ class MediaInputsMixin:
         if hasattr(value, "get_frames_at"):
             wanted = "a file; a column of `datasets` keeps it with `cast_column(NAME, Video(decode=False))`"
             raise ValueError(f"`{name}` got a decoder ({type(value).__name__}), wanted {wanted}.")
+        if hasattr(value, "convert"):  # a picture of PIL
+            value = np.asarray(value.convert("RGB"))[None]
         clip = value if hasattr(value, "frames") else None
         frames = np.asarray(value if clip is None else clip.frames)
         if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not frames.size:
-            wanted = "a file, a VideoClip or uint8 frames (F, height, width, 3)"
+            wanted = "a file, a VideoClip, a PIL image or uint8 frames (F, height, width, 3)"
             raise ValueError(f"`{name}` must be {wanted}, got {frames.dtype} of the shape {frames.shape}.")
         some = spread(len(frames), self.num_frames)  # as many as are read of a file
         if clip is None:

@@ -21,6 +21,7 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache, StaticCache
 from transformers.integrations import deepspeed as deepspeed_integration
 from transformers.modeling_outputs import ModelOutput
+from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import can_return_tuple, torch_compilable_check
 
 from .configuration_egmf import EGMFConfig
@@ -484,7 +485,8 @@ class EGMFForConditionalGeneration(EGMFPreTrainedModel, ScoringMixin, Generation
             expert_states, answer_prefix: Used by `generate()` after the prompt: `expert_states` of the prompt's
                 output, and the beginnings of the answer at the last S positions, (B, S, 2 H) of [`answer_prefixes`].
                 By default a prompt without labels ends where its answer begins.
-            logits_to_keep: Without labels: the number of last positions with logits (0 for all), or their indices.
+            logits_to_keep: Without labels: the number of last positions with logits (0 for all), or their indices or
+                mask (`slice_logits_to_keep`).
             num_items_in_batch: Divisor of the summed loss: the number of labels in the whole accumulated batch.
 
         Raises:
@@ -532,8 +534,7 @@ class EGMFForConditionalGeneration(EGMFPreTrainedModel, ScoringMixin, Generation
             if outputs.expert_states is not None:
                 mask = padding_mask if padding_mask is not None else attention_mask
                 hidden = self._add_readout(hidden, mask, outputs.expert_states, answer_prefix)
-            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self._finish_logits(self.lm_head(hidden[:, kept]))
+            logits = self._finish_logits(self.lm_head(slice_logits_to_keep(hidden, logits_to_keep)))
         return EGMFOutput(
             loss=loss,
             logits=logits,
@@ -571,35 +572,44 @@ class EGMFForConditionalGeneration(EGMFPreTrainedModel, ScoringMixin, Generation
         return model_kwargs
 
     def prepare_inputs_for_generation(
-        self, input_ids, attention_mask=None, is_first_iteration=False, use_cache=True, **kwargs
+        self, input_ids, attention_mask=None, inputs_embeds=None, is_first_iteration=False, use_cache=True, **kwargs
     ):
         cache = kwargs.get("past_key_values")
         if isinstance(cache, StaticCache):
             check_static_cache(self.model.language_model)
         # After the prompt (or `score_labels()`) the cache contains the modalities. Without a cache every step
         # processes the prompt again.
-        is_prompt = (is_first_iteration and (cache is None or not int(cache.get_seq_length()))) or not use_cache
+        cached = 0 if cache is None or not is_first_iteration else int(cache.get_seq_length())
+        is_prompt = (is_first_iteration and not cached) or not use_cache
         modalities = {name: kwargs.pop(name, None) for name in ("utterance_mask", *MEDIA_INPUTS)}
         states, utterance_mask = kwargs.pop("expert_states", None), modalities["utterance_mask"]
         inputs = super().prepare_inputs_for_generation(
             input_ids,
             attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,
             use_cache=use_cache,
             **kwargs,
         )
-        if modalities["utterance_mask"] is not None and is_prompt:
-            new_tokens = input_ids.shape[1] - modalities["utterance_mask"].shape[1]
-            modalities["utterance_mask"] = F.pad(modalities["utterance_mask"], (0, new_tokens))
-            inputs.update({name: value for name, value in modalities.items() if value is not None})
-            inputs["padding_mask"] = attention_mask
-        if utterance_mask is not None:
-            if states is None and not is_prompt:
-                wanted = "those of `score_labels()`, which computed the cache"
-                raise ValueError(f"expert_states: got None with past_key_values, wanted {wanted}")
-            inputs["expert_states"] = None if is_prompt else states
-            answer = self.get_input_embeddings()(input_ids[:, utterance_mask.shape[1] :])
-            inputs["answer_prefix"] = answer_prefixes(answer)[:, -inputs["input_ids"].shape[1] :]
+        if utterance_mask is None:
+            return inputs
+        if inputs_embeds is not None:
+            raise ValueError("inputs_embeds: got values with utterance_mask, wanted input_ids with placeholders")
+        input_ids, length = input_ids.to(self.device), utterance_mask.shape[1]
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(self.device)
+        # transformers moves inputs to the device of the model before the call.
+        modalities = {name: value.to(self.device) for name, value in modalities.items() if value is not None}
+        if is_prompt:
+            modalities["utterance_mask"] = F.pad(modalities["utterance_mask"], (0, input_ids.shape[1] - length))
+            inputs |= modalities | {"padding_mask": mask}
+        elif states is None:  # a cache of an earlier call; that of `score_labels()` lacks the last token of the prompt
+            if cached < length - 1:
+                wanted = f"none, or one of the whole prompt of {length}"
+                raise ValueError(f"past_key_values: got a cache of {cached} tokens, wanted {wanted}")
+            states = self.model.get_expert_states(input_ids[:, :length], mask[:, :length], **modalities)
+        inputs["expert_states"] = None if is_prompt else states
+        answer = self.get_input_embeddings()(input_ids[:, length:])
+        inputs["answer_prefix"] = answer_prefixes(answer)[:, -inputs["input_ids"].shape[1] :]
         return inputs
 
 

@@ -145,6 +145,11 @@ class AffectRecognitionPipeline(TimelineMixin, Pipeline):
         super().__init__(*args, **kwargs)
         self.processor.limit_length(self.model.config.text_config)
 
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
+        """Saves the model and its processor, which `transformers.Pipeline` would leave out."""
+        self.model.save_pretrained(save_directory, **kwargs)
+        self.processor.save_pretrained(save_directory)
+
     def __call__(
         self, inputs: Any, batch_size: int | None = None, num_workers: int | None = None, **kwargs
     ) -> dict | list[dict] | Iterator[dict]:

@@ -36,7 +36,7 @@ from tqdm.auto import tqdm
 from transformers import pipeline
 
 from egmf.arguments import positive, positive_seconds
-from egmf.commands import check_model, run_command
+from egmf.commands import add_model, check_model, loading_options, run_command
 from egmf.data.transcripts import match_transcripts
 from egmf.prediction.answers import Answerer
 from egmf.prediction.inputs import find_files
@@ -50,7 +50,7 @@ PLOTS = {".png", ".pdf", ".svg"}
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("model", help="folder or Hub id of a trained model")
+    add_model(parser)
     parser.add_argument("inputs", nargs="*", metavar="INPUT", help="audio or video file, folder, pattern or URL")
     parser.add_argument("--recursive", action="store_true", help="also take the files in folders below a folder")
     words = parser.add_mutually_exclusive_group()
@@ -142,7 +142,8 @@ def main(arguments: list[str]) -> int:
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=LONGEST_WAIT)
     silence_other_ranks()
     with in_turns():  # transformers copies the model's code into its cache
-        recognize = pipeline("affect-recognition", model=args.model, trust_remote_code=True, device=state.device)
+        loaded = {"device": state.device, "trust_remote_code": True, **loading_options(args)}
+        recognize = pipeline("affect-recognition", model=args.model, **loaded)
     options = {"task": args.task, "on_error": "report"}
     if args.transcriber:
         options |= {"transcriber": args.transcriber, "language": args.language}

@@ -8,6 +8,7 @@ The paper (arXiv 2601.07565) prompts an LLM with a text prompt and pseudo tokens
 layout and the wording.
 """
 
+import inspect
 import warnings
 from collections.abc import Sequence
 from itertools import takewhile
@@ -20,8 +21,9 @@ from transformers import LogitsProcessorList, PreTrainedConfig
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
+from .batches_egmf import AffectBatch, as_columns, is_batch, pad, stack
 from .chats_egmf import ChatsMixin
-from .media_inputs_egmf import MediaInputsMixin, as_array
+from .media_inputs_egmf import MediaInputsMixin
 from .recordings_egmf import RecordingsMixin
 from .samples_egmf import with_rate
 from .tasks_egmf import BUILTIN_TASKS, AffectTask, AnswerConstraint, AnswerDistribution, AnswerText
@@ -155,7 +157,10 @@ class EGMFProcessor(ChatsMixin, MediaInputsMixin, RecordingsMixin, ProcessorMixi
     @classmethod
     def _load_tokenizer_from_pretrained(cls, sub_processor_type, pretrained_model_name_or_path, **kwargs):
         # tokenizer_config.json names the tokenizer's class. Without a config argument, AutoTokenizer would load the
-        # checkpoint's config and ask whether to trust its code, which the caller has already imported.
+        # checkpoint's config and ask whether to trust its code, which the caller has already imported. The tokenizer
+        # would save the processor's own arguments as its own.
+        own = inspect.signature(cls.__init__).parameters
+        kwargs = {name: value for name, value in kwargs.items() if name not in own}
         return super()._load_tokenizer_from_pretrained(
             sub_processor_type, pretrained_model_name_or_path, config=PreTrainedConfig(), **kwargs
         )
@@ -219,9 +224,9 @@ class EGMFProcessor(ChatsMixin, MediaInputsMixin, RecordingsMixin, ProcessorMixi
             audio: Per sample a file with sound, an [`AudioClip`], or `{"array", "sampling_rate"}`: (samples,),
                 (samples, channels) or (channels, samples), floats from -1 to 1 or integers; channels are averaged.
                 With `sampling_rate`, a plain array.
-            video: Per sample a file with pictures, a [`VideoClip`], or an array of RGB frames (F, height, width, 3),
-                uint8, of which `num_frames` are read. The sound track of a video file is used as the sample's audio if
-                `audio` is None.
+            video: Per sample a file with pictures, a [`VideoClip`], a picture of PIL, or an array of RGB frames (F,
+                height, width, 3), uint8, of which `num_frames` are read. The sound track of a video file is used as
+                the sample's audio if `audio` is None.
             audio_features, vision_features: Per sample an array `(T, D)` of finite numbers, `T` >= 1; for a model with
                 a tower the tower's hidden layers `(T, layers + 1, D)`.
             audio_times, vision_times: Per sample the times `(T,)` of the features' rows in seconds, NaN if unknown.
@@ -231,6 +236,7 @@ class EGMFProcessor(ChatsMixin, MediaInputsMixin, RecordingsMixin, ProcessorMixi
             sampling_rate: Sampling rate in Hz of `audio` that is given as plain arrays.
             sound_track: Whether to use the sound track of a video file; True by default.
             padding_side: `"left"` (default, required for generation) or `"right"`; also inside `text_kwargs`.
+            padding: True; a batch is always padded to its longest sample. Options that are None are ignored.
 
         Returns:
             A batch, padded to the longest sequence L and the longest clip T:
@@ -247,19 +253,22 @@ class EGMFProcessor(ChatsMixin, MediaInputsMixin, RecordingsMixin, ProcessorMixi
             ValueError: If an argument is invalid. The message gives the argument, its value and the valid values.
             MediaError: If a file cannot be read. Missing parts of a readable file cause a `MediaWarning`.
         """
-        options = {**self.text_kwargs, **kwargs.pop("text_kwargs", {}), **kwargs}
+        options = {**self.text_kwargs, **(kwargs.pop("text_kwargs", None) or {}), **kwargs}
+        options = {name: value for name, value in options.items() if value is not None}
         padding_side, sound_track = options.pop("padding_side"), options.pop("sound_track", True)
-        sampling_rate = options.pop("sampling_rate", None)
-        if options or padding_side not in ("left", "right"):
-            wanted = "`padding_side` 'left' or 'right', `sound_track`, `sampling_rate`, and no other option"
-            raise ValueError(f"EGMFProcessor wanted {wanted}, got {padding_side!r} and {options}.")
+        sampling_rate, padding = options.pop("sampling_rate", None), options.pop("padding", True)
+        if options or padding_side not in ("left", "right") or padding not in (True, "longest"):
+            wanted = (
+                "`padding_side` 'left' or 'right', `padding=True`, `sound_track`, `sampling_rate`, no other option"
+            )
+            raise ValueError(f"EGMFProcessor wanted {wanted}, got {padding_side!r}, {padding!r} and {options}.")
 
         columns = dict(text=text, context=context, following=following, speaker=speaker, task=task, answer=answer)
         columns.update(audio=audio, video=video, audio_features=audio_features, audio_times=audio_times)
         columns.update(vision_features=vision_features, vision_times=vision_times)
         dims = {"audio_features": 2 + bool(self.feature_extractor), "vision_features": 2 + bool(self.image_processor)}
-        batched = _is_batch(columns, dims)
-        columns = _as_columns(columns) if batched else {name: [value] for name, value in columns.items()}
+        batched = is_batch(columns, dims)
+        columns = as_columns(columns) if batched else {name: [value] for name, value in columns.items()}
         if sampling_rate is not None:
             columns["audio"] = [with_rate(clip, sampling_rate) for clip in columns["audio"]]
         tasks = [self._task(self.default_task if one is None else one) for one in columns["task"]]
@@ -280,15 +289,15 @@ class EGMFProcessor(ChatsMixin, MediaInputsMixin, RecordingsMixin, ProcessorMixi
         # Padding is masked, so EOS can replace a missing padding token.
         no_pad = self.tokenizer.pad_token_id is None
         fill = {"input_ids": self.tokenizer.eos_token_id if no_pad else self.tokenizer.pad_token_id, "labels": -100}
-        data = {name: _pad(values, fill.get(name, 0), padding_side) for name, values in rows.items()}
+        data = {name: pad(values, fill.get(name, 0), padding_side) for name, values in rows.items()}
         for modality in ("audio", "vision"):
-            data.update(_stack(modality, columns[f"{modality}_features"], columns[f"{modality}_times"]))
+            data.update(stack(modality, columns[f"{modality}_features"], columns[f"{modality}_times"]))
         clips = zip(columns["audio"], columns["video"], strict=True)
         media = self.media_inputs([self.load_media(*clip, sound_track, f"[{i}]") for i, clip in enumerate(clips)])
         if both := media.keys() & data.keys():
             name = min(both).replace("mask", "features")
             raise ValueError(f"`{name}` got values together with media, wanted one of the two in a batch.")
-        return BatchFeature({**data, **media}, tensor_type=return_tensors)
+        return AffectBatch({**data, **media}, tensor_type=return_tensors)
 
     def candidates(self, task: str | AffectTask) -> list[list[int]]:
         """Token ids of every legal answer, in task order. No candidate is a prefix of another.
@@ -505,95 +514,6 @@ def _lines(name: str, items: Any, colon: str) -> list[str]:
         if text:
             lines.append(f"{speaker}{colon if speaker else ''}{text}\n")
     return lines
-
-
-def _ndim(value: Any) -> int:
-    """Number of dimensions of an array or of nested lists; a missing sample counts as 2-D."""
-    if hasattr(value, "ndim"):
-        return value.ndim
-    if isinstance(value, list | tuple):
-        return 1 + next((_ndim(item) for item in value if item is not None), 2)
-    return 0
-
-
-def _is_batch(columns: dict[str, Any], dims: dict[str, int]) -> bool:
-    """Whether the columns hold several samples; `dims` has the number of dimensions of one sample's features."""
-    if columns["text"] is not None:
-        return not isinstance(columns["text"], str)
-    features = {name: columns[name] for name in dims if columns[name] is not None}
-    if features:
-        return any(_ndim(value) > dims[name] for name, value in features.items())
-    return any(isinstance(columns[name], list | tuple) for name in ("audio", "video", "speaker", "task", "answer"))
-
-
-def _as_columns(columns: dict[str, Any]) -> dict[str, list]:
-    """Converts every argument to a list with one entry per sample; a single task applies to all samples."""
-    lists = {}
-    for name, value in columns.items():
-        single = isinstance(value, str | bytes | dict | AffectTask) or not hasattr(value, "__len__")
-        if single and value is not None and name != "task":
-            raise ValueError(f"`{name}` must be a list with one entry per sample of the batch, got {value!r}.")
-        if not single:
-            lists[name] = list(value)
-    longest = max(lists, key=lambda name: len(lists[name]))
-    size = len(lists[longest])
-    for name, values in lists.items():
-        if len(values) != size or size == 0:
-            raise ValueError(f"`{name}` has {len(values)} entries, wanted {size or 'at least 1'} as in `{longest}`.")
-    return {name: lists.get(name, [value] * size) for name, value in columns.items()}
-
-
-def _pad(rows: list[list[int]], fill: int, side: str) -> np.ndarray:
-    """Pads the rows to the longest one: `(B, L)` int64."""
-    padded = np.full((len(rows), max(map(len, rows))), fill, dtype=np.int64)
-    for target, row in zip(padded, rows, strict=True):
-        target[len(target) - len(row) if side == "left" else 0 :][: len(row)] = row
-    return padded
-
-
-def _features(name: str, value: Any) -> np.ndarray:
-    """Converts and checks one sample's features `(T, D)` or tower hidden layers `(T, layers, D)`."""
-    layers = _ndim(value) == 3
-    wanted = "an array (frames, layers, features)" if layers else "an array (frames, features)"
-    if isinstance(value, np.ndarray) and value.dtype == np.float16 and value.ndim == 2 + layers:
-        array = value  # half the memory of float32
-    else:
-        array = as_array(name, value, 2 + layers, wanted)
-    size = " x ".join(map(str, array.shape))
-    if array.size == 0:
-        raise ValueError(f"`{name}` is empty ({size}), wanted at least one frame; pass None for a missing modality.")
-    if not np.isfinite(array).all():
-        counts = f"{np.isnan(array).sum()} NaN and {np.isinf(array).sum()} infinite values"
-        raise ValueError(f"`{name}` has {counts} in {size}, wanted finite values only.")
-    return array
-
-
-def _stack(modality: str, features: list, times: list) -> dict[str, np.ndarray]:
-    """Stacks a modality's features, mask and times, padded on the right; empty if no sample has the modality."""
-    arrays = {i: _features(f"{modality}_features[{i}]", x) for i, x in enumerate(features) if x is not None}
-    untimed = [i for i, seconds in enumerate(times) if seconds is not None and i not in arrays]
-    if untimed:
-        raise ValueError(f"`{modality}_times[{untimed[0]}]` is given without `{modality}_features[{untimed[0]}]`.")
-    if not arrays:
-        return {}
-    first, width = next((i, array.shape[1:]) for i, array in arrays.items())
-    shape = (len(features), max(map(len, arrays.values())))
-    kind = np.result_type(*arrays.values())
-    stacked, mask = np.zeros((*shape, *width), dtype=kind), np.zeros(shape, dtype=np.int64)
-    clock = np.full(shape, np.nan, dtype=np.float32)
-    for i, array in arrays.items():
-        if array.shape[1:] != width:
-            name, other = f"{modality}_features[{i}]", f"{modality}_features[{first}]"
-            got, wanted = (" x ".join(map(str, size)) for size in (array.shape[1:], width))
-            raise ValueError(f"`{name}` has {got} columns, wanted {wanted} as in `{other}`.")
-        stacked[i, : len(array)], mask[i, : len(array)] = array, 1
-        if times[i] is not None:
-            name = f"{modality}_times[{i}]"
-            seconds = as_array(name, times[i], 1, "a list (frames) of seconds")
-            if len(seconds) != len(array) or np.isinf(seconds).any():
-                raise ValueError(f"`{name}` has {len(seconds)} times, wanted {len(array)}, finite or NaN.")
-            clock[i, : len(array)] = seconds
-    return {f"{modality}_features": stacked, f"{modality}_mask": mask, f"{modality}_times": clock}
 
 
 EGMFProcessor.register_for_auto_class()

@@ -39,8 +39,9 @@ class ExpertReadout(nn.Module):
 
     A query, computed from the prompt and the beginning of the answer, attends to the K fused latents. The result is
     projected to the width of the LLM's head. The head is linear, so the sum of both states gives the product of two
-    distributions over the next token: the LLM's, and that of the experts alone, softmax(head(readout)). Both learn the
-    answers separately. The power of the second factor, `gain`, is fitted to validation data after training.
+    distributions over the next token: the LLM's, and that of the experts alone, softmax(head(readout)). (For an LLM
+    that soft-caps its logits, such as Gemma 2, this holds only approximately.) Both learn the answers separately. The
+    power of the second factor, `gain`, is fitted to validation data after training.
 
     The query is also added to what it attends to, after a projection: how an answer of several tokens goes on depends
     on its beginning more than on the clip, and K latents cannot name every token.

@@ -101,7 +101,8 @@ def as_sample(value: Any, sampling_rate: int | None, is_row: bool = False) -> di
 
     Args:
         value: A file (path, URL or bytes), an array of sound at `sampling_rate`, `{"array" or "raw",
-            "sampling_rate"}`, an undecoded or decoded column of `datasets`, or a mapping with some of `FIELDS`.
+            "sampling_rate"}`, a picture of PIL, an undecoded or decoded column of `datasets`, or a mapping with some
+            of `FIELDS`; `image` is another name of `video`.
         sampling_rate: The model's sampling rate in Hz.
         is_row: Whether the value is a row of a data set, which may have other columns.
 
@@ -112,6 +113,8 @@ def as_sample(value: Any, sampling_rate: int | None, is_row: bool = False) -> di
         return {"file": value}
     if isinstance(value, np.ndarray | torch.Tensor):
         return {"audio": with_rate(value, sampling_rate)}
+    if hasattr(value, "convert"):
+        return {"video": value}
     if not isinstance(value, Mapping):
         if (medium := as_media(value)) is value:
             wanted = f"a file, bytes, an array or a mapping with some of {sorted(FIELDS)}"
@@ -119,6 +122,8 @@ def as_sample(value: Any, sampling_rate: int | None, is_row: bool = False) -> di
         return {"file" if isinstance(medium, bytes) else "audio": medium}
     if value.keys() and value.keys() <= {"bytes", "path"}:
         return {"file": as_media(value)}
+    if value.get("image") is not None and value.get("video") is None:
+        value = {name: part for name, part in value.items() if name != "image"} | {"video": value["image"]}
     known, unknown = value.keys() & FIELDS, value.keys() - FIELDS
     sample = {name: value[name] for name in known if value[name] is not None}
     if "audio" in sample:

@@ -70,7 +70,7 @@ class LabelScores(ModelOutput):
             past_key_values=..., expert_states=...)` on the same inputs reuses it and does not process the prompts
             again. It can be used only once. None if the inputs are padded on the right or the LLM has another kind of
             cache.
-        expert_states: As in [`EGMFOutput`]; `generate()` needs them together with `past_key_values`.
+        expert_states: As in [`EGMFOutput`]; with them, `generate()` does not run the fusion again.
         greedy: With `end_token_id`: (B,), the index of the candidate that greedy `generate()` gives as its text; -1
             where only `generate()` can tell, above all where its text is no candidate. None if it is unknown for all
             rows, because the LLM takes no tree mask or `generation_config` changes greedy answers.

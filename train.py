@@ -93,6 +93,7 @@ def pretrain(
         learning_rate=rate,
         lr_scheduler_type="cosine",
         per_device_train_batch_size=recipe.phases.fusion_batch_size,
+        gradient_accumulation_steps=1,
         eval_strategy="no",
         save_strategy="epoch",
         save_total_limit=1,

@@ -29,7 +29,7 @@ def target_vectors(split, modality: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def main(source: str) -> None:
-    corpus = load_corpus("mosi", source, context=0)
+    corpus = load_corpus("mosi", source, context=0, validation_vision=True)
     rng = np.random.default_rng(SEED)
     print("# What a linear probe reads from MOSI's audio and vision vectors\n")
     print("Command: `python -m bench.mosi_leak DIR > results/mosi_leak.md`. Accuracy in percent.\n")

@@ -9,8 +9,8 @@ what the fusion and the LLM add. Features of a row, for each of the recipe's `mo
   of those that occur in at least two rows.
 - audio, vision: mean and deviation over the clip's frames, of each hidden layer of the tower or of the precomputed
   features (`ClipStatistics.measure`). The tower is not trained, and its hidden layers come from the cache of
-  `train.py`. If the recipe sets `speaker_adaptation`, the mean over the rows of the same speaker in the same split is
-  subtracted; it uses no labels.
+  `train.py`. If the recipe sets `speaker_adaptation`, the center of the rows of the same speaker in the same split is
+  subtracted from the means, as the model subtracts it from the frames; it uses no labels.
 
 The columns of audio and vision are standardised with the training split and limited to 5 deviations, as in the fusion.
 Constant columns are dropped. They are divided by the root of their number, so that a row of each modality has a length
@@ -150,12 +150,12 @@ def groups_of(corpus: str, rows: Dataset) -> list[str]:
 
 
 def centre_by_speaker(values: np.ndarray, speakers: Sequence[str]) -> np.ndarray:
-    """Statistics (N, D) less the mean over the rows of the same speaker."""
-    centred, there = values.copy(), is_present(values)
+    """Statistics (N, 2 D), means and deviations, with each speaker's mean over rows subtracted from the means."""
+    centred, there, half = values.copy(), is_present(values), values.shape[1] // 2
     for speaker in set(speakers):
         own = (np.array(speakers) == speaker) & there
         if own.any():
-            centred[own] -= values[own].mean(0, dtype=np.float64)
+            centred[own, :half] -= values[own, :half].mean(0, dtype=np.float64)
     return centred
 
 

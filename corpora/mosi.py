@@ -16,8 +16,8 @@ The file leaves some choices open:
   with the mean and standard deviation of the train split (without the validation videos), and clipped to [-5, 5].
 
 **The vision features leak labels.** They come from a network that was fitted on the *train labels*. A linear probe
-reaches 95 % on held-out train videos but 50 % on test (majority 62 %). Because validation is cut off train, every
-validation score of a model that sees vision is inflated.
+reaches 95 % on held-out train videos but 50 % on test (majority 62 %). Validation is cut off train, so its rows have
+no vision features by default: what is fitted there would trust vision, which is worth nothing on test.
 """
 
 import os
@@ -50,6 +50,7 @@ def load(
     following: int = 0,
     neighbours: int = 3,
     validation_videos: int = 10,
+    validation_vision: bool = False,
 ) -> DatasetDict:
     """Load MOSI as binary sentiment classification; `emotion` is "positive" or "negative".
 
@@ -61,6 +62,7 @@ def load(
             the shape (T, 73) and `vision_features` (T, 100) with T <= 2 * neighbours + 1; T is smaller at the ends of
             a video. The times are -neighbours .. +neighbours, in utterances.
         validation_videos: number of train videos that become the validation split.
+        validation_vision: whether the validation rows have vision features, which leak their labels.
 
     Raises:
         FileNotFoundError: if the file does not exist.
@@ -89,6 +91,7 @@ def load(
         for position, utterance in enumerate(video.itertuples()):
             start, stop = max(0, position - neighbours), min(len(turns), position + neighbours + 1)
             times = np.arange(start - position, stop - position, dtype=np.float32)  # (T,)
+            seen = utterance.split != "validation" or validation_vision
             rows[utterance.split].append(
                 {
                     "id": f"{video_id}$_${utterance.clip_id}",
@@ -97,9 +100,9 @@ def load(
                     "following": turns[position + 1 : position + 1 + following],
                     "language": "en",
                     "audio_features": sequences["audio_features"][first + start : first + stop],  # (T, 73)
-                    "vision_features": sequences["vision_features"][first + start : first + stop],  # (T, 100)
+                    "vision_features": sequences["vision_features"][first + start : first + stop] if seen else None,
                     "audio_times": times,
-                    "vision_times": times,
+                    "vision_times": times if seen else None,
                     "emotion": LABELS[utterance.label],
                 }
             )

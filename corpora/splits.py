@@ -25,7 +25,8 @@ def make_splits(rows: Sequence[dict[str, Any]], seed: int, spread_labels: bool =
     """Fill `split` in all rows. Rows of one group stay together, and labels are spread as evenly as possible.
 
     The groups are the speakers. If no row has a speaker, or all have the same, the groups are the dialogues, or else
-    the recordings. Rows without what groups the others form groups of their own, by the next of these. Train gets 70 %
+    the recordings. A row without what groups the others is grouped by the next of these, or by its words, as the same
+    words in two splits would be known ones. Train gets 70 %
     of the rows, validation and test 15 % each, as far as whole groups allow; test and then validation get at least one
     group while train keeps one.
 
@@ -40,7 +41,7 @@ def make_splits(rows: Sequence[dict[str, Any]], seed: int, spread_labels: bool =
     by = next((name for name in KINDS if len({row[name] for row in rows} - {None}) > 1), "row")
     kinds = KINDS[KINDS.index(by) :] if by in KINDS else ()
     keys = [
-        next(((kind, row[kind]) for kind in kinds if row[kind] is not None), ("row", number))
+        next(((kind, row[kind]) for kind in kinds if row[kind] is not None), _words_or(row, number))
         for number, row in enumerate(rows)
     ]
     classes = [row["emotion"] if spread_labels else None for row in rows]
@@ -53,6 +54,12 @@ def make_splits(rows: Sequence[dict[str, Any]], seed: int, spread_labels: bool =
     for key, row in zip(keys, rows, strict=True):
         row["split"] = SPLITS[chosen[groups[key]]]
     return by
+
+
+def _words_or(row: Mapping[str, Any], number: int) -> tuple[str, Any]:
+    """The group of a row without others: rows of words alone with the same words, or the row."""
+    words = " ".join((row.get("text") or "").casefold().split())
+    return ("row", number) if row.get("audio") or row.get("video") or not words else ("text", words)
 
 
 def clip_key(row: Mapping[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """How a command ends: with one line for a mistake of its user, with a traceback only for a fault of this project."""
 
+import argparse
 import json
 import sys
 import traceback
@@ -46,6 +47,19 @@ def run_command(main: Callable[[list[str]], Any], arguments: list[str]) -> None:
         name = f"python -m {script.parent.name}" if script.stem == "__main__" else script.name
         print(f"{name}: error: {error}", file=sys.stderr)
         sys.exit(MISTAKE)
+
+
+def add_model(parser: argparse.ArgumentParser, **options: Any) -> None:
+    """Adds the arguments that name a trained model: `model`, `--revision` and `--dtype`."""
+    parser.add_argument("model", help="folder or Hub id of a trained model", **options)
+    parser.add_argument("--revision", help="branch, tag or commit of the Hub id, whose code is run")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="by default as it was saved")
+
+
+def loading_options(args: argparse.Namespace) -> dict[str, str]:
+    """The options of `from_pretrained` and `pipeline` that [`add_model`]'s arguments name."""
+    named = {"revision": args.revision, "dtype": args.dtype}
+    return {name: value for name, value in named.items() if value is not None}
 
 
 def check_model(name: str) -> None:

@@ -234,7 +234,9 @@ class PhaseArguments:
         default=0, metadata={"help": "epochs of the fusion without the LLM; 0 for none", "minimum": 0}
     )
     fusion_learning_rate: float = field(default=1e-3, metadata={"help": "peak learning rate of the fusion's phase"})
-    fusion_batch_size: int = field(default=32, metadata={"help": "rows in a step of these phases", "minimum": 1})
+    fusion_batch_size: int = field(
+        default=32, metadata={"help": "rows of each process in a step of these phases", "minimum": 1}
+    )
     fusion_label_smoothing: float = field(
         default=0.0, metadata={"help": "probability that the fusion's target spreads evenly over all legal answers"}
     )
@@ -300,6 +302,9 @@ class Recipe:
         training = self.training
         rows = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
         own["rows_per_step"] = rows  # on all devices together: another number of them needs another batch size
+        fusion_rows = own.pop("fusion_batch_size") * training.world_size
+        if self.phases.tower_epochs or self.phases.fusion_epochs:
+            own["fusion_rows_per_step"] = fusion_rows
         return own | {name: value for name, value in training.to_dict().items() if name in _LEARNED_WITH}
 
     def training_record(self) -> dict[str, Any]:
@@ -395,6 +400,9 @@ def load_recipe(arguments: list[str]) -> Recipe:
     trained = [name for name in ("train_audio_tower", "train_vision_tower") if getattr(model, name)]
     if phases.tower_epochs:
         trained.append("tower_epochs")
+    if trained and phases.fusion_epochs and not phases.tower_epochs:
+        wanted = "0: the readout would answer from outputs of a tower that learns on without it"
+        raise ValueError(f"fusion_epochs: got {phases.fusion_epochs} with {trained[0]}, wanted {wanted}")
     if data.by_speaker and trained:
         raise ValueError(f"{data.by_speaker} with {' and '.join(trained)}, wanted frozen towers or features")
     return recipe

@@ -17,7 +17,6 @@ import argparse
 import csv
 import itertools
 import json
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,7 +102,6 @@ NAMES = {
     "no_global": "without the global expert",
     "flat": "flat gate",
     "mean": "mean gate",
-    "no_readout": "without the expert readout",
 }
 METRICS = {"accuracy": "accuracy", "weighted_f1": "weighted F1", "ua": "UA"}
 
@@ -188,6 +186,17 @@ def interval(metric: str, gold: list[str], given: list[list[str | None]], cluste
     return [round(float(bound), 6) for bound in np.quantile(totals / len(given), (0.025, 0.975))]
 
 
+def difference(first: list[bool], second: list[bool], clusters: list[str]) -> dict[str, float | list[float]]:
+    """The difference of two accuracies on the same samples, with the interval of [`interval`]."""
+    names, owner = np.unique(clusters, return_inverse=True)
+    rng = np.random.default_rng(BOOTSTRAP_SEED)
+    drawn = rng.multinomial(len(names), [1 / len(names)] * len(names), size=RESAMPLES)
+    gained = np.array(first, int) - np.array(second, int)
+    values = (drawn @ np.bincount(owner, gained)) / (drawn @ np.bincount(owner))
+    bounds = [round(float(bound), 6) for bound in np.quantile(values, (0.025, 0.975))]
+    return {"difference": round(float(gained.mean()), 6), "interval": bounds}
+
+
 def read_runs(name: str, runs_dir: Path) -> dict[str, dict[int, dict[str, dict]]]:
     """The predictions of all folds: by variant, seed and id.
 
@@ -269,7 +278,7 @@ def add_runs(name: str, runs_dir: Path, earlier: dict, known: list[dict]) -> tup
     }
     tests = {
         other: [
-            {"seed": seed} | mcnemar(whole, right[other, seed])
+            {"seed": seed} | mcnemar(whole, right[other, seed]) | difference(whole, right[other, seed], clusters)
             for (variant, seed), whole in right.items()
             if variant == "full" and (other, seed) in right
         ]
@@ -306,14 +315,19 @@ def probe(name: str, args: argparse.Namespace, more: list[str]) -> dict:
     for variant in args.variants:
         rows: dict[str, dict] = {}
         for fold in range(1, EXPERIMENTS[name].folds + 1):
-            file = args.runs_dir / f"probe_{variant}_fold{fold}.json"
+            folder = args.runs_dir / f"probe_{variant}_fold{fold}"
             options = json.dumps(fields_of(name)["corpus_options"] | {"fold": fold})
-            command = ["bench.probe", f"recipes/{EXPERIMENTS[name].recipe}.yaml", "--corpus_dir", args.corpus_dir]
-            command += ["--corpus_options", options, "--split", "test", "--output", str(file)]
-            if not file.exists():
-                args.runs_dir.mkdir(parents=True, exist_ok=True)
-                subprocess.run([sys.executable, "-m", *command, *VARIANTS[variant], *more], check=True)
-            [task] = json.loads(file.read_text(encoding="utf-8"))["tasks"].values()
+            command = [
+                "-m",
+                "bench.probe",
+                f"recipes/{EXPERIMENTS[name].recipe}.yaml",
+                "--corpus_dir",
+                args.corpus_dir,
+            ]
+            command += ["--corpus_options", options, "--split", "test", "--output", str(folder / "probe.json")]
+            shown = {args.corpus_dir: "DIR", str(args.runs_dir): "RUNS_DIR"}
+            run_steps(folder, [([*command, *VARIANTS[variant], *more], "probe.json")], shown)
+            [task] = json.loads((folder / "probe.json").read_text(encoding="utf-8"))["tasks"].values()
             rows |= {row["id"]: row for row in task["predictions"]}
         gold, given = ([row[part] for row in rows.values()] for part in ("gold", "answer"))
         found[variant] = {metric: round(value, 6) for metric, value in measure(gold, given).items()}
@@ -387,13 +401,19 @@ def render(data: dict) -> str:
         if any(part["mcnemar"].values()):
             rows = [
                 [NAMES[other], str(test["seed"]), str(test["first_only"]), str(test["second_only"])]
-                + [f"{test['p_value']:.1e}"]
+                + [f"{test['p_value']:.1e}", f"{100 * test['difference']:+.2f}"]
+                + [" to ".join(f"{100 * bound:+.2f}" for bound in test["interval"])]
                 for other, tests in part["mcnemar"].items()
                 for test in tests
             ]
             whole = name_of(one, "full")
-            parts.append(f"McNemar's exact test of {whole} against the other models:")
-            parts.append(table(["against", "seed", f"only {whole} correct", "only the other correct", "p"], rows))
+            unit = part["test_set"]["unit"]
+            parts.append(
+                f"{whole[0].upper()}{whole[1:]} against the other models: McNemar's exact test, and the difference of "
+                f"the accuracies. The test takes all samples for independent; the interval draws whole {unit}."
+            )
+            head = ["against", "seed", f"only {whole} correct", "only the other correct", "p", "difference"]
+            parts.append(table([*head, "95 % interval"], rows))
         nll = [[name_of(one, variant), f"{np.mean(own['nll']):.3f}"] for variant, own in part["variants"].items()]
         parts.append(table(["model", "negative log-likelihood of the gold answer"], nll))
         parts.append("Commands of the first fold of one seed; others differ in `fold` and in `--seed`:")

@@ -252,9 +252,9 @@ def render(name: str, data: dict) -> str:
         test_set = data["test_set"]
         parts.append(
             f"{test_set['samples']} test utterances of {test_set['clusters']} {benchmark.clusters}; always answering "
-            f"the most frequent class has accuracy {percent(test_set['majority_accuracy'])}. Figures are percent, "
-            "mean ± standard deviation over seeds. *Greedy* is the text of plain `generate()`, and an unparsable text "
-            "is a wrong answer; *distribution* is the most probable legal answer of `score_labels()`."
+            f"the most frequent class of the test set has accuracy {percent(test_set['majority_accuracy'])}. Figures "
+            "are percent, mean ± standard deviation over seeds. *Greedy* is the text of plain `generate()`, and an "
+            "unparsable text is a wrong answer; *distribution* is the most probable legal answer of `score_labels()`."
         )
         parts.append(
             "Made with models whose merged weights were rounded to bfloat16; `train.py` now saves them in float32."

@@ -17,7 +17,6 @@ VARIANTS = {
     "no_global": ["--experts", "local", "semantic"],
     "flat": ["--gating", "flat"],
     "mean": ["--gating", "mean"],
-    "no_readout": ["--expert_gain", "0"],
     "adapted": ["--speaker_adaptation", "true", "--speaker_mixing", "0"],
     "dropout": ["--modality_dropout", '{"text": 0.2, "audio": 0.2, "vision": 0.2}'],
 }
@@ -33,15 +32,21 @@ def run_steps(folder: Path, steps: list[tuple[list[str], str]], shown: dict[str,
             tower, are reduced to their last part.
 
     Raises:
+        ValueError: If a finished step was made by another command.
         subprocess.CalledProcessError: If a command fails.
     """
     unfinished = [command for command, made in steps if not (folder / made).exists()]
+    lines = [shlex.join(["python", *(_shown(word, shown) for word in command)]) for command, _ in steps]
+    commands = folder / "command.txt"
+    known = commands.read_text(encoding="utf-8").splitlines() if commands.is_file() else lines
+    for (_, made), line, before in zip(steps, lines, known, strict=False):
+        if (folder / made).exists() and line != before:
+            raise ValueError(f"{folder}: {made} was made by `{before}`, wanted another folder for `{line}`")
     if not unfinished:
         print(f"{folder}: finished already")
         return
     folder.mkdir(parents=True, exist_ok=True)
-    lines = [shlex.join(["python", *(_shown(word, shown) for word in command)]) for command, _ in steps]
-    (folder / "command.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    commands.write_text("\n".join(lines) + "\n", encoding="utf-8")
     for command in unfinished:
         print(shlex.join(command), flush=True)
         with (folder / "output.txt").open("a", encoding="utf-8") as output:

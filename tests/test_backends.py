@@ -91,6 +91,15 @@ def test_static_cache_is_refused_where_answers_would_be_others(
     assert torch.equal(greedy(model, batch), greedy(model, batch, use_cache=False))
 
 
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+def test_static_cache_of_one_sample(with_attention, samples, make_batch, architecture, implementation):
+    """transformers drops a mask without padding, and makes one of each kind of layer."""
+    model, batch = with_attention(architecture, implementation), make_batch(samples[:1])
+    assert batch["attention_mask"].all()
+    assert torch.equal(greedy(model, batch, cache_implementation="static"), greedy(model, batch))
+
+
 @pytest.mark.parametrize("name", sorted(OTHER_LLMS.keys() - {"alibi", "window-by-index"}))
 def test_static_cache_of_other_language_models(assemble, samples, make_batch, name):
     model, batch = assemble(random_llm(name)), make_batch(samples[:2])

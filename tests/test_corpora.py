@@ -139,7 +139,8 @@ def write_mosi(folder: Path, frame: pd.DataFrame) -> Path:
 
 
 def test_mosi_small_file(tmp_path):
-    splits = mosi.load(write_mosi(tmp_path, mosi_frame()), context=2, following=1, neighbours=1, validation_videos=2)
+    options = {"context": 2, "following": 1, "neighbours": 1, "validation_videos": 2}
+    splits = mosi.load(write_mosi(tmp_path, mosi_frame()), **options, validation_vision=True)
     assert {name: len(videos_of(split)) for name, split in splits.items()} == {"train": 4, "validation": 2, "test": 3}
     rows = {row["id"]: row for split in splits.values() for row in split}
     assert all(split.features == FEATURES for split in splits.values())
@@ -153,7 +154,10 @@ def test_mosi_small_file(tmp_path):
     only = rows["video5$_$1"]
     assert only["context"] == only["following"] == [] and only["vision_times"] == [0.0]
     file = tmp_path / "mosi.parquet"
-    assert len(mosi.load(file, neighbours=0, validation_videos=1)["test"]["audio_features"][0]) == 1
+    splits = mosi.load(file, neighbours=0, validation_videos=1)
+    assert len(splits["test"]["audio_features"][0]) == len(splits["test"]["vision_features"][0]) == 1
+    assert set(splits["validation"]["vision_features"][:]) == {None}  # they know their labels
+    assert len(splits["validation"]["audio_features"][0]) == 1
 
 
 def test_mosi_statistics_are_those_of_train(tmp_path):
@@ -233,7 +237,7 @@ def test_mosi_options_out_of_range(tmp_path, option, value):
 @pytest.fixture(scope="module")
 def published_mosi():
     folder = published("mosi")
-    return pd.read_parquet(folder / "mosi.parquet"), load_corpus("mosi", folder, context=3, following=2)
+    return pd.read_parquet(folder / "mosi.parquet"), load_corpus("mosi", folder, context=3, following=2, validation_vision=True)
 
 
 def test_mosi_published_splits(published_mosi):

@@ -398,9 +398,17 @@ def test_missing_masks(egmf, processor):
         egmf(**{**batch, "utterance_mask": batch["utterance_mask"][:, 1:]})
 
 
-def test_exactly_one_kind_of_input(egmf):
+def test_exactly_one_kind_of_input(egmf, samples, make_batch):
     with pytest.raises(ValueError, match="input_ids, inputs_embeds: wanted exactly one"):
         egmf()
+    # Embeddings of a prompt without modalities are the prompt.
+    tokens, options = torch.arange(3, 8).unsqueeze(0), {"max_new_tokens": 4, "do_sample": False, "eos_token_id": -1}
+    embeds = egmf.get_input_embeddings()(tokens)
+    assert torch.equal(egmf.generate(inputs_embeds=embeds, **options), egmf.generate(tokens, **options)[:, 5:])
+    batch = make_batch(samples[:1])
+    batch["inputs_embeds"] = egmf.get_input_embeddings()(batch.pop("input_ids"))
+    with pytest.raises(ValueError, match="inputs_embeds: got values with utterance_mask, wanted input_ids"):
+        egmf.generate(**batch, **options)
 
 
 def test_precomputed_features_for_a_tower_and_the_reverse(egmf, processor):
@@ -456,7 +464,11 @@ def test_answer_does_not_reach_the_gate(egmf, samples, make_batch):
 def test_logits_to_keep(egmf, samples, make_batch):
     batch = make_batch(samples)
     with torch.no_grad():
-        assert torch.equal(egmf(**batch, logits_to_keep=2).logits, egmf(**batch).logits[:, -2:])
+        whole = egmf(**batch).logits
+        assert torch.equal(egmf(**batch, logits_to_keep=2).logits, whole[:, -2:])
+        places = torch.tensor([[1, 2], [3, 1], [0, 4], [2, 5]])[: len(whole)]
+        kept = egmf(**batch, logits_to_keep=places).logits
+        assert torch.equal(kept, whole.gather(1, places.unsqueeze(-1).expand(-1, -1, whole.shape[-1])))
 
 
 def test_gradients_reach_all_that_trains_and_nothing_else(fresh_egmf, samples, make_batch):

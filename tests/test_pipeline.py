@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from PIL import Image
 from test_media_inputs import tone, write_clip
 from test_predict import save_model_with_towers
 from transformers import AutoModel, AutoModelForMultimodalLM, AutoProcessor, pipeline
@@ -255,13 +256,66 @@ def test_chat_template(place, recognize, chat):
     assert tokens.shape[0] == 1
 
 
+def test_what_generic_callers_pass_is_accepted(recognize, chat):
+    """The options of chats and processors that change nothing here, as transformers' own pipelines pass them."""
+    processor = recognize.processor
+    options = {"tokenize": True, "return_dict": True, "continue_final_message": False, "tools": None}
+    inputs = processor.apply_chat_template(chat, **options, processor_kwargs={"task": "mosei", "padding": True})
+    wanted = processor.apply_chat_template(chat, tokenize=True, return_dict=True, task="mosei")
+    assert torch.equal(inputs["input_ids"], wanted["input_ids"])
+    assert processor(text=["so", "no, no"], padding="longest", images=None)["input_ids"].shape[0] == 2
+    with pytest.raises(ValueError, match="chat_template: got 'x', wanted None"):
+        processor.apply_chat_template(chat, "x")
+    with pytest.raises(ValueError, match="padding=True.*got 'left', 'max_length'"):
+        processor(text="so", padding="max_length")
+
+
+def test_half_precision_leaves_the_clock_exact(recognize, chat):
+    inputs = recognize.processor.apply_chat_template(chat, tokenize=True, return_dict=True)
+    times = inputs["vision_times"].clone()
+    half = inputs.to("cpu", torch.bfloat16)
+    assert half["pixel_values"].dtype == torch.bfloat16
+    assert half["vision_times"].dtype == torch.float32
+    torch.testing.assert_close(half["vision_times"], times, rtol=0, atol=0, equal_nan=True)
+
+
+def test_pictures_of_pil_and_columns_of_images(recognize, tmp_path):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (24, 32, 3), np.uint8))
+    picture.save(tmp_path / "a.png")
+    wanted = recognize({"video": str(tmp_path / "a.png"), "text": "so"})
+    rows = datasets.Dataset.from_list([{"image": str(tmp_path / "a.png"), "text": "so"}]).cast_column(
+        "image", datasets.Image()
+    )
+    chat = [{"role": "user", "content": [{"type": "text", "text": "so"}, {"type": "image", "image": picture}]}]
+    inputs = recognize.processor.apply_chat_template(chat, tokenize=True, return_dict=True)
+    assert torch.equal(
+        inputs["pixel_values"], recognize.processor(text="so", video=str(tmp_path / "a.png"))["pixel_values"]
+    )
+    for sample in ({"image": picture, "text": "so"}, {"video": picture, "text": "so"}, rows):
+        found = recognize(sample)
+        found = found if isinstance(found, dict) else next(iter(found))
+        assert found["probabilities"] == pytest.approx(wanted["probabilities"]) and not found["error"]
+        assert found["gate_weights"]["modality"]["local"]["vision"] > 0
+    assert recognize(picture)["gate_weights"]["modality"]["local"]["text"] == 0
+
+
+def test_a_saved_pipeline_loads_again(recognize, tmp_path):
+    tasks = {"tone": {"kind": "classification", "labels": ["warm", "cold"]}}
+    processor = AutoProcessor.from_pretrained(recognize.model.name_or_path, trust_remote_code=True, tasks=tasks)
+    assert "tasks" not in processor.tokenizer.init_kwargs
+    own = type(recognize)(model=recognize.model, processor=processor, task="affect-recognition")
+    own.save_pretrained(tmp_path)
+    again = pipeline("affect-recognition", model=str(tmp_path), trust_remote_code=True)
+    assert again({"text": "so"}, task="tone") == own({"text": "so"}, task="tone")
+
+
 @pytest.mark.parametrize(
     ("message", "reason"),
     [
         ({"role": "system", "content": "Be brief."}, "got the role 'system', wanted user or assistant"),
         ({"role": "user"}, "wanted a dict with a role and a content"),
         (
-            {"role": "user", "content": [{"type": "image", "url": "x.png"}]},
+            {"role": "user", "content": [{"type": "image", "url": "x.png"}, {"type": "video", "url": "x.mp4"}]},
             "got the content .*wanted text, and at most",
         ),
         ({"role": "user", "content": [{"type": "text"}]}, "got the content"),

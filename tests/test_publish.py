@@ -293,6 +293,11 @@ def test_loads_by_id_and_revision_in_a_fresh_process(trained, hub, on_hub, tmp_p
     for answer, main, alone in zip(found["pipeline"], found["main"], summaries, strict=True):
         assert answer["probabilities"] == pytest.approx(alone, abs=1e-5)
         assert main["probabilities"] != pytest.approx(alone, abs=1e-3)
+    command = [sys.executable, str(ROOT / "predict.py"), REPO, "--text", SAMPLES[0]["text"]]
+    options = {"cwd": tmp_path, "env": environment(tmp_path / "cache", hub), "capture_output": True, "text": True}
+    outcome = subprocess.run([*command, "--revision", commit.oid], **options)
+    assert outcome.returncode == 0, outcome.stderr
+    assert json.loads(outcome.stdout)["probabilities"] == pytest.approx(summaries[0], abs=1e-5)
     assert not [path for _, path in hub.unknown if REPO in path]
 
 

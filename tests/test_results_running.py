@@ -24,3 +24,5 @@ def test_finished_steps_are_skipped_and_failed_ones_repeated(tmp_path):
     steps[1] = (["-c", WRITE, str(folder / "two.txt")], "two.txt")
     run_steps(folder, steps, shown)
     assert (folder / "one.txt").read_text() == (folder / "two.txt").read_text() == "made"
+    with pytest.raises(ValueError, match=r"full_1: two.txt was made by `python -c .*`, wanted another folder for `"):
+        run_steps(folder, [steps[0], (["-c", WRITE, str(folder / "two.txt"), "--validation"], "two.txt")], shown)

@@ -291,8 +291,23 @@ def test_generation_goes_on_from_the_scored_prompt(egmf, samples, make_batch, pr
     lengths = forward_lengths(egmf, answer)
     assert lengths[0] > batch["input_ids"].shape[1] and lengths[1:] == [1] * (len(lengths) - 1)
     read = egmf.score_labels(processor.candidates(name), **batch, use_cache=True).past_key_values
-    with pytest.raises(ValueError, match="expert_states: got None with past_key_values, wanted"):
+    assert torch.equal(egmf.generate(**batch, **options, past_key_values=read), wanted)  # the fusion runs once more
+    read = egmf.score_labels(processor.candidates(name), **batch, use_cache=True).past_key_values
+    read.crop(-3)
+    with pytest.raises(
+        ValueError, match=r"past_key_values: got a cache of \d+ tokens, wanted none, or one of the whole"
+    ):
         egmf.generate(**batch, **options, past_key_values=read)
+
+
+def test_generation_goes_on_from_an_earlier_answer(egmf, samples, make_batch):
+    batch, options = make_batch(samples, "mosei"), {"do_sample": False, "eos_token_id": -1}
+    wanted = egmf.generate(**batch, **options, max_new_tokens=6)
+    first = egmf.generate(**batch, **options, max_new_tokens=3, return_dict_in_generate=True)
+    rest = {name: value for name, value in batch.items() if name not in ("input_ids", "attention_mask")}
+    mask = torch.nn.functional.pad(batch["attention_mask"], (0, 3), value=1)
+    read = {"input_ids": first.sequences, "attention_mask": mask, "past_key_values": first.past_key_values}
+    assert torch.equal(egmf.generate(**read, **rest, **options, max_new_tokens=3), wanted)
 
 
 @pytest.mark.parametrize("name", TASKS)

@@ -360,6 +360,14 @@ def test_made_splits_keep_speakers_apart_and_labels_even():
     assert before != [row["split"] for row in rows]
 
 
+def test_the_same_words_are_in_one_split(tmp_path):
+    words = ["no way", "great", "hm", "Fine by me", *(f"line {number}" for number in range(20))]
+    cells = [{"text": text.upper() if n else f" {text}", "label": "ab"[n % 2]} for text in words for n in range(5)]
+    corpus = load_corpus("table", write_csv(tmp_path / "t.csv", cells))
+    found = [{text.strip().casefold() for text in corpus[split]["text"]} for split in corpus]
+    assert all(found) and sum(map(len, found)) == len(words)
+
+
 def test_rows_without_a_speaker_leave_the_others_together(tmp_path, caplog):
     cells = [{"text": f"{n}", "label": "ab"[n % 2], "speaker": "" if n == 7 else f"s{n % 8}"} for n in range(80)]
     corpus = load_corpus("table", write_csv(tmp_path / "t.csv", cells))

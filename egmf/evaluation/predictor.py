@@ -140,7 +140,9 @@ class Predictor:
         distributions = processor.summarize(scores.log_probs, task)
         found = {"llm": scores.get("llm_log_probs"), "experts": scores.get("expert_log_probs")}
         # The own code of an older checkpoint has no expert readout.
-        alone = {name: processor.summarize(part, task) for name, part in found.items() if part is not None}
+        # `summarize` divides by the temperature of the product; the two parts have temperatures of 1.
+        temperature = getattr(processor, "temperatures", {}).get(task.name, 1.0)
+        alone = {n: processor.summarize(temperature * part, task) for n, part in found.items() if part is not None}
         gates = gate_names(scores.gate_weights, model.config.experts, model.config.modalities)
         said = []
         for place, (greedy, distribution, gate) in enumerate(zip(texts, distributions, gates, strict=True)):

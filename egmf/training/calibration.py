@@ -87,6 +87,10 @@ def calibrate(
         grid = TEMPERATURES if phases.temperature is None else torch.tensor([phases.temperature])
         gain, best, losses = fit(scores, gains, grid)
         temperatures |= dict(zip(found, best, strict=True))
+        fitted = [("temperature", value, grid) for value in best]
+        for name, value, tried in [("expert_gain", gain, gains), *fitted]:
+            if len(tried) > 1 and value in (tried[0], tried[-1]) and value:  # a gain of 0 is no limit
+                logging.warning("%s: %g is the limit of what is tried, a better value may lie beyond it", name, value)
         figures = {f"{name}_calibrated_loss": loss for name, loss in zip(found, losses, strict=True)}
     if gain is not None:
         trainer.accelerator.unwrap_model(trainer.model).get_base_model().model.readout.gain.fill_(gain)
