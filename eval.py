@@ -65,7 +65,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add_model(parser)
     parser.add_argument("--corpus", required=True, choices=CORPORA)
-    parser.add_argument("--corpus_dir", help="folder with the corpus's published files; of a table, its file")
+    parser.add_argument("--corpus_dir", help="folder with the corpus's published files; for a table, its file")
     parser.add_argument("--corpus_options", type=mapping, help="JSON; by default those the model was trained with")
     parser.add_argument("--task", help="task to ask; by default the first that the model was trained on")
     parser.add_argument("--split", default="test", choices=["train", "validation", "test"])

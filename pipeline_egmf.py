@@ -359,7 +359,7 @@ class AffectRecognitionPipeline(TimelineMixin, Pipeline):
         missing: list[Warning] = []
         try:
             fields = {**shared, **as_sample(sample, self._sampling_rate, is_row)}
-            # Of pictures, only a file may have sound.
+            # Pictures have sound only if they are a file.
             sounds = (fields.get(name) for name in MEDIA if name != "video" or is_file(as_media(fields.get(name))))
             fields["source"] = next((sound for sound in sounds if sound is not None), None)
             with _collected(self.processor.media_warning, missing):

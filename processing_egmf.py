@@ -306,7 +306,7 @@ class EGMFProcessor(ChatsMixin, MediaInputsMixin, RecordingsMixin, ProcessorMixi
         candidates are distinct without it.
         """
         task = self._task(task)
-        trie = self._trie(task)
+        trie = self.continuations(task)
         return [
             ids + [self.tokenizer.eos_token_id] * (len(trie[tuple(ids)]) > 1) for ids in self._all_answer_ids(task)
         ]
@@ -330,7 +330,7 @@ class EGMFProcessor(ChatsMixin, MediaInputsMixin, RecordingsMixin, ProcessorMixi
         """
         size, prompt_length = inputs["input_ids"].shape
         tasks = self._tasks(task, size)
-        tries = {one: self._trie(one) for one in set(tasks)}
+        tries = {one: self.continuations(one) for one in set(tasks)}
         ended = [i for i in (self.tokenizer.eos_token_id, self.tokenizer.pad_token_id) if i is not None]
         return LogitsProcessorList([AnswerConstraint([tries[one] for one in tasks], prompt_length, ended)])
 
@@ -454,7 +454,7 @@ class EGMFProcessor(ChatsMixin, MediaInputsMixin, RecordingsMixin, ProcessorMixi
             self._answer_ids[task] = rows
         return self._answer_ids[task]
 
-    def _trie(self, task: AffectTask) -> dict[tuple[int, ...], list[int]]:
+    def continuations(self, task: AffectTask) -> dict[tuple[int, ...], list[int]]:
         """Maps each token prefix of the legal answers (with EOS) to the token ids that may follow."""
         trie: dict[tuple[int, ...], list[int]] = {}
         for ids in self._all_answer_ids(task):

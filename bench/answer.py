@@ -28,9 +28,6 @@ from egmf.processing_egmf import EGMFProcessor
 from egmf.training.language_models import resolve_language_model
 
 
-ROOT = Path(__file__).resolve().parents[1]
-
-
 MODEL, LAYERS = "Qwen/Qwen3-0.6B", 7
 TASKS = {"meld": "7 labels", "mosei": "61 scores"}
 BATCH, LINES = 16, (6, 8)

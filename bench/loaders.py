@@ -23,9 +23,6 @@ from corpora.convert import convert
 from tests import formats
 
 
-ROOT = Path(__file__).resolve().parents[1]
-
-
 MEMORY_LIMIT = 4e9  # beyond the arrays of one split, for MOSEI's pickle
 
 

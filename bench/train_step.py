@@ -192,7 +192,7 @@ def measure(model_name: str, layers: int | None, batch_size: int, repetitions: i
         bench = Bench(model_name, layers, folder, device)
         recipes_size = bench.recipe.training.per_device_train_batch_size
         memory, weights = {}, {}
-        for dtype in (torch.float32, torch.bfloat16):  # creates an accelerator's workspaces, which belong to no way
+        for dtype in (torch.float32, torch.bfloat16):  # creates an accelerator's workspaces, which belong to no method
             torch.ones(64, 64, dtype=dtype, device=device).mm(torch.ones(64, 64, dtype=dtype, device=device))
         for name, trainer in bench.trainers(1, recipes_size).items():
             memory[name] = step_memory(trainer, name != "plain")

@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 from datasets import DatasetDict
 
-from corpora.reading import part_of_id
+from corpora.reading import fold_splits, part_of_id
 from corpora.schema import build_split
 
 
@@ -35,12 +35,10 @@ def load(source: str | os.PathLike, fold: int = 1, validation: bool = True) -> D
         FileNotFoundError: if the table or an audio file does not exist.
         ValueError: if `fold` is out of range, a column is missing, or a speaker or an emotion is unknown.
     """
-    if not isinstance(fold, int) or isinstance(fold, bool) or not 1 <= fold <= SPEAKERS:
-        raise ValueError(f"fold: got {fold!r}, expected an integer from 1 to {SPEAKERS}")
+    splits = fold_splits(fold, SPEAKERS, validation)
     table = pd.read_csv(Path(source) / "metadata.csv")
     if missing := {"file", "speaker", "emotion_zh"} - set(table.columns):
         raise ValueError(f"metadata.csv: got no column {', '.join(sorted(missing))}, expected it")
-    held_out = {"test": fold} | ({"validation": fold % SPEAKERS + 1} if validation else {})
     rows: dict[str, list[dict]] = {"train": [], "validation": [], "test": []}
     for entry in table.itertuples():
         path = Path(source) / entry.file
@@ -50,8 +48,8 @@ def load(source: str | os.PathLike, fold: int = 1, validation: bool = True) -> D
             raise ValueError(f"metadata.csv: {entry.file}: got {got}, expected {wanted}")
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file, expected the audio file of metadata.csv")
-        split = next((name for name, speaker in held_out.items() if speaker == entry.speaker), "train")
         row_id = Path(entry.file).with_suffix("").as_posix()
         row_id = row_id if row_id.startswith(f"{entry.speaker}_") else f"{entry.speaker}_{row_id}"
-        rows[split].append({"id": row_id, "language": "zh", "audio": str(path), "emotion": entry.emotion_zh})
+        row = {"id": row_id, "language": "zh", "audio": str(path), "emotion": entry.emotion_zh}
+        rows[splits[entry.speaker]].append(row)
     return DatasetDict({split: build_split(found) for split, found in rows.items()})

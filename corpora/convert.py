@@ -6,7 +6,6 @@ An interrupted or failed conversion leaves no output folder.
 import importlib
 import inspect
 import json
-import logging
 import os
 import shutil
 from collections import Counter
@@ -20,11 +19,9 @@ from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from corpora.converted import LOCAL, REPORT
-from corpora.reading import Notes, Reading, Rows
+from corpora.reading import Notes, Reading, Rows, note_lines
 from corpora.schema import FEATURE_COLUMNS, FEATURES, build_tables
 
-
-logger = logging.getLogger(__name__)
 
 CONVERTIBLE = ("cherma", "meld", "mosei", "simsv2")
 SHARD_BYTES = 500_000_000
@@ -241,19 +238,11 @@ def describe(report: dict[str, Any]) -> str:
                 lines.append(f"  {column}: in {found['rows']} rows, {widths} features, frames {lengths}")
         if report["clips"]:
             lines.append(f"  clips: in {part['clips']} rows")
-        lines += [f"  {line}" for line in _note_lines(part["notes"])]
-    lines += _note_lines(report["notes"])
+        lines += [f"  {line}" for line in note_lines(part["notes"])]
+    lines += note_lines(report["notes"])
     if report["published_sizes"] is None:
         lines.append("The published numbers of rows were never verified, so these are not compared with them.")
     return "\n".join(lines + [f"DIFFERS from what was published: {line}" for line in report["differences"]])
-
-
-def _note_lines(notes: dict[str, dict[str, Any]]) -> list[str]:
-    lines = []
-    for what, entry in notes.items():
-        rows = f" in {entry['rows']} rows" if entry["rows"] != entry["count"] else ""
-        lines.append(f"{what}: {entry['count']}{rows} (first: {', '.join(entry['first'])})")
-    return lines
 
 
 def _card(report: dict[str, Any]) -> str:

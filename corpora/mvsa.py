@@ -24,6 +24,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from datasets import DatasetDict
 
+from corpora.reading import fold_splits
 from corpora.schema import build_split
 
 
@@ -43,16 +44,13 @@ def load(source: str | os.PathLike, fold: int = 1, validation: bool = True) -> D
         FileNotFoundError: if the folder has no table, or a text is missing.
         ValueError: if `fold` is out of range, or a label is unknown.
     """
-    if not isinstance(fold, int) or isinstance(fold, bool) or not 1 <= fold <= FOLDS:
-        raise ValueError(f"fold: got {fold!r}, expected an integer from 1 to {FOLDS}")
-    held_out = {"test": fold} | ({"validation": fold % FOLDS + 1} if validation else {})
+    splits = fold_splits(fold, FOLDS, validation)
     rows: dict[str, list[dict]] = {"train": [], "validation": [], "test": []}
     parquet = Path(source) / "mvsa.parquet"
     for number, row in _parquet_rows(parquet) if parquet.is_file() else _published_rows(Path(source)):
         if row["emotion"] not in LABELS:
             raise ValueError(f"{row['id']}: got the label {row['emotion']!r}, expected one of {', '.join(LABELS)}")
-        split = next((name for name, own in held_out.items() if own == number), "train")
-        rows[split].append({"language": "en"} | row)
+        rows[splits[number]].append({"language": "en"} | row)
     return DatasetDict({split: build_split(found) for split, found in rows.items()})
 
 

@@ -22,7 +22,7 @@ import pandas as pd
 from datasets import DatasetDict
 from datasets.packaged_modules.audiofolder.audiofolder import AudioFolder
 
-from corpora.reading import part_of_id
+from corpora.reading import fold_splits, part_of_id
 from corpora.schema import build_split
 
 
@@ -44,7 +44,6 @@ def load(source: str | os.PathLike, fold: int = 1, validation: bool = True, fold
         source: the folder that contains the audio files, at any depth.
         fold: 1 to 6 (of the published folds 5); the fold whose actors are the test split.
         validation: whether to make a validation split. If False, it is empty and all other actors are in train.
-
         folds: "ordered" or "published", see above.
 
     Raises:
@@ -54,9 +53,7 @@ def load(source: str | os.PathLike, fold: int = 1, validation: bool = True, fold
     """
     if folds not in FOLDS:
         raise ValueError(f"folds: got {folds!r}, expected one of {', '.join(FOLDS)}")
-    count = len(FOLDS[folds])
-    if not isinstance(fold, int) or isinstance(fold, bool) or not 1 <= fold <= count:
-        raise ValueError(f"fold: got {fold!r}, expected an integer from 1 to {count}")
+    splits = fold_splits(fold, len(FOLDS[folds]), validation)
     found = Path(source).rglob("03-01-*")
     files = sorted(path for path in found if path.is_file() and path.suffix.lower() in AudioFolder.EXTENSIONS)
     names: dict[str, Path] = {}
@@ -66,19 +63,17 @@ def load(source: str | os.PathLike, fold: int = 1, validation: bool = True, fold
     if not files:
         raise FileNotFoundError(f"{source}: no files 03-01-*, expected the folder with the audio files of RAVDESS")
     units = _action_units(Path(source))
-    held_out = {"test": fold - 1} | ({"validation": fold % count} if validation else {})
     rows: dict[str, list[dict]] = {"train": [], "validation": [], "test": []}
     for path in files:
         emotion, statement, actor = _codes(path)
-        group = next(number for number, actors in enumerate(FOLDS[folds]) if actor in actors)
-        split = next((name for name, number in held_out.items() if number == group), "train")
+        group = next(number for number, actors in enumerate(FOLDS[folds], 1) if actor in actors)
         row = {"id": path.stem, "text": STATEMENTS[statement - 1], "language": "en", "audio": str(path)}
         if units is not None:
             if path.stem not in units.index:
                 raise ValueError(f"{ACTION_UNITS}: got no row {path.stem}, expected one for each audio file")
             row["vision_features"] = units.loc[[path.stem]].to_numpy(np.float32)
-        rows[split].append({**row, "emotion": EMOTIONS[emotion - 1]})
-    empty = [split for split in ("train", *held_out) if not rows[split]]
+        rows[splits[group]].append({**row, "emotion": EMOTIONS[emotion - 1]})
+    empty = [split for split in dict.fromkeys(splits.values()) if not rows[split]]
     if empty:
         raise ValueError(f"{source}: no files of the actors of {', '.join(empty)}, expected all {ACTORS} actors")
     return DatasetDict({split: build_split(found) for split, found in rows.items()})

@@ -47,12 +47,28 @@ class Notes:
         return {what: entry for (entry_split, what), entry in self.entries.items() if entry_split == split}
 
     def lines(self, split: str) -> list[str]:
-        return [
-            f"{what}: {entry['count']}"
-            + (f" in {entry['rows']} rows" if entry["rows"] != entry["count"] else "")
-            + f" (first: {', '.join(entry['first'])})"
-            for what, entry in self.of(split).items()
-        ]
+        return note_lines(self.of(split))
+
+
+def note_lines(notes: dict[str, dict[str, Any]]) -> list[str]:
+    """The notes of a split ([`Notes.of`]), one line each."""
+    lines = []
+    for what, entry in notes.items():
+        rows = f" in {entry['rows']} rows" if entry["rows"] != entry["count"] else ""
+        lines.append(f"{what}: {entry['count']}{rows} (first: {', '.join(entry['first'])})")
+    return lines
+
+
+def fold_splits(fold: int, count: int, validation: bool) -> dict[int, str]:
+    """The split of each fold from 1 to `count`: `fold` is test, the next one validation or train, the rest train.
+
+    Raises:
+        ValueError: If `fold` is out of range.
+    """
+    if not isinstance(fold, int) or isinstance(fold, bool) or not 1 <= fold <= count:
+        raise ValueError(f"fold: got {fold!r}, expected an integer from 1 to {count}")
+    after = {fold % count + 1: "validation"} if validation else {}
+    return dict.fromkeys(range(1, count + 1), "train") | after | {fold: "test"}
 
 
 class Rows(NamedTuple):

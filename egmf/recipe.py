@@ -110,9 +110,7 @@ class DataArguments:
     )
     corpus_dir: str | None = field(
         default=None,
-        metadata={
-            "help": "folder with the corpus's files; of a mixture, with a folder per corpus; of a table, its file"
-        },
+        metadata={"help": "folder with the corpus's files; for a mixture, a folder per corpus; for a table, its file"},
     )
     corpus_options: dict = field(default_factory=dict, metadata={"help": "its options as JSON, see docs/corpora.md"})
     balance_classes: bool = field(
@@ -261,9 +259,10 @@ class PhaseArguments:
             raise ValueError(f"temperature: got {self.temperature}, wanted a positive number")
 
 
-# TrainingArguments that describe the machine or the location of the run.
+# The smallest valid values of TrainingArguments.
 _LEAST = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1}
 _LEAST |= {"num_train_epochs": 0, "learning_rate": 0, "weight_decay": 0, "logging_steps": 0, "save_steps": 0}
+# TrainingArguments that describe the machine or the location of the run.
 _NOT_RECORDED = {"output_dir", "resume_from_checkpoint", "use_cpu", "hub_token", "hub_model_id"}
 _OWN = (ModelArguments, DataArguments, PhaseArguments)
 # TrainingArguments on which the trained weights depend, beside the number of rows in a step.

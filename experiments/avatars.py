@@ -118,17 +118,17 @@ def expert_weights(predictions: Path) -> dict[str, dict[str, float]]:
     }
 
 
-def table_by_variant(runs: list[dict], figure: str, scale: float, digits: int) -> str:
-    """A table of a metric over all clips and by kind, or by condition; one row per variant that has it."""
+def table_by_variant(runs: list[dict], figure: str, scale: float, digits: int, *last: list[str]) -> str:
+    """A table of a metric over all clips and by kind, or by condition; one row per variant that has it, and `last`."""
     runs = [entry for entry in runs if figure in entry]
     groups = list(runs[0][figure]) if runs else []
-    rows = [["model", "seeds", *groups], ["---"] * (2 + len(groups))]
+    rows = []
     for variant, name in NAMES.items():
         own = [entry for entry in runs if entry["variant"] == variant]
         if own:
             cells = [spread([scale * entry[figure][group] for entry in own], digits) for group in groups]
             rows.append([name, str(len(own)), *cells])
-    return table(rows[0], rows[2:])
+    return table(["model", "seeds", *groups], [*rows, *last])
 
 
 def main_table(runs: list[dict]) -> str:
@@ -140,7 +140,7 @@ def render(runs: list[dict]) -> str:
     from corpora.avatars import KINDS, ceiling
 
     seen = {"text": ("text",), "audio": ("audio",), "vision": ("vision",), "all three": ("text", "audio", "vision")}
-    limits = [["seen", "all", *KINDS], ["---"] * (2 + len(KINDS))]
+    limits = []
     for name, modalities in seen.items():
         best = ceiling(modalities)
         limits.append([name, *(f"{100 * best[group]:.1f}" for group in ("all", *KINDS))])
@@ -161,7 +161,7 @@ def render(runs: list[dict]) -> str:
         f"{unparsable} answers of all runs and both tasks together were not a legal answer.",
         table_by_variant(runs, "accuracy_greedy", 100, 1),
         "The best that can be done with what is seen, by the corpus's own rules (`ceiling`):",
-        table(limits[0], limits[2:]),
+        table(["seen", "all", *KINDS], limits),
         "## Sentiment score: mean absolute error",
         "Scores run from -1 to 1. The median of the distribution.",
         table_by_variant(runs, "mae_median", 1, 3),
@@ -180,18 +180,15 @@ def gate_section(runs: list[dict]) -> list[str]:
     if not full:
         return []
     kinds = list(full[0])
-    rows = [["expert", *kinds], ["---"] * (1 + len(kinds))]
-    for expert in full[0][kinds[0]]:
-        rows.append([expert, *(spread([100 * weights[kind][expert] for weights in full], 0) for kind in kinds)])
+    rows = [
+        [expert, *(spread([100 * weights[kind][expert] for weights in full], 0) for kind in kinds)]
+        for expert in full[0][kinds[0]]
+    ]
     text = (
         f"The whole model, {len(full)} seeds. These weights say what the gate mixed, not why the model answered: the "
         "rows above of models that never had an expert say what it is good for."
     )
-    return [
-        "## Weights of the experts in the gate, in percent",
-        text,
-        table(rows[0], rows[2:]),
-    ]
+    return ["## Weights of the experts in the gate, in percent", text, table(["expert", *kinds], rows)]
 
 
 def missing_section(runs: list[dict]) -> list[str]:
@@ -202,7 +199,7 @@ def missing_section(runs: list[dict]) -> list[str]:
     best = {name: ceiling(tuple(letters[letter] for letter in name))["all"] for name in CONDITIONS if name != "mean"}
     best["mean"] = float(np.mean([value for name, value in best.items() if name != "AVT"]))
     limit = ["the best that can be done", "", *(f"{100 * best[name]:.1f}" for name in CONDITIONS)]
-    figures = table_by_variant(runs, "missing", 100, 1) + "\n| " + " | ".join(limit) + " |"
+    figures = table_by_variant(runs, "missing", 100, 1, limit)
     text = (
         "The six conditions of MMIN ([`robustness.py`](../egmf/evaluation/robustness.py)): every clip with these "
         "modalities alone (A audio, V vision, T text), by one model. *AVT* is the intact clip, *mean* that of the six "

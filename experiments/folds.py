@@ -26,7 +26,7 @@ import yaml
 
 from corpora import clusters_of
 from egmf.evaluation.significance import mcnemar
-from experiments.pages import RESULTS, percent, spread, table, write_page
+from experiments.pages import RESULTS, percent, read_predictions, spread, table, write_page
 from experiments.running import VARIANTS, run_steps
 from metrics.emotion.measures import emotion_metrics
 
@@ -214,8 +214,7 @@ def read_runs(name: str, runs_dir: Path) -> dict[str, dict[int, dict[str, dict]]
             if folder.name not in folders:
                 wanted = f"folds 1 to {EXPERIMENTS[name].folds} of every seed"
                 raise ValueError(f"{folder}: not evaluated, wanted {wanted}")
-            lines = (folder / "test" / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
-            own = {row["id"]: row | {"fold": fold} for row in map(json.loads, lines)}
+            own = read_predictions(folder / "test" / "predictions.jsonl")
             if own.keys() & rows.keys():
                 raise ValueError(f"{folder}: some of its samples were tested in another fold too")
             rows |= own

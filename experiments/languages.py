@@ -21,7 +21,7 @@ from corpora import load_corpus, speakers_of
 from corpora.casia import SPEAKERS
 from corpora.ravdess import FOLDS
 from experiments.folds import interval, measure
-from experiments.pages import RESULTS, percent, table, write_page
+from experiments.pages import RESULTS, percent, read_predictions, table, write_page
 from experiments.running import VARIANTS, run_steps
 
 
@@ -124,8 +124,7 @@ def collect(runs_dir: Path) -> list[dict]:
 
 def _answers(folder: Path, language: str) -> list[dict]:
     """The answers of a run and of its linear probe to the test clips of one language."""
-    lines = (folder / "test" / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = {row["id"]: row for row in map(json.loads, lines)}
+    rows = read_predictions(folder / "test" / "predictions.jsonl")
     [task] = json.loads((folder / "probe.json").read_text(encoding="utf-8"))["tasks"].values()
     for row in task["predictions"]:
         rows[row["id"]]["answers"]["probe"] = row["answer"]

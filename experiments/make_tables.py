@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.pages import README, RESULTS, fill_readme, percent, spread, table
+from experiments.pages import README, RESULTS, fill_readme, percent, read_predictions, spread, table
 
 
 ANSWERS = ("distribution", "greedy")
@@ -125,8 +125,7 @@ def collect(name: str, runs_dir: Path, known: tuple[dict, Predictions] | None = 
         commands = [line.strip() for line in commands if line.strip()]
         if len(commands) != 2 or "train.py" not in commands[0] or "eval.py" not in commands[1]:
             raise ValueError(f"{folder / 'command.txt'}: wanted two lines, train.py and eval.py, got {commands}")
-        lines = (folder / "test" / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
-        rows = predictions[variant, int(seed)] = {row["id"]: row for row in map(json.loads, lines)}
+        rows = predictions[variant, int(seed)] = read_predictions(folder / "test" / "predictions.jsonl")
         metrics = json.loads((folder / "test" / "metrics.json").read_text(encoding="utf-8"))["answers"]
         for answer in ANSWERS:
             got, wanted = metrics[answer]["accuracy"], float(np.mean(list(_correct(rows, answer).values())))

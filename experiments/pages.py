@@ -1,5 +1,6 @@
 """Functions that the pages in `results/` share: where they are, and how tables and figures are written."""
 
+import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -25,6 +26,11 @@ def spread(values: Sequence[float], digits: int) -> str:
     """The mean and, for several seeds, the standard deviation."""
     mean = f"{np.mean(values):.{digits}f}"
     return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.{digits}f}"
+
+
+def read_predictions(file: Path) -> dict[str, dict]:
+    """The rows of a `predictions.jsonl` by id."""
+    return {row["id"]: row for row in map(json.loads, file.read_text(encoding="utf-8").splitlines())}
 
 
 def write_page(name: str, page: str, filled: str) -> None:

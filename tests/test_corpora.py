@@ -237,7 +237,8 @@ def test_mosi_options_out_of_range(tmp_path, option, value):
 @pytest.fixture(scope="module")
 def published_mosi():
     folder = published("mosi")
-    return pd.read_parquet(folder / "mosi.parquet"), load_corpus("mosi", folder, context=3, following=2, validation_vision=True)
+    splits = load_corpus("mosi", folder, context=3, following=2, validation_vision=True)
+    return pd.read_parquet(folder / "mosi.parquet"), splits
 
 
 def test_mosi_published_splits(published_mosi):

@@ -10,13 +10,14 @@ from egmf.processing_egmf import AffectTask
 
 
 STEPS = tuple(Decimal(step) * 10**power for power in range(4) for step in ("0.1", "0.2", "0.5"))
+NAME = "table"  # of the task
 MOST_ANSWERS = 61  # of a score, as from -3 to 3 in tenths
 
 
-def infer_tasks(corpus: DatasetDict, name: str = "table") -> list[AffectTask]:
+def infer_tasks(corpus: DatasetDict) -> list[AffectTask]:
     """A task for the labels of a corpus, in all splits: scores if all labels are numbers, classes otherwise.
 
-    A corpus with labels and scores gets two tasks, the second of which is called `NAME_score`. The question is in
+    A corpus with labels and scores gets two tasks, `table` and `table_score`. The question is in
     Chinese if all rows are, otherwise in English.
 
     Raises:
@@ -39,17 +40,17 @@ def infer_tasks(corpus: DatasetDict, name: str = "table") -> list[AffectTask]:
             logging.warning(
                 "label: most are numbers, but as %s are none, all are classes; scores are numbers alone", shown
             )
-        tasks.append(AffectTask(name, "classification", tuple(sorted(set(labels))), language=language))
-        logging.info("task %s: one of %s", name, ", ".join(tasks[-1].answers))
+        tasks.append(AffectTask(NAME, "classification", tuple(sorted(set(labels))), language=language))
+        logging.info("task %s: one of %s", NAME, ", ".join(tasks[-1].answers))
     if numbered:
-        task = _score_task(f"{name}_score" if tasks else name, scores, language)
+        task = _score_task(f"{NAME}_score" if tasks else NAME, scores, language)
         tasks.append(task)
         range_seen = f"scores from {min(scores):g} to {max(scores):g}"
         rounded = f"answers from {task.low:g} to {task.high:g} in steps of {task.step:g}"
         logging.info("task %s: %s, %s", task.name, range_seen, rounded)
         if numbers_as_labels:
             classes = ", ".join(f'"{label}"' for label in sorted(set(labels), key=float)[:MOST_ANSWERS])
-            hint = f"tasks: [{{name: {name}, labels: [{classes}]}}]"
+            hint = f"tasks: [{{name: {NAME}, labels: [{classes}]}}]"
             logging.warning(
                 "label: all are numbers, so they are scores; if they name classes, add to the recipe %s", hint
             )

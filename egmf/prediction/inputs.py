@@ -22,7 +22,7 @@ def find_files(inputs: list[str], recursive: bool) -> list[str]:
     """The files that `inputs` name, in their order, each once.
 
     A folder stands for the sound and video files in it, with `recursive` also in the folders below. A pattern such as
-    `talks/*.mp4` stands for what it matches. A name of nothing remains, and its answer has the error.
+    `talks/*.mp4` stands for what it matches. A name of no file stays in the list, and its answer has the error.
 
     Raises:
         ValueError: If a folder or a pattern has no file.

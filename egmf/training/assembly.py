@@ -156,10 +156,10 @@ def feature_statistics(
     return torch.from_numpy(mean), torch.from_numpy(np.sqrt(total / count))
 
 
-def _frames(rows: Dataset, column: str, centers: Centers | None = None, batch_size: int = 64) -> Iterator[np.ndarray]:
+def _frames(rows: Dataset, column: str, centers: Centers | None = None) -> Iterator[np.ndarray]:
     """Yields the frames (N, D) of all clips in float64, for batches of clips."""
     columns = [column] if centers is None else [column, SPEAKER]
-    for table in rows.select_columns(columns).with_format("arrow").iter(batch_size):
+    for table in rows.select_columns(columns).with_format("arrow").iter(64):
         clips = table.column(column).combine_chunks()
         frames = clips.flatten()  # drops null clips and the borders between clips
         widths = np.unique(frames.value_lengths().to_numpy())

@@ -15,9 +15,9 @@ PARTS = {"audio_tower": "audio tower", "vision_tower": "vision tower", "fusion":
 TRAINED_BYTES = 16  # of a weight that is trained: float32 with its gradient and Adam's two moments
 
 
-def count_parameters(module: torch.nn.Module, trained: bool | None = None) -> int:
-    """The number of parameters: all (None), only trained (True) or only frozen (False) ones."""
-    return sum(p.numel() for p in module.parameters() if trained is None or p.requires_grad == trained)
+def count_parameters(module: torch.nn.Module, trained: bool = False) -> int:
+    """The number of parameters: all, or only those that are trained."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
 
 
 @contextmanager

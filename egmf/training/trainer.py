@@ -411,7 +411,7 @@ class RunTrainer(MixtureTrainer):
 
     def _save_checkpoint(self, model, trial):
         """Saves a checkpoint as Trainer does, but deletes older ones only after this one is valid."""
-        # Kept out of `training_args.bin` thereby, which no run reads.
+        # Otherwise Trainer would delete them itself.
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         unlogged = nested_gather(self._tr_loss, self.args.parallel_mode).mean().item()
         running = {"loss": unlogged, "logged_step": self._globalstep_last_logged, "total": self._total_loss_scalar}

@@ -18,7 +18,7 @@ _CITATION = """\
 
 
 class Emotion(evaluate.Metric):
-    """`compute(predictions=, references=, labels=None, decimals=None)`; see `measures.py`."""
+    """`compute(predictions=, references=, labels=None)`; see `measures.py`."""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
@@ -39,5 +39,5 @@ class Emotion(evaluate.Metric):
         """Adds one answer."""
         super().add(prediction=prediction or "", reference=reference, **kwargs)
 
-    def _compute(self, predictions, references, labels=None, decimals=None) -> dict:
-        return emotion_metrics(references, [answer or None for answer in predictions], labels, decimals)
+    def _compute(self, predictions, references, labels=None) -> dict:
+        return emotion_metrics(references, [answer or None for answer in predictions], labels)

@@ -5,6 +5,7 @@ hundred times as long. Tests compare them with scikit-learn.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -13,7 +14,6 @@ def emotion_metrics(
     references: Sequence[str],
     predictions: Sequence[str | None],
     labels: Sequence[str] | None = None,
-    decimals: int | None = None,
 ) -> dict[str, float | int | dict[str, float | None]]:
     """Compute accuracy, weighted F1 and the F1 of each class; neutral is a class like the others.
 
@@ -29,7 +29,6 @@ def emotion_metrics(
         references: Gold labels, at least one.
         predictions: Predicted labels; None is an unparsable answer.
         labels: All valid labels, in the order of `f1_by_class`; by default the labels that occur, sorted.
-        decimals: Number of decimals to which the results are rounded; None does not round.
 
     Raises:
         ValueError: If there is no sample, the lengths differ, or a label is not one of `labels`.
@@ -50,12 +49,8 @@ def emotion_metrics(
     hits = np.bincount(gold[gold == given], minlength=len(names))
     support, answered = (np.bincount(which[which >= 0], minlength=len(names)) for which in (gold, given))
     f1 = 2 * hits / np.maximum(support + answered, 1)
-    figures = {"accuracy": hits.sum() / len(gold), "weighted_f1": (f1 * support).sum() / len(gold)}
-    figures = {name: _rounded(value, decimals) for name, value in figures.items()}
+    weighted = float((f1 * support).sum() / len(gold))
+    figures: dict[str, Any] = {"accuracy": float(hits.sum() / len(gold)), "weighted_f1": weighted}
     occurs = support + answered > 0
-    by_class = {name: _rounded(f1[i], decimals) if occurs[i] else None for i, name in enumerate(names)}
+    by_class = {name: float(f1[i]) if occurs[i] else None for i, name in enumerate(names)}
     return figures | {"f1_by_class": by_class, "unparsable": int((given < 0).sum())}
-
-
-def _rounded(value: float, decimals: int | None) -> float:
-    return float(value) if decimals is None else round(float(value), decimals)

@@ -18,9 +18,7 @@ EDGES = {
 WEAK = np.float32(0.4)  # gold scores from -0.4 to 0.4 are weak sentiments
 
 
-def mosei_metrics(
-    references: Sequence[float], predictions: Sequence[float | None], decimals: int | None = None
-) -> dict[str, float | int | None]:
+def mosei_metrics(references: Sequence[float], predictions: Sequence[float | None]) -> dict[str, float | int | None]:
     """The regression protocol of MMSA (`src/MMSA/utils/metricsTop.py`; Mao et al. 2022, ACL demo, arXiv 2203.12441).
 
     - `mae`, `corr`: mean absolute error and Pearson correlation, nothing clipped.
@@ -41,7 +39,6 @@ def mosei_metrics(
     Args:
         references: Gold scores, finite, at least one.
         predictions: Predicted scores; finite, None or NaN.
-        decimals: Number of decimals to which the results are rounded; MMSA reports 4. None does not round.
 
     Raises:
         ValueError: If there is no sample, the lengths differ, a score is infinite, or a gold score is NaN.
@@ -61,12 +58,10 @@ def mosei_metrics(
         positive = gold[polar] > 0
         figures |= {"non0_acc2": (polarity == positive).mean(), "non0_f1": _weighted_f1(positive, polarity)}
     counts = {"zero_predictions": int((given == 0).sum()), "unparsable": int((~parsed).sum())}
-    return _round(figures, decimals) | counts
+    return _as_floats(figures) | counts
 
 
-def sims_metrics(
-    references: Sequence[float], predictions: Sequence[float | None], decimals: int | None = None
-) -> dict[str, float | int | None]:
+def sims_metrics(references: Sequence[float], predictions: Sequence[float | None]) -> dict[str, float | int | None]:
     """The regression protocol of CH-SIMS v2 (`utils/metricsTop.py` of thuiar/ch-sims-v2), and of MMSA for CH-SIMS.
 
     For all metrics, both scores are first clipped to [-1, 1].
@@ -84,7 +79,6 @@ def sims_metrics(
     Args:
         references: Gold scores, finite, at least one.
         predictions: Predicted scores; finite, None or NaN.
-        decimals: Number of decimals to which the results are rounded; None does not round.
 
     Raises:
         ValueError: If there is no sample, the lengths differ, a score is infinite, or a gold score is NaN.
@@ -99,7 +93,7 @@ def sims_metrics(
     figures["f1"] = _weighted_f1(truth, answer)
     weak = (gold >= -WEAK) & (gold <= WEAK)
     figures["acc2_weak"] = (truth == answer)[weak].mean() if weak.any() else None
-    return _round(figures, decimals) | {"unparsable": int((~parsed).sum())}
+    return _as_floats(figures) | {"unparsable": int((~parsed).sum())}
 
 
 def _check_scores(
@@ -150,8 +144,5 @@ def _weighted_f1(gold: np.ndarray, given: np.ndarray) -> float:
     return total / len(gold)
 
 
-def _round(figures: dict[str, float | None], decimals: int | None) -> dict[str, float | None]:
-    figures = {name: None if value is None else float(value) for name, value in figures.items()}
-    if decimals is None:
-        return figures
-    return {name: None if value is None else round(value, decimals) for name, value in figures.items()}
+def _as_floats(figures: dict[str, float | None]) -> dict[str, float | None]:
+    return {name: None if value is None else float(value) for name, value in figures.items()}

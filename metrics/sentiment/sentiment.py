@@ -25,7 +25,7 @@ _CITATION = """\
 
 
 class Sentiment(evaluate.Metric):
-    """`evaluate.load("metrics/sentiment", "mosei" or "sims").compute(predictions=, references=, decimals=None)`."""
+    """`evaluate.load("metrics/sentiment", "mosei" or "sims").compute(predictions=, references=)`."""
 
     def _info(self) -> evaluate.MetricInfo:
         if self.config_name not in MEASURES:
@@ -38,5 +38,5 @@ class Sentiment(evaluate.Metric):
             reference_urls=["https://github.com/thuiar/MMSA", "https://github.com/thuiar/ch-sims-v2"],
         )
 
-    def _compute(self, predictions, references, decimals=None) -> dict:
-        return MEASURES[self.config_name](references, predictions, decimals)
+    def _compute(self, predictions, references) -> dict:
+        return MEASURES[self.config_name](references, predictions)
