@@ -49,16 +49,17 @@ from egmf.data.mixture import has_any
 from egmf.data.speakers import name_speakers, speaker_centers
 from egmf.data.tower_cache import COLUMNS, TowerCache
 from egmf.evaluation import robustness
-from egmf.evaluation.calibration import calibration_of
 from egmf.evaluation.label_maps import LABEL_MAPS
 from egmf.evaluation.measures import measure_of, metrics_of
 from egmf.evaluation.plots import plot_conditions, plot_confusion, plot_gates, plot_reliability, plot_scores
 from egmf.evaluation.predictor import Predictor
+from egmf.evaluation.reliability import calibration_of
 from egmf.evaluation.significance import intervals, mcnemar, paired_differences, resample
 from egmf.files import weights_digest
 from egmf.pipeline_egmf import adaptation_warning
 from egmf.processes import LONGEST_WAIT, default_workers, in_turns, silence_other_ranks
 from egmf.processing_egmf import EGMFProcessor
+from egmf.tables import with_interval
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -134,23 +135,19 @@ def compare(predictions: list[dict], others: dict[str, dict], task, samples: lis
     return tests
 
 
-def table_of(metrics: dict[str, dict], spread: dict[str, dict]) -> str:
+def table_of(metrics: dict[str, dict], bounds: dict[str, dict]) -> str:
     """A text table with one row per metric and one column per kind of answer, with intervals."""
     lines = [["", *metrics]]
     for name, value in next(iter(metrics.values())).items():
         if isinstance(value, dict):
-            lines += [[f"{name} {part}", *(_cell(row[name][part]) for row in metrics.values())] for part in value]
+            lines += [
+                [f"{name} {part}", *(with_interval(row[name][part]) for row in metrics.values())] for part in value
+            ]
         else:
-            cells = (_cell(row[name], spread[answer].get(name)) for answer, row in metrics.items())
+            cells = (with_interval(row[name], bounds[answer].get(name)) for answer, row in metrics.items())
             lines.append([name, *cells])
     width = max(len(line[0]) for line in lines)
     return "\n".join(line[0].ljust(width) + "".join(cell.rjust(26) for cell in line[1:]) for line in lines)
-
-
-def _cell(value: float | int | None, interval: list[float] | None = None) -> str:
-    if not isinstance(value, float):
-        return "-" if value is None else str(value)
-    return f"{value:.4f}" + (f" [{interval[0]:.4f}, {interval[1]:.4f}]" if interval else "")
 
 
 def evaluate(args: argparse.Namespace, predict: Predictor, rows, modalities: list[str], report: dict) -> None:
@@ -169,11 +166,11 @@ def evaluate(args: argparse.Namespace, predict: Predictor, rows, modalities: lis
     metrics = metrics_of(predictions, task)
     unit, clusters = clusters_of(args.corpus, rows["id"][:], rows["speaker"][:])
     samples = resample(clusters)
-    spread = {
+    bounds = {
         answer: intervals(measure_of(task), gold, [row["answers"][answer] for row in predictions], samples)
         for answer in metrics
     }
-    report |= {"answers": metrics, "intervals": spread}
+    report |= {"answers": metrics, "intervals": bounds}
     report["clusters"] = {"unit": unit, "number": len(set(clusters))}
     groups = [group_of(args.corpus, row["id"]) for row in predictions]
     if None not in groups:
@@ -192,14 +189,12 @@ def evaluate(args: argparse.Namespace, predict: Predictor, rows, modalities: lis
     write_report(args.output / "metrics.json", report)
     write_plots(predictions, groups, task, args.output)
 
-    number = len(set(clusters))
-    spread_over = (
-        f"95 % intervals by {number} {unit}" if number > 1 else f"no intervals: they need more {unit} than one"
-    )
-    print(f"{args.corpus} / {args.split}: {len(rows)} samples; {spread_over}")
+    number = report["clusters"]["number"]
+    said = f"95 % intervals by {number} {unit}" if number > 1 else f"no intervals: they need more {unit} than one"
+    print(f"{args.corpus} / {args.split}: {len(rows)} samples; {said}")
     if unread:
         print(f"answered without a file that cannot be read: {len(unread)} samples, such as {unread[0]}")
-    print(table_of(metrics, spread))
+    print(table_of(metrics, bounds))
     for name in ("before", "after") if "calibration" in report else ():
         figures = ", ".join(f"{key} {value:.4f}" for key, value in report["calibration"][name].items())
         print(f"calibration {name} temperature {report['calibration']['temperature']:.3g}: {figures}")

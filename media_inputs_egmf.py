@@ -16,7 +16,7 @@ import torch
 from transformers.feature_extraction_utils import BatchFeature
 
 from .media_egmf import AudioClip, VideoClip, load_audio, load_video
-from .media_readers_egmf import FULL_SCALE, LARGEST_RESULT, MediaError, mono, spread
+from .media_readers_egmf import FULL_SCALE, LARGEST_RESULT, MediaError, evenly_spaced, mono
 from .samples_egmf import on_disk
 
 
@@ -175,7 +175,7 @@ class MediaInputsMixin:
         if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not frames.size:
             wanted = "a file, a VideoClip, a PIL image or uint8 frames (F, height, width, 3)"
             raise ValueError(f"`{name}` must be {wanted}, got {frames.dtype} of the shape {frames.shape}.")
-        some = spread(len(frames), self.num_frames)  # as many as are read of a file
+        some = evenly_spaced(len(frames), self.num_frames)  # as many as are read of a file
         if clip is None:
             return VideoClip(frames[some], np.full(len(some), np.nan), np.nan, [])
         return VideoClip(frames[some], clip.times[some], clip.duration, clip.warnings)

@@ -225,7 +225,7 @@ def shortfall(what: str, seconds: float, claimed: float, faults: list[str]) -> l
     return short + ([f"{what}: {len(faults)} damaged places, the first: {faults[0]}"] if faults else [])
 
 
-def spread(frames: int, count: int) -> list[int]:
+def evenly_spaced(frames: int, count: int) -> list[int]:
     """Indices of the frames at the centres of `count` equal parts; all frames if there are at most `count`."""
     count = min(frames, count)
     return [(2 * i + 1) * frames // (2 * count) for i in range(count)]
@@ -246,7 +246,7 @@ def _read_video(file: str, count: int) -> tuple[dict[str, Any], np.ndarray]:
         stamps = sorted({packet.pts for packet in shown if packet.pts is not None})
         first = track.seconds(stamps[0]) if stamps else 0.0
         if stamps and len(stamps) == len(shown) and not track.faults and not any(p.is_corrupt for p in filled):
-            wanted = {stamps[i] for i in spread(len(stamps), count)}
+            wanted = {stamps[i] for i in evenly_spaced(len(stamps), count)}
             pictures = _rgb(islice((f for f in track.frames() if f.pts in wanted), len(wanted)), len(wanted))
             intact = len(pictures) == len(wanted) and not track.faults
         else:
@@ -262,7 +262,7 @@ def _read_video(file: str, count: int) -> tuple[dict[str, Any], np.ndarray]:
             times = [track.seconds(frame.pts) for frame in track.frames()]
         if not times:
             raise MediaError("", "damaged", "no picture can be decoded", f"0 of {stated} frames" if stated > 0 else "")
-        chosen = set(spread(len(times), count))
+        chosen = set(evenly_spaced(len(times), count))
         with open_container(file) as container:
             frames = enumerate(Track(container, "video").frames())
             pictures = _rgb((frame for i, frame in frames if i in chosen), len(chosen))
@@ -281,7 +281,11 @@ def _read_video(file: str, count: int) -> tuple[dict[str, Any], np.ndarray]:
     end = times[-1] + length
     warnings = track.notes + warnings
     warnings += shortfall("video", end - max(times[0] - first, 0.0), track.claimed, track.faults)
-    return {"times": [times[i] for i in spread(len(times), count)], "duration": end, "warnings": warnings}, pictures
+    return {
+        "times": [times[i] for i in evenly_spaced(len(times), count)],
+        "duration": end,
+        "warnings": warnings,
+    }, pictures
 
 
 def _rgb(frames: Iterable[Any], count: int) -> np.ndarray:
@@ -314,7 +318,7 @@ def _read_video_by_decord(file: str, count: int) -> tuple[dict[str, Any], np.nda
     spans = reader.get_frame_timestamp(list(range(len(reader))))  # (n, 2): from, to
     if not ((np.diff(spans[:, 0]) > 0).all() and -1 < spans[0, 0] and spans[-1, 1] < 1e6):
         raise MediaError("", "damaged", "its time stamps are invalid")
-    chosen = spread(len(reader), count)
+    chosen = evenly_spaced(len(reader), count)
     frames = reader.get_batch(chosen).asnumpy()
     warnings = ["video: PyAV cannot read it, frames and times are decord's, parts may be missing"]
     return {"times": spans[chosen, 0].tolist(), "duration": float(spans[-1, 1]), "warnings": warnings}, frames

@@ -14,10 +14,10 @@ from .media_readers_egmf import (
     MediaError,
     Pieces,
     Track,
+    evenly_spaced,
     open_container,
     resampler,
     shortfall,
-    spread,
     upright,
 )
 from .spans_egmf import spans_at_pauses, windows
@@ -184,7 +184,7 @@ class _Pictures:
     def plan(self, start: float, end: float) -> list[int]:
         """Chooses the frames of a span and notes that they will be taken."""
         first, last = (bisect_left(self.times, time - EDGE) for time in (start, end))
-        chosen = [first + i for i in spread(last - first, self.count)]
+        chosen = [first + i for i in evenly_spaced(last - first, self.count)]
         self.uses.update(chosen)
         return chosen
 

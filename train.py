@@ -65,7 +65,7 @@ from egmf.training.language_models import resolve_language_model
 from egmf.training.preemption import run_training
 from egmf.training.pretraining import FusionPretraining, TowerPretraining
 from egmf.training.shrinking import shrink
-from egmf.training.trainer import AffectTrainer, RunTrainer, check_best_metric, check_media, metrics_of
+from egmf.training.trainer import AffectTrainer, RunTrainer, check_best_metric, check_media, validation_metrics
 
 
 # Packages whose versions are recorded with the model.
@@ -412,7 +412,7 @@ def train_language_model(run: Run) -> None:
         train_dataset=train_rows,
         eval_dataset=validation if len(validation) > 1 else next(iter(validation.values()), None),
         processing_class=processor,
-        compute_metrics=lambda predictions: metrics_of(run.tasks, predictions),
+        compute_metrics=lambda predictions: validation_metrics(run.tasks, predictions),
         mixture=run.mixture,
         run_folder=run.output,
     )

@@ -47,6 +47,7 @@ from egmf.evaluation.measures import measure_of
 from egmf.fusion_egmf import FeatureNorm
 from egmf.processing_egmf import EGMFProcessor
 from egmf.recipe import MODALITIES, Recipe, load_recipe
+from egmf.tables import table
 from egmf.tasks_egmf import AffectTask
 from egmf.training.assembly import (
     build_model,
@@ -57,7 +58,6 @@ from egmf.training.assembly import (
 )
 from egmf.training.language_models import resolve_language_model
 from experiments.folds import unweighted_accuracy
-from experiments.pages import table
 from train import autocast_of
 
 

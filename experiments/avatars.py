@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 
 from egmf.evaluation.robustness import summarize
-from experiments.pages import RESULTS, spread, table, write_page
+from egmf.tables import mean_and_deviation, table
+from experiments.pages import RESULTS, write_page
 from experiments.running import VARIANTS, run_steps
 
 
@@ -126,7 +127,7 @@ def table_by_variant(runs: list[dict], figure: str, scale: float, digits: int, *
     for variant, name in NAMES.items():
         own = [entry for entry in runs if entry["variant"] == variant]
         if own:
-            cells = [spread([scale * entry[figure][group] for entry in own], digits) for group in groups]
+            cells = [mean_and_deviation([scale * entry[figure][group] for entry in own], digits) for group in groups]
             rows.append([name, str(len(own)), *cells])
     return table(["model", "seeds", *groups], [*rows, *last])
 
@@ -181,7 +182,7 @@ def gate_section(runs: list[dict]) -> list[str]:
         return []
     kinds = list(full[0])
     rows = [
-        [expert, *(spread([100 * weights[kind][expert] for weights in full], 0) for kind in kinds)]
+        [expert, *(mean_and_deviation([100 * weights[kind][expert] for weights in full], 0) for kind in kinds)]
         for expert in full[0][kinds[0]]
     ]
     text = (

@@ -11,6 +11,8 @@ import argparse
 import json
 from pathlib import Path
 
+from egmf.tables import table
+
 
 SCORES = {"MAE": "mae", "Corr": "corr"}
 
@@ -18,10 +20,10 @@ SCORES = {"MAE": "mae", "Corr": "corr"}
 def cell_of(report: dict) -> str:
     """The main metrics of an evaluation."""
     if "expected" in report["answers"]:
-        figures, spread = report["answers"]["expected"], report["intervals"]["expected"]
-        return ", ".join(f"{title} {_figure(figures[key], spread[key], 1)}" for title, key in SCORES.items())
-    figures, spread = report["answers"]["distribution"], report["intervals"]["distribution"]
-    return f"WF1 {_figure(figures['weighted_f1'], spread['weighted_f1'], 100)}"
+        figures, bounds = report["answers"]["expected"], report["intervals"]["expected"]
+        return ", ".join(f"{title} {_figure(figures[key], bounds[key], 1)}" for title, key in SCORES.items())
+    figures, bounds = report["answers"]["distribution"], report["intervals"]["distribution"]
+    return f"WF1 {_figure(figures['weighted_f1'], bounds['weighted_f1'], 100)}"
 
 
 def _figure(value: float | None, interval: list[float] | None, scale: int) -> str:
@@ -50,9 +52,8 @@ def table_of(files: list[Path]) -> str:
             raise ValueError(f"{file}: got {report['model']}, {asked}, on {corpus} again, wanted each once")
         row[corpus] = cell_of(report)
     corpora = list(dict.fromkeys(corpus for row in cells.values() for corpus in row))
-    lines = [["model", "task", *corpora], ["---"] * (2 + len(corpora))]
-    lines += [[*key, *(row.get(corpus, "") for corpus in corpora)] for key, row in cells.items()]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    rows = [[*key, *(row.get(corpus, "") for corpus in corpora)] for key, row in cells.items()]
+    return table(["model", "task", *corpora], rows)
 
 
 def main() -> None:

@@ -26,7 +26,8 @@ import yaml
 
 from corpora import clusters_of
 from egmf.evaluation.significance import mcnemar
-from experiments.pages import RESULTS, percent, read_predictions, spread, table, write_page
+from egmf.tables import mean_and_deviation, table
+from experiments.pages import RESULTS, percent, read_predictions, write_page
 from experiments.running import VARIANTS, run_steps
 from metrics.emotion.measures import emotion_metrics
 
@@ -349,10 +350,10 @@ def main_table(name: str, part: dict) -> str:
                     continue
                 values = [100 * value for value in own["answers"]["distribution"][metric]]
                 low, high = own["answers"]["distribution"][f"{metric}_interval"]
-                cells.append(f"{spread(values, 2)} ({percent(low)} to {percent(high)})")
+                cells.append(f"{mean_and_deviation(values, 2)} ({percent(low)} to {percent(high)})")
             for answer in ("greedy", "experts", "llm"):
                 values = [] if probe_row else [100 * value for value in own["answers"][answer][shown[0]]]
-                cells.append("" if probe_row else spread(values, 2))
+                cells.append("" if probe_row else mean_and_deviation(values, 2))
             rows.append(cells)
     head = ["model", "seeds", *(f"{METRICS[metric]} (95 % interval)" for metric in shown)]
     first = METRICS[shown[0]]
@@ -371,7 +372,7 @@ def headline(data: dict) -> str:
             low, high = own["answers"]["distribution"][f"{shown}_interval"]
             probed = part.get("probe", {}).get(variant)
             label = name_of(EXPERIMENTS[name], variant)
-            cells = [EXPERIMENTS[name].title.partition(":")[0], label, METRICS[shown], spread(values, 2)]
+            cells = [EXPERIMENTS[name].title.partition(":")[0], label, METRICS[shown], mean_and_deviation(values, 2)]
             rows.append([*cells, f"{percent(low)} to {percent(high)}", percent(probed[shown]) if probed else ""])
     return table(["corpus", "model", "metric", "EGMF", "95 % interval", "linear probe"], rows)
 

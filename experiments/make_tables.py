@@ -19,7 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.pages import README, RESULTS, fill_readme, percent, read_predictions, spread, table
+from egmf.tables import mean_and_deviation, table
+from experiments.pages import README, RESULTS, fill_readme, percent, read_predictions
 
 
 ANSWERS = ("distribution", "greedy")
@@ -282,7 +283,9 @@ def main_table(name: str, data: dict) -> str:
         }
         if runs["greedy"]:
             cells = [
-                spread([100 * run[measure] for run in runs[answer]], 2) for answer in ANSWERS for measure in MEASURES
+                mean_and_deviation([100 * run[measure] for run in runs[answer]], 2)
+                for answer in ANSWERS
+                for measure in MEASURES
             ]
             unparsable = sum(run["unparsable"] for run in runs["greedy"])
             rows.append((words, str(len(runs["greedy"])), *cells, str(unparsable)))

@@ -34,6 +34,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 from egmf.modeling_egmf import EGMFForConditionalGeneration
 from egmf.processing_egmf import EGMFProcessor
 from egmf.recipe import Recipe, load_recipe
+from egmf.tables import table
 from egmf.towers_egmf import encoder_of, spread_layers, tower_size
 from egmf.training.assembly import add_lora
 from egmf.training.dry_run import TRAINED_BYTES, count_parameters, kept_tensors
@@ -237,14 +238,14 @@ READ = "hours of reading in these"
 
 
 def table_of(rows: list[dict]) -> str:
-    lines = [["recipe, one run of one seed", *(f"{size}: GB, hours" for size in SIZES), READ, "GB of disk"]]
-    lines.append(["---"] * len(lines[0]))
+    rows_of_table = []
     for name in dict.fromkeys(row["recipe"] for row in rows):
         own = [row for row in rows if row["recipe"] == name]
         cells = [f"{row['memory']:.0f}, {row['hours']:.1f}" for row in own]
         cells.append(f"{own[0]['reading']:.1f}")
-        lines.append([f"`{name}`", *cells, f"{own[0]['disk']:.0f}" if own[0]["disk"] else "-"])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+        rows_of_table.append([f"`{name}`", *cells, f"{own[0]['disk']:.0f}" if own[0]["disk"] else "-"])
+    head = ["recipe, one run of one seed", *(f"{size}: GB, hours" for size in SIZES), READ, "GB of disk"]
+    return table(head, rows_of_table) + "\n"
 
 
 def page_head() -> str:
@@ -270,9 +271,9 @@ its steps, and both times add up. With 4, others read beside it, in a quarter of
 
 def main() -> None:
     torch.manual_seed(0)
-    table = table_of(needs())
-    (ROOT / "results/needs.md").write_text(page_head() + table, encoding="utf-8")
-    print(table, end="")
+    filled = table_of(needs())
+    (ROOT / "results/needs.md").write_text(page_head() + filled, encoding="utf-8")
+    print(filled, end="")
 
 
 if __name__ == "__main__":

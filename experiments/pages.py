@@ -1,31 +1,17 @@
-"""Functions that the pages in `results/` share: where they are, and how tables and figures are written."""
+"""Functions that the pages in `results/` share: where they are, and how figures are read and written."""
 
 import json
 import re
-from collections.abc import Iterable, Sequence
 from pathlib import Path
-
-import numpy as np
 
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 README = RESULTS.parent / "README.md"
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *rows])
-
-
 def percent(share: float) -> str:
     """A share in percent, with two decimals."""
     return f"{100 * share:.2f}"
-
-
-def spread(values: Sequence[float], digits: int) -> str:
-    """The mean and, for several seeds, the standard deviation."""
-    mean = f"{np.mean(values):.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.{digits}f}"
 
 
 def read_predictions(file: Path) -> dict[str, dict]:

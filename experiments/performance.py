@@ -11,7 +11,8 @@ The first three commands measure and write the JSON file; the last renders it.
 import json
 import statistics
 
-from experiments.pages import RESULTS, table
+from egmf.tables import table
+from experiments.pages import RESULTS
 
 
 WAYS = ("plain", "floor", "egmf")
@@ -54,7 +55,7 @@ def launches(figures: dict[str, int]) -> list[str]:
 GOALS = {"time to plain": 0.85, "time to floor": 1.10, "memory to plain": 0.60, "7 labels": 1.15, "61 scores": 1.35}
 
 
-def spread(values: list[float], digits: int = 2) -> str:
+def median_and_range(values: list[float], digits: int = 2) -> str:
     """The median, minimum and maximum as "median (minimum to maximum)"."""
     shown = (f"{value:.{digits}f}" for value in (statistics.median(values), min(values), max(values)))
     return "{} ({} to {})".format(*shown)
@@ -152,8 +153,8 @@ def measured_steps(models: dict) -> str:
     for model, figures in models.items():
         for depth in figures["depths"]:
             seconds = depth["seconds"]
-            cells = [name_of(model), str(depth["layers"] or "all"), *(spread(seconds[way]) for way in WAYS)]
-            cells += [spread(ratios(seconds["egmf"], seconds[other])) for other in ("plain", "floor")]
+            cells = [name_of(model), str(depth["layers"] or "all"), *(median_and_range(seconds[way]) for way in WAYS)]
+            cells += [median_and_range(ratios(seconds["egmf"], seconds[other])) for other in ("plain", "floor")]
             cells += [" / ".join(f"{depth['memory'][way] / 1e6:.0f}" for way in WAYS)]
             rows.append([*cells, " / ".join(f"{depth['weights'][way] / 1e6:.0f}" for way in WAYS)])
     head = ["model", "layers", "plain, s", "floor, s", "egmf, s", "egmf to plain", "egmf to floor"]
@@ -166,8 +167,8 @@ def answers_table(figures: dict) -> str:
         kind, task = way.split(", ")
         to_prefill = ratios(seconds, figures["seconds"][f"prefill, {task}"])
         goal = judged(statistics.median(to_prefill), task).split(", ")[1] if kind == "score_labels" else ""
-        rate = spread([figures["batch_size"] / value for value in seconds])
-        rows.append([way, rate, spread(to_prefill) if kind != "prefill" else "", goal])
+        rate = median_and_range([figures["batch_size"] / value for value in seconds])
+        rows.append([way, rate, median_and_range(to_prefill) if kind != "prefill" else "", goal])
     return table(["way", "samples per second", "time to prefill's", "goal"], rows)
 
 

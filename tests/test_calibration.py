@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from egmf.evaluation.calibration import calibration_error, calibration_of
+from egmf.evaluation.reliability import calibration_error, calibration_of
 from egmf.processing_egmf import BUILTIN_TASKS
 from egmf.training.calibration import GAINS, TEMPERATURES, fit
 

@@ -7,7 +7,7 @@ from huggingface_hub import ModelCard
 
 from egmf import readme
 from egmf.processing_egmf import BUILTIN_TASKS
-from egmf.publishing.model_card import Run, card_data, eval_results, write_card
+from egmf.publishing.model_card import FinishedRun, card_data, eval_results, write_card
 from egmf.readme import section
 from egmf.recipe import complete_record
 
@@ -28,10 +28,10 @@ def report(corpus: str, answers: dict, **fields) -> dict:
     return {"corpus": corpus, "task": corpus, "answers": answers, "intervals": spread, **common, **fields}
 
 
-def run_of(corpus: str, task: str, *reports: dict, config: dict | None = None, **recipe) -> Run:
+def run_of(corpus: str, task: str, *reports: dict, config: dict | None = None, **recipe) -> FinishedRun:
     fields = complete_record({"language_model": LLM, "corpus": corpus, "tasks": [task]})
     features = {"audio_feature_size": 74, "vision_feature_size": 35}
-    return Run(
+    return FinishedRun(
         folder=Path(),
         recipe=fields | recipe,
         config={"text_config": {"_name_or_path": LLM}} | (features if config is None else config),

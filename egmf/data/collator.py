@@ -18,7 +18,7 @@ from egmf.media_egmf import AudioClip, VideoClip
 from egmf.processing_egmf import AffectTask, EGMFProcessor, TextWarning
 
 
-FEATURE_COLUMNS = ("audio_features", "vision_features", "audio_times", "vision_times")
+SEQUENCE_COLUMNS = ("audio_features", "vision_features", "audio_times", "vision_times")
 PROMPT_CHUNK = 256  # rows whose prompts are tokenised together
 HIDDEN_COLUMNS = {  # what a row loses with a modality
     "text": ("text", "context", "following", "speaker"),
@@ -210,7 +210,7 @@ def prompt_lengths(dataset: Dataset, collator: AffectCollator) -> list[int]:
     if "text" not in collator.modalities:
         return [1] * len(dataset)
     light = AffectCollator(collator.processor, collator.tasks, ["text"], with_answers=None)
-    rows = dataset.select_columns([name for name in dataset.column_names if name not in FEATURE_COLUMNS])
+    rows = dataset.select_columns([name for name in dataset.column_names if name not in SEQUENCE_COLUMNS])
     warning_class = text_warning_of(collator.processor)
     lengths: list[int] = []
     cut: dict[str, str] = {}

@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 from matplotlib import font_manager  # noqa: E402
 
-from egmf.evaluation.calibration import reliability, top_answers  # noqa: E402
+from egmf.evaluation.reliability import reliability, top_answers  # noqa: E402
 from egmf.processing_egmf import AffectTask  # noqa: E402
 
 

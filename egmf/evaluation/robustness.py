@@ -33,6 +33,7 @@ from datasets import Dataset
 from egmf.data.tower_cache import PREPROCESSORS
 from egmf.evaluation.measures import metrics_of
 from egmf.evaluation.predictor import Predictor
+from egmf.tables import mean_and_deviation, table
 
 
 SEEDS = (1111, 1112, 1113)
@@ -118,33 +119,29 @@ def summarize(report: dict[str, Any], kind: str) -> dict[str, dict[str, list[flo
     for `mmin` and `noise`, over all rates for `lnln`.
     """
     answer, _ = SHOWN[kind]
-    table: dict[str, dict[str, list[float]]] = {}
+    found: dict[str, dict[str, list[float]]] = {}
     for entry in report["conditions"]:
-        figures = table.setdefault(entry["condition"], {})
+        figures = found.setdefault(entry["condition"], {})
         for name, value in entry["answers"][answer].items():
             if isinstance(value, float):
                 figures.setdefault(name, []).append(value)
-    spoiled = dict(table)
+    spoiled = dict(found)
     if report["protocol"] != "lnln":
-        spoiled.pop(CLEAN if CLEAN in table else max(table, key=len))
+        spoiled.pop(CLEAN if CLEAN in found else max(found, key=len))
     names = dict.fromkeys(name for figures in spoiled.values() for name in figures)
     means = {name: [float(np.mean(row[name])) for row in spoiled.values() if name in row] for name in names}
-    return table | {"mean": {name: [float(np.mean(values))] for name, values in means.items()}}
+    return found | {"mean": {name: [float(np.mean(values))] for name, values in means.items()}}
 
 
 def render(report: dict[str, Any], kind: str) -> str:
     """The summary as a Markdown table: mean and standard deviation over seeds."""
-    table = summarize(report, kind)
-    names = list(dict.fromkeys(name for figures in table.values() for name in figures))
-    lines = [["condition", *names], ["---"] * (1 + len(names))]
-    lines += [[condition, *(_cell(figures.get(name)) for name in names)] for condition, figures in table.items()]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-
-
-def _cell(values: list[float] | None) -> str:
-    if not values:
-        return "-"
-    return f"{np.mean(values):.4f}" + (f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else "")
+    by_condition = summarize(report, kind)
+    names = list(dict.fromkeys(name for figures in by_condition.values() for name in figures))
+    rows = [
+        [condition, *(mean_and_deviation(figures[name], 4) if figures.get(name) else "-" for name in names)]
+        for condition, figures in by_condition.items()
+    ]
+    return table(["condition", *names], rows) + "\n"
 
 
 def _rng(seed: int, row_id: str, what: str) -> np.random.Generator:

@@ -16,6 +16,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from egmf.processing_egmf import AffectTask
 from egmf.readme import section
 from egmf.recipe import default_record
+from egmf.tables import table, with_interval
 
 
 TEMPLATE = Path(__file__).with_name("card.md")
@@ -75,7 +76,7 @@ POLARITIES = {"positive", "neutral", "negative"}
 
 
 @dataclass
-class Run:
+class FinishedRun:
     """A finished run; see `repository.read_run`.
 
     Args:
@@ -145,7 +146,7 @@ def pipeline_tag(towers: list[str]) -> str:
     return "audio-text-to-text" if towers else "text-classification"
 
 
-def eval_results(run: Run) -> list[EvalResult]:
+def eval_results(run: FinishedRun) -> list[EvalResult]:
     """Every metric of every `metrics.json`, unrounded, with split, number of samples and interval."""
     results = []
     for report in run.evaluations.values():
@@ -193,7 +194,7 @@ def interval_of(report: dict[str, Any], answer: str, name: str) -> str:
     return "no interval" if interval is None else "95 % interval {:.4f} to {:.4f}".format(*interval)
 
 
-def conditions(report: dict[str, Any], run: Run) -> list[str]:
+def conditions(report: dict[str, Any], run: FinishedRun) -> list[str]:
     """The conditions under which a report's metrics were measured."""
     said = [f"{report['samples']} samples", f"task {report['task']}"]
     if report.get("unreadable"):
@@ -215,7 +216,7 @@ def modalities(config: dict[str, Any]) -> list[str]:
     return ["text", *(name for name in ("audio", "vision") if any(config.get(name + part) for part in given))]
 
 
-def card_data(run: Run, repo_id: str, license: str | None, adapter_only: bool) -> ModelCardData:
+def card_data(run: FinishedRun, repo_id: str, license: str | None, adapter_only: bool) -> ModelCardData:
     """The card's YAML front matter."""
     results = eval_results(run)
     terms: dict[str, Any] = {"license": license}
@@ -241,7 +242,7 @@ def card_data(run: Run, repo_id: str, license: str | None, adapter_only: bool) -
     )
 
 
-def write_card(folder: Path, run: Run, repo_id: str, license: str | None, adapter_only: bool) -> ModelCard:
+def write_card(folder: Path, run: FinishedRun, repo_id: str, license: str | None, adapter_only: bool) -> ModelCard:
     """Fills the template `card.md`, writes the card, reads it back and returns it."""
     data = card_data(run, repo_id, license, adapter_only)
     body = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
@@ -274,7 +275,7 @@ def check_card(path: Path, data: ModelCardData) -> ModelCard:
     return card
 
 
-def _inputs(run: Run) -> str:
+def _inputs(run: FinishedRun) -> str:
     """The model's inputs as an enumeration in words."""
     inputs = ["words"]
     for name, medium in (("audio", "sound"), ("vision", "pictures")):
@@ -295,7 +296,7 @@ def _answers(task: AffectTask) -> str:
     return f"a score from {task.low:+.1f} to {task.high:+.1f} in steps of {task.step}"
 
 
-def _use(run: Run, repo_id: str, adapter_only: bool) -> str:
+def _use(run: FinishedRun, repo_id: str, adapter_only: bool) -> str:
     task = run.tasks[0]
     words = "That is just great." if task.language == "en" else "真是太好了。"
     file = {"vision": ("video", "clip.mp4"), "audio": ("audio", "clip.wav")}.get((["", *run.towers])[-1])
@@ -337,7 +338,7 @@ processor = AutoProcessor.from_pretrained("{repo_id}", trust_remote_code=True)
 {note}"""
 
 
-def _load_adapter(run: Run, repo_id: str) -> str:
+def _load_adapter(run: FinishedRun, repo_id: str) -> str:
     revision = f', revision="{run.base_revision}"' if run.base_revision else ""
     towers = "".join(f', {name}_tower="{tower}"' for name, tower in run.hub_towers.items())
     named = [f"`{run.base_model}`", *(f"`{tower}`" for tower in run.hub_towers.values())]
@@ -360,11 +361,11 @@ model = PeftModel.from_pretrained(base, repo).merge_and_unload().eval()
 """
 
 
-def recipe_yaml(run: Run) -> str:
+def recipe_yaml(run: FinishedRun) -> str:
     return yaml.safe_dump(run.recipe_fields, sort_keys=False, allow_unicode=True, width=110)
 
 
-def _training(run: Run) -> str:
+def _training(run: FinishedRun) -> str:
     corpora = ", ".join(map(str, run.corpora.values()))
     parts = [f"Trained on the training split of {corpora}. The recipe, also in [`recipe.yaml`](recipe.yaml):"]
     parts.append(f"```yaml\n{recipe_yaml(run)}```")
@@ -393,7 +394,7 @@ def _log(log: list[dict[str, Any]]) -> list[str]:
             [phase, found[-1]["step"], f"{found[-1]['epoch']:.2f}", *(f"{found[at]['loss']:.4g}" for at in (0, -1))]
             for phase, found in losses.items()
         ]
-        tables.append(_table(["phase", "steps", "epochs", "first loss logged", "last"], cells))
+        tables.append(table(["phase", "steps", "epochs", "first loss logged", "last"], cells))
     if checked:
         speed = ("_runtime", "_per_second")
         names = [name for name in checked[-1] if name.startswith("eval_") and not name.endswith(speed)]
@@ -401,15 +402,11 @@ def _log(log: list[dict[str, Any]]) -> list[str]:
             [f"{row['epoch']:.2f}", *("-" if row.get(name) is None else f"{row[name]:.4g}" for name in names)]
             for row in checked
         ]
-        tables.append(_table(["epoch", *(f"validation {name[5:]}" for name in names)], cells))
+        tables.append(table(["epoch", *(f"validation {name[5:]}" for name in names)], cells))
     return tables
 
 
-def _table(head: list[str], rows: list[list]) -> str:
-    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (head, ["---"] * len(head), *rows))
-
-
-def _evaluation(run: Run) -> str:
+def _evaluation(run: FinishedRun) -> str:
     if not run.evaluations:
         return "This model has not been evaluated, or what was measured did not come with it: there are no figures."
     parts = [
@@ -426,11 +423,16 @@ def _evaluation(run: Run) -> str:
         for name, value in next(iter(answers.values())).items():
             written = FIGURES.get(name, (name, name.replace("_", " ")))[1]
             if isinstance(value, dict):
-                rows += [[f"{written}: {key}", *(_cell(row[name][key]) for row in answers.values())] for key in value]
+                rows += [
+                    [f"{written}: {key}", *(with_interval(row[name][key]) for row in answers.values())]
+                    for key in value
+                ]
             else:
-                spread = report["intervals"]
-                rows.append([written, *(_cell(row[name], spread[kind].get(name)) for kind, row in answers.items())])
-        parts.append(_table(["", *answers], rows))
+                bounds = report["intervals"]
+                rows.append(
+                    [written, *(with_interval(row[name], bounds[kind].get(name)) for kind, row in answers.items())]
+                )
+        parts.append(table(["", *answers], rows))
         if "calibration" in report:
             figures = report["calibration"]["after"]
             parts.append(
@@ -440,13 +442,7 @@ def _evaluation(run: Run) -> str:
     return "\n\n".join(parts)
 
 
-def _cell(value: float | int | None, interval: list[float] | None = None) -> str:
-    if not isinstance(value, float):
-        return "-" if value is None else str(value)
-    return f"{value:.4f}" + (" [{:.4f}, {:.4f}]".format(*interval) if interval else "")
-
-
-def _limits(run: Run) -> str:
+def _limits(run: FinishedRun) -> str:
     limits = []
     if run.is_random:
         limits.append(
@@ -486,7 +482,7 @@ def _limits(run: Run) -> str:
     return "\n".join(f"- {limit}" for limit in limits)
 
 
-def _licence(run: Run, license: str | None) -> str:
+def _licence(run: FinishedRun, license: str | None) -> str:
     base = f"`{run.recipe['language_model']}`"
     if run.base_model:
         base = f"[{run.base_model}](https://huggingface.co/{run.base_model})"

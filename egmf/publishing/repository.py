@@ -30,7 +30,7 @@ from egmf.configuration_egmf import EGMFConfig
 from egmf.files import weights_digest
 from egmf.modeling_egmf import EGMFForConditionalGeneration
 from egmf.processing_egmf import AffectTask
-from egmf.publishing.model_card import Run, recipe_yaml, write_card
+from egmf.publishing.model_card import FinishedRun, recipe_yaml, write_card
 from egmf.publishing.pins import ROOT, pins
 from egmf.recipe import complete_record
 
@@ -56,7 +56,7 @@ def check_repo_id(repo_id: str) -> None:
         raise ValueError(f"repo: got {repo_id!r}, wanted OWNER/NAME ({error})") from error
 
 
-def read_run(folder: Path, base_model: str | None = None) -> Run:
+def read_run(folder: Path, base_model: str | None = None) -> FinishedRun:
     """Reads the run in a folder.
 
     Args:
@@ -91,7 +91,7 @@ def read_run(folder: Path, base_model: str | None = None) -> Run:
     evaluations, left_out = read_evaluations(folder)
     log, unreadable = read_log(folder / "log.jsonl")
     tasks = {task["name"]: AffectTask.from_dict(task) for task in processor["tasks"].values()}
-    return Run(
+    return FinishedRun(
         folder=folder,
         recipe=recipe,
         config=config,
@@ -142,7 +142,7 @@ def weight_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.safetensors"))
 
 
-def build_folder(run: Run, repo_id: str, license: str | None, adapter_only: bool, max_shard_size: str) -> Path:
+def build_folder(run: FinishedRun, repo_id: str, license: str | None, adapter_only: bool, max_shard_size: str) -> Path:
     """Writes `hub/` in the run's folder and replaces an earlier one.
 
     Raises:
@@ -185,7 +185,7 @@ def build_folder(run: Run, repo_id: str, license: str | None, adapter_only: bool
     return target
 
 
-def write_adapter(run: Run, folder: Path) -> None:
+def write_adapter(run: FinishedRun, folder: Path) -> None:
     """Writes the trained adapter with the towers that are not on the Hub and the Hub id of its base model."""
     saved = run.folder / "adapter"
     if not (saved / "adapter_config.json").is_file():
@@ -208,7 +208,7 @@ def write_adapter(run: Run, folder: Path) -> None:
     save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
-def check_adapter(run: Run, folder: Path) -> None:
+def check_adapter(run: FinishedRun, folder: Path) -> None:
     """Loads an adapter onto the models of the Hub, as its card describes, and compares it with the merged model.
 
     Raises:

@@ -118,7 +118,7 @@ def check_best_metric(training: TrainingArguments, tasks: dict[str, AffectTask])
     names = []
     for key, task in tasks.items():
         rows = EvalPrediction(np.zeros((2, len(task.answers))), np.zeros((2, 2), int))
-        names += [name if len(tasks) == 1 else f"{key}_{name}" for name in metrics_of([task], rows)]
+        names += [name if len(tasks) == 1 else f"{key}_{name}" for name in validation_metrics([task], rows)]
     if training.metric_for_best_model.removeprefix("eval_") not in names:
         got = training.metric_for_best_model
         raise ValueError(f"metric_for_best_model: got {got!r}, wanted one of {', '.join(names)}")
@@ -493,7 +493,7 @@ class AffectTrainer(RunTrainer):
         return torch.stack([answers, tasks], 1), scores
 
 
-def metrics_of(tasks: list, predictions) -> dict[str, float | None]:
+def validation_metrics(tasks: list, predictions) -> dict[str, float | None]:
     """The validation metrics of a task, for Trainer.
 
     Args:
