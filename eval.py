@@ -37,7 +37,8 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from transformers import AutoModel, AutoProcessor
+from datasets import Dataset
+from transformers import AutoModel, AutoProcessor, PreTrainedConfig
 from transformers.utils import cached_file
 
 from corpora import CORPORA, clusters_of, group_of, load_corpus
@@ -67,7 +68,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     add_model(parser)
     parser.add_argument("--corpus", required=True, choices=CORPORA)
     parser.add_argument("--corpus_dir", help="folder with the corpus's published files; for a table, its file")
-    parser.add_argument("--corpus_options", type=mapping, help="JSON; by default those the model was trained with")
+    parser.add_argument("--corpus_options", type=mapping, help="JSON; added to those the model was trained with")
     parser.add_argument("--task", help="task to ask; by default the first that the model was trained on")
     parser.add_argument("--split", default="test", choices=["train", "validation", "test"])
     parser.add_argument("--modalities", nargs="+", help="what the model may see; by default what it was trained on")
@@ -226,48 +227,48 @@ def write_report(path: Path, report: dict) -> None:
     path.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def main(arguments: list[str]) -> None:
-    args = parse_arguments(arguments)
-    check_model(args.model)
-    device = PartialState(cpu=not torch.accelerator.is_available(), timeout=LONGEST_WAIT).device
-    silence_other_ranks()
-    with in_turns():  # transformers copies the model's code into its cache
-        options = loading_options(args)
-        model = AutoModel.from_pretrained(args.model, trust_remote_code=True, **options).to(device).eval()
-        options.pop("dtype", None)
-        processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=True, **options)
-    # The class of this clone: a checkpoint brings its own processor, which may be older than the method.
-    EGMFProcessor.limit_length(processor, model.config.text_config)
-    trained = load_training_fields(args.model, args.revision)
-    part = trained.get("corpora", {}).get(args.corpus, {})  # the corpus's entry if the model was trained on a mixture
-    name = args.task or (part or trained).get("tasks", [args.corpus])[0]
-    if name not in processor.tasks:
-        raise ValueError(f"task: got {name!r}, wanted one of {', '.join(processor.tasks)}")
-    task, label_map = processor.tasks[name], LABEL_MAPS.get(args.label_map)
-    if label_map is not None:
-        label_map.check(args.label_map, task)
-    options = args.corpus_options
-    if options is None:
-        options = trained["corpus_options"] if trained.get("corpus") == args.corpus else part.get("options", {})
+def load_rows(args: argparse.Namespace, trained: dict, part: dict) -> tuple[Dataset, dict]:
+    """The rows of the split, and the options with which their corpus was loaded.
+
+    Args:
+        args: The command line, whose `--corpus_options` add to those of the training.
+        trained: The recipe of the model.
+        part: The corpus's entry in it, if the model was trained on a mixture.
+
+    Raises:
+        ValueError: If the split has no rows, or see the corpus.
+    """
+    options = trained["corpus_options"] if trained.get("corpus") == args.corpus else part.get("options", {})
+    options = options | (args.corpus_options or {})
     if args.corpus == "table":  # the splits that training made; what it has not seen is test data
         options = {"splits": read_splits(Path(args.model).absolute().parent / SPLITS_FILE)} | options
     with in_turns():  # loading may generate the corpus
         corpus = load_corpus(args.corpus, args.corpus_dir, **options)
     rows = corpus[args.split]
     if not len(rows):
-        wanted = f"one with rows: {', '.join(f'{name} ({len(part)})' for name, part in corpus.items() if len(part))}"
+        wanted = f"one with rows: {', '.join(f'{name} ({len(own)})' for name, own in corpus.items() if len(own))}"
         raise ValueError(f"split: got {args.split}, which has no rows in {args.corpus}, wanted {wanted}")
-    adapted = trained.get("speaker_adaptation", False)
-    if adapted:
+    if trained.get("speaker_adaptation", False):
         rows = name_speakers(args.corpus, args.split, rows)
-    predict = Predictor(model, processor, task, label_map, args.batch_size, device)
-    check_labels(f"{args.corpus} / {args.split}", rows, predict.label_task)
-    if unknown := set(args.modalities or ()) - set(model.config.modalities):
-        wanted = f"some of those that the model reads: {', '.join(model.config.modalities)}"
+    return rows, options
+
+
+def choose_modalities(args: argparse.Namespace, trained: dict, config: PreTrainedConfig) -> list[str]:
+    """What the model may see, in its order: `--modalities`, or what it was trained on.
+
+    Raises:
+        ValueError: If it does not read one of them.
+    """
+    if unknown := set(args.modalities or ()) - set(config.modalities):
+        wanted = f"some of those that the model reads: {', '.join(config.modalities)}"
         raise ValueError(f"modalities: got {', '.join(sorted(unknown))}, wanted {wanted}")
-    allowed = args.modalities or trained.get("modalities", model.config.modalities)
-    modalities = [modality for modality in model.config.modalities if modality in allowed]
-    seen = [modality for modality in modalities if modality != "text"]
+    allowed = args.modalities or trained.get("modalities", config.modalities)
+    return [modality for modality in config.modalities if modality in allowed]
+
+
+def read_clips(args: argparse.Namespace, predict: Predictor, rows: Dataset, modalities: list[str], adapted: bool):
+    """Fills the predictor's cache of the towers' outputs and, with speaker adaptation, its centers."""
+    model, seen = predict.model, [modality for modality in modalities if modality != "text"]
     if warning := adaptation_warning(model.config, seen, seen if adapted else []):
         logging.warning(warning)
     towers = [name for name in seen if getattr(model.base_model, f"{name}_tower") is not None]
@@ -275,24 +276,54 @@ def main(arguments: list[str]) -> None:
         if not has_any(rows, COLUMNS[name] if name in towers else f"{name}_features"):
             logging.warning("%s: no row of %s / %s has it; the model answers without", name, args.corpus, args.split)
     if towers:
-        predict.cache = TowerCache(model, processor, towers)
-        predict.cache.fill(rows.select_columns([COLUMNS[name] for name in towers]), device)
+        predict.cache = TowerCache(model, predict.processor, towers)
+        predict.cache.fill(rows.select_columns([COLUMNS[name] for name in towers]), predict.device)
         predict.num_workers = default_workers()
     if adapted:
-        collator = AffectCollator(processor, [task], modalities, with_answers=None, cache=predict.cache)
+        task = predict.task
+        collator = AffectCollator(predict.processor, [task], modalities, with_answers=None, cache=predict.cache)
         predict.centers = speaker_centers(model, expand_by_task(rows, [task]), collator, args.batch_size)
 
-    weights = weights_digest(Path(args.model)) if Path(args.model).is_dir() else None
+
+def main(arguments: list[str]) -> None:
+    args = parse_arguments(arguments)
+    check_model(args.model)
+    device = PartialState(cpu=not torch.accelerator.is_available(), timeout=LONGEST_WAIT).device
+    silence_other_ranks()
+    with in_turns():  # transformers copies the model's code into its cache
+        loaded = loading_options(args)
+        model = AutoModel.from_pretrained(args.model, trust_remote_code=True, **loaded).to(device).eval()
+        named = {"revision": args.revision} if args.revision else {}
+        processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=True, **named)
+    # The class of this clone: a checkpoint brings its own processor, which may be older than the method.
+    EGMFProcessor.limit_length(processor, model.config.text_config)
+    trained = load_training_fields(args.model, args.revision)
+    part = trained.get("corpora", {}).get(args.corpus, {})
+    name = args.task or (part or trained).get("tasks", [args.corpus])[0]
+    if name not in processor.tasks:
+        raise ValueError(f"task: got {name!r}, wanted one of {', '.join(processor.tasks)}")
+    task, label_map = processor.tasks[name], LABEL_MAPS.get(args.label_map)
+    if label_map is not None:
+        label_map.check(args.label_map, task)
+    rows, options = load_rows(args, trained, part)
+    predict = Predictor(model, processor, task, label_map, args.batch_size, device)
+    check_labels(f"{args.corpus} / {args.split}", rows, predict.label_task)
+    modalities, adapted = choose_modalities(args, trained, model.config), trained.get("speaker_adaptation", False)
+    read_clips(args, predict, rows, modalities, adapted)
+
     report = {
         "model": args.model,
-        "weights": weights,
+        "weights": weights_digest(Path(args.model)) if Path(args.model).is_dir() else None,
+        **loaded,
         "corpus": args.corpus,
         "task": task.name,
         "label_map": args.label_map,
+        "split": args.split,
+        "samples": len(rows),
+        "modalities": modalities,
+        "speaker_adaptation": adapted,
+        "corpus_options": {name: value for name, value in options.items() if name not in ("splits", "media")},
     }
-    report |= loading_options(args)
-    report |= {"split": args.split, "samples": len(rows), "modalities": modalities, "speaker_adaptation": adapted}
-    report["corpus_options"] = {name: value for name, value in options.items() if name not in ("splits", "media")}
     args.output.mkdir(parents=True, exist_ok=True)
     (evaluate_robustness if args.robustness else evaluate)(args, predict, rows, modalities, report)
 

@@ -119,7 +119,7 @@ def trained(tmp_path_factory) -> Path:
     train_script.main([*recipe, "--output_dir", str(root / "run"), *options])
     for split in ("validation", "test"):
         arguments = ["--corpus", "generated", "--split", split, "--output", str(root / "run" / split)]
-        eval_script.main([str(root / "run" / "model"), *arguments])
+        eval_script.main([str(root / "run" / "model"), *arguments, "--corpus_options", "{}"])
     return root / "run"
 
 
