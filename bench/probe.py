@@ -57,7 +57,7 @@ from egmf.training.assembly import (
     describes_new_tower,
 )
 from egmf.training.language_models import resolve_language_model
-from experiments.folds import unweighted_accuracy
+from experiments.bootstrap import unweighted_accuracy
 from train import autocast_of
 
 

@@ -27,13 +27,12 @@ import yaml
 from corpora import clusters_of
 from egmf.evaluation.significance import mcnemar
 from egmf.tables import mean_and_deviation, table
+from experiments.bootstrap import METRICS, RESAMPLES, cluster_bootstrap, interval, measure
 from experiments.pages import RESULTS, percent, read_predictions, write_page
 from experiments.running import VARIANTS, run_steps
-from metrics.emotion.measures import emotion_metrics
 
 
 ANSWERS = ("distribution", "greedy", "experts", "llm")
-RESAMPLES, BOOTSTRAP_SEED = 10_000, 0
 REPOSITORY = RESULTS.parent
 
 
@@ -104,7 +103,6 @@ NAMES = {
     "flat": "flat gate",
     "mean": "mean gate",
 }
-METRICS = {"accuracy": "accuracy", "weighted_f1": "weighted F1", "ua": "UA"}
 
 
 def name_of(one: Experiment, variant: str) -> str:
@@ -136,66 +134,6 @@ def _run(name: str, args: argparse.Namespace, more: list[str], variant: str, fol
     test += ["--split", split, "--output", str(folder / split)]
     steps = [(train, "model/recipe.json"), (test, f"{split}/metrics.json")]
     run_steps(folder, steps, {args.corpus_dir: "DIR", str(args.runs_dir): "RUNS_DIR"})
-
-
-def recalls(gold: np.ndarray, right: np.ndarray) -> dict[str, float]:
-    """The recall of each class: the share of its samples that are answered correctly."""
-    return {label: float(right[gold == label].mean()) for label in sorted(set(gold))}
-
-
-def unweighted_accuracy(gold: np.ndarray, right: np.ndarray) -> float:
-    """Mean of the classes' recalls."""
-    return float(np.mean(list(recalls(gold, right).values())))
-
-
-def measure(gold: list[str], given: list[str | None]) -> dict[str, float]:
-    """The metrics of `METRICS`."""
-    found = emotion_metrics(gold, given)
-    right = np.array([one == other for one, other in zip(gold, given, strict=True)])
-    figures = {"accuracy": found["accuracy"], "weighted_f1": found["weighted_f1"]}
-    return figures | {"ua": unweighted_accuracy(np.array(gold), right)}
-
-
-def interval(metric: str, gold: list[str], given: list[list[str | None]], clusters: list[str]) -> list[float]:
-    """95 % percentile interval of a metric's mean over seeds, under a bootstrap that draws clusters.
-
-    Args:
-        metric: One of `METRICS`.
-        gold: Labels of all samples.
-        given: Answers to them, by seed.
-        clusters: The cluster of each sample.
-    """
-    names, owner = np.unique(clusters, return_inverse=True)
-    labels, index = np.unique(gold, return_inverse=True)
-    count, rng = len(labels), np.random.default_rng(BOOTSTRAP_SEED)
-    drawn = rng.multinomial(len(names), [1 / len(names)] * len(names), size=RESAMPLES).astype(np.float64)
-    totals = np.zeros(RESAMPLES)
-    for answers in given:
-        place = {label: number for number, label in enumerate(labels)}
-        answered = np.array([place.get(answer, count) for answer in answers])
-        table_of_counts = np.zeros((len(names), count, count + 1))
-        np.add.at(table_of_counts, (owner, index, answered), 1)
-        confusion = (drawn @ table_of_counts.reshape(len(names), -1)).reshape(RESAMPLES, count, count + 1)
-        hits, support = np.einsum("rcc->rc", confusion[:, :, :count]), confusion.sum(2)
-        if metric == "ua":
-            totals += np.nanmean(np.where(support > 0, hits / support.clip(min=1), np.nan), 1)
-        elif metric == "accuracy":
-            totals += hits.sum(1) / support.sum(1)
-        else:
-            f1 = 2 * hits / (support + confusion[:, :, :count].sum(1)).clip(min=1)
-            totals += (f1 * support).sum(1) / support.sum(1)
-    return [round(float(bound), 6) for bound in np.quantile(totals / len(given), (0.025, 0.975))]
-
-
-def difference(first: list[bool], second: list[bool], clusters: list[str]) -> dict[str, float | list[float]]:
-    """The difference of two accuracies on the same samples, with the interval of [`interval`]."""
-    names, owner = np.unique(clusters, return_inverse=True)
-    rng = np.random.default_rng(BOOTSTRAP_SEED)
-    drawn = rng.multinomial(len(names), [1 / len(names)] * len(names), size=RESAMPLES)
-    gained = np.array(first, int) - np.array(second, int)
-    values = (drawn @ np.bincount(owner, gained)) / (drawn @ np.bincount(owner))
-    bounds = [round(float(bound), 6) for bound in np.quantile(values, (0.025, 0.975))]
-    return {"difference": round(float(gained.mean()), 6), "interval": bounds}
 
 
 def read_runs(name: str, runs_dir: Path) -> dict[str, dict[int, dict[str, dict]]]:
@@ -278,7 +216,9 @@ def add_runs(name: str, runs_dir: Path, earlier: dict, known: list[dict]) -> tup
     }
     tests = {
         other: [
-            {"seed": seed} | mcnemar(whole, right[other, seed]) | difference(whole, right[other, seed], clusters)
+            {"seed": seed}
+            | mcnemar(whole, right[other, seed])
+            | {"bootstrap": cluster_bootstrap(np.subtract(whole, right[other, seed], dtype=float), clusters)}
             for (variant, seed), whole in right.items()
             if variant == "full" and (other, seed) in right
         ]
@@ -401,8 +341,8 @@ def render(data: dict) -> str:
         if any(part["mcnemar"].values()):
             rows = [
                 [NAMES[other], str(test["seed"]), str(test["first_only"]), str(test["second_only"])]
-                + [f"{test['p_value']:.1e}", f"{100 * test['difference']:+.2f}"]
-                + [" to ".join(f"{100 * bound:+.2f}" for bound in test["interval"])]
+                + [f"{test['p_value']:.1e}", f"{100 * test['bootstrap']['difference']:+.2f}"]
+                + [" to ".join(f"{100 * test['bootstrap'][bound]:+.2f}" for bound in ("low", "high"))]
                 for other, tests in part["mcnemar"].items()
                 for test in tests
             ]

@@ -21,7 +21,7 @@ from corpora import load_corpus, speakers_of
 from corpora.casia import SPEAKERS
 from corpora.ravdess import FOLDS
 from egmf.tables import table
-from experiments.folds import interval, measure
+from experiments.bootstrap import interval, measure
 from experiments.pages import RESULTS, percent, read_predictions, write_page
 from experiments.running import VARIANTS, run_steps
 

@@ -20,11 +20,11 @@ from pathlib import Path
 import numpy as np
 
 from egmf.tables import mean_and_deviation, table
+from experiments.bootstrap import RESAMPLES, cluster_bootstrap
 from experiments.pages import README, RESULTS, fill_readme, percent, read_predictions
 
 
 ANSWERS = ("distribution", "greedy")
-RESAMPLES, BOOTSTRAP_SEED = 10_000, 0
 MEASURES = ("accuracy", "weighted_f1")
 
 
@@ -219,29 +219,6 @@ def _paired_tests(variants: list[str], answer: str, predictions: dict, clusters:
     difference = outcomes[first].mean(0) - outcomes[second].mean(0)  # (samples,)
     names = [clusters[row_id] for row_id in ids]
     return [*tests, {"test": "bootstrap"} | head | {"seeds": seeds} | cluster_bootstrap(difference, names)]
-
-
-def cluster_bootstrap(difference: np.ndarray, clusters: list[str]) -> dict[str, float]:
-    """Bootstrap of a mean over clustered samples: draws whole clusters with replacement.
-
-    The interval is the percentile interval. The two-sided p-value is twice the smaller share of resamples on either
-    side of 0, including the observed sample (Davison and Hinkley 1997, Bootstrap Methods and their Application,
-    sections 3.8 and 4.2).
-
-    Args:
-        difference: Difference of two models on each sample, averaged over seeds, (samples,).
-        clusters: The cluster of each sample.
-    """
-    names, index = np.unique(clusters, return_inverse=True)
-    sums, sizes = np.bincount(index, weights=difference), np.bincount(index)
-    rng = np.random.default_rng(BOOTSTRAP_SEED)
-    drawn = rng.multinomial(len(names), [1 / len(names)] * len(names), size=RESAMPLES)  # (resamples, clusters)
-    means = (drawn @ sums) / (drawn @ sizes)
-    low, high = np.quantile(means, (0.025, 0.975))
-    tail = 1 + min((means <= 0).sum(), (means >= 0).sum())
-    figures = {"difference": difference.mean(), "low": low, "high": high}
-    figures = {key: round(float(value), 6) for key, value in figures.items()}
-    return figures | {"p_value": min(1.0, 2 * float(tail) / (RESAMPLES + 1)), "resamples": RESAMPLES}
 
 
 def render(name: str, data: dict) -> str:

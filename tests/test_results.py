@@ -8,7 +8,8 @@ import pytest
 
 from egmf.evaluation.significance import mcnemar
 from experiments import make_tables
-from experiments.make_tables import BENCHMARKS, cluster_bootstrap, collect, main, main_table, render
+from experiments.bootstrap import cluster_bootstrap
+from experiments.make_tables import BENCHMARKS, collect, main, main_table, render
 from experiments.pages import fill_readme
 
 

@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
-from experiments import folds
+from experiments import bootstrap, folds
 from experiments.pages import README, RESULTS, fill_readme
 
 
@@ -45,7 +45,7 @@ def runs(tmp_path):
 
 def test_unweighted_accuracy_weighs_classes_alike():
     gold = np.array(["a", "a", "a", "b"])
-    assert folds.unweighted_accuracy(gold, np.array([True, True, True, False])) == 0.5
+    assert bootstrap.unweighted_accuracy(gold, np.array([True, True, True, False])) == 0.5
 
 
 def test_collect_and_render(runs):
@@ -95,8 +95,8 @@ def test_intervals_of_all_metrics():
     """A corpus of which every cluster looks alike has no spread."""
     gold, given = ["a", "b", "b"] * 4, [["a", "b", None] * 4]
     clusters = [str(place // 3) for place in range(12)]
-    for metric, value in folds.measure(gold, given[0]).items():
-        assert folds.interval(metric, gold, given, clusters) == [pytest.approx(value, abs=1e-6)] * 2
+    for metric, value in bootstrap.measure(gold, given[0]).items():
+        assert bootstrap.interval(metric, gold, given, clusters) == [pytest.approx(value, abs=1e-6)] * 2
 
 
 def test_collect_wants_every_fold(runs):
