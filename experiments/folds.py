@@ -8,9 +8,9 @@
 `run` trains and evaluates an experiment's recipe on each fold in turn, into `RUNS_DIR/VARIANT_fold<n>_<seed>/`, skips
 finished folds, and passes other arguments (`--audio_tower MODEL`) to `train.py`. With `--validation`, the fold after
 the tested one is the validation split, and the run is evaluated on that: settings are chosen there. `probe` measures
-linear probes (`bench/probe.py`). `collect` adds runs to the JSON file, and every answer to results/NAME_answers.csv; a
-run replaces an earlier one of its variant and seed. `render` reads only the JSON file and also fills the table in
-README.md.
+linear probes (`experiments/probe.py`). `collect` adds runs to the JSON file, and every answer to
+results/NAME_answers.csv; a run replaces an earlier one of its variant and seed. `render` reads only the JSON file and
+also fills the table in README.md.
 """
 
 import argparse
@@ -259,7 +259,7 @@ def probe(name: str, args: argparse.Namespace, more: list[str]) -> dict:
             options = json.dumps(fields_of(name)["corpus_options"] | {"fold": fold})
             command = [
                 "-m",
-                "bench.probe",
+                "experiments.probe",
                 f"recipes/{EXPERIMENTS[name].recipe}.yaml",
                 "--corpus_dir",
                 args.corpus_dir,
@@ -327,7 +327,7 @@ def render(data: dict) -> str:
         f"or speakers, of MVSA over tweets ({RESAMPLES:,} resamples). The first columns are the most probable answer "
         "of `score_labels()`; *greedy* is the text of plain `generate()`; *experts alone* is the expert readout "
         "without the LLM, and *LLM alone* the LLM, which reads the pseudo tokens, without it. A *linear probe* reads "
-        "the same features (`bench/probe.py`) and learns from the same rows; its penalty is chosen by "
+        "the same features (`experiments/probe.py`) and learns from the same rows; its penalty is chosen by "
         "cross-validation of the training rows.",
         "In the commands, `whisper-base-encoder` is a local folder with the encoder of `openai/whisper-base`, the "
         "recipe's `audio_tower`.",

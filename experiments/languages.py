@@ -94,7 +94,7 @@ def run(args: argparse.Namespace, more: list[str]) -> None:
             chosen = [*FIELDS, *VARIANTS[variant], *more]
             train = ["train.py", RECIPE, *shared, "--output_dir", str(folder), "--seed", str(args.seed), *chosen]
             test = ["eval.py", str(folder / "model"), "--corpus", "table", *shared, "--output", str(folder / "test")]
-            probe = ["-m", "bench.probe", RECIPE, *shared, *chosen, "--split", "test"]
+            probe = ["-m", "experiments.probe", RECIPE, *shared, *chosen, "--split", "test"]
             probe += ["--output", str(folder / "probe.json")]
             steps = [(train, "model/recipe.json"), (test, "test/metrics.json"), (probe, "probe.json")]
             run_steps(folder, steps, {str(args.runs_dir): "RUNS_DIR"})

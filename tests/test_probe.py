@@ -1,4 +1,4 @@
-"""The linear probe of a recipe's features (`bench/probe.py`): what it reads, what chooses its penalty, its report.
+"""The linear probe of a recipe's features (`experiments/probe.py`): what it reads, how its penalty is chosen, reports.
 
 The last test reads published clips and a pretrained tower from `$EGMF_SHARED`, by default `../shared` beside the
 repository, and skips where they are absent.
@@ -17,13 +17,13 @@ from huggingface_hub import constants
 from test_towers import whisper
 from transformers import WhisperFeatureExtractor
 
-from bench import probe
 from corpora import load_corpus, ravdess
 from corpora.schema import build_split
 from egmf.data.tower_cache import TowerCache
 from egmf.recipe import load_recipe
 from egmf.tasks_egmf import BUILTIN_TASKS
 from egmf.training.assembly import build_model, build_processor, build_towers
+from experiments import probe
 from train import fill_cache
 
 

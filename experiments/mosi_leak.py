@@ -1,6 +1,6 @@
 """Measures how well MOSI's audio and vision vectors predict the label on videos that a linear probe has not seen.
 
-    python -m bench.mosi_leak DIR > results/mosi_leak.md
+    python -m experiments.mosi_leak DIR > results/mosi_leak.md
 
 The probe is a logistic regression on the target utterance's vector only. It is fitted on the train split with Gaussian
 noise (in units of the feature's standard deviation) and tested on the validation split with the same noise and on the
@@ -32,7 +32,7 @@ def main(source: str) -> None:
     corpus = load_corpus("mosi", source, context=0, validation_vision=True)
     rng = np.random.default_rng(SEED)
     print("# What a linear probe reads from MOSI's audio and vision vectors\n")
-    print("Command: `python -m bench.mosi_leak DIR > results/mosi_leak.md`. Accuracy in percent.\n")
+    print("Command: `python -m experiments.mosi_leak DIR > results/mosi_leak.md`. Accuracy in percent.\n")
     print("| modality | noise | validation, noised | test |\n| --- | --- | --- | --- |")
     for modality in ("audio", "vision"):
         train, labels = target_vectors(corpus["train"], modality)

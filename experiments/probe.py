@@ -1,6 +1,6 @@
 """Measures what a linear probe reads from the features of a recipe's model.
 
-    python -m bench.probe RECIPE --corpus_dir DIR [--any_field value ...] --split test --output FILE.json
+    python -m experiments.probe RECIPE --corpus_dir DIR [--any_field value ...] --split test --output FILE.json
 
 The probe reads the inputs of the recipe's fusion and learns from the same rows, so its row in a table of results shows
 what the fusion and the LLM add. Features of a row, for each of the recipe's `modalities`:
@@ -288,7 +288,7 @@ def probe_task(task: AffectTask, corpus: DatasetDict, features: dict[str, Featur
 
 def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, Recipe]:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.probe",
+        prog="python -m experiments.probe",
         usage="%(prog)s RECIPE [--any_field value ...] --output FILE.json [--split SPLIT]",
         description=__doc__,
         epilog="`python train.py --help` lists the fields of a recipe.",
