@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate import infer_auto_device_map
 from accelerate.utils import send_to_device
-from test_towers import IMAGE, whisper
+from models import IMAGE, whisper
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 from transformers import AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel

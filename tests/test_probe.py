@@ -5,16 +5,16 @@ repository, and skips where they are absent.
 """
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import yaml
+from corpus_files import SHARED
 from datasets import DatasetDict
 from huggingface_hub import constants
-from test_towers import whisper
+from models import whisper
 from transformers import WhisperFeatureExtractor
 
 from bench import probe
@@ -25,9 +25,6 @@ from egmf.recipe import load_recipe
 from egmf.tasks_egmf import BUILTIN_TASKS
 from egmf.training.assembly import build_model, build_processor, build_towers
 from train import fill_cache
-
-
-SHARED = Path(os.environ.get("EGMF_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 
 
 @pytest.fixture

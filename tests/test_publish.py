@@ -23,10 +23,9 @@ import torch
 from endpoint_server import load_handler
 from hub_server import TOKEN, HubServer
 from huggingface_hub import ModelCard, SpaceCard, constants
+from models import LORA_TARGETS, WAVE
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from test_modeling import LORA_TARGETS
-from test_towers import WAVE
 from transformers import AutoModelForCausalLM, HubertConfig, HubertModel, pipeline
 
 import eval as eval_script

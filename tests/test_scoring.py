@@ -2,10 +2,9 @@
 
 import pytest
 import torch
+from models import IMAGE, OTHER_LLMS, random_llm
 from peft import LoraConfig, get_peft_model
 from scipy.stats import chisquare
-from test_modeling import OTHER_LLMS, random_llm
-from test_towers import IMAGE
 from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPVisionConfig, CLIPVisionModel
 
 from bench.launches import count

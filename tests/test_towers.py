@@ -1,13 +1,13 @@
 """Towers: frozen audio and image encoders inside the model, whose layers are mixed."""
 
-import os
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import torch
+from corpus_files import SHARED
+from models import IMAGE, TOLERANCE, WAVE, whisper
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoTokenizer,
@@ -24,9 +24,7 @@ from transformers import (
     Wav2Vec2Config,
     Wav2Vec2FeatureExtractor,
     Wav2Vec2Model,
-    WhisperConfig,
     WhisperFeatureExtractor,
-    WhisperModel,
 )
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
@@ -39,38 +37,8 @@ from egmf.processing_egmf import EGMFProcessor
 from egmf.training.assembly import cut_window, start_speech_tower
 
 
-TOLERANCE = 1e-4
-WAVE = {
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 16,
-    "conv_dim": (8, 8),
-    "conv_kernel": (10, 4),
-    "conv_stride": (5, 4),
-    "num_conv_pos_embeddings": 8,
-    "num_conv_pos_embedding_groups": 2,
-    "layerdrop": 0.5,
-    "hidden_dropout": 0.5,
-}
-IMAGE = {
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "image_size": 16,
-    "patch_size": 8,
-}
 SWIN = {"image_size": 16, "patch_size": 2, "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "window_size": 4}
 PYRAMID = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}  # of many widths
-
-
-def whisper(max_source_positions: int = 50) -> WhisperModel:
-    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
-    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
-    sizes = {"num_mel_bins": 8, "d_model": 16, "encoder_layers": 2, "decoder_layers": 1}
-    sizes["max_source_positions"] = max_source_positions
-    return WhisperModel(WhisperConfig(vocab_size=20, **special, **heads, **sizes, dropout=0.5))
 
 
 # Tower and the name of its input.
@@ -285,8 +253,7 @@ def test_times_of_a_towers_frames(assemble):
 
 
 def test_real_whisper_encoder(assemble, processor):
-    shared = Path(os.environ.get("EGMF_SHARED", Path(__file__).resolve().parents[2] / "shared"))
-    folder = shared / "models" / "whisper-tiny-en-encoder"
+    folder = SHARED / "models" / "whisper-tiny-en-encoder"
     if not folder.is_dir():
         pytest.skip("no whisper-tiny-en-encoder in EGMF_SHARED/models, nor in ../shared/models")
     model = assemble(audio_tower=str(folder), audio_input_rate=100)

@@ -8,9 +8,8 @@ import sys
 
 import pytest
 import torch
+from models import LORA_TARGETS, WAVE
 from peft import LoraConfig, get_peft_model
-from test_modeling import LORA_TARGETS
-from test_towers import WAVE
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, HubertConfig, HubertModel
 from transformers.dynamic_module_utils import get_imports
 
