@@ -17,6 +17,8 @@ from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
     GPTNeoConfig,
+    HubertConfig,
+    HubertModel,
     MambaConfig,
     MistralConfig,
     OPTConfig,
@@ -94,6 +96,22 @@ def whisper(max_source_positions: int = 50) -> WhisperModel:
     return WhisperModel(WhisperConfig(vocab_size=20, **special, **heads, **sizes, dropout=0.5))
 
 
+def hubert() -> HubertModel:
+    """A HuBERT of two layers of width 16, with dropout."""
+    return HubertModel(HubertConfig(**WAVE))
+
+
+def clip_vision() -> CLIPVisionModel:
+    """A CLIP of two layers of width 16 that sees pictures of 16 x 16 as four patches."""
+    return CLIPVisionModel(CLIPVisionConfig(**IMAGE))
+
+
+def save_whisper(folder: Path, model) -> None:
+    """Writes `whisper()`, or its encoder, and the extractor of its features."""
+    model.save_pretrained(folder)
+    EXTRACTORS["whisper"]().save_pretrained(folder)
+
+
 def build_processor(folder: str, extractor: str = "whisper") -> EGMFProcessor:
     """A processor of sound and pictures of 16 x 16 with the tokenizer of a folder; it hears 1 s with "whisper"."""
     return EGMFProcessor(
@@ -110,7 +128,7 @@ def save_model_with_towers(folder: Path, language_model: str, assemble, **config
     processor = build_processor(language_model)
     processor.default_task, processor.trained_tasks = "meld", ["meld"]
     torch.manual_seed(3)
-    towers = {"audio_tower": whisper(), "vision_tower": CLIPVisionModel(CLIPVisionConfig(**IMAGE))}
+    towers = {"audio_tower": whisper(), "vision_tower": clip_vision()}
     model = assemble(**towers, audio_input_rate=100, **config)
     model.save_pretrained(folder / "model")
     processor.save_pretrained(folder / "model")

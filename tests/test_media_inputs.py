@@ -15,14 +15,10 @@ import torch
 from clips import tone, write_clip
 from corpus_files import SHARED
 from datasets import Dataset
-from models import EXTRACTORS, IMAGE, TOLERANCE, WAVE, build_processor, whisper
+from models import EXTRACTORS, TOLERANCE, build_processor, clip_vision, hubert, whisper
 from transformers import (
     ASTFeatureExtractor,
     AutoTokenizer,
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    HubertConfig,
-    HubertModel,
     SeamlessM4TFeatureExtractor,
 )
 
@@ -63,8 +59,8 @@ def media(request, llm_folder, assemble):
     """A processor with both preprocessors and a model with both towers."""
     processor = build_processor(llm_folder(), request.param)
     torch.manual_seed(3)
-    tower = whisper() if request.param == "whisper" else HubertModel(HubertConfig(**WAVE))
-    vision = CLIPVisionModel(CLIPVisionConfig(**IMAGE))
+    tower = whisper() if request.param == "whisper" else hubert()
+    vision = clip_vision()
     return processor, assemble(audio_tower=tower, vision_tower=vision, audio_input_rate=processor.audio_input_rate)
 
 

@@ -14,8 +14,7 @@ import yaml
 from corpus_files import SHARED
 from datasets import DatasetDict
 from huggingface_hub import constants
-from models import whisper
-from transformers import WhisperFeatureExtractor
+from models import save_whisper, whisper
 
 from bench import probe
 from corpora import load_corpus, ravdess
@@ -235,8 +234,7 @@ def test_a_tower_is_read_from_the_cache_of_training(run, recipe_of, monkeypatch,
     corpus, tower = tmp_path / "corpus", tmp_path / "tower"
     corpus.mkdir()
     write_sounds(corpus)
-    whisper().get_encoder().save_pretrained(tower)
-    WhisperFeatureExtractor(feature_size=8, chunk_length=1).save_pretrained(tower)
+    save_whisper(tower, whisper().get_encoder())
     fields = HEARD | {"corpus_dir": str(corpus), "audio_tower": str(tower)}
 
     recipe, splits = load_recipe([recipe_of(fields)]), load_corpus("ravdess", corpus)

@@ -11,8 +11,8 @@ import torch
 from clips import tone, write_clip
 from commands import REPO, read_lines, run
 from datasets import Dataset
-from models import TOLERANCE, greedy, largest_difference, pad, save_model_with_towers, whisper
-from transformers import WhisperFeatureExtractor, pipeline
+from models import TOLERANCE, greedy, largest_difference, pad, save_model_with_towers, save_whisper, whisper
+from transformers import pipeline
 
 from corpora import load_corpus, speakers_of
 from corpora.schema import build_split
@@ -339,8 +339,7 @@ def ravdess(tmp_path_factory):
             wave = tone(0.3 + 0.1 * (emotion == 4), 100 + 40 * actor + 25 * emotion) * (0.2 + 0.03 * actor)
             soundfile.write(folder / "clips" / f"03-01-{emotion:02}-01-01-01-{actor:02}.wav", wave, 16000)
     torch.manual_seed(0)
-    whisper().save_pretrained(folder / "tower")
-    WhisperFeatureExtractor(feature_size=8, chunk_length=1).save_pretrained(folder / "tower")
+    save_whisper(folder / "tower", whisper())
     return folder
 
 

@@ -19,9 +19,8 @@ from commands import read_lines, run
 from corpus_files import MELD_FILE_OF, published, write_meld
 from datasets import Audio, ClassLabel, Dataset, DatasetDict
 from datasets.table import embed_table_storage
-from models import build_processor, whisper
+from models import build_processor, save_whisper, whisper
 from safetensors.torch import load_file
-from transformers import WhisperFeatureExtractor
 
 from corpora import clusters_of, load_corpus, meld, speakers_of
 from corpora.report import describe_corpus, find_doubts
@@ -620,8 +619,7 @@ def test_ravdess_as_a_table_has_the_same_rows(tmp_path):
 def tower(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tower")
     torch.manual_seed(0)
-    whisper().get_encoder().save_pretrained(folder)
-    WhisperFeatureExtractor(feature_size=8, chunk_length=1).save_pretrained(folder)
+    save_whisper(folder, whisper().get_encoder())
     return folder
 
 

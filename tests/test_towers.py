@@ -7,14 +7,12 @@ import pytest
 import soundfile
 import torch
 from corpus_files import SHARED
-from models import IMAGE, TOLERANCE, WAVE, whisper
+from models import IMAGE, TOLERANCE, WAVE, clip_vision, hubert, whisper
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoTokenizer,
     CLIPConfig,
     CLIPModel,
-    CLIPVisionConfig,
-    CLIPVisionModel,
     HubertConfig,
     HubertModel,
     ResNetConfig,
@@ -44,12 +42,12 @@ PYRAMID = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "laye
 # Tower and the name of its input.
 TOWERS = {
     "whisper": (whisper, "input_features"),
-    "hubert": (lambda: HubertModel(HubertConfig(**WAVE)), "input_values"),  # group norm, as hubert-base
+    "hubert": (hubert, "input_values"),  # group norm, as hubert-base
     "wav2vec2": (
         lambda: Wav2Vec2Model(Wav2Vec2Config(**WAVE, feat_extract_norm="layer", do_stable_layer_norm=True)),
         "input_values",
     ),
-    "clip-vision": (lambda: CLIPVisionModel(CLIPVisionConfig(**IMAGE)), "pixel_values"),
+    "clip-vision": (clip_vision, "pixel_values"),
     "resnet": (lambda: ResNetModel(ResNetConfig(**PYRAMID)), "pixel_values"),
     "swin": (lambda: SwinModel(SwinConfig(**SWIN)), "pixel_values"),
     "clip": (
@@ -339,7 +337,7 @@ def test_a_new_speech_tower_does_not_care_what_level_its_bands_have():
 
 
 def test_a_tower_that_reads_waveforms_starts_as_transformers_has_it():
-    tower = HubertModel(HubertConfig(**WAVE))
+    tower = hubert()
     before = {name: value.clone() for name, value in tower.state_dict().items()}
     start_speech_tower(tower, [TowerInput(np.zeros(1600, np.float32), np.ones(1600, np.int64))])
     assert all(torch.equal(value, before[name]) for name, value in tower.state_dict().items())
