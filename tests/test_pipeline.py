@@ -23,6 +23,7 @@ LABELS = ("neutral", "surprise", "fear", "sadness", "joy", "disgust", "anger")  
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, llm_folder, assemble) -> Path:
+    """A folder with a model, a clip and three sounds."""
     folder = tmp_path_factory.mktemp("place")
     save_model_with_towers(folder, llm_folder(), assemble)
     write_clip(folder / "one.mp4")

@@ -26,6 +26,7 @@ EVIL = '<img src=x onerror="alert(1)">'
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, llm_folder, assemble) -> Path:
+    """A folder with a model, two clips and one as browsers record them."""
     folder = tmp_path_factory.mktemp("space")
     save_model_with_towers(folder, llm_folder(), assemble)
     write_clip(folder / "short.mp4", 0.8)

@@ -23,6 +23,7 @@ DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, llm_folder, assemble) -> Path:
+    """A folder with a model and two clips."""
     folder = tmp_path_factory.mktemp("browser")
     save_model_with_towers(folder, llm_folder(), assemble)
     write_clip(folder / "one.mp4", 0.8)

@@ -28,6 +28,7 @@ LEAK = 10e6  # bytes that ten uploads may add to the memory of the server
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, llm_folder, assemble) -> Path:
+    """A folder with a model, two clips, a sound whose name is secret and one that is too long."""
     folder = tmp_path_factory.mktemp("server")
     save_model_with_towers(folder, llm_folder(), assemble)
     write_clip(folder / "one.mp4")
