@@ -4,6 +4,7 @@ A bare interpreter that imports torch and transformers costs six seconds of a co
 """
 
 import importlib
+import json
 import logging
 import multiprocessing
 import os
@@ -58,6 +59,11 @@ def run(script: str, *arguments, check: bool = True, **options) -> Outcome:
         outcome = Outcome(process.exitcode, said.read_text(encoding="utf-8"))
     assert not check or outcome.status == 0, outcome.said
     return outcome
+
+
+def read_lines(file: Path) -> list[dict]:
+    """The objects of a file of JSON lines, such as the log of a run and its predictions."""
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def _child(script: str, arguments: list[str], said: Path, hub: Path | None, before: Callable | None) -> None:

@@ -1,20 +1,24 @@
-"""Fixtures shared by the model tests: tiny language models on disk, EGMF models built on them, and batches."""
+"""Fixtures that modules share: tiny language models on disk, models built on them, batches, pipelines and clips."""
 
 import copy
+from pathlib import Path
 
+import av
 import pytest
+import soundfile
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from clips import AVATARS, CLIPS, RATE, SOUNDS, sine, write_pattern
+from models import CALM
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
+from corpora import load_corpus
 from egmf.modeling_egmf import EGMFForConditionalGeneration
-from egmf.processing_egmf import AffectTask, EGMFProcessor
+from egmf.processing_egmf import EGMFProcessor
 from egmf.training.language_models import build_tiny_language_model
 
 
 torch.set_num_threads(1)
 
-# "calm" is a prefix of "calm down": the only built-in-like task whose candidates need EOS.
-CALM = AffectTask("calm", "classification", labels=("calm", "calm down", "angry"))
 SMALL_FUSION = {
     "fusion_hidden_size": 16,
     "fusion_intermediate_size": 32,
@@ -149,3 +153,32 @@ def row_of():
         return row
 
     return cut
+
+
+@pytest.fixture(scope="module")
+def recognize(place):
+    """The pipeline of the model in the module's folder `place`."""
+    return pipeline("affect-recognition", model=str(place / "model"), trust_remote_code=True)
+
+
+@pytest.fixture(scope="session")
+def intact(tmp_path_factory) -> dict[str, Path]:
+    """All intact files of `clips.py` by name; those for which PyAV has no encoder are left out."""
+    folder = tmp_path_factory.mktemp("intact")
+    made = {}
+    for name, options in CLIPS.items():
+        wanted = {options.get("video", "libx264"), options.get("audio", "aac")} - {None}
+        if wanted <= av.codecs_available:
+            made[name] = write_pattern(folder / name, **options)
+    for name in SOUNDS:
+        soundfile.write(folder / name, sine(), RATE)
+        made[name] = folder / name
+    return made
+
+
+@pytest.fixture(scope="session")
+def avatars(tmp_path_factory) -> Path:
+    """A small corpus of avatars."""
+    folder = tmp_path_factory.mktemp("clips") / "avatars"
+    load_corpus("avatars", folder, **AVATARS)
+    return folder

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_modeling import OTHER_LLMS, greedy, random_llm
+from models import OTHER_LLMS, greedy, random_llm
 from transformers import AutoModelForCausalLM
 
 from egmf.modeling_egmf import EGMFForConditionalGeneration

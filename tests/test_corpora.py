@@ -6,7 +6,6 @@ and skip where they are absent; everything else runs on small files of the same 
 
 import csv
 import logging
-import os
 import random
 import shutil
 from pathlib import Path
@@ -16,21 +15,11 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from corpus_files import MELD_FILE_OF, MELD_HEADER, MELD_ROWS, published, write_meld, write_ravdess
 
 from corpora import CORPORA, casia, clusters_of, generated, load_corpus, meld, mosi, ravdess
 from corpora.schema import FEATURES
 from egmf.tasks_egmf import BUILTIN_TASKS
-
-
-SHARED = Path(os.environ.get("EGMF_SHARED", Path(__file__).resolve().parents[2] / "shared")) / "data"
-MELD_FILE_OF = {"train": "train_sent_emo.csv", "validation": "dev_sent_emo.csv", "test": "test_sent_emo.csv"}
-
-
-def published(name: str) -> Path:
-    folder = SHARED / name
-    if not folder.is_dir():
-        pytest.skip(f"the published files of {name} are not in {folder} (EGMF_SHARED names another place)")
-    return folder
 
 
 def videos_of(split) -> set[str]:
@@ -292,20 +281,6 @@ def test_mosi_published_windows_match_the_file(published_mosi):
 
 # --- MELD ------------------------------------------------------------------------------------------------------------
 
-MELD_HEADER = "Sr No.,Utterance,Speaker,Emotion,Sentiment,Dialogue_ID,Utterance_ID,Season,Episode,StartTime,EndTime"
-MELD_ROWS = [  # out of order, with a gap in the numbers, and punctuation in three forms
-    "3,None,Joey,joy,positive,0,3,1,1,0:06:06,00:16:16",
-    "1,It\x92s \x93me\x94\x85 caf\u00e9,Joey\x92s Date,neutral,neutral,0,0,1,1,x,x",
-    '2,"That\u2019s right, ""Joey""",Chandler,surprise,positive,0,1,1,1,x,x',
-    "4,Hi,Joey,anger,negative,7,0,1,1,x,x",
-]
-
-
-def write_meld(folder: Path, rows: list[str] = MELD_ROWS, header: str = MELD_HEADER) -> Path:
-    for name in MELD_FILE_OF.values():
-        (folder / name).write_text("\n".join([header, *rows]) + "\n", encoding="utf-8")
-    return folder
-
 
 def test_meld_small_files(tmp_path):
     splits = meld.load(write_meld(tmp_path), context=1)
@@ -439,15 +414,6 @@ def test_meld_published_text_has_no_control_characters(published_meld, tmp_path)
 
 
 # RAVDESS
-
-
-def write_ravdess(folder: Path, actors=range(1, 25), suffix: str = "wav") -> None:
-    for actor in actors:
-        place = folder / f"Actor_{actor:02}"
-        place.mkdir(parents=True)
-        for emotion in range(1, 9):
-            (place / f"03-01-{emotion:02}-01-02-01-{actor:02}.{suffix}").touch()
-        (place / f"03-02-01-01-01-01-{actor:02}.{suffix}").touch()  # song
 
 
 @pytest.mark.parametrize("fold", [1, 4, 6])

@@ -14,6 +14,7 @@ from threading import Thread
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from corpus_files import published
 from datasets import load_dataset
 from formats import clip_table, cmu_mosei, lfmim, mmsa_pickle, mse_pickles, same_rows
 
@@ -23,7 +24,6 @@ from corpora.convert import MismatchError, convert, describe
 
 
 ROOT = Path(__file__).resolve().parents[1]
-SHARED = Path(os.environ.get("EGMF_SHARED", ROOT.parent / "shared")) / "data"
 
 
 @pytest.fixture
@@ -75,9 +75,8 @@ def test_converted_reads_as_the_files(folder, form):
 
 def test_meld_as_published(folder):
     """The published files are accepted, and the report contains the published numbers."""
-    if not (SHARED / "meld").is_dir():
-        pytest.skip(f"the published files of meld are not in {SHARED} (EGMF_SHARED names another place)")
-    report = convert("meld", SHARED / "meld", folder / "meld")
+    source = published("meld")
+    report = convert("meld", source, folder / "meld")
     assert report["differences"] == []
     rows = {}
     for split, part in report["splits"].items():
@@ -87,7 +86,7 @@ def test_meld_as_published(folder):
         "validation": (1109, (470, 150, 40, 111, 163, 22, 153)),
         "test": (2610, (1256, 281, 50, 208, 402, 68, 345)),
     }
-    direct, converted = load_corpus("meld", SHARED / "meld"), load_corpus("meld", folder / "meld", context=8)
+    direct, converted = load_corpus("meld", source), load_corpus("meld", folder / "meld", context=8)
     assert direct["validation"].to_list() == converted["validation"].to_list()
     assert direct["train"].data.table.equals(converted["train"].data.table)
     with pytest.raises(ValueError, match="context: got 4, wanted 8, with which"):

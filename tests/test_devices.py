@@ -10,10 +10,10 @@ import pytest
 import torch
 from accelerate import infer_auto_device_map
 from accelerate.utils import send_to_device
-from test_towers import IMAGE, whisper
+from models import clip_vision, whisper
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
-from transformers import AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel
+from transformers import AutoModelForCausalLM
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
@@ -126,7 +126,7 @@ def case(request, assemble, llm_folder, processor, samples, make_batch):
         parts = PARTS | {"model.fusion": FOURTH} | ({} if tied else {"lm_head": SECOND})
         return model, parts, lambda **options: dict(make_batch(samples, "meld", **options))
     torch.manual_seed(1)
-    towers = {"audio_tower": whisper(), "vision_tower": CLIPVisionModel(CLIPVisionConfig(**IMAGE))}
+    towers = {"audio_tower": whisper(), "vision_tower": clip_vision()}
     pooling = {"audio": 4, "vision": 2}
     model = assemble(**towers, audio_input_rate=100, frame_pooling=pooling, clip_statistics=["audio", "vision"])
     media = {"input_features": torch.randn(4, 8, 100), "audio_mask": torch.ones(4, 100, dtype=torch.long)}

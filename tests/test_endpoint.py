@@ -15,9 +15,8 @@ from pathlib import Path
 import httpx2
 import pytest
 import soundfile
-from test_media_inputs import tone, write_clip
-from test_predict import save_model_with_towers
-from transformers import pipeline
+from clips import tone, write_clip
+from models import save_model_with_towers
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,11 +35,6 @@ def place(tmp_path_factory, llm_folder, assemble) -> Path:
     shutil.copyfile(folder / "voice.wav", folder / "voicewav")
     (folder / "temporary").mkdir()
     return folder
-
-
-@pytest.fixture(scope="module")
-def recognize(place):
-    return pipeline("affect-recognition", model=str(place / "model"), trust_remote_code=True)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from datasets import DatasetDict
+from corpus_files import rows_with
 from transformers import AutoProcessor
 
 import eval as eval_script
@@ -60,17 +60,6 @@ OLD_TASKS = {
         "cue": "情感：",
     },
 }
-
-
-def rows_with(column: str, labels: list) -> DatasetDict:
-    """A corpus whose test split has these labels; its other splits have only the first one."""
-    rows = [
-        {"id": f"film$_${number}", "text": f"sentence {number}" * (1 + number % 3), "language": "zh", column: label}
-        for number, label in enumerate(labels)
-    ]
-    return DatasetDict(
-        {"train": build_split(rows[:1]), "validation": build_split(rows[:1]), "test": build_split(rows)}
-    )
 
 
 @pytest.fixture

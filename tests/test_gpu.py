@@ -5,13 +5,13 @@ python -m bench.answer --device cuda --layers 28 --output FILE
 python -m bench.train_step --device cuda --output FILE
 """
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
-from test_evaluation import rows_with
-from test_towers import whisper
+from commands import read_lines
+from corpus_files import rows_with
+from models import whisper
 from transformers import pipeline
 from transformers.utils import is_flash_attn_2_available
 
@@ -32,7 +32,7 @@ def on_gpu(batch) -> dict[str, torch.Tensor]:
 def train(output: Path, *fields) -> list[dict]:
     """Trains on the GPU and returns the lines of its log."""
     train_script.main([str(RECIPE), "--output_dir", str(output), *map(str, fields)])
-    return [json.loads(line) for line in (output / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    return read_lines(output / "log.jsonl")
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -13,14 +13,15 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 import soundfile
+from clips import CLIPS, FPS, RATE, SECONDS, SIZE, SOUNDS, sine, write_pattern, write_tracks
 from datasets import Dataset
+from pids import alive, gone, needs_proc
 from torch.utils.data import DataLoader
 from transformers.dynamic_module_utils import get_imports
 
@@ -30,92 +31,7 @@ from egmf.media_egmf import MediaError, load_audio, load_video
 
 ROOT = Path(__file__).resolve().parents[1]
 GRID = ROOT.parent / "shared" / "data" / "grid"
-SECONDS, FPS, RATE, SIZE = 2, 25, 44100, (160, 120)
 LIMIT = 20.0  # seconds for one call, far more than any of these files needs
-
-
-def pictures(count: int, width: int, height: int):
-    """A moving pattern whose frames are all different."""
-    y, x = np.mgrid[:height, :width]
-    for i in range(count):
-        yield np.stack([2 * x + 5 * i, 3 * y + 7 * i, x + y + 11 * i], axis=-1).astype(np.uint8)
-
-
-def sine(seconds: float = SECONDS, rate: int = RATE, channels: int = 2, hertz: float = 440.0) -> np.ndarray:
-    """A tone of shape (N, channels); the first channel has level 0.5, the others are silent."""
-    wave = np.zeros((round(seconds * rate), channels), dtype=np.float32)
-    wave[:, 0] = 0.5 * np.sin(2 * np.pi * hertz * np.arange(len(wave)) / rate)
-    return wave
-
-
-def write_clip(
-    path: Path,
-    video: str | None = "libx264",
-    audio: str | None = "aac",
-    size: tuple[int, int] = SIZE,
-    times: np.ndarray | None = None,
-    sound_from: float = 0.0,
-    pixels: str = "yuv420p",
-    **container_options: str,
-) -> Path:
-    """Write a clip of SECONDS, or with a frame at each of `times`; its sound starts at `sound_from`."""
-    clock = Fraction(1, FPS if times is None else 1000)
-    stamps = range(SECONDS * FPS) if times is None else np.round(times * 1000).astype(int).tolist()
-    with av.open(str(path), "w", options=container_options) as container:
-        if video:
-            pictured = container.add_stream(video, rate=FPS)
-            pictured.width, pictured.height, pictured.pix_fmt = *size, pixels
-            pictured.codec_context.gop_size = 12
-            pictured.codec_context.time_base = clock
-        if audio:
-            heard = container.add_stream(audio, rate=48000 if audio == "libopus" else RATE, layout="stereo")
-        if video:
-            for stamp, picture in zip(stamps, pictures(len(stamps), *size), strict=True):
-                frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-                frame.pts, frame.time_base = stamp, clock
-                container.mux(pictured.encode(frame))
-            container.mux(pictured.encode(None))
-        if audio:
-            whole = av.AudioFrame.from_ndarray(np.ascontiguousarray(sine(SECONDS - sound_from).T), "fltp", "stereo")
-            whole.sample_rate, whole.pts = RATE, round(sound_from * RATE)
-            sliced = av.AudioResampler(heard.format, "stereo", heard.rate, heard.codec_context.frame_size or 1024)
-            for frame in [*sliced.resample(whole), *sliced.resample(None)]:
-                container.mux(heard.encode(frame))
-            container.mux(heard.encode(None))
-    return path
-
-
-CLIPS = {
-    "end.mp4": {},
-    "start.mp4": {"movflags": "faststart"},
-    "silent.mp4": {"audio": None},
-    "sound.m4a": {"video": None},
-    "odd.mp4": {"size": (162, 122)},
-    "uneven.mp4": {"size": (161, 121), "pixels": "yuv444p"},
-    "ten_bit.mp4": {"pixels": "yuv420p10le"},
-    "clip.mkv": {},
-    "clip.avi": {"video": "mpeg4", "audio": "libmp3lame"},
-    "clip.webm": {"video": "libvpx", "audio": "libopus"},
-    "clip.mpg": {"video": "mpeg1video", "audio": "mp2"},
-    "uneven.mpg": {"video": "mpeg1video", "audio": "mp2", "size": (161, 121)},
-    "clip.ts": {"video": "mpeg2video", "audio": "mp2"},
-}
-SOUNDS = ("sound.wav", "sound.flac", "sound.ogg", "sound.mp3", "sound.aiff")
-
-
-@pytest.fixture(scope="module")
-def clips(tmp_path_factory) -> dict[str, Path]:
-    """All intact files by name."""
-    folder = tmp_path_factory.mktemp("clips")
-    made = {}
-    for name, options in CLIPS.items():
-        wanted = {options.get("video", "libx264"), options.get("audio", "aac")} - {None}
-        if wanted <= av.codecs_available:
-            made[name] = write_clip(folder / name, **options)
-    for name in SOUNDS:
-        soundfile.write(folder / name, sine(), RATE)
-        made[name] = folder / name
-    return made
 
 
 def by_pyav(path: Path, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -147,11 +63,11 @@ def outcome(load, path, wanted: int):
 
 @pytest.mark.parametrize("name", [name for name in CLIPS if CLIPS[name].get("video", "") is not None])
 @pytest.mark.parametrize("count", [1, 8, 1000])
-def test_frames_are_pyavs_bytes(clips, name, count):
-    if name not in clips:
+def test_frames_are_pyavs_bytes(intact, name, count):
+    if name not in intact:
         pytest.skip(f"PyAV has no encoder for {name}")
-    clip = load_video(clips[name], count)
-    frames, times = by_pyav(clips[name], count)
+    clip = load_video(intact[name], count)
+    frames, times = by_pyav(intact[name], count)
     assert clip.frames.dtype == np.uint8 and len(frames) == min(count, SECONDS * FPS)
     np.testing.assert_array_equal(clip.frames, frames)
     np.testing.assert_allclose(clip.times, times, atol=1e-9)
@@ -160,10 +76,10 @@ def test_frames_are_pyavs_bytes(clips, name, count):
 
 @pytest.mark.parametrize("name", [*SOUNDS, *(name for name in CLIPS if CLIPS[name].get("audio", "") is not None)])
 @pytest.mark.parametrize("rate", [16000, 48000, 7919])
-def test_a_sine_stays_what_it_is(clips, name, rate):
-    if name not in clips:
+def test_a_sine_stays_what_it_is(intact, name, rate):
+    if name not in intact:
         pytest.skip(f"PyAV has no encoder for {name}")
-    clip = load_audio(clips[name], rate)
+    clip = load_audio(intact[name], rate)
     assert clip.samples.dtype == np.float32 and clip.samples.ndim == 1 and clip.sampling_rate == rate
     assert clip.warnings == [] and clip.duration == pytest.approx(SECONDS, abs=0.06)
     inner = clip.samples[rate // 4 : rate // 4 + rate]  # one second: a bin of the spectrum is 1 Hz
@@ -191,7 +107,7 @@ def test_rates_and_channels_of_wav(tmp_path, rate, channels, subtype):
 @pytest.mark.parametrize("suffix", ["mp4", "mkv"])
 def test_times_of_a_variable_frame_rate(tmp_path, suffix):
     times = np.cumsum(np.random.default_rng(0).uniform(0.01, 0.12, 40)).round(3)
-    path = write_clip(tmp_path / f"vfr.{suffix}", audio=None, times=times)
+    path = write_pattern(tmp_path / f"vfr.{suffix}", audio=None, times=times)
     clip = load_video(path, 1000)
     np.testing.assert_allclose(clip.times, times - times[0], atol=0.0015)
     np.testing.assert_array_equal(clip.frames, by_pyav(path, 1000)[0])
@@ -200,38 +116,9 @@ def test_times_of_a_variable_frame_rate(tmp_path, suffix):
 
 @pytest.mark.parametrize("suffix", ["mp4", "mkv"])
 def test_sound_that_starts_late_is_preceded_by_silence(tmp_path, suffix):
-    clip = load_audio(write_clip(tmp_path / f"late.{suffix}", sound_from=0.5), 16000)
+    clip = load_audio(write_pattern(tmp_path / f"late.{suffix}", sound_from=0.5), 16000)
     assert clip.duration == pytest.approx(SECONDS, abs=0.06)
     assert np.abs(clip.samples[:7000]).max() < 0.01 and np.abs(clip.samples[9000:9500]).max() > 0.2
-
-
-def write_tracks(path: Path, videos: list[dict], sounds: list[dict]) -> Path:
-    """Write a Matroska file with video (`frames`, `size`, `default`) and audio (`level`, `seconds`, `default`)."""
-    default = av.stream.Disposition.default
-    with av.open(str(path), "w") as container:
-        tracks = []
-        for video in videos:
-            stream = container.add_stream("libx264", rate=FPS)
-            stream.width, stream.height = video["size"]
-            stream.pix_fmt = "yuv420p"
-            tracks.append((stream, video))
-        for audio in sounds:
-            tracks.append((container.add_stream("flac", rate=RATE, layout="mono"), audio))
-        for stream, made in tracks:
-            stream.disposition = default if made.get("default") else av.stream.Disposition(0)
-        for stream, made in tracks:
-            if "size" in made:
-                for i, picture in enumerate(pictures(made["frames"], *made["size"])):
-                    frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-                    frame.pts, frame.time_base = i, Fraction(1, FPS)
-                    container.mux(stream.encode(frame))
-            else:
-                wave = made["level"] * 2 * sine(made["seconds"])[:, :1].T
-                frame = av.AudioFrame.from_ndarray((32767 * wave).astype(np.int16), "s16", "mono")
-                frame.sample_rate, frame.pts = RATE, 0
-                container.mux(stream.encode(frame))
-            container.mux(stream.encode(None))
-    return path
 
 
 def test_of_several_videos_the_one_a_player_shows_is_read(tmp_path):
@@ -305,12 +192,12 @@ def test_a_flac_file_with_bytes_before_its_header_is_read(tmp_path):
     np.testing.assert_array_equal(junk.samples, whole.samples)
 
 
-def test_a_phones_rotation_is_applied(clips, tmp_path):
-    data = bytearray(clips["silent.mp4"].read_bytes())
+def test_a_phones_rotation_is_applied(intact, tmp_path):
+    data = bytearray(intact["silent.mp4"].read_bytes())
     matrix = data.index(b"tkhd") + 4 + 40
     data[matrix : matrix + 36] = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, SIZE[1] << 16, 0, 1 << 30)
     (tmp_path / "phone.mp4").write_bytes(data)
-    lying, upright = load_video(clips["silent.mp4"], 3).frames, load_video(tmp_path / "phone.mp4", 3).frames
+    lying, upright = load_video(intact["silent.mp4"], 3).frames, load_video(tmp_path / "phone.mp4", 3).frames
     np.testing.assert_array_equal(upright, np.rot90(lying, -1, axes=(1, 2)))
 
 
@@ -324,25 +211,25 @@ def test_grid_clips(path):
     assert clip.duration == pytest.approx(3.0, abs=0.05) == sound.duration and np.abs(sound.samples).max() > 0.01
 
 
-def test_a_missing_stream_has_its_own_kind(clips):
+def test_a_missing_stream_has_its_own_kind(intact):
     for load, name, kind in ((load_audio, "silent.mp4", "no audio"), (load_video, "sound.m4a", "no video")):
         with pytest.raises(MediaError) as raised:
-            load(clips[name], 16)
+            load(intact[name], 16)
         assert raised.value.kind == kind
     copy = pickle.loads(pickle.dumps(raised.value))
     assert str(copy) == str(raised.value) and vars(copy) == vars(raised.value)
     for load, wanted in ((load_audio, 0), (load_video, 0)):
         with pytest.raises(ValueError, match="must be positive"):
-            load(clips["end.mp4"], wanted)
+            load(intact["end.mp4"], wanted)
 
 
-def test_content_decides_and_not_the_suffix(clips, tmp_path):
+def test_content_decides_and_not_the_suffix(intact, tmp_path):
     for name, wrong in (("end.mp4", "a.wav"), ("sound.wav", "a.mp4"), ("sound.flac", "a.raw"), ("sound.mp3", "a.txt")):
         path = tmp_path / wrong
-        path.write_bytes(clips[name].read_bytes())
-        np.testing.assert_array_equal(load_audio(path, 16000).samples, load_audio(clips[name], 16000).samples)
+        path.write_bytes(intact[name].read_bytes())
+        np.testing.assert_array_equal(load_audio(path, 16000).samples, load_audio(intact[name], 16000).samples)
     link = tmp_path / "l\udcffnk %03d.jpg"
-    link.symlink_to(clips["end.mp4"])
+    link.symlink_to(intact["end.mp4"])
     assert len(load_video(link, 3).frames) == 3
 
 
@@ -355,12 +242,12 @@ def patched(data: bytes, box: bytes, offset: int, value: bytes) -> bytes:
     return data[:at] + value + data[at + len(value) :]
 
 
-def damaged(clips) -> dict[str, bytes]:
+def damaged(intact) -> dict[str, bytes]:
     """More than 120 damaged files, as `{"<good file>: <damage>": content}`."""
     rng = np.random.default_rng(0)
     made = {}
     for name in ("end.mp4", "start.mp4", "silent.mp4", "sound.m4a", "clip.mkv", "clip.avi", *SOUNDS):
-        data = clips[name].read_bytes()
+        data = intact[name].read_bytes()
         for part in (0.02, 0.3, 0.7, 0.95):
             made[f"{name}: cut at {part}"] = data[: round(part * len(data))]
         made[f"{name}: zeros"] = data[: len(data) // 2] + bytes(3000) + data[len(data) // 2 + 3000 :]
@@ -369,7 +256,7 @@ def damaged(clips) -> dict[str, bytes]:
             flipped[place] ^= 1 << int(rng.integers(8))
             made[f"{name}: bit flip at {place}"] = bytes(flipped)
     for name in ("end.mp4", "start.mp4"):
-        data = clips[name].read_bytes()
+        data = intact[name].read_bytes()
         head = data.index(b"moov")
         for place in rng.integers(head + 4, head + 1800, 10).tolist():
             flipped = bytearray(data)
@@ -381,9 +268,9 @@ def damaged(clips) -> dict[str, bytes]:
     return made
 
 
-def test_damage_is_said(clips, tmp_path):
+def test_damage_is_said(intact, tmp_path):
     """No damaged file crashes or hangs the reader, and an incomplete result always has a warning."""
-    files = damaged(clips)
+    files = damaged(intact)
     assert len(files) >= 120
     errors, silent = 0, []
     for number, (name, data) in enumerate(files.items()):
@@ -406,13 +293,13 @@ def test_damage_is_said(clips, tmp_path):
     assert 0 < errors < len(files)
 
 
-def test_decord_aborts_on_a_corrupt_count_and_the_caller_does_not(clips, tmp_path):
+def test_decord_aborts_on_a_corrupt_count_and_the_caller_does_not(intact, tmp_path):
     path = tmp_path / "stts.mp4"
-    path.write_bytes(patched(clips["silent.mp4"].read_bytes(), b"stts", 8, b"\x7f\xff\xff\xff"))
+    path.write_bytes(patched(intact["silent.mp4"].read_bytes(), b"stts", 8, b"\x7f\xff\xff\xff"))
     alone = subprocess.run([sys.executable, "-c", f"import decord; decord.VideoReader({str(path)!r})"], check=False)
     assert alone.returncode == -signal.SIGABRT
     clip = load_video(path, 8)
-    np.testing.assert_array_equal(clip.frames, load_video(clips["silent.mp4"], 8).frames)
+    np.testing.assert_array_equal(clip.frames, load_video(intact["silent.mp4"], 8).frames)
     assert clip.warnings == [f"video: {SECONDS * FPS} of {0x7FFFFFFF} frames decoded"]
     # The same through the worker that decord gets: it dies, this process does not.
     with pytest.raises(MediaError) as raised:
@@ -420,8 +307,8 @@ def test_decord_aborts_on_a_corrupt_count_and_the_caller_does_not(clips, tmp_pat
     assert raised.value.kind == "crash"
 
 
-def test_decord_stands_in_with_the_same_bytes(clips):
-    file = str(clips["end.mp4"])
+def test_decord_stands_in_with_the_same_bytes(intact):
+    file = str(intact["end.mp4"])
     found, frames = media_egmf._decode("video_by_decord", file, file, 8, time.monotonic() + LIMIT, fresh=True)
     clip = load_video(file, 8)
     np.testing.assert_array_equal(frames, clip.frames)
@@ -429,12 +316,12 @@ def test_decord_stands_in_with_the_same_bytes(clips):
     assert "decord" in found["warnings"][0]
 
 
-def test_ten_claimed_hours(clips, tmp_path):
+def test_ten_claimed_hours(intact, tmp_path):
     hours = 36000
-    mkv = clips["clip.mkv"].read_bytes()
-    wav = clips["sound.wav"].read_bytes()
+    mkv = intact["clip.mkv"].read_bytes()
+    wav = intact["sound.wav"].read_bytes()
     data = wav.index(b"data") + 4
-    flac = bytearray(clips["sound.flac"].read_bytes())
+    flac = bytearray(intact["sound.flac"].read_bytes())
     fields = int.from_bytes(flac[18:26], "big") >> 36 << 36  # rate, channels, bits, and then 36 bits of samples
     flac[18:26] = (fields | hours * RATE).to_bytes(8, "big")
     files = {
@@ -452,11 +339,11 @@ def test_ten_claimed_hours(clips, tmp_path):
 
 
 @pytest.mark.parametrize("stated", [0, 0xFFFFFFFF])
-def test_a_wav_written_to_a_pipe_states_no_length(clips, tmp_path, stated):
-    wav = clips["sound.wav"].read_bytes()
+def test_a_wav_written_to_a_pipe_states_no_length(intact, tmp_path, stated):
+    wav = intact["sound.wav"].read_bytes()
     (tmp_path / "a.wav").write_bytes(patched(wav, b"data", 0, struct.pack("<I", stated)))
     clip = load_audio(tmp_path / "a.wav", RATE)
-    np.testing.assert_array_equal(clip.samples, load_audio(clips["sound.wav"], RATE).samples)
+    np.testing.assert_array_equal(clip.samples, load_audio(intact["sound.wav"], RATE).samples)
     assert clip.warnings == []
 
 
@@ -471,15 +358,15 @@ def test_a_cut_ogg_lacks_the_mark_of_its_end(tmp_path, codec):
     assert 1 < clip.duration < 7 and "end-of-stream mark" in clip.warnings[-1]
 
 
-def test_what_is_no_media(clips, tmp_path):
+def test_what_is_no_media(intact, tmp_path):
     """Files that are not media are rejected at once with the reason; they neither block nor open other files."""
     contents = {
         "empty.mp4": b"",
         "text.txt": b"\x1b[31mnot a video\x1b[0m\n" * 500,
         "random.raw": np.random.default_rng(0).bytes(100_000),
         "zeros.mp4": bytes(100_000),
-        "list.m3u8": b"#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\n%b\n" % os.fsencode(clips["end.mp4"]),
-        "list.txt": b"ffconcat version 1.0\nfile %b\n" % os.fsencode(clips["end.mp4"]),
+        "list.m3u8": b"#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\n%b\n" % os.fsencode(intact["end.mp4"]),
+        "list.txt": b"ffconcat version 1.0\nfile %b\n" % os.fsencode(intact["end.mp4"]),
         "call.sdp": b"v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nm=video 5000 RTP/AVP 96\n"
         b"a=rtpmap:96 H264/90000\n",
         "canvas.gif": b"GIF89a" + struct.pack("<HH", 65535, 65535) + b"\x80\0\0" + bytes(6) + b",\0\0\0\0\1\0\1\0\0\2",
@@ -506,7 +393,7 @@ def test_what_is_no_media(clips, tmp_path):
     ):
         with pytest.raises(MediaError, match=reason):
             load_audio(path, 16000)
-    slow = bytearray(clips["sound.wav"].read_bytes())
+    slow = bytearray(intact["sound.wav"].read_bytes())
     slow[24:28] = struct.pack("<I", 1)  # one sample a second: resampled, gigabytes
     (tmp_path / "slow.wav").write_bytes(slow)
     with pytest.raises(MediaError) as raised:
@@ -515,8 +402,8 @@ def test_what_is_no_media(clips, tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
-def test_no_permission(clips, tmp_path):
-    (tmp_path / "a.wav").write_bytes(clips["sound.wav"].read_bytes())
+def test_no_permission(intact, tmp_path):
+    (tmp_path / "a.wav").write_bytes(intact["sound.wav"].read_bytes())
     (tmp_path / "a.wav").chmod(0)
     with pytest.raises(MediaError, match="permission denied"):
         load_audio(tmp_path / "a.wav", 16000)
@@ -530,9 +417,9 @@ def test_no_user_of_features_is_asked_for_decoders():
     assert found - sys.stdlib_module_names == {"numpy"} and not {"fcntl", "resource"} & found
 
 
-def test_a_missing_reader_is_an_import_error(clips, tmp_path):
+def test_a_missing_reader_is_an_import_error(intact, tmp_path):
     (tmp_path / "soxr.py").write_text("raise ImportError('no soxr here')")
-    code = f"from egmf import media_egmf; media_egmf.load_audio({str(clips['sound.wav'])!r}, 16000)"
+    code = f"from egmf import media_egmf; media_egmf.load_audio({str(intact['sound.wav'])!r}, 16000)"
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.stderr.splitlines()[-1].startswith("ImportError: ") and "no soxr here" in done.stderr
@@ -541,55 +428,36 @@ def test_a_missing_reader_is_an_import_error(clips, tmp_path):
 # Processes
 
 
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
-
-
-def gone(pid: int) -> bool:
-    """Whether a process ends within 15 seconds."""
-    for _ in range(300):
-        if not alive(pid):
-            return True
-        time.sleep(0.05)
-    return False
-
-
-needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no /proc to look for processes in")
-
-
 @pytest.fixture
-def worker_pid(clips) -> int:
+def worker_pid(intact) -> int:
     """The process id of the one idle worker."""
     media_egmf._close_workers()
     media_egmf._idle.clear()
-    load_video(clips["end.mp4"], 1)
+    load_video(intact["end.mp4"], 1)
     (worker,) = media_egmf._idle
     return worker.process.pid
 
 
-def test_a_worker_is_kept_and_a_killed_one_replaced(clips, worker_pid):
-    load_audio(clips["sound.mp3"], 16000)
+def test_a_worker_is_kept_and_a_killed_one_replaced(intact, worker_pid):
+    load_audio(intact["sound.mp3"], 16000)
     assert [worker.process.pid for worker in media_egmf._workers] == [worker_pid]
     os.kill(worker_pid, signal.SIGKILL)
-    assert len(load_video(clips["end.mp4"], 4).frames) == 4
+    assert len(load_video(intact["end.mp4"], 4).frames) == 4
     assert worker_pid not in [worker.process.pid for worker in media_egmf._workers]
 
 
 @needs_proc
-def test_a_hanging_worker_is_killed_at_the_limit(clips, worker_pid):
+def test_a_hanging_worker_is_killed_at_the_limit(intact, worker_pid):
     os.kill(worker_pid, signal.SIGSTOP)
     begun = time.monotonic()
     with pytest.raises(MediaError) as raised:
-        load_video(clips["end.mp4"], 4, time_limit=0.5)
+        load_video(intact["end.mp4"], 4, time_limit=0.5)
     assert raised.value.kind == "time limit" and time.monotonic() - begun < 3
-    assert gone(worker_pid) and len(load_video(clips["end.mp4"], 4).frames) == 4
+    assert gone(worker_pid) and len(load_video(intact["end.mp4"], 4).frames) == 4
 
 
 @needs_proc
-def test_an_interrupted_call_leaves_no_answer_behind(clips, worker_pid):
+def test_an_interrupted_call_leaves_no_answer_behind(intact, worker_pid):
     def interrupt(*_):
         raise KeyboardInterrupt
 
@@ -598,22 +466,22 @@ def test_an_interrupted_call_leaves_no_answer_behind(clips, worker_pid):
     try:
         signal.setitimer(signal.ITIMER_REAL, 0.3)
         with pytest.raises(KeyboardInterrupt):
-            load_video(clips["end.mp4"], 4)
+            load_video(intact["end.mp4"], 4)
     finally:
         signal.signal(signal.SIGALRM, before)
     assert gone(worker_pid)
-    assert load_audio(clips["sound.wav"], 16000).duration == SECONDS
+    assert load_audio(intact["sound.wav"], 16000).duration == SECONDS
 
 
-def test_threads(clips):
+def test_threads(intact):
     names = ["end.mp4", "clip.mkv", "odd.mp4", "clip.mpg"] * 5
-    whole = {name: (load_video(clips[name], 6), load_audio(clips[name], 16000)) for name in set(names)}
+    whole = {name: (load_video(intact[name], 6), load_audio(intact[name], 16000)) for name in set(names)}
     start = threading.Barrier(5)
 
     def work(name: str):
         if not names.index(name):
             start.wait(LIMIT)
-        return name, load_video(clips[name], 6), load_audio(clips[name], 16000)
+        return name, load_video(intact[name], 6), load_audio(intact[name], 16000)
 
     with ThreadPoolExecutor(5) as pool:
         for name, video, audio in pool.map(work, names):
@@ -623,7 +491,7 @@ def test_threads(clips):
 
 
 class ClipFrames:
-    """A data set of clips, for a DataLoader."""
+    """A data set of intact, for a DataLoader."""
 
     def __init__(self, paths):
         self.paths = paths
@@ -636,9 +504,9 @@ class ClipFrames:
 
 
 @pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
-def test_data_loader_workers(clips, worker_pid, start):
+def test_data_loader_workers(intact, worker_pid, start):
     """Both loader processes start their own reader, also when forked from a process that already has one."""
-    paths = [clips[name] for name in ("end.mp4", "clip.mkv", "clip.mpg", "start.mp4") * 3]
+    paths = [intact[name] for name in ("end.mp4", "clip.mkv", "clip.mpg", "start.mp4") * 3]
     here = ClipFrames(paths)
     loader = DataLoader(here, None, num_workers=2, multiprocessing_context=start, timeout=100)
     pids = set()
@@ -652,7 +520,7 @@ def test_data_loader_workers(clips, worker_pid, start):
     assert [worker.process.pid for worker in media_egmf._workers] == [worker_pid]
 
 
-def test_datasets_map_with_two_processes(clips, worker_pid):
+def test_datasets_map_with_two_processes(intact, worker_pid):
     def columns(row):
         return {
             "pid": os.getpid(),
@@ -660,7 +528,7 @@ def test_datasets_map_with_two_processes(clips, worker_pid):
             "sum": load_video(row["path"], 4).frames.sum(),
         }
 
-    rows = Dataset.from_dict({"path": [str(clips[name]) for name in ("end.mp4", "clip.mkv", "odd.mp4", "clip.mpg")]})
+    rows = Dataset.from_dict({"path": [str(intact[name]) for name in ("end.mp4", "clip.mkv", "odd.mp4", "clip.mpg")]})
     mapped = rows.map(columns, num_proc=2)
     assert len(set(mapped["pid"])) == 2 and os.getpid() not in mapped["pid"]
     for row in mapped:
@@ -689,12 +557,12 @@ if sys.argv[1] != "ends":
 
 @needs_proc
 @pytest.mark.parametrize("way", ["ends", "killed", "forked"])
-def test_no_orphan_and_no_noise(clips, tmp_path, way):
+def test_no_orphan_and_no_noise(intact, tmp_path, way):
     """The worker ends with its caller, even if the caller is killed or a child process of the caller survives."""
     noisy = tmp_path / "noisy.mp3"  # of which libmpg123 complains on standard error
-    mp3 = clips["sound.mp3"].read_bytes()
+    mp3 = intact["sound.mp3"].read_bytes()
     noisy.write_bytes(mp3[:5000] + bytes(500) + mp3[5500:-3000])
-    command = [sys.executable, "-", way, str(noisy), str(clips["end.mp4"])]
+    command = [sys.executable, "-", way, str(noisy), str(intact["end.mp4"])]
     caller = subprocess.Popen(
         command,
         cwd=ROOT,

@@ -3,7 +3,6 @@
 import copy
 import importlib.util
 import inspect
-import os
 import sys
 import warnings
 from pathlib import Path
@@ -13,19 +12,14 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from clips import tone, write_clip
+from corpus_files import SHARED
 from datasets import Dataset
-from test_towers import IMAGE, WAVE, whisper
+from models import EXTRACTORS, TOLERANCE, build_processor, clip_vision, hubert, whisper
 from transformers import (
     ASTFeatureExtractor,
     AutoTokenizer,
-    CLIPImageProcessor,
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    HubertConfig,
-    HubertModel,
     SeamlessM4TFeatureExtractor,
-    Wav2Vec2FeatureExtractor,
-    WhisperFeatureExtractor,
 )
 
 import train
@@ -40,30 +34,6 @@ from egmf.recipe import load_recipe
 
 
 ROOT = Path(__file__).resolve().parents[1]
-TOLERANCE = 1e-4
-
-
-def tone(seconds: float, frequency: float = 300.0, rate: int = 16000) -> np.ndarray:
-    return 0.3 * np.sin(2 * np.pi * frequency * np.arange(round(seconds * rate)) / rate).astype(np.float32)
-
-
-def write_clip(path, seconds: float = 1.0, sound: bool = True, seed: int = 0) -> str:
-    """Write a 48 x 32 mp4 of moving noise at 25 frames per second, with a tone."""
-    frames = np.random.default_rng(seed).integers(0, 255, (4, 6, 3), dtype=np.uint8)
-    with av.open(str(path), "w") as container:
-        video = container.add_stream("libx264", rate=25, options={"preset": "ultrafast"})
-        video.width, video.height, video.pix_fmt = 48, 32, "yuv420p"
-        audio = container.add_stream("aac", rate=16000, layout="mono") if sound else None
-        for step in range(round(25 * seconds)):
-            picture = np.roll(frames, step, axis=1).repeat(8, 0).repeat(8, 1)
-            container.mux(video.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(video.encode(None))
-        if sound:
-            samples = tone(seconds, 200.0 + 50 * seed)[None]
-            frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout="mono")
-            frame.sample_rate = 16000
-            container.mux([*audio.encode(frame), *audio.encode(None)])
-    return str(path)
 
 
 def sound(array, rate=16000) -> dict:
@@ -84,29 +54,13 @@ def files(tmp_path_factory):
     }
 
 
-EXTRACTORS = {
-    "whisper": lambda: WhisperFeatureExtractor(feature_size=8, chunk_length=1),
-    "hubert": lambda: Wav2Vec2FeatureExtractor(),
-}
-
-
-def build_processor(folder: str, extractor: str = "whisper") -> EGMFProcessor:
-    return EGMFProcessor(
-        AutoTokenizer.from_pretrained(folder),
-        feature_extractor=EXTRACTORS[extractor](),
-        image_processor=CLIPImageProcessor(size={"height": 16, "width": 16}, do_center_crop=False),
-        num_pseudo_tokens=3,
-        num_frames=4,
-    )
-
-
 @pytest.fixture(scope="module", params=EXTRACTORS)
 def media(request, llm_folder, assemble):
     """A processor with both preprocessors and a model with both towers."""
     processor = build_processor(llm_folder(), request.param)
     torch.manual_seed(3)
-    tower = whisper() if request.param == "whisper" else HubertModel(HubertConfig(**WAVE))
-    vision = CLIPVisionModel(CLIPVisionConfig(**IMAGE))
+    tower = whisper() if request.param == "whisper" else hubert()
+    vision = clip_vision()
     return processor, assemble(audio_tower=tower, vision_tower=vision, audio_input_rate=processor.audio_input_rate)
 
 
@@ -357,8 +311,7 @@ def test_processor_travels(media, files, tmp_path):
 
 def test_video_of_another_format(media):
     """Both streams of GRID's MPEG-1 clips are read."""
-    shared = Path(os.environ.get("EGMF_SHARED", Path(__file__).resolve().parents[2] / "shared"))
-    clips = sorted((shared / "data" / "grid").glob("*.mpg"))
+    clips = sorted((SHARED / "data" / "grid").glob("*.mpg"))
     if not clips:
         pytest.skip("no GRID clips in EGMF_SHARED/data/grid, nor in ../shared/data/grid")
     processor, model = media

@@ -6,23 +6,15 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from models import LORA_TARGETS, OTHER_LLMS, TOLERANCE, greedy, largest_difference, pad, random_llm
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    BloomConfig,
-    CohereConfig,
-    Gemma2Config,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
-    Gemma3TextConfig,
-    GPTNeoConfig,
     LlamaForCausalLM,
-    MambaConfig,
-    MistralConfig,
-    OPTConfig,
-    PhiConfig,
 )
 
 from egmf.modeling_egmf import EGMFForConditionalGeneration
@@ -30,7 +22,6 @@ from egmf.processing_egmf import EGMFProcessor
 from egmf.readout_egmf import answer_prefixes
 
 
-TOLERANCE = 1e-4
 # architecture, tied head, spare token in the tokenizer (without one the embeddings grow by one)
 LLMS = [
     ("llama", True, True),
@@ -40,44 +31,6 @@ LLMS = [
     ("gpt2", True, False),
     ("gpt2", False, True),
 ]
-LORA_TARGETS = r"model\.language_model\..*\.(q|k|v|o|gate|up|down)_proj"
-
-VOCABULARY = {"vocab_size": 258, "bos_token_id": 256, "eos_token_id": 256, "pad_token_id": 256}
-SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-# Each is here for what it does differently from Llama.
-OTHER_LLMS = {
-    "sliding-window": MistralConfig(**SIZES, **VOCABULARY, num_key_value_heads=2, sliding_window=16),
-    "softcap": Gemma2Config(**SIZES, **VOCABULARY, num_key_value_heads=2, head_dim=8, sliding_window=16),
-    "scaled-embedding": Gemma3TextConfig(**SIZES, **VOCABULARY, num_key_value_heads=2, head_dim=8, sliding_window=16),
-    "logit-scale": CohereConfig(**SIZES, **VOCABULARY, num_key_value_heads=2, logit_scale=0.25),
-    "head-bias": PhiConfig(**SIZES, **VOCABULARY),
-    "narrow-embedding": OPTConfig(
-        **VOCABULARY, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=16
-    ),
-    "window-by-index": GPTNeoConfig(
-        **VOCABULARY,
-        hidden_size=32,
-        num_layers=2,
-        num_heads=4,
-        attention_types=[[["global", "local"], 1]],
-        window_size=16,
-    ),
-    "alibi": BloomConfig(**VOCABULARY, hidden_size=32, n_layer=2, n_head=4),
-    "state-space": MambaConfig(**VOCABULARY, hidden_size=32, num_hidden_layers=2, state_size=8),
-}
-
-
-def random_llm(name: str):
-    """One of `OTHER_LLMS` with weights large enough that its outputs differ."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(OTHER_LLMS[name]).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.normal_(std=0.15)
-        if model.get_output_embeddings().bias is not None:
-            model.get_output_embeddings().bias.normal_()
-    return model
 
 
 @pytest.fixture(scope="module", params=LLMS, ids=lambda case: f"{case[0]}-{'tied' if case[1] else 'untied'}")
@@ -90,40 +43,6 @@ def any_egmf(request, llm_folder, assemble):
     assert model.get_input_embeddings().num_embeddings == 258
     assert (model.lm_head.weight is model.get_input_embeddings().weight) == request.param[1]
     return model, processor
-
-
-def pad(batch, side: str, tokens: int = 6, frames: int = 5):
-    """The batch with additional padding of text and features on one side, filled with arbitrary tokens and NaN."""
-
-    def widths(n):
-        return (n, 0) if side == "left" else (0, n)
-
-    padded = {name: F.pad(value, widths(tokens)) for name, value in batch.items() if value.shape == batch_shape(batch)}
-    padded["input_ids"] = padded["input_ids"].masked_fill(F.pad(batch["attention_mask"], widths(tokens)) == 0, 42)
-    for modality in ("audio", "vision"):
-        mask = F.pad(batch[f"{modality}_mask"], widths(frames))
-        features = F.pad(batch[f"{modality}_features"], (0, 0, *widths(frames)))
-        padded[f"{modality}_mask"] = mask
-        padded[f"{modality}_features"] = features.masked_fill(mask.unsqueeze(-1) == 0, torch.nan)
-        padded[f"{modality}_times"] = F.pad(batch[f"{modality}_times"], widths(frames)).masked_fill(
-            mask == 0, torch.inf
-        )
-    return padded
-
-
-def batch_shape(batch):
-    return batch["input_ids"].shape
-
-
-def largest_difference(model, first, second) -> float:
-    """Largest difference between the outputs of two inputs, over the logits of real tokens and all gate weights."""
-    with torch.no_grad():
-        one, two = model(**first), model(**second)
-    stands_one, stands_two = first["attention_mask"].bool(), second["attention_mask"].bool()
-    differences = [(one.logits[stands_one] - two.logits[stands_two]).abs().max()]
-    differences += [(one.gate_weights[level] - two.gate_weights[level]).abs().max() for level in one.gate_weights]
-    assert all(torch.isfinite(difference) for difference in differences)
-    return max(difference.item() for difference in differences)
 
 
 # Independence of the batch and of padding
@@ -162,11 +81,6 @@ def test_features_reach_the_answer(any_egmf, samples, make_batch):
 
 
 # Generation
-
-
-def greedy(model, inputs, **options):
-    settings = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 256}
-    return model.generate(**inputs, **settings, **options)
 
 
 def test_cached_uncached_and_static_generation_agree(any_egmf, samples, make_batch):

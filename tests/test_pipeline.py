@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from clips import tone, write_clip
+from models import save_model_with_towers
 from PIL import Image
-from test_media_inputs import tone, write_clip
-from test_predict import save_model_with_towers
 from transformers import AutoModel, AutoModelForMultimodalLM, AutoProcessor, pipeline
 from transformers.pipelines.pt_utils import KeyDataset
 
@@ -23,17 +23,13 @@ LABELS = ("neutral", "surprise", "fear", "sadness", "joy", "disgust", "anger")  
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, llm_folder, assemble) -> Path:
+    """A folder with a model, a clip and three sounds."""
     folder = tmp_path_factory.mktemp("place")
     save_model_with_towers(folder, llm_folder(), assemble)
     write_clip(folder / "one.mp4")
     for number in range(3):
         soundfile.write(folder / f"voice{number}.wav", tone(0.3, 200 + 100 * number), 16000)
     return folder
-
-
-@pytest.fixture(scope="module")
-def recognize(place):
-    return pipeline("affect-recognition", model=str(place / "model"), trust_remote_code=True)
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from clips import tone, write_clip
+from models import save_model_with_towers
 from PIL import Image
-from test_media_inputs import build_processor, tone, write_clip
-from test_towers import IMAGE, whisper
-from transformers import CLIPVisionConfig, CLIPVisionModel, pipeline
 
 from egmf.commands import is_mistake
 from egmf.data.collator import AffectCollator
@@ -29,23 +28,9 @@ ROOT = Path(__file__).resolve().parents[1]
 WORDS = ["that is just great", "no", "so"]
 
 
-def save_model_with_towers(folder: Path, language_model: str, assemble, **config):
-    """Writes a checkpoint with both towers to `folder / "model"`, and an audio file and a broken file beside it."""
-    processor = build_processor(language_model)
-    processor.default_task, processor.trained_tasks = "meld", ["meld"]
-    torch.manual_seed(3)
-    towers = {"audio_tower": whisper(), "vision_tower": CLIPVisionModel(CLIPVisionConfig(**IMAGE))}
-    model = assemble(**towers, audio_input_rate=100, **config)
-    model.save_pretrained(folder / "model")
-    processor.save_pretrained(folder / "model")
-    soundfile.write(folder / "voice.wav", tone(0.3), 16000)
-    (folder / "broken.mp4").write_bytes(b"\0" * 500)
-    return processor, model
-
-
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, llm_folder, assemble):
-    """A folder with a checkpoint with both towers, two clips, an audio file and a broken file."""
+def checkpoint(tmp_path_factory, llm_folder, assemble):
+    """A folder with a checkpoint with both towers, two clips, a sound and a broken file; its processor and model."""
     folder = tmp_path_factory.mktemp("place")
     processor, model = save_model_with_towers(folder, llm_folder(), assemble)
     write_clip(folder / "one.mp4")
@@ -54,8 +39,9 @@ def place(tmp_path_factory, llm_folder, assemble):
 
 
 @pytest.fixture(scope="module")
-def recognize(place):
-    return pipeline("affect-recognition", model=str(place[0] / "model"), trust_remote_code=True)
+def place(checkpoint) -> Path:
+    """The folder of the checkpoint."""
+    return checkpoint[0]
 
 
 def predict(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
@@ -69,8 +55,8 @@ def files(folder: Path) -> list[str]:
     return [str(folder / name) for name in ("one.mp4", "two.mp4", "voice.wav")]
 
 
-def test_answer_has_everything(place, recognize):
-    folder, processor, _ = place
+def test_answer_has_everything(checkpoint, recognize):
+    folder, processor, _ = checkpoint
     answer = recognize(str(folder / "one.mp4"), text="that is just great")
     labels = processor.tasks["meld"].labels
     assert answer["label"] in labels and list(answer["probabilities"]) == list(labels)
@@ -89,9 +75,9 @@ def test_answer_has_everything(place, recognize):
     assert all(weights["audio"] == 0 for weights in score["gate_weights"]["modality"].values())  # it has no sound
 
 
-def test_one_answer_by_every_way(place, recognize):
+def test_one_answer_by_every_way(checkpoint, recognize):
     """The pipeline (single and batched), the processor, and the batches of training and evaluation give one answer."""
-    folder, processor, model = place
+    folder, processor, model = checkpoint
     names = files(folder)
     alone = [recognize(name, text=words) for name, words in zip(names, WORDS, strict=True)]
     samples = [{"file": name, "text": words} for name, words in zip(names, WORDS, strict=True)]
@@ -114,12 +100,11 @@ def test_one_answer_by_every_way(place, recognize):
 
 
 def test_files_that_cannot_be_read(place, recognize):
-    folder = place[0]
-    broken = str(folder / "broken.mp4")
+    broken = str(place / "broken.mp4")
     with pytest.raises(Exception, match=r"Cannot read .*broken.mp4") as raised:
         recognize(broken)
     assert raised.type.__name__ == "MediaError"  # the checkpoint's own
-    first, second, third = recognize([files(folder)[0], broken, str(folder / "gone.wav")], on_error="report")
+    first, second, third = recognize([files(place)[0], broken, str(place / "gone.wav")], on_error="report")
     assert first["error"] is None and first["label"]
     for answer in (second, third):
         assert answer["label"] is None and answer["probabilities"] is None and "Cannot read" in answer["error"]
@@ -137,12 +122,12 @@ def test_wrong_arguments(recognize):
 def test_words_alone(recognize, place, capsys):
     answer = recognize({"text": "that is just great", "context": ["It broke."]})
     assert answer["label"] and answer["seconds"] is None
-    assert main([str(place[0] / "model"), "--text", "that is just great", "--speaker", "Ann"]) == 0
+    assert main([str(place / "model"), "--text", "that is just great", "--speaker", "Ann"]) == 0
     said = json.loads(capsys.readouterr().out)
     alone = recognize({"text": "that is just great", "speaker": "Ann"})
     assert said.pop("file") is None and said == json.loads(json.dumps(alone))
     assert table_row({"file": None, **alone}).startswith("-  ")
-    assert main([str(place[0] / "model"), "--text", "that is just great", "--dtype", "bfloat16"]) == 0
+    assert main([str(place / "model"), "--text", "that is just great", "--dtype", "bfloat16"]) == 0
     rounded = json.loads(capsys.readouterr().out)["probabilities"]
     exact = recognize({"text": "that is just great"})["probabilities"]
     assert rounded != exact and rounded == pytest.approx(exact, abs=0.05)
@@ -156,7 +141,7 @@ def test_words_alone(recognize, place, capsys):
 
 
 def test_warnings_that_are_not_of_media_reach_the_user(recognize, place):
-    class Clip(type(recognize.processor.load_media(video=files(place[0])[0]).video)):
+    class Clip(type(recognize.processor.load_media(video=files(place)[0]).video)):
         told = False  # the first look at a clip, where the pipeline listens for what is missing
 
         @property
@@ -170,7 +155,7 @@ def test_warnings_that_are_not_of_media_reach_the_user(recognize, place):
         def frames(self, value):
             vars(self)["frames"] = value
 
-    found = recognize.processor.load_media(video=files(place[0])[0]).video
+    found = recognize.processor.load_media(video=files(place)[0]).video
     clip = Clip(found.frames, found.times, found.duration, found.warnings)
     with pytest.warns(DeprecationWarning, match="old frames"):
         answer = recognize({"text": "so", "video": clip})
@@ -185,31 +170,29 @@ def test_the_pipelines_model_can_be_saved(recognize, tmp_path):
 
 
 def test_predict_answers_as_the_pipeline_and_goes_on_past_a_bad_file(place, recognize):
-    folder = place[0]
     lines = [
         "file,text,speaker",
         "one.mp4,that is just great,",
-        f"{folder / 'two.mp4'},no,",
+        f"{place / 'two.mp4'},no,",
         "voice.wav,so,",
         "broken.mp4,,",
     ]
-    (folder / "words.csv").write_text("\n".join(lines), encoding="utf-8")
-    names = ["one.mp4", "broken.mp4", str(folder / "two.mp4"), "voice.wav"]
-    outcome = predict(folder, *names, "--transcripts", "words.csv", "--batch_size", "2", "--num_workers", "2")
+    (place / "words.csv").write_text("\n".join(lines), encoding="utf-8")
+    names = ["one.mp4", "broken.mp4", str(place / "two.mp4"), "voice.wav"]
+    outcome = predict(place, *names, "--transcripts", "words.csv", "--batch_size", "2", "--num_workers", "2")
     assert outcome.returncode == 1, outcome.stderr
     assert outcome.stdout, outcome.stderr
     answers = {Path(answer["file"]).name: answer for answer in map(json.loads, outcome.stdout.splitlines())}
     assert list(answers) == [Path(name).name for name in names]
     assert "Cannot read 'broken.mp4'" in answers["broken.mp4"]["error"]
-    for name, words in zip(files(folder), WORDS, strict=True):
+    for name, words in zip(files(place), WORDS, strict=True):
         wanted = recognize(name, text=words)
         for label, probability in answers[Path(name).name]["probabilities"].items():
             assert probability == pytest.approx(wanted["probabilities"][label], abs=1e-5)
 
 
 def test_other_processes_decode_the_same_answers_in_order(place, recognize):
-    folder = place[0]
-    names = [*files(folder), str(folder / "broken.mp4"), *files(folder)[::-1]]
+    names = [*files(place), str(place / "broken.mp4"), *files(place)[::-1]]
     wanted = recognize(names, batch_size=2, on_error="report")
     for size in (1, 2):
         found = recognize(iter(names), batch_size=size, num_workers=2, on_error="report")
@@ -224,15 +207,14 @@ def test_other_processes_decode_the_same_answers_in_order(place, recognize):
 @pytest.mark.slow
 def test_two_processes_share_the_files(place):
     """The main process prints all answers in the files' order."""
-    folder = place[0]
     config = ROOT / "recipes" / "accelerate" / "cpu_2.yaml"
     launch = ["-m", "accelerate.commands.launch", "--config_file", str(config), str(ROOT / "predict.py"), "model"]
     names = ["one.mp4", "broken.mp4", "two.mp4", "voice.wav"]
-    environment = os.environ | {"HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {"HF_MODULES_CACHE": str(place / "modules"), "HF_HUB_OFFLINE": "1"}
     # Without words, they would be divided as recordings.
-    (folder / "all.csv").write_text("\n".join(["file,text", *(f"{name},well" for name in sorted({*names}))]))
+    (place / "all.csv").write_text("\n".join(["file,text", *(f"{name},well" for name in sorted({*names}))]))
     command = [sys.executable, *launch, *names, "--transcripts", "all.csv", "--batch_size", "1"]
-    outcome = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    outcome = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, check=False)
     answers = list(map(json.loads, outcome.stdout.splitlines()))
     assert [answer["file"] for answer in answers] == names, outcome.stderr
     assert [answer["error"] is None for answer in answers] == [True, False, True, True]
@@ -240,8 +222,8 @@ def test_two_processes_share_the_files(place):
 
 def test_predict_one_file(place):
     name = os.fsdecode(b"caf\xe9.mp4")  # no Unicode
-    (place[0] / name).symlink_to("one.mp4")
-    outcome = predict(place[0], name, "--text", "so", "--task", "mosei")
+    (place / name).symlink_to("one.mp4")
+    outcome = predict(place, name, "--text", "so", "--task", "mosei")
     assert outcome.returncode == 0, outcome.stderr
     answer = json.loads(outcome.stdout)
     assert answer["file"] == name

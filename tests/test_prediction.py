@@ -10,8 +10,8 @@ import av
 import numpy as np
 import pytest
 import soundfile
-from test_media_inputs import tone, write_clip
-from test_predict import save_model_with_towers
+from clips import tone, write_clip
+from models import save_model_with_towers
 
 import predict
 from egmf.commands import is_mistake

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from commands import run, start
+from clips import AVATARS
+from commands import REPO, read_lines, run, start
 from safetensors.torch import load_file
 
 from corpora import load_corpus
@@ -25,21 +26,10 @@ from egmf.training.pretraining import FusionPretraining, score_targets
 from train import build_model, build_processor, build_towers, resolve_language_model
 
 
-REPO = Path(__file__).resolve().parents[1]
-CLIPS = {"train": 24, "validation": 24, "test": 24}
-
-
 @pytest.fixture(scope="module")
-def clips(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("clips") / "avatars"
-    load_corpus("avatars", folder, **CLIPS)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def command(clips) -> list[str]:
+def command(avatars) -> list[str]:
     """A command that trains the avatars' towers and a small random LLM for a few steps, without the output folder."""
-    options = {"language_model": "tiny-random", "corpus_dir": clips, "corpus_options": json.dumps(CLIPS)}
+    options = {"language_model": "tiny-random", "corpus_dir": avatars, "corpus_options": json.dumps(AVATARS)}
     options |= {"tower_epochs": 2, "fusion_epochs": 2, "num_frames": 8, "bf16": False}
     options |= {
         "num_train_epochs": 1,
@@ -63,10 +53,6 @@ def trained(command, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
     train(command, folder / "run", folder=folder)
     return folder / "run"
-
-
-def read_lines(file: Path) -> list[dict]:
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def test_all_phases_are_logged_and_nothing_of_the_llm_is_in_the_first_ones_checkpoints(trained):
@@ -94,7 +80,7 @@ def test_trained_towers_are_models_of_their_own(command, trained, tmp_path):
     assert frozen and all(torch.equal(model[name], again[name]) for name in frozen)
 
 
-def test_one_model_answers_both_tasks_from_files(trained, clips, tmp_path):
+def test_one_model_answers_both_tasks_from_files(trained, avatars, tmp_path):
     fields = json.loads((trained / "model" / "recipe.json").read_text())
     assert fields["tasks"] == ["avatars", "avatars_score"] and "corpus_dir" not in fields
     for task, plot, measure in (("avatars", "confusion.png", "accuracy"), ("avatars_score", "scores.png", "mae")):
@@ -106,7 +92,7 @@ def test_one_model_answers_both_tasks_from_files(trained, clips, tmp_path):
             "--task",
             task,
             "--corpus_dir",
-            clips,
+            avatars,
             "--output",
             tmp_path / task,
         )
@@ -137,12 +123,12 @@ def test_a_run_killed_between_and_in_its_phases_ends_alike(command, trained, tmp
     assert all(torch.equal(wanted[name], got[name]) for name in wanted)
 
 
-def first_phase(command: list[str], clips: Path, *fields: str, **options) -> tuple[FusionPretraining, list, dict]:
+def first_phase(command: list[str], avatars: Path, *fields: str, **options) -> tuple[FusionPretraining, list, dict]:
     """The recipe's fusion and towers before any step, the tasks, and a batch of four clips."""
     recipe = load_recipe([str(REPO / "recipes/avatars_towers.yaml"), *command[1:], *fields])
     language_model, towers = resolve_language_model("tiny-random"), build_towers(recipe)
     processor = build_processor(recipe, language_model, towers)
-    corpus = load_corpus("avatars", clips, **CLIPS)
+    corpus = load_corpus("avatars", avatars, **AVATARS)
     torch.manual_seed(0)
     model = build_model(recipe, language_model, processor, towers, corpus["train"])
     tasks = [processor.tasks[name] for name in recipe.data.tasks]
@@ -151,8 +137,8 @@ def first_phase(command: list[str], clips: Path, *fields: str, **options) -> tup
     return FusionPretraining(model, processor, tasks, **options), tasks, batch
 
 
-def test_pretraining_learns_fusion_and_towers_alone(command, clips):
-    phase, tasks, batch = first_phase(command, clips)
+def test_pretraining_learns_fusion_and_towers_alone(command, avatars):
+    phase, tasks, batch = first_phase(command, avatars)
     phase.train()
     llm = phase._whole[0].model.language_model
     frozen = {name: value.clone() for name, value in llm.named_parameters()}
@@ -176,9 +162,9 @@ def test_pretraining_learns_fusion_and_towers_alone(command, clips):
         assert value.grad is None and torch.equal(value, frozen[name]), name
 
 
-def test_what_each_expert_learns_by_itself_teaches_no_tower(command, clips):
+def test_what_each_expert_learns_by_itself_teaches_no_tower(command, avatars):
     """A tower's gradient comes only from the loss of the mixture; the fusion's also from the experts' losses."""
-    phase, _, batch = first_phase(command, clips)
+    phase, _, batch = first_phase(command, avatars)
     phase.train(False).towers.requires_grad_()
     torch.nn.init.normal_(phase.readout.out[-1].weight, std=0.2)
     gradients = []
@@ -199,8 +185,8 @@ def test_what_each_expert_learns_by_itself_teaches_no_tower(command, clips):
     assert any(not torch.allclose(both[name], mix[name], rtol=1e-2) for name in mix if name.startswith("fusion"))
 
 
-def test_label_smoothing_spreads_over_the_legal_answers_only(command, clips):
-    phase, _, batch = first_phase(command, clips, "--experts", "local", label_smoothing=0.2)
+def test_label_smoothing_spreads_over_the_legal_answers_only(command, avatars):
+    phase, _, batch = first_phase(command, avatars, "--experts", "local", label_smoothing=0.2)
     output = phase.train(False)(**batch)
     losses = []
     for logits, task, answer in zip(output.logits, batch["task_index"], batch["answer_index"], strict=True):

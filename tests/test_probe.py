@@ -5,17 +5,16 @@ repository, and skips where they are absent.
 """
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import yaml
+from corpus_files import SHARED
 from datasets import DatasetDict
 from huggingface_hub import constants
-from test_towers import whisper
-from transformers import WhisperFeatureExtractor
+from models import save_whisper, whisper
 
 from corpora import load_corpus, ravdess
 from corpora.schema import build_split
@@ -25,9 +24,6 @@ from egmf.tasks_egmf import BUILTIN_TASKS
 from egmf.training.assembly import build_model, build_processor, build_towers
 from experiments import probe
 from train import fill_cache
-
-
-SHARED = Path(os.environ.get("EGMF_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 
 
 @pytest.fixture
@@ -238,8 +234,7 @@ def test_a_tower_is_read_from_the_cache_of_training(run, recipe_of, monkeypatch,
     corpus, tower = tmp_path / "corpus", tmp_path / "tower"
     corpus.mkdir()
     write_sounds(corpus)
-    whisper().get_encoder().save_pretrained(tower)
-    WhisperFeatureExtractor(feature_size=8, chunk_length=1).save_pretrained(tower)
+    save_whisper(tower, whisper().get_encoder())
     fields = HEARD | {"corpus_dir": str(corpus), "audio_tower": str(tower)}
 
     recipe, splits = load_recipe([recipe_of(fields)]), load_corpus("ravdess", corpus)

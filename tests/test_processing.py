@@ -8,13 +8,11 @@ import sys
 import numpy as np
 import pytest
 import torch
+from models import CALM
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from egmf.processing_egmf import BUILTIN_TASKS, AffectTask, EGMFProcessor
-
-
-CALM = AffectTask("calm", "classification", labels=("calm", "calm down", "angry"))
 
 
 def byte_tokenizer(spare: str | None = None, bos: bool = False, pad: str | None = "<pad>") -> PreTrainedTokenizerFast:

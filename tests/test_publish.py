@@ -23,11 +23,10 @@ import torch
 from endpoint_server import load_handler
 from hub_server import TOKEN, HubServer
 from huggingface_hub import ModelCard, SpaceCard, constants
+from models import LORA_TARGETS, hubert
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from test_modeling import LORA_TARGETS
-from test_towers import WAVE
-from transformers import AutoModelForCausalLM, HubertConfig, HubertModel, pipeline
+from transformers import AutoModelForCausalLM, pipeline
 
 import eval as eval_script
 import publish as publish_script
@@ -528,7 +527,7 @@ def test_the_saved_model_has_all_that_lora_learned(trained):
 @pytest.mark.parametrize("on_the_hub", [False, True])
 def test_a_tower_travels_with_the_adapter_unless_the_hub_has_it(tmp_path, llm_folder, assemble, processor, on_the_hub):
     torch.manual_seed(3)
-    tower = HubertModel(HubertConfig(**WAVE))
+    tower = hubert()
     tower.save_pretrained(tmp_path / "tower")
     model = assemble(audio_tower=str(tmp_path / "tower"), audio_input_rate=16000)
     lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=LORA_TARGETS, modules_to_save=["fusion", "readout"])

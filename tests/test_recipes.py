@@ -1,6 +1,5 @@
 """Dry runs of the benchmark recipes, mixtures of corpora, and the feature statistics computed before training."""
 
-import csv
 import json
 import logging
 import re
@@ -13,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from clips import write_pattern
+from commands import read_lines
+from corpus_files import write_meld_clips
 from datasets import DatasetDict
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import OfflineModeIsEnabled
-from test_media import write_clip
 from transformers import AutoModel, AutoModelForCausalLM, TrainingArguments
 
 import eval as eval_script
@@ -55,22 +56,11 @@ def offline(monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "hf_home"))
 
 
-def write_meld(folder: Path, clip: Path) -> None:
-    for split, name in meld.FILES.items():
-        (folder / "clips" / meld.CLIPS[split]).mkdir(parents=True)
-        with (folder / name).open("w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["Utterance", "Speaker", "Emotion", "Dialogue_ID", "Utterance_ID"])
-            for number, emotion in enumerate(meld.EMOTIONS[:4]):
-                writer.writerow([f"sentence {number}", "Ann", emotion, 0, number])
-                shutil.copy(clip, folder / "clips" / meld.CLIPS[split] / f"dia0_utt{number}.mp4")
-
-
 @pytest.fixture(scope="session")
 def sources(tmp_path_factory) -> dict[str, tuple[Path, dict]]:
     """Generated files in the published forms, and the options that read them, by kind and corpus."""
     root = tmp_path_factory.mktemp("sources")
-    clip = write_clip(root / "clip.mp4", size=(64, 48))
+    clip = write_pattern(root / "clip.mp4", size=(64, 48))
     for kind in ("features", "clips"):
         (root / kind / "meld").mkdir(parents=True)
     for folder in ("features/cherma", "clips/cherma"):
@@ -79,7 +69,7 @@ def sources(tmp_path_factory) -> dict[str, tuple[Path, dict]]:
     formats.mse_pickles(root / "features/meld", "meld", meld.EMOTIONS, "en")
     formats.mmsa_pickle(root / "features/mosei")
     formats.mmsa_pickle(root / "features/simsv2", language="zh", widths=(25, 177), high=1.0, rates=None)
-    write_meld(root / "clips/meld", clip)
+    write_meld_clips(root / "clips/meld", clip)
     formats.cmu_mosei(root / "clips/mosei")
     formats.clip_table(root / "clips/simsv2", "meta.csv", "zh")
     for name in ("mosei", "simsv2"):
@@ -107,7 +97,7 @@ def test_a_dry_run_builds_steps_saves_and_evaluates(recipe, sources, offline, tm
         arguments += ["--corpora", json.dumps(corpora)]
     train_script.main(arguments)
 
-    log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    log = read_lines(tmp_path / "run/log.jsonl")
     assert any(np.isfinite(row.get("train_loss", np.nan)) for row in log)
     fields = json.loads((tmp_path / "run/model/recipe.json").read_text())
     assert fields["shrink"] == 16 and fields["language_model"] == f"{Path(size).name}-shrunk-16"

@@ -12,11 +12,10 @@ import av
 import numpy as np
 import pytest
 import soundfile
+from clips import FPS, tone, write_lossless
 from datasets import Dataset
-from test_media import clips, gone, needs_proc  # noqa: F401
-from test_media_inputs import tone
-from test_predict import save_model_with_towers
-from transformers import pipeline
+from models import save_model_with_towers
+from pids import gone, needs_proc
 
 from egmf import media_egmf, media_readers_egmf, media_recordings_egmf
 from egmf.data.lengths import clip_seconds
@@ -24,25 +23,8 @@ from egmf.media_egmf import MediaError, Recording, load_audio, load_video, media
 from egmf.spans_egmf import quietest, windows
 
 
-RATE, FPS = 16000, 25
+RATE = 16000
 PAUSES = (3.0, 7.4, 12.2)  # seconds; each lasts 0.3 s
-
-
-def write_lossless(path: Path, pictures: np.ndarray, samples: np.ndarray) -> str:
-    """Write RGB pictures (F, H, W, 3) and sound (N,) as ffv1 and 16 bit PCM."""
-    with av.open(str(path), "w") as container:
-        video = container.add_stream("ffv1", rate=FPS)
-        video.height, video.width, video.pix_fmt = *pictures.shape[1:3], "bgr0"
-        audio = container.add_stream("pcm_s16le", rate=RATE, layout="mono")
-        for place, picture in enumerate(pictures):
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-            frame.pts, frame.time_base = place, Fraction(1, FPS)
-            container.mux(video.encode(frame))
-        container.mux(video.encode(None))
-        whole = av.AudioFrame.from_ndarray(np.round(samples * 32767).astype(np.int16)[None], "s16", "mono")
-        whole.sample_rate, whole.pts = RATE, 0
-        container.mux([*audio.encode(whole), *audio.encode(None)])
-    return str(path)
 
 
 @pytest.fixture(scope="module")
@@ -115,8 +97,8 @@ def test_the_quietest_place():
     assert windows(8.05, 4.0, 4.0) == [(0, 4), (4, 8.05)] and windows(6.0, 1.0, 2.0) == [(0, 1), (2, 3), (4, 5)]
 
 
-def test_every_format_gives_the_same_sound_and_pictures_as_a_short_file(clips):  # noqa: F811
-    for name, path in clips.items():
+def test_every_format_gives_the_same_sound_and_pictures_as_a_short_file(intact):
+    for name, path in intact.items():
         audio = video = None
         try:
             audio = load_audio(path, RATE)
@@ -151,8 +133,8 @@ def test_a_silent_track_is_passed_over(tmp_path):
     assert recording.warnings == ["audio: track 2 of 2 is read"]
 
 
-def test_a_damaged_recording_gives_what_is_left(clips, tmp_path):  # noqa: F811
-    content = bytearray(clips["clip.mkv"].read_bytes())
+def test_a_damaged_recording_gives_what_is_left(intact, tmp_path):
+    content = bytearray(intact["clip.mkv"].read_bytes())
     (tmp_path / "cut.mkv").write_bytes(content[: len(content) // 2])
     recording = Recording(tmp_path / "cut.mkv", RATE, 4, window=0.4)
     spans = list(recording)
@@ -170,7 +152,7 @@ def test_a_damaged_recording_gives_what_is_left(clips, tmp_path):  # noqa: F811
     with pytest.raises(MediaError, match="no such file"):
         list(Recording(tmp_path / "gone.mp4", RATE, 4, window=1.0))
     with pytest.raises(MediaError) as raised:
-        list(Recording(clips["silent.mp4"], RATE, None, window=1.0))
+        list(Recording(intact["silent.mp4"], RATE, None, window=1.0))
     assert raised.value.kind == "no audio"
 
 
@@ -277,10 +259,11 @@ def test_progress(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def recognize(tmp_path_factory, llm_folder, assemble):
+def place(tmp_path_factory, llm_folder, assemble) -> Path:
+    """A folder with a checkpoint with both towers."""
     folder = tmp_path_factory.mktemp("model")
     save_model_with_towers(folder, llm_folder(), assemble)
-    return pipeline("affect-recognition", model=str(folder / "model"), trust_remote_code=True)
+    return folder
 
 
 def test_segments_are_answered_as_files_of_their_own(recognize, talk, tmp_path):

@@ -4,7 +4,7 @@ import csv
 import json
 
 import pytest
-from test_corpora import write_ravdess
+from corpus_files import write_ravdess
 
 from corpora import casia
 from experiments import languages

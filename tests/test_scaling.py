@@ -17,6 +17,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin, patch_environment
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from commands import REPO, read_lines
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -31,7 +32,6 @@ from egmf.recipe import load_recipe
 from egmf.training.language_models import build_tiny_language_model
 
 
-REPO = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((REPO / "recipes" / "accelerate").glob("*.yaml"))
 ON_TWO = ["accelerate.commands.launch", "--config_file", str(REPO / "recipes" / "accelerate" / "cpu_2.yaml")]
 # No dropout of any kind; 64 rows to train on, 16 to validate: with batches of 5 on two processes the last is not full.
@@ -57,10 +57,6 @@ def worker(name: str, folder: Path, *arguments) -> list[dict]:
     """The output of each of two processes of `workers.py`."""
     start("torch.distributed.run", "--standalone", "--nproc_per_node", 2, "tests/workers.py", name, folder, *arguments)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
-
-
-def read_lines(file: Path) -> list[dict]:
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def curve(run: Path) -> list[dict]:

@@ -2,11 +2,10 @@
 
 import pytest
 import torch
+from models import OTHER_LLMS, clip_vision, random_llm
 from peft import LoraConfig, get_peft_model
 from scipy.stats import chisquare
-from test_modeling import OTHER_LLMS, random_llm
-from test_towers import IMAGE
-from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPVisionConfig, CLIPVisionModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bench.launches import count
 from egmf.processing_egmf import EGMFProcessor
@@ -168,7 +167,7 @@ def test_lora_on_the_head_reaches_the_scores(llm_folder, assemble, processor, sa
 
 def test_a_tower_runs_once_whatever_the_number_of_answers(assemble, processor):
     """Also for an LLM that reads the branches of the answers as a batch."""
-    tower = CLIPVisionModel(CLIPVisionConfig(**IMAGE))
+    tower = clip_vision()
     model, seen = assemble(vision_tower=tower), []
     model.model.vision_tower.register_forward_pre_hook(lambda _, images: seen.append(len(images[0])))
     model._takes_tree_mask = lambda: False

@@ -11,12 +11,9 @@ import sys
 from base64 import b64decode
 from pathlib import Path
 
-import av
-import numpy as np
 import pytest
-from test_media_inputs import tone, write_clip
-from test_predict import save_model_with_towers
-from transformers import pipeline
+from clips import write_clip, write_recorded
+from models import save_model_with_towers
 
 from egmf.media_egmf import media_length
 from egmf.space.answering import FAILED, LONGEST_WORDS, Question, Recognizer, Refusal, Uploads
@@ -27,49 +24,15 @@ ROOT = Path(__file__).resolve().parents[1]
 EVIL = '<img src=x onerror="alert(1)">'
 
 
-def write_recorded(path: Path, seconds: float) -> str:
-    """Writes a webm as the recorders of browsers do, which states no length and has no index."""
-
-    class Pipe(io.RawIOBase):
-        def __init__(self):
-            self.content = b""
-
-        def writable(self):
-            return True
-
-        def write(self, part):
-            self.content += bytes(part)
-            return len(part)
-
-    pipe = Pipe()
-    with av.open(pipe, "w", format="webm", options={"live": "1"}) as container:
-        video = container.add_stream("libvpx", rate=25)
-        video.width, video.height, video.pix_fmt = 48, 32, "yuv420p"
-        audio = container.add_stream("libopus", rate=48000, layout="mono")
-        for step in range(round(25 * seconds)):
-            picture = np.full((32, 48, 3), 5 * step % 255, np.uint8)
-            container.mux(video.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(video.encode(None))
-        samples = av.AudioFrame.from_ndarray(tone(seconds, rate=48000)[None], format="fltp", layout="mono")
-        samples.sample_rate = 48000
-        container.mux([*audio.encode(samples), *audio.encode(None)])
-    path.write_bytes(pipe.content)
-    return str(path)
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, llm_folder, assemble) -> Path:
+    """A folder with a model, two clips and one as browsers record them."""
     folder = tmp_path_factory.mktemp("space")
     save_model_with_towers(folder, llm_folder(), assemble)
     write_clip(folder / "short.mp4", 0.8)
     write_clip(folder / "long.mp4", 4.0)
     write_recorded(folder / "recorded.webm", 3.0)
     return folder
-
-
-@pytest.fixture(scope="module")
-def recognize(place):
-    return pipeline("affect-recognition", model=str(place / "model"), trust_remote_code=True)
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+from clips import write_clip
+from models import save_model_with_towers
 from page_server import running_page
-from test_media_inputs import write_clip
-from test_predict import save_model_with_towers
-from transformers import pipeline
 
 
 pytest.importorskip("gradio", reason="gradio is not installed; see requirements-space.txt")
@@ -24,16 +23,12 @@ DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, llm_folder, assemble) -> Path:
+    """A folder with a model and two clips."""
     folder = tmp_path_factory.mktemp("browser")
     save_model_with_towers(folder, llm_folder(), assemble)
     write_clip(folder / "one.mp4", 0.8)
     write_clip(folder / "long.mp4", 4.0, seed=1)
     return folder
-
-
-@pytest.fixture(scope="module")
-def recognize(place):
-    return pipeline("affect-recognition", model=str(place / "model"), trust_remote_code=True)
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,10 @@ from pathlib import Path
 import httpx2
 import pytest
 import soundfile
+from clips import tone, write_clip
+from models import save_model_with_towers
 from page_server import running_page
 from recognizers import build_whisper
-from test_media_inputs import tone, write_clip
-from test_predict import save_model_with_towers
-from transformers import pipeline
 
 
 pytest.importorskip("gradio", reason="gradio is not installed; see requirements-space.txt")
@@ -29,6 +28,7 @@ LEAK = 10e6  # bytes that ten uploads may add to the memory of the server
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, llm_folder, assemble) -> Path:
+    """A folder with a model, two clips, a sound whose name is secret and one that is too long."""
     folder = tmp_path_factory.mktemp("server")
     save_model_with_towers(folder, llm_folder(), assemble)
     write_clip(folder / "one.mp4")
@@ -44,11 +44,6 @@ def page(place, tmp_path_factory):
     example = ["--example", place / "one.mp4", "that is just great"]
     with running_page(tmp_path_factory.mktemp("page"), place / "model", *example, *limits) as running:
         yield running
-
-
-@pytest.fixture(scope="module")
-def recognize(place):
-    return pipeline("affect-recognition", model=str(place / "model"), trust_remote_code=True)
 
 
 def ask(page, file: Path | None = None, words: str = "", **question) -> list[dict]:

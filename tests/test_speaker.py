@@ -8,13 +8,11 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from commands import run
+from clips import tone, write_clip
+from commands import REPO, read_lines, run
 from datasets import Dataset
-from test_media_inputs import tone, write_clip
-from test_modeling import TOLERANCE, greedy, largest_difference, pad
-from test_predict import save_model_with_towers
-from test_towers import whisper
-from transformers import WhisperFeatureExtractor, pipeline
+from models import TOLERANCE, greedy, largest_difference, pad, save_model_with_towers, save_whisper, whisper
+from transformers import pipeline
 
 from corpora import load_corpus, speakers_of
 from corpora.schema import build_split
@@ -31,7 +29,6 @@ from egmf.training.assembly import feature_statistics, set_clip_statistics, set_
 from predict import main as predict_main
 
 
-REPO = Path(__file__).resolve().parents[1]
 MODALITIES = ["text", "audio", "vision"]
 TASK = BUILTIN_TASKS["mosi"]
 SPLIT = "generated/test"
@@ -48,8 +45,8 @@ def centred(egmf, samples, make_batch):
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, llm_folder, assemble):
-    """A checkpoint with both towers that was trained with adaptation, and clips."""
+def checkpoint(tmp_path_factory, llm_folder, assemble):
+    """A folder with clips and a checkpoint with towers, trained with adaptation; its processor and model."""
     folder = tmp_path_factory.mktemp("place")
     config = {"speaker_adaptation": True, "clip_statistics": ["audio", "vision"]}
     processor, model = save_model_with_towers(folder, llm_folder(), assemble, **config)
@@ -59,8 +56,9 @@ def place(tmp_path_factory, llm_folder, assemble):
 
 
 @pytest.fixture(scope="module")
-def recognize(place):
-    return pipeline("affect-recognition", model=str(place[0] / "model"), trust_remote_code=True)
+def place(checkpoint) -> Path:
+    """The folder of the checkpoint."""
+    return checkpoint[0]
 
 
 # The model
@@ -115,8 +113,8 @@ def test_every_call_uses_the_center(egmf, processor, samples, make_batch, centre
     assert torch.equal(greedy(egmf, centred, num_beams=2), greedy(egmf, shifted, num_beams=2))
 
 
-def test_encoded_media_are_centred_once(place):
-    folder, processor, model = place
+def test_encoded_media_are_centred_once(checkpoint):
+    folder, processor, model = checkpoint
     inputs = dict(processor(text=["so", "no"], video=[str(folder / "0.mp4"), str(folder / "1.mp4")], task="meld"))
     center = model.model.speaker_center([dict(inputs)])
     assert center["audio_center"].shape == (1, 3, 16) and center["vision_center"].shape[0] == 1
@@ -160,16 +158,16 @@ def test_a_wrong_center_is_named(egmf, samples, make_batch, field, center, messa
         egmf(**make_batch(samples), **{field: center})
 
 
-def test_a_wrong_center_of_a_tower_is_named(place):
-    folder, processor, model = place
+def test_a_wrong_center_of_a_tower_is_named(checkpoint):
+    folder, processor, model = checkpoint
     inputs = processor(text="so", audio=str(folder / "voice.wav"), task="meld")
     with pytest.raises(ValueError, match=r"audio_center: got shape \(1, 16\), wanted \(1, 3, 16\)"):
         model(**inputs, audio_center=torch.zeros(1, 16))
 
 
 def test_the_config_says_how_a_model_was_trained(place, tmp_path):
-    assert EGMFConfig.from_pretrained(place[0] / "model").speaker_adaptation is True
-    config = json.loads((place[0] / "model" / "config.json").read_text())
+    assert EGMFConfig.from_pretrained(place / "model").speaker_adaptation is True
+    config = json.loads((place / "model" / "config.json").read_text())
     del config["speaker_adaptation"]  # as in an older checkpoint
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert EGMFConfig.from_pretrained(tmp_path).speaker_adaptation is False
@@ -283,9 +281,9 @@ def test_frames_that_are_lost_are_zero_after_centring(small, processor):
     assert not features[mask.bool()].any()
 
 
-def test_each_speed_has_its_own_center(place, tmp_path):
+def test_each_speed_has_its_own_center(checkpoint, tmp_path):
     """The mean of a speaker's only clip is 0 after centring, at whatever speed the collator draws."""
-    folder, processor, model = place
+    folder, processor, model = checkpoint
     row = {"id": "a", "speaker": "Ann", "text": "so", "language": "en", "emotion": "joy"}
     rows = name_speakers("meld", "train", build_split([{**row, "audio": str(folder / "voice.wav")}]))
     cache = TowerCache(model, processor, ["audio"], folder=tmp_path)
@@ -341,8 +339,7 @@ def ravdess(tmp_path_factory):
             wave = tone(0.3 + 0.1 * (emotion == 4), 100 + 40 * actor + 25 * emotion) * (0.2 + 0.03 * actor)
             soundfile.write(folder / "clips" / f"03-01-{emotion:02}-01-01-01-{actor:02}.wav", wave, 16000)
     torch.manual_seed(0)
-    whisper().save_pretrained(folder / "tower")
-    WhisperFeatureExtractor(feature_size=8, chunk_length=1).save_pretrained(folder / "tower")
+    save_whisper(folder / "tower", whisper())
     return folder
 
 
@@ -372,8 +369,7 @@ def adapted(ravdess):
 def evaluate(model: Path, output: Path, *arguments) -> tuple[dict, list[dict], str]:
     outcome = run("eval", model, "--output", output, *arguments, hub=output.parent / "hub")
     report = json.loads((output / "metrics.json").read_text())
-    lines = (output / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
-    return report, [json.loads(line) for line in lines], outcome.said
+    return report, read_lines(output / "predictions.jsonl"), outcome.said
 
 
 def test_training_evaluation_and_pipeline_agree(adapted, ravdess):
@@ -391,7 +387,7 @@ def test_training_evaluation_and_pipeline_agree(adapted, ravdess):
         assert answer["probabilities"] == pytest.approx(row["distribution"], abs=0.05)
     # The validation split is centred in training as in evaluation.
     _, validated, _ = evaluate(adapted / "model", ravdess / "validation", *corpus, "--split", "validation")
-    log = [json.loads(line) for line in (adapted / "log.jsonl").read_text().splitlines()]
+    log = read_lines(adapted / "log.jsonl")
     loss = np.mean([-np.log(row["distribution"][row["gold"]]) for row in validated])
     [fitted] = [row["ravdess_calibrated_loss"] for row in log if "ravdess_calibrated_loss" in row]
     assert fitted == pytest.approx(loss, abs=1e-4)
@@ -421,8 +417,8 @@ def test_a_run_on_features(tmp_path):
 # The pipeline and predict.py
 
 
-def test_the_pipeline_centres_as_the_model(place, recognize):
-    folder, processor, model = place
+def test_the_pipeline_centres_as_the_model(checkpoint, recognize):
+    folder, processor, model = checkpoint
     names = [str(folder / f"{number}.mp4") for number in range(3)]
     center = model.model.speaker_center(
         processor.media_inputs([processor.load_file(name)], return_tensors="pt") for name in names
@@ -440,8 +436,7 @@ def test_the_pipeline_centres_as_the_model(place, recognize):
 
 
 def test_samples_with_and_without_a_center_share_a_batch(place, recognize):
-    folder = place[0]
-    names, voice = [str(folder / f"{number}.mp4") for number in range(3)], str(folder / "voice.wav")
+    names, voice = [str(place / f"{number}.mp4") for number in range(3)], str(place / "voice.wav")
     samples = [
         {"file": names[0], "speaker_clips": names},
         {"file": names[1]},
@@ -492,8 +487,7 @@ def test_wrong_speaker_clips_are_named(recognize, clips, message):
 
 
 def test_an_unreadable_clip_of_the_speaker(place, recognize):
-    folder = place[0]
-    broken, good = str(folder / "broken.mp4"), str(folder / "0.mp4")
+    broken, good = str(place / "broken.mp4"), str(place / "0.mp4")
     with pytest.raises(recognize.processor.media_error, match="broken.mp4"):
         recognize(good, speaker_clips=[good, broken])
     bad, fine = recognize([{"file": good, "speaker_clips": [broken]}, {"file": good}], on_error="report")
@@ -501,8 +495,7 @@ def test_an_unreadable_clip_of_the_speaker(place, recognize):
 
 
 def test_predict_centres_all_files(place, recognize, capsys):
-    folder = place[0]
-    model, names = str(folder / "model"), [str(folder / f"{number}.mp4") for number in range(3)]
+    model, names = str(place / "model"), [str(place / f"{number}.mp4") for number in range(3)]
     assert predict_main([model, *names, "--batch_size", "2", "--speaker_clips", *names[:2]]) == 0
     answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     for name, answer in zip(names, answers, strict=True):
@@ -511,5 +504,5 @@ def test_predict_centres_all_files(place, recognize, capsys):
         assert answer["warnings"] == []
     for bad in ("broken.mp4", "gone.mp4"):
         with pytest.raises(ValueError, match=f"--speaker_clips: Cannot read .*{bad}"):
-            predict_main([model, names[0], "--speaker_clips", names[1], str(folder / bad)])
+            predict_main([model, names[0], "--speaker_clips", names[1], str(place / bad)])
         assert capsys.readouterr().out == ""

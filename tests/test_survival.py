@@ -22,7 +22,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import REPO, processes, start
+from clips import AVATARS
+from commands import REPO, processes, read_lines, start
 from datasets import Dataset
 from PIL import Image
 from safetensors.torch import load_file
@@ -44,8 +45,7 @@ from egmf.training.trainer import AffectTrainer, RunTrainer, SeededCollator
 TINY = ["recipes/tiny.yaml", "--corpus_options", '{"size": 72}', "--per_device_train_batch_size", "8"]
 TINY += ["--num_train_epochs", "2", "--logging_steps", "5", "--save_strategy", "steps", "--save_steps", "2"]
 TINY += ["--load_best_model_at_end", "False", "--lora_r", "4"]
-CLIPS = {"train": 24, "validation": 24, "test": 24}
-PHASES = ["recipes/avatars_towers.yaml", "--language_model", "tiny-random", "--corpus_options", json.dumps(CLIPS)]
+PHASES = ["recipes/avatars_towers.yaml", "--language_model", "tiny-random", "--corpus_options", json.dumps(AVATARS)]
 PHASES += [
     "--tower_epochs",
     "2",
@@ -89,8 +89,7 @@ class Run:
 
     def entries(self) -> list[dict]:
         """The entries of the log for steps, without values that depend on the time."""
-        lines = [json.loads(line) for line in (self.folder / "log.jsonl").read_text().splitlines()]
-        lines = [line for line in lines if "train_loss" not in line]
+        lines = [line for line in read_lines(self.folder / "log.jsonl") if "train_loss" not in line]
         return [{name: line[name] for name in line if not BESIDE_TIME.search(name)} for line in lines]
 
     def checkpoints(self) -> list[str]:
@@ -472,16 +471,9 @@ def test_a_finished_run_is_only_read(whole):
 
 
 @pytest.fixture(scope="module")
-def clips(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("clips") / "avatars"
-    load_corpus("avatars", folder, **CLIPS)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def phases(clips, tmp_path_factory) -> Run:
+def phases(avatars, tmp_path_factory) -> Run:
     folder = tmp_path_factory.mktemp("phases")
-    run = Run(folder, [*PHASES, "--corpus_dir", str(clips)], hub=folder / "hub")
+    run = Run(folder, [*PHASES, "--corpus_dir", str(avatars)], hub=folder / "hub")
     run.finish()
     return run
 
@@ -497,8 +489,8 @@ def phases(clips, tmp_path_factory) -> Run:
     ],
     ids=lambda value: str(getattr(value, "__name__", value)),
 )
-def test_sigterm_in_any_phase(phases, clips, tmp_path, owner, method, count, saved):
-    run = Run(tmp_path, [*PHASES, "--corpus_dir", str(clips)], hub=tmp_path / "hub")
+def test_sigterm_in_any_phase(phases, avatars, tmp_path, owner, method, count, saved):
+    run = Run(tmp_path, [*PHASES, "--corpus_dir", str(avatars)], hub=tmp_path / "hub")
     status, said = run(At(owner, method, count, terminate))
     assert status == 143 and "Stopped by SIGTERM: " in said
     assert (
@@ -518,9 +510,9 @@ def test_every_phase_is_in_the_log_and_in_the_picture(phases, tmp_path):
     assert re.search(r"^fusion: step 2/6, loss [\d.]+, lr [\d.e-]+, rows/s [\d,]+, [\d:]+ left$", said, re.MULTILINE)
 
 
-def test_a_file_that_is_gone_is_named_and_nothing_is_trained_on_without_it(phases, clips, tmp_path):
+def test_a_file_that_is_gone_is_named_and_nothing_is_trained_on_without_it(phases, avatars, tmp_path):
     """The cache of the clips disappears during the run; before the run is resumed, a clip is damaged."""
-    own = shutil.copytree(clips, tmp_path / "avatars")
+    own = shutil.copytree(avatars, tmp_path / "avatars")
     run = Run(tmp_path, [*PHASES, "--corpus_dir", str(own)], hub=tmp_path / "hub")
     status, said = run(At(RunTrainer, "training_step", 3, _Gone(tmp_path / "hub")))
     last = said.strip().splitlines()[-1]

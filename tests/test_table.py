@@ -14,14 +14,13 @@ import pytest
 import soundfile
 import torch
 import yaml
-from commands import run
+from clips import tone, write_clip
+from commands import read_lines, run
+from corpus_files import MELD_FILE_OF, published, write_meld
 from datasets import Audio, ClassLabel, Dataset, DatasetDict
 from datasets.table import embed_table_storage
+from models import build_processor, save_whisper, whisper
 from safetensors.torch import load_file
-from test_corpora import MELD_FILE_OF, published, write_meld
-from test_media_inputs import build_processor, tone, write_clip
-from test_towers import whisper
-from transformers import WhisperFeatureExtractor
 
 from corpora import clusters_of, load_corpus, meld, speakers_of
 from corpora.report import describe_corpus, find_doubts
@@ -620,8 +619,7 @@ def test_ravdess_as_a_table_has_the_same_rows(tmp_path):
 def tower(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tower")
     torch.manual_seed(0)
-    whisper().get_encoder().save_pretrained(folder)
-    WhisperFeatureExtractor(feature_size=8, chunk_length=1).save_pretrained(folder)
+    save_whisper(folder, whisper().get_encoder())
     return folder
 
 
@@ -656,7 +654,7 @@ def test_a_table_trains_and_answers_as_the_built_in_corpus(corpus, tower, tmp_pa
         extra = ["--clip_statistics"] if corpus == "meld" else []
         run("train", "recipes/own_clips.yaml", *small(tower), *fields, *extra)
         run("eval", output / "model", "--corpus", name, "--corpus_dir", source, "--output", output / "test", *given)
-        log = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+        log = read_lines(output / "log.jsonl")
         losses = [row["loss"] for row in log if "loss" in row]
         found[name] = (
             losses,

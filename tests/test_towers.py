@@ -1,20 +1,18 @@
 """Towers: frozen audio and image encoders inside the model, whose layers are mixed."""
 
-import os
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import torch
+from corpus_files import SHARED
+from models import IMAGE, TOLERANCE, WAVE, clip_vision, hubert, whisper
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoTokenizer,
     CLIPConfig,
     CLIPModel,
-    CLIPVisionConfig,
-    CLIPVisionModel,
     HubertConfig,
     HubertModel,
     ResNetConfig,
@@ -24,9 +22,7 @@ from transformers import (
     Wav2Vec2Config,
     Wav2Vec2FeatureExtractor,
     Wav2Vec2Model,
-    WhisperConfig,
     WhisperFeatureExtractor,
-    WhisperModel,
 )
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
@@ -39,49 +35,19 @@ from egmf.processing_egmf import EGMFProcessor
 from egmf.training.assembly import cut_window, start_speech_tower
 
 
-TOLERANCE = 1e-4
-WAVE = {
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 16,
-    "conv_dim": (8, 8),
-    "conv_kernel": (10, 4),
-    "conv_stride": (5, 4),
-    "num_conv_pos_embeddings": 8,
-    "num_conv_pos_embedding_groups": 2,
-    "layerdrop": 0.5,
-    "hidden_dropout": 0.5,
-}
-IMAGE = {
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "image_size": 16,
-    "patch_size": 8,
-}
 SWIN = {"image_size": 16, "patch_size": 2, "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "window_size": 4}
 PYRAMID = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}  # of many widths
-
-
-def whisper(max_source_positions: int = 50) -> WhisperModel:
-    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
-    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
-    sizes = {"num_mel_bins": 8, "d_model": 16, "encoder_layers": 2, "decoder_layers": 1}
-    sizes["max_source_positions"] = max_source_positions
-    return WhisperModel(WhisperConfig(vocab_size=20, **special, **heads, **sizes, dropout=0.5))
 
 
 # Tower and the name of its input.
 TOWERS = {
     "whisper": (whisper, "input_features"),
-    "hubert": (lambda: HubertModel(HubertConfig(**WAVE)), "input_values"),  # group norm, as hubert-base
+    "hubert": (hubert, "input_values"),  # group norm, as hubert-base
     "wav2vec2": (
         lambda: Wav2Vec2Model(Wav2Vec2Config(**WAVE, feat_extract_norm="layer", do_stable_layer_norm=True)),
         "input_values",
     ),
-    "clip-vision": (lambda: CLIPVisionModel(CLIPVisionConfig(**IMAGE)), "pixel_values"),
+    "clip-vision": (clip_vision, "pixel_values"),
     "resnet": (lambda: ResNetModel(ResNetConfig(**PYRAMID)), "pixel_values"),
     "swin": (lambda: SwinModel(SwinConfig(**SWIN)), "pixel_values"),
     "clip": (
@@ -285,8 +251,7 @@ def test_times_of_a_towers_frames(assemble):
 
 
 def test_real_whisper_encoder(assemble, processor):
-    shared = Path(os.environ.get("EGMF_SHARED", Path(__file__).resolve().parents[2] / "shared"))
-    folder = shared / "models" / "whisper-tiny-en-encoder"
+    folder = SHARED / "models" / "whisper-tiny-en-encoder"
     if not folder.is_dir():
         pytest.skip("no whisper-tiny-en-encoder in EGMF_SHARED/models, nor in ../shared/models")
     model = assemble(audio_tower=str(folder), audio_input_rate=100)
@@ -372,7 +337,7 @@ def test_a_new_speech_tower_does_not_care_what_level_its_bands_have():
 
 
 def test_a_tower_that_reads_waveforms_starts_as_transformers_has_it():
-    tower = HubertModel(HubertConfig(**WAVE))
+    tower = hubert()
     before = {name: value.clone() for name, value in tower.state_dict().items()}
     start_speech_tower(tower, [TowerInput(np.zeros(1600, np.float32), np.ones(1600, np.int64))])
     assert all(torch.equal(value, before[name]) for name, value in tower.state_dict().items())

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import Outcome, run, start
+from commands import REPO, Outcome, read_lines, run, start
 from safetensors.torch import load_file
 
 from corpora import load_corpus
@@ -20,7 +20,6 @@ from egmf.recipe import load_recipe
 from train import build_model, build_processor, build_towers, main, resolve_language_model, set_clip_statistics
 
 
-REPO = Path(__file__).resolve().parents[1]
 SHORT = ["--num_train_epochs", "2", "--corpus_options", '{"size": 96}', "--per_device_train_batch_size", "8"]
 
 
@@ -39,10 +38,6 @@ def trained(tmp_path_factory) -> Path:
 def evaluated(trained) -> Path:
     run("eval", trained / "model", "--corpus", "generated", "--output", trained / "test")
     return trained / "test"
-
-
-def read_lines(file: Path) -> list[dict]:
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 @pytest.mark.parametrize("recipe", sorted((REPO / "recipes").glob("*.yaml")), ids=lambda path: path.stem)

@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import soundfile
+from clips import write_clip
+from models import build_processor, save_model_with_towers
 from recognizers import build_ctc, build_whisper
-from test_media_inputs import build_processor, write_clip
-from test_predict import save_model_with_towers
 from transformers import pipeline
 
 import predict

@@ -8,10 +8,9 @@ import sys
 
 import pytest
 import torch
+from models import LORA_TARGETS, hubert
 from peft import LoraConfig, get_peft_model
-from test_modeling import LORA_TARGETS
-from test_towers import WAVE
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, HubertConfig, HubertModel
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.dynamic_module_utils import get_imports
 
 from egmf.configuration_egmf import EGMFConfig
@@ -88,7 +87,7 @@ def travelled(tmp_path_factory, llm_folder, assemble, samples):
         extra, given = {}, dict(call)
         if name == "tower":
             torch.manual_seed(2)
-            kwargs |= {"audio_tower": HubertModel(HubertConfig(**WAVE)), "audio_input_rate": 16000}
+            kwargs |= {"audio_tower": hubert(), "audio_input_rate": 16000}
             given = {key: value for key, value in call.items() if not key.startswith("audio")}
             extra = {"input_values": torch.randn(4, 300), "audio_mask": torch.ones(4, 300, dtype=torch.long)}
         model = assemble(AutoModelForCausalLM.from_pretrained(folder), **kwargs)
