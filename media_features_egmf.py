@@ -32,6 +32,21 @@ MEDIA_INPUTS = (
 )
 
 
+LEAST_DEVIATION = 0.01  # of the mean over channels; channels below it are only centred
+
+
+def adapt_to_speaker(frames: torch.Tensor, mean: torch.Tensor, deviation: torch.Tensor | None) -> torch.Tensor:
+    """Subtracts a speaker's mean from frames (..., D), and divides them by the speaker's deviation if it is given.
+
+    A channel that hardly varies would be blown up, so it is only centred; so is every channel if all deviations are 0.
+    """
+    centred = frames - mean
+    if deviation is None:
+        return centred
+    varies = deviation > LEAST_DEVIATION * deviation.mean(-1, keepdim=True)
+    return centred / torch.where(varies, deviation, 1.0)
+
+
 class MediaMixin:
     """Reads audio and vision for a model with `audio_tower` and `vision_tower`, either of which may be None."""
 
@@ -88,43 +103,46 @@ class MediaMixin:
     def read_modality(self, name: str, **media) -> tuple:
         """Selects one modality from a batch's `MEDIA_INPUTS`: features or hidden layers, mask (B, T), times (B, T).
 
-        The batch's center is subtracted from the features or hidden layers. `encode_media` leaves this to the call
-        that reads its result.
+        The features or hidden layers are adapted to the batch's center. `encode_media` leaves this to the call that
+        reads its result.
         """
         features, mask, times = (media.get(f"{name}_{part}") for part in ("features", "mask", "times"))
         candidates = (media.get(field) for field, modality in TOWER_INPUTS.items() if modality == name)
         tower_inputs = next((value for value in candidates if value is not None), None)
         features, mask, times = self._modality(name, features, tower_inputs, mask, times)
-        return self._subtract_center(name, features, media.get(f"{name}_center")), mask, times
+        return self._adapt(name, features, media.get(f"{name}_center")), mask, times
 
-    def _subtract_center(self, name: str, features, center: torch.Tensor | None):
-        """Subtracts a center from features or from a tuple of hidden layers, in float32."""
+    def _adapt(self, name: str, features, center: torch.Tensor | None):
+        """Adapts features or a tuple of hidden layers to a center, in float32; see [`adapt_to_speaker`]."""
         if features is None or center is None:
             return features
         is_tower = isinstance(features, tuple)
         layers = features if is_tower else (features,)
-        wanted = (len(layers[0]), *((len(layers),) if is_tower else ()), layers[0].shape[-1])
+        wanted = (len(layers[0]), 2, *((len(layers),) if is_tower else ()), layers[0].shape[-1])
         if center.shape != wanted:
             raise ValueError(f"{name}_center: got shape {tuple(center.shape)}, wanted {wanted}")
         if center.device.type == "cpu":
             finite = torch.isfinite(center).all()
             torch_compilable_check(finite, f"{name}_center: got NaN or infinite values, wanted finite ones")
-        parts = center.to(layers[0].device, torch.float32).reshape(len(center), len(layers), 1, -1).unbind(1)
-        centred = tuple(layer.float() - part for layer, part in zip(layers, parts, strict=True))
-        return centred if is_tower else centred[0]
+        center = center.to(layers[0].device, torch.float32).reshape(len(center), 2, len(layers), 1, -1)
+        means, deviations = (part.unbind(1) for part in center.unbind(1))
+        deviations = deviations if self.config.speaker_deviation else [None] * len(layers)
+        parts = zip(layers, means, deviations, strict=True)
+        adapted = tuple(adapt_to_speaker(layer.float(), mean, deviation) for layer, mean, deviation in parts)
+        return adapted if is_tower else adapted[0]
 
     @torch.no_grad()
     def speaker_center(self, batches: Iterable[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """Computes the center of a speaker: the mean over the speaker's clips of each clip's mean over its frames.
+        """Computes the center of a speaker: mean and standard deviation over frames, with equal weight for each clip.
 
         Args:
             batches: Batches of a processor that together have all clips of the speaker. Their own centers are ignored.
 
         Returns:
-            `audio_center` and `vision_center`, (1, layers + 1, size) for a tower and (1, feature size) for features.
-            A modality that no clip has is left out.
+            `audio_center` and `vision_center`, (1, 2, layers + 1, size) for a tower and (1, 2, feature size) for
+            features: means, then deviations. A modality that no clip has is left out.
         """
-        sums: dict[str, torch.Tensor] = {}
+        sums: dict[str, torch.Tensor] = {}  # of the clips' means and mean squares, in float64
         counts: dict[str, int] = {}
         for batch in batches:
             encoded = self.encode_media(batch)
@@ -133,9 +151,15 @@ class MediaMixin:
                     continue
                 for clip, mask in zip(encoded[f"{name}_features"], encoded[f"{name}_mask"].bool(), strict=True):
                     if mask.any():
-                        field, mean = f"{name}_center", clip[mask].float().mean(0, keepdim=True)
-                        sums[field], counts[field] = sums.get(field, 0.0) + mean, counts.get(field, 0) + 1
-        return {field: total / counts[field] for field, total in sums.items()}
+                        field, frames = f"{name}_center", clip[mask].double()
+                        moments = torch.stack([frames.mean(0), frames.square().mean(0)])
+                        sums[field], counts[field] = sums.get(field, 0.0) + moments, counts.get(field, 0) + 1
+        centers = {}
+        for field, total in sums.items():
+            mean, square = total / counts[field]
+            deviation = (square - mean.square()).clamp(min=0).sqrt()
+            centers[field] = torch.stack([mean, deviation]).float().unsqueeze(0)
+        return centers
 
     def _modality(self, name: str, features, tower_inputs, mask, times):
         """Checks one modality's inputs and converts them to (features or hidden layers, mask, times)."""

@@ -478,8 +478,8 @@ class EGMFForConditionalGeneration(EGMFPreTrainedModel, ScoringMixin, Generation
             input_features, input_values: The audio tower's input, with `audio_mask` (B, positions). A fixed window
                 (Whisper) is processed whole, including the padding of the tower's feature extractor.
             pixel_values: (B, F, 3, height, width) frames, with `vision_mask` and `vision_times` (B, F).
-            audio_center, vision_center: Center of each sample's speaker ([`EGMFModel.speaker_center`]), which is
-                subtracted from the features (B, feature size) or from the hidden layers (B, layers + 1, tower size).
+            audio_center, vision_center: Center of each sample's speaker ([`EGMFModel.speaker_center`]), to which the
+                features (B, 2, feature size) or the hidden layers (B, 2, layers + 1, tower size) are adapted.
             padding_mask: (B, L), the 2-D mask if `attention_mask` is 4-D.
             labels: (B, L), -100 except on the answer's tokens and EOS. Loss and logits are computed only there.
             expert_states, answer_prefix: Used by `generate()` after the prompt: `expert_states` of the prompt's

@@ -119,8 +119,8 @@ class AffectRecognitionPipeline(TimelineMixin, Pipeline):
 
     A model that was trained with speaker adaptation also needs the key `speaker_clips`: a list of clips of the same
     speaker, which may include the sample's own. Each is a file, or a mapping with some of the keys `file`, `audio` and
-    `video`. The mean of these clips is subtracted from the sample. The result of `speaker_center(clips)` may replace
-    the list.
+    `video`. The sample is normalised by the mean and the deviation of these clips. The result of
+    `speaker_center(clips)` may replace the list.
 
     An answer is a dict:
 

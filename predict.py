@@ -16,8 +16,8 @@ On a terminal it prints a table, to a file or a pipe one JSON line for each answ
 median and interval of a score, gate weights, seconds decoded and warnings. `--output` writes a file. If a file cannot
 be read, its `error` says why; the other files are still answered, and the exit status is 1.
 
-A model trained with speaker adaptation needs `--speaker_clips`, clips of the one speaker of all files; their mean is
-subtracted from the voice and the pictures.
+A model trained with speaker adaptation needs `--speaker_clips`, clips of the one speaker of all files; the voice and
+the pictures are normalised by their mean and deviation.
 
 A transcripts file has the columns `file` (name or path), `text` and optionally `speaker`; see
 `egmf/data/transcripts.py` for its formats.

@@ -34,7 +34,7 @@ MODALITIES = ("text", "audio", "vision")
 # Fields of `EGMFConfig` that are derived from the LLM, towers, processor and corpus; recipes cannot set them.
 _DERIVED = {"text_config", "audio_config", "vision_config", "audio_feature_size", "vision_feature_size"}
 _DERIVED |= {"audio_input_rate", "pseudo_token_id", "lm_head_bias", "tie_word_embeddings", "speaker_adaptation"}
-_DERIVED |= {"architecture", "initializer_range"}
+_DERIVED |= {"speaker_deviation", "architecture", "initializer_range"}
 FUSION_FIELDS = tuple(name for name in EGMFConfig.__annotations__ if name not in _DERIVED and name in vars(EGMFConfig))
 
 
@@ -126,7 +126,7 @@ class DataArguments:
     )
     speaker_adaptation: bool = field(
         default=False,
-        metadata={"help": "subtract the mean over the speaker's clips of the split from frozen towers and features"},
+        metadata={"help": "normalise frozen towers' outputs and features by the speaker's mean and deviation"},
     )
     speaker_mixing: float = field(
         default=0.0,

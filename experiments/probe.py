@@ -9,8 +9,8 @@ what the fusion and the LLM add. Features of a row, for each of the recipe's `mo
   of those that occur in at least two rows.
 - audio, vision: mean and deviation over the clip's frames, of each hidden layer of the tower or of the precomputed
   features (`ClipStatistics.measure`). The tower is not trained, and its hidden layers come from the cache of
-  `train.py`. If the recipe sets `speaker_adaptation`, the center of the rows of the same speaker in the same split is
-  subtracted from the means, as the model subtracts it from the frames; it uses no labels.
+  `train.py`. If the recipe sets `speaker_adaptation`, the statistics are those of frames that are adapted to the rows
+  of the same speaker in the same split, as in the model; it uses no labels.
 
 The columns of audio and vision are standardised with the training split and limited to 5 deviations, as in the fusion.
 Constant columns are dropped. They are divided by the root of their number, so that a row of each modality has a length
@@ -32,6 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from datasets import Dataset, DatasetDict
 from scipy import sparse
 from sklearn.feature_extraction.text import TfidfVectorizer
@@ -45,6 +46,7 @@ from egmf.data.mixture import check_corpora, load_corpora
 from egmf.data.tower_cache import COLUMNS, TowerCache
 from egmf.evaluation.measures import measure_of
 from egmf.fusion_egmf import FeatureNorm
+from egmf.media_features_egmf import adapt_to_speaker
 from egmf.processing_egmf import EGMFProcessor
 from egmf.recipe import MODALITIES, Recipe, load_recipe
 from egmf.tables import table
@@ -149,14 +151,18 @@ def groups_of(corpus: str, rows: Dataset) -> list[str]:
     return clusters_of(corpus, rows["id"][:], speakers)[1]
 
 
-def centre_by_speaker(values: np.ndarray, speakers: Sequence[str]) -> np.ndarray:
-    """Statistics (N, 2 D), means and deviations, with each speaker's mean over rows subtracted from the means."""
-    centred, there, half = values.copy(), is_present(values), values.shape[1] // 2
+def adapt_statistics(values: np.ndarray, speakers: Sequence[str]) -> np.ndarray:
+    """Statistics (N, 2 D), means and deviations, of frames that are adapted to their speaker."""
+    adapted, there, half = values.copy(), is_present(values), values.shape[1] // 2
     for speaker in set(speakers):
         own = (np.array(speakers) == speaker) & there
         if own.any():
-            centred[own, :half] -= values[own, :half].mean(0, dtype=np.float64)
-    return centred
+            means, deviations = torch.from_numpy(values[own].astype(np.float64)).split(half, 1)
+            center = means.mean(0)
+            spread = ((means - center).square() + deviations.square()).mean(0).sqrt()
+            adapted[own, :half] = adapt_to_speaker(means, center, spread)
+            adapted[own, half:] = adapt_to_speaker(deviations, torch.zeros(()), spread)
+    return adapted
 
 
 def build_cache(
@@ -203,7 +209,7 @@ def read_features(
             values = statistics_of(rows, modality, cache)
             if recipe.data.speaker_adaptation:
                 speakers = speakers_of(recipe.data.corpus, rows["id"][:], rows["speaker"][:])
-                values = centre_by_speaker(values, speakers)
+                values = adapt_statistics(values, speakers)
             found[split][modality] = values
         if not is_present(found["train"][modality]).any():
             logging.warning("%s: no row of train has it; the probe does not read it", modality)

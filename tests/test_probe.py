@@ -183,11 +183,19 @@ def test_speaker_adaptation_removes_the_offset_of_a_speaker(run, tmp_path):
     assert accuracy[0] < 0.6 and accuracy[1] == 1.0
 
 
-def test_the_mean_of_a_speaker_is_that_of_the_rows_that_have_the_modality():
-    values = np.array([[1, 2], [3, 6], [np.nan, np.nan], [50, 50]], np.float32)
-    centred = probe.centre_by_speaker(values, ["a", "a", "a", "b"])
-    # Means, then deviations, which the model does not change either.
-    np.testing.assert_array_equal(centred, [[-1, 2], [1, 6], [np.nan, np.nan], [0, 50]])
+def test_statistics_are_adapted_as_the_models_frames():
+    """Those of the rows of a speaker that have the modality; means, then deviations."""
+    rng = np.random.default_rng(0)
+    clips = [scale * rng.normal(level, 1, (50, 3)) for level, scale in ((1, 2), (2, 3))]
+    measured = [np.concatenate([clip.mean(0), clip.std(0)]) for clip in clips]
+    values = np.array([*measured, [np.nan] * 6, [50] * 6], np.float32)
+    adapted = probe.adapt_statistics(values, ["a", "a", "a", "b"])
+    frames = np.concatenate(clips)  # of equally long clips
+    wanted = [(clip - frames.mean(0)) / frames.std(0) for clip in clips]
+    for row, clip in zip(adapted, wanted, strict=False):
+        np.testing.assert_allclose(row, np.concatenate([clip.mean(0), clip.std(0)]), atol=1e-5)
+    assert np.isnan(adapted[2]).all()
+    np.testing.assert_allclose(adapted[3], [0] * 3 + [1] * 3)
 
 
 def test_groups_of_the_cross_validation():

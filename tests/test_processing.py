@@ -331,7 +331,7 @@ ERRORS = [
     ({"text": "a", "task": "meld", "following": [3]}, r"`following\[0\]` must be a list of strings or .* got 3 in it"),
     ({"text": "a", "task": "meld", "context": [{"words": "a"}]}, r"`context\[0\]` must be .*'words'"),
     ({"text": "a", "task": "meld", "padding_side": "top"}, "`padding_side` 'left' or 'right'.* got 'top'"),
-    ({"text": "a", "task": "meld", "audio_feature": ONES}, "no other option, got 'left' and .*audio_feature"),
+    ({"text": "a", "task": "meld", "audio_feature": ONES}, "no other option, got 'left', True and .*audio_feature"),
     (
         {"text": ["a"] * 4, "task": "meld", "audio_features": [None] * 3 + [BAD]},
         r"`audio_features\[3\]` has 2 NaN and 0 infinite values in 5 x 73, wanted finite",

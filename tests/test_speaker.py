@@ -22,6 +22,7 @@ from egmf.data.speakers import mix_centers, name_speakers, speaker_centers, stac
 from egmf.data.tower_cache import TowerCache
 from egmf.evaluation.predictor import Predictor
 from egmf.evaluation.robustness import lose_frames
+from egmf.media_features_egmf import adapt_to_speaker
 from egmf.pipeline_egmf import adaptation_warning
 from egmf.processing_egmf import BUILTIN_TASKS
 from egmf.recipe import complete_record, load_recipe
@@ -39,16 +40,35 @@ def centred(egmf, samples, make_batch):
     """The batch of `samples` with a center for each row."""
     batch = make_batch(samples)
     generator = torch.Generator().manual_seed(1)
-    batch["audio_center"] = torch.randn(len(samples), 5, generator=generator)
-    batch["vision_center"] = torch.randn(len(samples), 7, generator=generator)
+    for name, size in (("audio", 5), ("vision", 7)):
+        mean = torch.randn(len(samples), size, generator=generator)
+        deviation = 0.5 + torch.rand(len(samples), size, generator=generator)
+        batch[f"{name}_center"] = torch.stack([mean, deviation], 1)
     return batch
+
+
+@pytest.fixture(scope="module", autouse=True)
+def divides(egmf):
+    """The shared model divides by deviations, as one that was trained with speaker adaptation."""
+    egmf.config.speaker_deviation = True
+    yield
+    egmf.config.speaker_deviation = False
+
+
+def by_hand(batch: dict, center: dict) -> dict:
+    """The batch with its features normalised by the centers."""
+    normalised = dict(batch)
+    for name in ("audio", "vision"):
+        mean, deviation = center[f"{name}_center"].unsqueeze(2).unbind(1)
+        normalised[f"{name}_features"] = (batch[f"{name}_features"] - mean) / deviation
+    return normalised
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory, llm_folder, assemble):
     """A folder with clips and a checkpoint with towers, trained with adaptation; its processor and model."""
     folder = tmp_path_factory.mktemp("place")
-    config = {"speaker_adaptation": True, "clip_statistics": ["audio", "vision"]}
+    config = {"speaker_adaptation": True, "speaker_deviation": True, "clip_statistics": ["audio", "vision"]}
     processor, model = save_model_with_towers(folder, llm_folder(), assemble, **config)
     for number in range(3):
         write_clip(folder / f"{number}.mp4", 0.4 + 0.2 * number, seed=number)
@@ -64,17 +84,29 @@ def place(checkpoint) -> Path:
 # The model
 
 
-def test_a_center_is_subtracted_from_features(egmf, samples, make_batch, centred):
-    shifted = make_batch(samples)
-    for name in ("audio", "vision"):
-        shifted[f"{name}_features"] = shifted[f"{name}_features"] - centred[f"{name}_center"].unsqueeze(1)
-    assert largest_difference(egmf, centred, shifted) < TOLERANCE
-    assert largest_difference(egmf, centred, make_batch(samples)) > 1e-3  # with audio or vision in three of four rows
+def test_features_are_normalised_by_a_center(egmf, samples, make_batch, centred):
+    batch = make_batch(samples)
+    assert largest_difference(egmf, centred, by_hand(batch, centred)) < TOLERANCE
+    assert largest_difference(egmf, centred, batch) > 1e-3  # with audio or vision in three of four rows
+    # A model that was trained before speakers had deviations subtracts the mean alone.
+    egmf.config.speaker_deviation = False
+    means = {f"{name}_center": centred[f"{name}_center"].clone() for name in ("audio", "vision")}
+    for center in means.values():
+        center[:, 1] = 1.0
+    assert largest_difference(egmf, centred, by_hand(batch, means)) < TOLERANCE
+    egmf.config.speaker_deviation = True
+
+
+def test_a_channel_that_hardly_varies_is_only_centred():
+    frames = torch.tensor([[[1.0, 5.0, 7.0]]])
+    mean, deviation = torch.tensor([[[0.0, 4.0, 0.0]]]), torch.tensor([[[2.0, 1e-3, 0.0]]])
+    assert torch.equal(adapt_to_speaker(frames, mean, deviation), torch.tensor([[[0.5, 1.0, 7.0]]]))
+    assert torch.equal(adapt_to_speaker(frames, mean, None), torch.tensor([[[1.0, 1.0, 7.0]]]))
 
 
 def test_a_center_of_zeros_changes_nothing(egmf, samples, make_batch):
     batch = make_batch(samples)
-    zeros = {"audio_center": torch.zeros(len(samples), 5), "vision_center": torch.zeros(len(samples), 7)}
+    zeros = {"audio_center": torch.zeros(len(samples), 2, 5), "vision_center": torch.zeros(len(samples), 2, 7)}
     with torch.no_grad():
         assert torch.equal(egmf(**batch).logits, egmf(**batch, **zeros).logits)
 
@@ -93,9 +125,7 @@ def test_centred_rows_do_not_depend_on_batch_and_padding(egmf, samples, centred,
 def test_every_call_uses_the_center(egmf, processor, samples, make_batch, centred):
     """A call that dropped the centers would give the answers without them."""
     plain, candidates = make_batch(samples), processor.candidates("meld")
-    shifted = dict(plain)
-    for name in ("audio", "vision"):
-        shifted[f"{name}_features"] = plain[f"{name}_features"] - centred[f"{name}_center"].unsqueeze(1)
+    shifted = by_hand(plain, centred)
     calls = {
         "scores": lambda batch: egmf.score_labels(candidates, **batch).log_probs,
         "tokens": lambda batch: egmf.model.get_pseudo_tokens(**batch)[0],
@@ -117,7 +147,7 @@ def test_encoded_media_are_centred_once(checkpoint):
     folder, processor, model = checkpoint
     inputs = dict(processor(text=["so", "no"], video=[str(folder / "0.mp4"), str(folder / "1.mp4")], task="meld"))
     center = model.model.speaker_center([dict(inputs)])
-    assert center["audio_center"].shape == (1, 3, 16) and center["vision_center"].shape[0] == 1
+    assert center["audio_center"].shape == (1, 2, 3, 16) and center["vision_center"].shape[0] == 1
     inputs |= {name: value.expand(2, *value.shape[1:]) for name, value in center.items()}
     encoded = model.encode_media(inputs)
     assert torch.equal(encoded["audio_center"], inputs["audio_center"]) and "input_features" not in encoded
@@ -126,17 +156,23 @@ def test_encoded_media_are_centred_once(checkpoint):
     assert (answers[0] - answers[1]).abs().max() < 1e-5
     assert torch.equal(greedy(model, inputs), greedy(model, encoded))
     assert torch.equal(greedy(model, encoded), greedy(model, twice))
-    # The hidden layers that reach the fusion have the mean of the speaker's clips at zero.
+    # Over the speaker's clips, the hidden layers that reach the fusion have a mean of 0 and a deviation of 1.
     layers, mask, _ = model.model.read_modality("audio", **inputs)
-    means = torch.stack([torch.stack([layer[row][mask[row].bool()].mean(0) for layer in layers]) for row in (0, 1)])
-    assert means.mean(0).abs().max() < 1e-5 < means.abs().max()
+    clips = [torch.stack(layers, 2)[row][mask[row].bool()] for row in (0, 1)]
+    means, squares = (torch.stack([part(clip).mean(0) for clip in clips]) for part in (torch.clone, torch.square))
+    assert means.mean(0).abs().max() < 1e-4 < means.abs().max()
+    varies = squares.mean(0) > 0.5  # the others are only centred
+    assert varies.float().mean() > 0.9 and (squares.mean(0)[varies] - 1).abs().max() < 1e-3
     without = {name: value for name, value in inputs.items() if not name.endswith("_center")}
     assert (model.score_labels(processor.candidates("meld"), **without).log_probs - answers[0]).abs().max() > 1e-3
 
 
 def test_a_speakers_center_ignores_padding_and_batches(egmf, samples, make_batch, row_of):
     batch = make_batch(samples)
-    wanted = torch.stack([samples[0]["audio_features"].mean(0), samples[1]["audio_features"].mean(0)]).mean(0)
+    clips = [samples[0]["audio_features"], samples[1]["audio_features"]]
+    mean = torch.stack([clip.mean(0) for clip in clips]).mean(0)
+    deviation = torch.stack([(clip - mean).square().mean(0) for clip in clips]).mean(0).sqrt()
+    wanted = torch.stack([mean, deviation])
     together = egmf.model.speaker_center([pad(batch, "left")])
     apart = egmf.model.speaker_center([row_of(batch, index) for index in range(len(samples))])
     for center in (together, apart):
@@ -148,9 +184,9 @@ def test_a_speakers_center_ignores_padding_and_batches(egmf, samples, make_batch
 @pytest.mark.parametrize(
     ("field", "center", "message"),
     [
-        ("audio_center", torch.zeros(4, 6), r"audio_center: got shape \(4, 6\), wanted \(4, 5\)"),
-        ("vision_center", torch.zeros(1, 7), r"vision_center: got shape \(1, 7\), wanted \(4, 7\)"),
-        ("audio_center", torch.full((4, 5), torch.nan), "audio_center: got NaN or infinite values, wanted finite"),
+        ("audio_center", torch.zeros(4, 5), r"audio_center: got shape \(4, 5\), wanted \(4, 2, 5\)"),
+        ("vision_center", torch.zeros(1, 2, 7), r"vision_center: got shape \(1, 2, 7\), wanted \(4, 2, 7\)"),
+        ("audio_center", torch.full((4, 2, 5), torch.nan), "audio_center: got NaN or infinite values, wanted finite"),
     ],
 )
 def test_a_wrong_center_is_named(egmf, samples, make_batch, field, center, message):
@@ -161,16 +197,18 @@ def test_a_wrong_center_is_named(egmf, samples, make_batch, field, center, messa
 def test_a_wrong_center_of_a_tower_is_named(checkpoint):
     folder, processor, model = checkpoint
     inputs = processor(text="so", audio=str(folder / "voice.wav"), task="meld")
-    with pytest.raises(ValueError, match=r"audio_center: got shape \(1, 16\), wanted \(1, 3, 16\)"):
+    with pytest.raises(ValueError, match=r"audio_center: got shape \(1, 16\), wanted \(1, 2, 3, 16\)"):
         model(**inputs, audio_center=torch.zeros(1, 16))
 
 
 def test_the_config_says_how_a_model_was_trained(place, tmp_path):
     assert EGMFConfig.from_pretrained(place / "model").speaker_adaptation is True
     config = json.loads((place / "model" / "config.json").read_text())
-    del config["speaker_adaptation"]  # as in an older checkpoint
+    assert config["speaker_deviation"] is True
+    del config["speaker_adaptation"], config["speaker_deviation"]  # as in an older checkpoint
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert EGMFConfig.from_pretrained(tmp_path).speaker_adaptation is False
+    older = EGMFConfig.from_pretrained(tmp_path)
+    assert older.speaker_adaptation is older.speaker_deviation is False
     assert complete_record({"corpus": "mosi"})["speaker_adaptation"] is False
 
 
@@ -196,7 +234,7 @@ def centers_of(model, processor, rows, **options):
 
 @pytest.fixture(scope="module")
 def small(assemble):
-    return assemble(audio_feature_size=6, vision_feature_size=5, clip_statistics=["audio"])
+    return assemble(audio_feature_size=6, vision_feature_size=5, clip_statistics=["audio"], speaker_deviation=True)
 
 
 def test_an_offset_of_a_speaker_changes_nothing(small, processor):
@@ -225,14 +263,14 @@ def test_an_offset_of_a_speaker_changes_nothing(small, processor):
 def test_statistics_are_those_of_centred_values(small, processor):
     rows = rows_of_speakers({"Ann": 3.0, "Bea": -2.0})
     centers = centers_of(small, processor, rows)
-    by_hand = {
-        speaker: np.mean([np.mean(row["audio_features"], 0) for row in rows if row["speaker"] == speaker
-                          and row["audio_features"] is not None], 0)
-        for speaker in ("Ann", "Bea")
-    }  # fmt: skip
-    for speaker, center in by_hand.items():
-        assert np.allclose(centers["audio"][f"{SPLIT}/{speaker}", 1.0], center[None], atol=1e-5)
-    centred = [row["audio_features"] - by_hand[row["speaker"]] for row in rows if row["audio_features"] is not None]
+    clips = [(row["speaker"], np.asarray(row["audio_features"])) for row in rows if row["audio_features"] is not None]
+    wanted = {}
+    for speaker in ("Ann", "Bea"):
+        own = [clip for name, clip in clips if name == speaker]
+        mean = np.mean([clip.mean(0) for clip in own], 0)
+        wanted[speaker] = mean, np.sqrt(np.mean([np.square(clip - mean).mean(0) for clip in own], 0))
+        assert np.allclose(centers["audio"][f"{SPLIT}/{speaker}", 1.0], np.stack(wanted[speaker])[None], atol=1e-5)
+    centred = [(clip - wanted[speaker][0]) / wanted[speaker][1] for speaker, clip in clips]
     set_feature_statistics(small, rows, centers)
     norm = small.model.fusion.input_norm["audio"]
     assert np.allclose(norm.mean, np.concatenate(centred).mean(0), atol=1e-5)
@@ -242,18 +280,20 @@ def test_statistics_are_those_of_centred_values(small, processor):
 def test_a_speaker_without_a_modality_has_a_center_of_zeros(small, processor):
     centers = centers_of(small, processor, rows_of_speakers({"Ann": 3.0}))
     stacked = stack_centers(centers, "audio", [("nobody", 1.0), (f"{SPLIT}/Ann", 1.0)])
-    assert stacked.shape == (2, 6) and not stacked[0].any() and stacked[1].abs().min() > 1
+    assert stacked.shape == (2, 2, 6) and not stacked[0].any() and stacked[1, 0].abs().min() > 1
 
 
 def test_mixing_moves_clips_towards_other_speakers(processor):
     """A clip moves from its speaker's center at most half of the way to that of another one."""
     levels = {"Ann": 1.0, "Bo": 2.0, "Cy": 4.0}
-    centers = {"audio": {(f"{SPLIT}/{name}", 1.0): torch.full((1, 6), level) for name, level in levels.items()}}
+    centers = {"audio": {(f"{SPLIT}/{name}", 1.0): torch.full((1, 2, 6), level) for name, level in levels.items()}}
     rows = [row for row in rows_of_speakers(levels) if row["audio_features"] is not None]
     collator = AffectCollator(processor, [TASK], MODALITIES, with_answers=None, centers=centers, speaker_mixing=0.5)
     torch.manual_seed(0)
     asked = list(expand_by_task(Dataset.from_list(rows), [TASK]))
-    subtracted = torch.stack([collator(asked)["audio_center"] for _ in range(40)])
+    moves = torch.stack([collator(asked)["audio_center"] for _ in range(40)])
+    subtracted, deviations = moves.unbind(2)
+    assert not deviations.any()  # which divide nothing
     own = torch.tensor([levels[row["speaker"]] for row in rows]).unsqueeze(1)
     reached = own - 2 * subtracted
     assert 1 <= reached.min() < 1.1 and 3.9 < reached.max() <= 4
@@ -261,7 +301,7 @@ def test_mixing_moves_clips_towards_other_speakers(processor):
 
 
 def test_mixing_leaves_a_clip_if_the_other_speaker_has_none():
-    centers = {"audio": {("Ann", 1.0): torch.ones(1, 6)}}
+    centers = {"audio": {("Ann", 1.0): torch.ones(1, 2, 6)}}
     assert not mix_centers(centers, "audio", [("Ann", 1.0)], ["Bo"], torch.ones(1)).any()
 
 

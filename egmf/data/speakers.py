@@ -1,11 +1,11 @@
-"""Centers of the speakers of a split, which the model subtracts from its audio and vision.
+"""Centers of the speakers of a split, to which the model adapts its audio and vision.
 
-A center is the mean over the speaker's clips of each clip's mean over its frames ([`EGMFModel.speaker_center`]). It
-needs no labels, but all clips of the speaker in the split.
+A center is the mean and the deviation of the frames of a speaker's clips ([`EGMFModel.speaker_center`]). It needs no
+labels, but all clips of the speaker in the split.
 
-Speaker adaptation subtracts the center of each clip's speaker, in training and afterwards. Speaker mixing subtracts a
-part of the difference to another speaker's center, in training only: the model meets more voices and faces than the
-corpus has, and must not rely on those it knows.
+Speaker adaptation subtracts the mean of each clip's speaker and divides by the deviation, in training and afterwards.
+Speaker mixing subtracts a part of the difference to another speaker's mean, in training only: the model meets more
+voices and faces than the corpus has, and must not rely on those it knows.
 """
 
 import dataclasses
@@ -27,8 +27,8 @@ if TYPE_CHECKING:  # the collator imports this file
 
 
 SPEAKER = "adapted_speaker"  # the column with the speaker, unique over corpora and splits
-# Center by modality, and by speaker (column `SPEAKER`) and speed of the audio: (1, layers + 1, size) for a tower,
-# (1, feature size) for features.
+# Center by modality, and by speaker (column `SPEAKER`) and speed of the audio: (1, 2, layers + 1, size) for a tower,
+# (1, 2, feature size) for features.
 Centers = dict[str, dict[tuple[str, float], torch.Tensor]]
 
 
@@ -91,7 +91,7 @@ def stack_centers(centers: Centers, modality: str, keys: list[tuple[str, float]]
 def mix_centers(
     centers: Centers, modality: str, keys: list[tuple[str, float]], others: list[str], shares: torch.Tensor
 ) -> torch.Tensor:
-    """What moves clips towards other speakers if the model subtracts it like a center: (rows, ...).
+    """Centers that move clips towards other speakers: (rows, 2, ...), with deviations of 0, which change nothing.
 
     Args:
         keys: Speaker and speed of each row.
@@ -101,4 +101,5 @@ def mix_centers(
     pairs = zip(others, keys, strict=True)
     ends = [(other, key[1]) if (other, key[1]) in centers[modality] else key for other, key in pairs]
     moves = stack_centers(centers, modality, keys) - stack_centers(centers, modality, ends)
+    moves[:, 1] = 0.0
     return shares.view(-1, *[1] * (moves.ndim - 1)) * moves

@@ -165,8 +165,11 @@ def lose_frames(
             features = changed[f"{name}_features"] = inputs[f"{name}_features"].clone()
             for row, row_id in enumerate(ids):
                 frames = inputs[f"{name}_mask"][row].nonzero()[:, 0].tolist()
-                # With speaker adaptation, frames that equal the center become 0 in the model.
-                nothing = inputs[f"{name}_center"][row].to(features) if f"{name}_center" in inputs else 0
+                # With speaker adaptation, frames that equal the speaker's mean become 0 in the model.
+                nothing: torch.Tensor | int = 0
+                if f"{name}_center" in inputs:
+                    center = inputs[f"{name}_center"][row].to(features)
+                    nothing = center if center.ndim == features.ndim - 2 else center[0]  # older models have the mean
                 features[row, _lost(frames, rate, _rng(seed, row_id, name))] = nothing
     return changed
 

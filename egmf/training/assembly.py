@@ -32,6 +32,7 @@ from egmf.data.mixture import has_any
 from egmf.data.speakers import SPEAKER, Centers, stack_centers
 from egmf.data.tower_cache import COLUMNS, PREPROCESSORS, TowerCache
 from egmf.fusion_egmf import ClipStatistics
+from egmf.media_features_egmf import adapt_to_speaker
 from egmf.media_inputs_egmf import TowerInput
 from egmf.modeling_egmf import EGMFForConditionalGeneration, undivided
 from egmf.processes import are_sharded
@@ -132,7 +133,7 @@ def feature_statistics(
     Args:
         rows: The training split.
         column: `audio_features` or `vision_features`.
-        centers: Centers of the speakers, which are subtracted first.
+        centers: Centers of the speakers, to which the frames are adapted first.
 
     Returns:
         (mean, standard deviation); None if every clip is null.
@@ -170,8 +171,10 @@ def _frames(rows: Dataset, column: str, centers: Centers | None = None) -> Itera
             values = values.reshape(-1, widths[0])
             if centers is not None:
                 keys = [(speaker, 1.0) for speaker in table.column(SPEAKER).to_pylist()]
-                offsets = stack_centers(centers, column.removesuffix("_features"), keys).double().numpy()
-                values = values - np.repeat(offsets, clips.value_lengths().fill_null(0).to_numpy(), axis=0)
+                lengths = torch.from_numpy(clips.value_lengths().fill_null(0).to_numpy(zero_copy_only=False).copy())
+                own = stack_centers(centers, column.removesuffix("_features"), keys).double()
+                own = own.repeat_interleave(lengths, 0)
+                values = adapt_to_speaker(torch.from_numpy(values), *own.unbind(1)).numpy()
             yield values
 
 
@@ -180,7 +183,7 @@ def _sum_on(total: np.ndarray | None, frames: np.ndarray) -> np.ndarray:
 
 
 def set_feature_statistics(model: EGMFForConditionalGeneration, rows: Dataset, centers: Centers) -> None:
-    """Sets the statistics of precomputed features again, from features from which the centers are subtracted."""
+    """Sets the statistics of precomputed features again, from features that are adapted to the centers."""
     for modality in model.config.modalities[1:]:
         if getattr(model.config, f"{modality}_feature_size") is not None:
             statistics = feature_statistics(rows, f"{modality}_features", centers)
@@ -196,7 +199,7 @@ def clip_statistics(
         rows: Rows of a corpus.
         modality: "audio" or "vision".
         cache: Cache of the towers; a modality that it does not encode has precomputed features.
-        centers: Centers of the rows' speakers, which are subtracted first.
+        centers: Centers of the rows' speakers, to which the frames are adapted first.
     """
     tower = cache if cache is not None and modality in cache.frozen else None
     column = f"{modality}_features" if tower is None else COLUMNS[modality]
@@ -209,7 +212,8 @@ def clip_statistics(
             continue
         frames = torch.as_tensor(features, device="cpu").unsqueeze(0)  # (1, T, layers, width) or (1, T, width)
         if centers is not None:
-            frames = frames.float() - stack_centers(centers, modality, [(str(row[SPEAKER]), 1.0)]).unsqueeze(1)
+            center = stack_centers(centers, modality, [(str(row[SPEAKER]), 1.0)])
+            frames = adapt_to_speaker(frames.float(), *center.unsqueeze(2).unbind(1))
         layers = frames.unbind(2) if frames.ndim == 4 else (frames,)
         yield ClipStatistics.measure(layers, torch.ones(frames.shape[:2]))[0]
 
@@ -323,6 +327,7 @@ def build_model(
         **fusion,
         audio_input_rate=processor.audio_input_rate if "audio" in towers else None,
         speaker_adaptation=recipe.data.speaker_adaptation,
+        speaker_deviation=recipe.data.speaker_adaptation,
         **{f"{modality}_tower": tower for modality, (tower, _) in towers.items()},
         **{f"{modality}_feature_size": len(mean) for modality, (mean, _) in statistics.items()},
     )
