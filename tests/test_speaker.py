@@ -162,7 +162,7 @@ def test_encoded_media_are_centred_once(checkpoint):
     means, squares = (torch.stack([part(clip).mean(0) for clip in clips]) for part in (torch.clone, torch.square))
     assert means.mean(0).abs().max() < 1e-4 < means.abs().max()
     varies = squares.mean(0) > 0.5  # the others are only centred
-    assert varies.float().mean() > 0.9 and (squares.mean(0)[varies] - 1).abs().max() < 1e-3
+    assert varies.float().mean() > 0.75 and (squares.mean(0)[varies] - 1).abs().max() < 1e-3
     without = {name: value for name, value in inputs.items() if not name.endswith("_center")}
     assert (model.score_labels(processor.candidates("meld"), **without).log_probs - answers[0]).abs().max() > 1e-3
 
