@@ -59,7 +59,7 @@ class Experiment:
 
 EXPERIMENTS = {
     "ravdess": Experiment(
-        "RAVDESS: speech, 360 clips, six folds of four actors",
+        "RAVDESS, 360 clips: speech, six folds of four actors",
         "ravdess_smollm2",
         6,
         ("ua", "accuracy"),
