@@ -448,7 +448,7 @@ def test_what_is_wrong_is_named(run, arguments, gone, message, monkeypatch):
 def test_commands_of_the_docs_parse():
     pages = [(ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("publishing.md", "page.md")]
     lines = "\n".join(pages).splitlines()
-    commands = [shlex.split(line)[2:] for line in lines if line.startswith("python publish.py")]
+    commands = [shlex.split(line, comments=True)[2:] for line in lines if line.startswith("python publish.py")]
     parsed = [publish_script.parse_arguments(command) for command in commands]
     # A page shows models that read clips.
     assert [str(one.run) for one in parsed] == ["runs/mosi"] * 3 + ["runs/own_clips"] * 2
