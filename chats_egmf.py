@@ -41,7 +41,7 @@ class ChatsMixin:
         kwargs.pop("add_generation_prompt", None)
         # Other chats' options, as long as they are off.
         off = {"continue_final_message", "return_assistant_tokens_mask", "tools", "documents"}
-        kwargs = {name: value for name, value in kwargs.items() if value or name not in off} | (processor_kwargs or {})
+        kwargs = {name: value for name, value in kwargs.items() if name not in off or value} | (processor_kwargs or {})
         several = bool(conversation) and isinstance(conversation[0], list | tuple)
         columns: dict[str, list] = {"text": [], "speaker": [], "context": [], "audio": [], "video": []}
         for messages in conversation if several else [conversation]:

@@ -151,7 +151,7 @@ class MediaMixin:
                     continue
                 for clip, mask in zip(encoded[f"{name}_features"], encoded[f"{name}_mask"].bool(), strict=True):
                     if mask.any():
-                        field, frames = f"{name}_center", clip[mask].double()
+                        field, frames = f"{name}_center", clip[mask].cpu().double()
                         moments = torch.stack([frames.mean(0), frames.square().mean(0)])
                         sums[field], counts[field] = sums.get(field, 0.0) + moments, counts.get(field, 0) + 1
         centers = {}

@@ -148,7 +148,8 @@ class AffectRecognitionPipeline(TimelineMixin, Pipeline):
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         """Saves the model and its processor, which `transformers.Pipeline` would leave out."""
         self.model.save_pretrained(save_directory, **kwargs)
-        self.processor.save_pretrained(save_directory)
+        hub = ("push_to_hub", "repo_id", "token", "private", "revision", "commit_message", "create_pr")
+        self.processor.save_pretrained(save_directory, **{name: kwargs[name] for name in hub if name in kwargs})
 
     def __call__(
         self, inputs: Any, batch_size: int | None = None, num_workers: int | None = None, **kwargs

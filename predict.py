@@ -70,7 +70,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--num_workers", type=positive, help="processes that decode clips ahead of the model")
     parser.add_argument("--output", type=Path, metavar="FILE", help="where answers go: .jsonl, .csv or .vtt")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="picture of a recording's answers over time")
-    args = parser.parse_args(arguments)
+    args = parser.parse_intermixed_args(arguments)  # files may also follow an option
     if args.output and args.output.suffix.lower() not in SUFFIXES:
         parser.error(f"--output: got {args.output}, wanted a file that ends in {', '.join(sorted(SUFFIXES))}")
     if args.plot and args.plot.suffix.lower() not in PLOTS:

@@ -102,7 +102,7 @@ def as_sample(value: Any, sampling_rate: int | None, is_row: bool = False) -> di
     Args:
         value: A file (path, URL or bytes), an array of sound at `sampling_rate`, `{"array" or "raw",
             "sampling_rate"}`, a picture of PIL, an undecoded or decoded column of `datasets`, or a mapping with some
-            of `FIELDS`; `image` is another name of `video`.
+            of `FIELDS`; `image` is another name of `video`, in rows only without another clip.
         sampling_rate: The model's sampling rate in Hz.
         is_row: Whether the value is a row of a data set, which may have other columns.
 
@@ -122,8 +122,9 @@ def as_sample(value: Any, sampling_rate: int | None, is_row: bool = False) -> di
         return {"file" if isinstance(medium, bytes) else "audio": medium}
     if value.keys() and value.keys() <= {"bytes", "path"}:
         return {"file": as_media(value)}
-    if value.get("image") is not None and value.get("video") is None:
-        value = {name: part for name, part in value.items() if name != "image"} | {"video": value["image"]}
+    if "image" in value and not (is_row and value.keys() & {"file", "audio", "video"}):
+        picture = value["image"] if value.get("video") is None else value["video"]
+        value = {name: part for name, part in value.items() if name != "image"} | {"video": picture}
     known, unknown = value.keys() & FIELDS, value.keys() - FIELDS
     sample = {name: value[name] for name in known if value[name] is not None}
     if "audio" in sample:

@@ -268,7 +268,7 @@ class Run:
 
     @property
     def adapted(self) -> Centers | None:
-        """The centers that are subtracted after training, too."""
+        """The centers to which clips are adapted after training, too."""
         return self.centers if self.recipe.data.speaker_adaptation else None
 
     def collator(

@@ -152,7 +152,10 @@ def groups_of(corpus: str, rows: Dataset) -> list[str]:
 
 
 def adapt_statistics(values: np.ndarray, speakers: Sequence[str]) -> np.ndarray:
-    """Statistics (N, 2 D), means and deviations, of frames that are adapted to their speaker."""
+    """Statistics (N, 2 D), means and deviations, of frames that are adapted to their speaker.
+
+    Whether a channel varies is judged over all layers of a tower together, in the model layer by layer.
+    """
     adapted, there, half = values.copy(), is_present(values), values.shape[1] // 2
     for speaker in set(speakers):
         own = (np.array(speakers) == speaker) & there

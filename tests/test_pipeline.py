@@ -293,6 +293,7 @@ def test_pictures_of_pil_and_columns_of_images(recognize, tmp_path):
         assert found["probabilities"] == pytest.approx(wanted["probabilities"]) and not found["error"]
         assert found["gate_weights"]["modality"]["local"]["vision"] > 0
     assert recognize(picture)["gate_weights"]["modality"]["local"]["text"] == 0
+    assert recognize({"text": "so", "image": None}) == recognize({"text": "so"})
 
 
 def test_a_saved_pipeline_loads_again(recognize, tmp_path):

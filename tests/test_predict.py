@@ -279,7 +279,7 @@ def test_faulty_transcripts(tmp_path, content, message):
 
 def test_one_speaker_speaks_in_all_files_but_those_of_the_transcripts(tmp_path):
     (tmp_path / "words.csv").write_text("file,text,speaker\na.wav,so,Bob\nb.wav,no,\n")
-    arguments = ["model", "a.wav", "b.wav", "--speaker", "Ann"]
+    arguments = ["model", "a.wav", "--speaker", "Ann", "b.wav"]  # files may stand behind an option
     assert [one["speaker"] for one in samples_of(parse_arguments(arguments))] == ["Ann", "Ann"]
     samples = samples_of(parse_arguments([*arguments, "--transcripts", str(tmp_path / "words.csv")]))
     assert [(one["text"], one["speaker"]) for one in samples] == [("so", "Bob"), ("no", "Ann")]

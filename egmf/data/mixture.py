@@ -56,6 +56,11 @@ def check_corpora(recipe: Recipe, corpora: list[DatasetDict], processor: EGMFPro
                 raise ValueError(f"modalities: got {modality}, wanted them without it. {part.name} / train: {unread}")
             if unread and (clips or features):
                 logging.warning("%s: %s", part.name, unread)
+        columns = [name if name == "text" else f"{name}_features" for name in modalities]
+        columns += [COLUMNS[name] for name in modalities if name != "text"]
+        if len(corpus["validation"]) and not any(has_any(corpus["validation"], name) for name in columns):
+            got = "no row has any of the modalities, so what is measured and fitted there says nothing"
+            logging.warning("%s / validation: %s", part.name, got)
 
 
 def has_any(rows: Dataset, column: str) -> bool:
