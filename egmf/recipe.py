@@ -298,7 +298,7 @@ class Recipe:
         for name in ("language_model", "audio_tower", "vision_tower"):
             if isinstance(own[name], str):  # a folder may have been moved
                 own[name] = Path(own[name]).name
-        own["speaker_deviation"] = self.data.speaker_adaptation
+        own["speaker_deviation"] = self.data.speaker_adaptation  # earlier runs adapted to means alone
         training = self.training
         rows = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
         own["rows_per_step"] = rows  # on all devices together: another number of them needs another batch size
