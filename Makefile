@@ -60,7 +60,7 @@ demo: $(PAGE) $(QUICK)/model/recipe.json ## show the quickstart's model in a bro
 			"when I think of the library, I am extremely glad"
 
 results: $(INSTALLED) ## results/*.md and the tables in README.md, from results/*.json
-	$(BIN)/python -m experiments.make_tables render
+	$(BIN)/python -m experiments.benchmarks render
 	$(BIN)/python -m experiments.folds render
 	$(BIN)/python -m experiments.avatars render
 	$(BIN)/python -m experiments.languages render

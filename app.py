@@ -44,7 +44,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]) -> None:
     args = parse_arguments(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # which deletes what was uploaded
-    check_model(args.model)
+    check_model(args.model, args.revision)
     examples = [(str(Path(file).resolve()), words) for file, words in args.examples or []]
     for file, _ in examples:
         if not Path(file).is_file():
@@ -56,9 +56,7 @@ def main(arguments: list[str]) -> None:
     recognize = pipeline("affect-recognition", model=args.model, trust_remote_code=True, **loading_options(args))
     recognizer = Recognizer(recognize, args.max_seconds, args.transcriber)
     processor = recognize.processor
-    known = getattr(processor, "trained_tasks", None) or filter(None, [processor.default_task])  # of an older model
-    tasks = list(known) or list(processor.tasks)
-
+    tasks = processor.trained_tasks or list(processor.tasks)
     title = "EGMF" if Path(args.model).is_dir() else args.model
     page = build_page(recognizer, title, tasks, examples, args.max_megabytes)
     launch_page(page, args.max_megabytes, server_port=args.port)

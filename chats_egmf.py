@@ -47,6 +47,8 @@ class ChatsMixin:
         for messages in conversation if several else [conversation]:
             for name, value in read_conversation(messages).items():
                 columns[name].append(value)
+        if tokenize and not return_dict and any(part is not None for part in columns["audio"] + columns["video"]):
+            raise ValueError("return_dict: got False for a chat with sound or pictures, wanted True")
         inputs = self(**columns, **kwargs)
         if tokenize and return_dict:
             return inputs

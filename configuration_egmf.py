@@ -24,7 +24,7 @@ PIPELINES = {
 
 
 AUTO_MODELS = ("AutoModel", "AutoModelForMultimodalLM")  # the auto classes that load a checkpoint
-ARCHITECTURE = 2  # counts changes after which weights of older checkpoints no longer fit
+ARCHITECTURE = 3  # counts changes after which weights of older checkpoints no longer fit
 
 
 @strict
@@ -68,8 +68,6 @@ class EGMFConfig(PreTrainedConfig):
             vision). A tower's hidden layers are averaged before clip statistics, features after them.
         speaker_adaptation: Whether the model was trained with centers of speakers (`audio_center`, `vision_center`)
             and expects them. It changes no computation: the pipeline and `eval.py` warn if clips come without them.
-        speaker_deviation: Whether what is centred is also divided by the speaker's deviation. Models with speaker
-            adaptation from before this field only subtract the mean.
         initializer_range: Standard deviation of new embeddings, and of a new head's weights.
         architecture: Version of the layers. A checkpoint of another version is refused.
     """
@@ -101,7 +99,6 @@ class EGMFConfig(PreTrainedConfig):
     tower_layers: dict[str, list[int]] | None = None
     frame_pooling: dict[str, int] | None = None
     speaker_adaptation: bool = False
-    speaker_deviation: bool = False
     lm_head_bias: bool = False
     initializer_range: float = 0.02
     architecture: int = ARCHITECTURE

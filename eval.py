@@ -59,7 +59,6 @@ from egmf.evaluation.significance import intervals, mcnemar, paired_differences,
 from egmf.files import weights_digest
 from egmf.pipeline_egmf import adaptation_warning
 from egmf.processes import LONGEST_WAIT, default_workers, in_turns, silence_other_ranks
-from egmf.processing_egmf import EGMFProcessor
 from egmf.tables import with_interval
 
 
@@ -125,7 +124,7 @@ def read_predictions(file: Path, rows, task) -> dict[str, dict]:
 def compare(predictions: list[dict], others: dict[str, dict], task, samples: list) -> dict[str, dict]:
     """Runs paired tests of this run against another one on the same samples, for each kind of answer."""
     gold, tests = [row["gold"] for row in predictions], {}
-    known = set.intersection(*map(set, others.values()))  # an older run may lack some
+    known = set.intersection(*map(set, others.values()))  # a baseline may have one kind of answer only
     for answer in (one for one in predictions[0]["answers"] if one in known):
         here = [row["answers"][answer] for row in predictions]
         there = [others[row["id"]][answer] for row in predictions]
@@ -183,7 +182,7 @@ def evaluate(args: argparse.Namespace, predict: Predictor, rows, modalities: lis
         report["compared_to"] = compare(predictions, others, task, samples)
 
     if predict.label_map is None:
-        temperature = getattr(predict.processor, "temperatures", {}).get(task.name, 1.0)
+        temperature = predict.processor.temperatures.get(task.name, 1.0)
         report["calibration"] = calibration_of(predictions, task, temperature)
         plot_reliability(predictions, task, temperature, args.output / "reliability.png")
 
@@ -287,7 +286,7 @@ def read_clips(args: argparse.Namespace, predict: Predictor, rows: Dataset, moda
 
 def main(arguments: list[str]) -> None:
     args = parse_arguments(arguments)
-    check_model(args.model)
+    check_model(args.model, args.revision)
     device = PartialState(cpu=not torch.accelerator.is_available(), timeout=LONGEST_WAIT).device
     silence_other_ranks()
     with in_turns():  # transformers copies the model's code into its cache
@@ -295,8 +294,7 @@ def main(arguments: list[str]) -> None:
         model = AutoModel.from_pretrained(args.model, trust_remote_code=True, **loaded).to(device).eval()
         named = {"revision": args.revision} if args.revision else {}
         processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=True, **named)
-    # The class of this clone: a checkpoint brings its own processor, which may be older than the method.
-    EGMFProcessor.limit_length(processor, model.config.text_config)
+    processor.limit_length(model.config.text_config)
     trained = load_training_fields(args.model, args.revision)
     part = trained.get("corpora", {}).get(args.corpus, {})
     name = args.task or (part or trained).get("tasks", [args.corpus])[0]

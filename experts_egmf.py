@@ -25,7 +25,6 @@ class ClipSequence:
     Args:
         states: (B, M, d) state tokens.
         frames: (B, T, d) content embeddings of the frames, modality by modality; zero at padding.
-        clock: (B, T, d) time embeddings of the frames.
         fractions: (B, T) times of the frames as fractions of the clip, from 0 to 1.
         padding: (B, T) bool, True where no valid frame is.
         lengths: Number of frames of each modality, at least 1 (masked if the batch lacks the modality).
@@ -38,7 +37,6 @@ class ClipSequence:
 
     states: torch.Tensor
     frames: torch.Tensor
-    clock: torch.Tensor
     fractions: torch.Tensor
     padding: torch.Tensor
     lengths: dict[str, int]
@@ -92,6 +90,8 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Sequential):
+    """Layer norm and two linear layers, (..., in_size or d) -> (..., d)."""
+
     def __init__(self, config: EGMFConfig, in_size: int | None = None):
         size = config.fusion_hidden_size
         super().__init__(
@@ -168,6 +168,25 @@ class LocalExpert(nn.Module):
         return self.pooling(states, torch.cat([own_states, *[clip.inside] * scaled.shape[1], own_peaks], -1))
 
 
+class PlaceEmbedding(nn.Module):
+    """Embeds places as fractions of the clip, (B, T) from 0 to 1, with sinusoids: -> (B, T, d)."""
+
+    OCTAVES = 6  # from half a turn per clip
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.register_buffer("frequencies", self.compute_frequencies(), persistent=False)
+        self.proj = nn.Linear(2 * self.OCTAVES, hidden_size)
+
+    def compute_frequencies(self) -> torch.Tensor:
+        """Angular frequencies (OCTAVES,)."""
+        return math.pi * 2.0 ** torch.arange(self.OCTAVES, dtype=torch.float32)
+
+    def forward(self, fractions: torch.Tensor) -> torch.Tensor:
+        angles = fractions.unsqueeze(-1) * self.frequencies
+        return self.proj(torch.cat([angles.sin(), angles.cos()], -1).to(self.proj.weight.dtype))
+
+
 class SemanticExpert(nn.Module):
     """Semantic correlation expert: models how the modalities relate to each other.
 
@@ -181,6 +200,7 @@ class SemanticExpert(nn.Module):
         super().__init__()
         size = config.fusion_hidden_size
         self.num_stretches = config.semantic_num_stretches
+        self.place = PlaceEmbedding(size)
         self.pooling = LatentPooling(config)
         self.norm = nn.LayerNorm(size)
         self.nothing = nn.Parameter(torch.empty(size))  # the only key when no other modality is present
@@ -193,7 +213,7 @@ class SemanticExpert(nn.Module):
         """Summarises each modality in K latents: (B, M, K, d)."""
         # Word order carries meaning. Audio and vision give the same summary when played backwards.
         words = next(iter(clip.lengths.values()))
-        text = clip.frames[:, :words] + clip.clock[:, :words]
+        text = clip.frames[:, :words] + self.place(clip.fractions[:, :words]).to(clip.frames)
         numbers = torch.arange(self.num_stretches, device=text.device).unsqueeze(1)
         stretch = (clip.fractions[:, words:] * self.num_stretches).long().clamp(max=self.num_stretches - 1)
         within = (stretch.unsqueeze(1) == numbers).unsqueeze(1) & clip.inside[:, 1:, None, words:]  # (B, M - 1, n, T)

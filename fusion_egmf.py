@@ -7,8 +7,6 @@ Shape letters: B samples, T frames of a modality, M modalities, E experts, K pse
 H the LLM's hidden size.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -22,9 +20,11 @@ from .experts_egmf import (
     GlobalExpert,
     LatentPooling,
     LocalExpert,
+    PlaceEmbedding,
     SemanticExpert,
     masked_softmax,
 )
+from .readout_egmf import unit
 from .towers_egmf import average_frames, read_layers, tower_size
 
 
@@ -42,34 +42,6 @@ def clip_fractions(times: torch.Tensor, unknown: torch.Tensor, in_order: torch.T
     start = times.masked_fill(unknown, torch.inf).amin(1, keepdim=True)
     end = times.masked_fill(unknown, -torch.inf).amax(1, keepdim=True)
     return torch.where(unknown | (start >= end), in_order, (times - start) / (end - start))
-
-
-class ClockEmbedding(nn.Module):
-    """Embeds times into d dimensions with sinusoids of the fraction of the clip and, if known, of the seconds."""
-
-    FRACTION_OCTAVES = 6
-    SECOND_OCTAVES = 9  # periods of 0.25 s to 64 s
-
-    def __init__(self, hidden_size: int):
-        super().__init__()
-        self.register_buffer("frequencies", self.compute_frequencies(), persistent=False)
-        self.proj = nn.Linear(2 * (self.FRACTION_OCTAVES + self.SECOND_OCTAVES), hidden_size)
-
-    def compute_frequencies(self) -> torch.Tensor:
-        """Angular frequencies: those of the fraction (half a turn per clip and its octaves), then those of seconds."""
-        fraction = math.pi * 2.0 ** torch.arange(self.FRACTION_OCTAVES, dtype=torch.float32)
-        seconds = 2 * math.pi / (0.25 * 2.0 ** torch.arange(self.SECOND_OCTAVES, dtype=torch.float32))
-        return torch.cat([fraction, seconds])
-
-    def forward(self, fractions: torch.Tensor, times: torch.Tensor, unknown: torch.Tensor) -> torch.Tensor:
-        """(B, T) fractions of the clip and seconds, and whether the seconds are unknown -> (B, T, d)."""
-        seconds = times.masked_fill(unknown, 0.0).unsqueeze(-1).expand(-1, -1, self.SECOND_OCTAVES)
-        angles = torch.cat([fractions.unsqueeze(-1).expand(-1, -1, self.FRACTION_OCTAVES), seconds], -1)
-        angles = angles * self.frequencies
-        waves = torch.stack([angles.sin(), angles.cos()], -2)
-        # Unknown seconds become zeros: their cosine would otherwise encode second zero.
-        unused = F.pad(unknown.unsqueeze(-1).expand_as(seconds), (self.FRACTION_OCTAVES, 0)).unsqueeze(-2)
-        return self.proj(waves.masked_fill(unused, 0.0).flatten(-2).to(self.proj.weight.dtype))
 
 
 class HierarchicalGate(nn.Module):
@@ -247,7 +219,6 @@ class EGMFFusion(nn.Module):
                 layers = 1 if tower is None else len(read_layers(config, name))
                 self.clip_statistics[name] = ClipStatistics(layers, widths[name], config)
         self.widths = widths
-        self.clock = ClockEmbedding(size)
         self.input_norm = nn.ModuleDict(
             {
                 name: nn.LayerNorm(width) if name == "text" or name in self.layer_mix else FeatureNorm(width)
@@ -262,6 +233,8 @@ class EGMFFusion(nn.Module):
         self.experts = nn.ModuleDict({name: EXPERT_CLASSES[name](config) for name in config.experts})
         self.gate = HierarchicalGate(config)
         self.projector = PseudoTokenProjector(config)
+        self.readout_prompt = nn.Linear(config.text_embedding_size, size)
+        self.readout_norm = nn.LayerNorm(size)
 
     @torch.no_grad()
     def set_feature_statistics(self, name: str, mean: torch.Tensor, std: torch.Tensor) -> None:
@@ -339,7 +312,6 @@ class EGMFFusion(nn.Module):
         return ClipSequence(
             states=torch.where(present.unsqueeze(-1), embedding, self.absent_embedding).to(frames),
             frames=frames,
-            clock=self.clock(fractions, seconds, unknown).to(frames),
             fractions=fractions,
             padding=padding,
             lengths=lengths,
@@ -361,25 +333,28 @@ class EGMFFusion(nn.Module):
         Args:
             inputs: By modality: features (B, T, width) or None, mask (B, T), times (B, T) in seconds or None.
             prompt: (B, H), the mean embedding of the tokens before the pseudo tokens.
-            each_expert: Whether to return the latents of every single expert as well.
+            each_expert: Whether to return the readout's states of every single expert as well.
 
         Returns:
-            The pseudo tokens (B, K, H), the latents that they are projected from (B, K, d), and the gate weights. With
-            `each_expert` the latents are (B, 1 + E, K, d): those of the mix, followed by those of each single expert.
+            The pseudo tokens (B, K, H), the states that the expert readout reads (B, 1 + K, d), and the gate weights.
+            The states are the prompt and the latents that the pseudo tokens are projected from. With `each_expert`
+            they are (B, 1 + E, 1 + K, d): those of the mix, followed by those of each single expert.
         """
         clip = self.sequence(inputs, len(prompt))
         latents = torch.stack([expert(clip) for expert in self.experts.values()], 1)  # (B, E, M, K, d)
         mixed, by_expert, weights = self.gate(latents, clip.present, prompt.to(latents.dtype))
-        fused = torch.cat([mixed.unsqueeze(1), by_expert], 1) if each_expert else mixed
-        return self.projector(mixed), fused, weights
+        fused = self.readout_norm(torch.cat([mixed.unsqueeze(1), by_expert], 1) if each_expert else mixed)
+        asked = self.readout_prompt(unit(prompt.to(fused)))  # (B, d)
+        asked = asked.view(len(asked), *[1] * (fused.ndim - 2), -1).expand(*fused.shape[:-2], 1, -1)
+        return self.projector(mixed), torch.cat([asked, fused], -2), weights
 
 
 def init_fusion_weights(module: nn.Module, embedding_rms: float) -> bool:
-    """Initialises a module of this file and returns True; returns False for any other module.
+    """Initialises a module of the fusion and returns True; returns False for any other module.
 
     `embedding_rms` is the root mean square of the pseudo tokens.
     """
-    if isinstance(module, ClockEmbedding):
+    if isinstance(module, PlaceEmbedding):
         init.copy_(module.frequencies, module.compute_frequencies())
     elif isinstance(module, FeatureNorm):
         init.zeros_(module.mean)

@@ -35,16 +35,13 @@ MEDIA_INPUTS = (
 LEAST_DEVIATION = 0.01  # of the mean over channels; channels below it are only centred
 
 
-def adapt_to_speaker(frames: torch.Tensor, mean: torch.Tensor, deviation: torch.Tensor | None) -> torch.Tensor:
-    """Subtracts a speaker's mean from frames (..., D), and divides them by the speaker's deviation if it is given.
+def adapt_to_speaker(frames: torch.Tensor, mean: torch.Tensor, deviation: torch.Tensor) -> torch.Tensor:
+    """Subtracts a speaker's mean from frames (..., D) and divides them by the speaker's deviation.
 
     A channel that hardly varies would be blown up, so it is only centred; so is every channel if all deviations are 0.
     """
-    centred = frames - mean
-    if deviation is None:
-        return centred
     varies = deviation > LEAST_DEVIATION * deviation.mean(-1, keepdim=True)
-    return centred / torch.where(varies, deviation, 1.0)
+    return (frames - mean) / torch.where(varies, deviation, 1.0)
 
 
 class MediaMixin:
@@ -126,7 +123,6 @@ class MediaMixin:
             torch_compilable_check(finite, f"{name}_center: got NaN or infinite values, wanted finite ones")
         center = center.to(layers[0].device, torch.float32).reshape(len(center), 2, len(layers), 1, -1)
         means, deviations = (part.unbind(1) for part in center.unbind(1))
-        deviations = deviations if self.config.speaker_deviation else [None] * len(layers)
         parts = zip(layers, means, deviations, strict=True)
         adapted = tuple(adapt_to_speaker(layer.float(), mean, deviation) for layer, mean, deviation in parts)
         return adapted if is_tower else adapted[0]

@@ -6,6 +6,9 @@ process each clip separately, and the results are stacked to batches.
 
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property
 from numbers import Real
@@ -27,6 +30,30 @@ RATES = 1, 10_000_000  # range of an array's sampling rate in Hz; soxr hangs far
 
 class MediaWarning(UserWarning):
     """A part of a file is missing from the model's input."""
+
+
+_KEPT: ContextVar[list[Warning] | None] = ContextVar("kept", default=None)
+
+
+def warn(warning: Warning, stacklevel: int) -> None:
+    """Issues a warning, or adds it to those of [`kept_warnings`]."""
+    if (kept := _KEPT.get()) is None:
+        warnings.warn(warning, stacklevel=stacklevel + 1)
+    else:
+        kept.append(warning)
+
+
+@contextmanager
+def kept_warnings() -> Iterator[list[Warning]]:
+    """Collects the processor's warnings in a list instead of issuing them, in this thread only.
+
+    `warnings.catch_warnings` would also catch those of other threads.
+    """
+    token = _KEPT.set(kept := [])
+    try:
+        yield kept
+    finally:
+        _KEPT.reset(token)
 
 
 class Media(NamedTuple):
@@ -55,7 +82,7 @@ class MediaInputsMixin:
     """Sound and pictures for a processor with `feature_extractor`, `image_processor` (or None) and `num_frames`."""
 
     # For callers: the copy of this code in a checkpoint defines its own exception and warning classes.
-    media_error, media_warning = MediaError, MediaWarning
+    media_error, kept_warnings = MediaError, staticmethod(kept_warnings)
 
     def load_file(self, file: str | os.PathLike | bytes) -> Media:
         """Loads the sound and the pictures of a file, as far as the file has them and the model supports them.
@@ -88,7 +115,7 @@ class MediaInputsMixin:
             nothing = MediaError(path, "not media", "the model takes neither sound nor pictures")
             raise damage or (errors[-1] if errors else nothing)
         if damage is not None:
-            warnings.warn(MediaWarning(str(damage)), stacklevel=3)
+            warn(MediaWarning(str(damage)), stacklevel=3)
         return Media(**found)
 
     def media_inputs(self, media: list[Media], return_tensors: str | None = None) -> BatchFeature:
@@ -129,7 +156,7 @@ class MediaInputsMixin:
                 return Media(self._audio_clip(f"audio{index}", video), pictures)
             except MediaError as error:
                 if error.kind != "no audio":  # a video without sound is valid
-                    warnings.warn(MediaWarning(str(error)), stacklevel=3)
+                    warn(MediaWarning(str(error)), stacklevel=3)
         return Media(self._audio_clip(f"audio{index}", audio), pictures)
 
     def _audio_clip(self, name: str, value: Any) -> AudioClip | None:
@@ -155,7 +182,7 @@ class MediaInputsMixin:
             value = AudioClip(soxr.resample(value.samples, value.sampling_rate, rate), rate, value.warnings)
         if value.duration > self.audio_window + 0.1:
             message = f"{name}: the model reads only the first {self.audio_window:.1f} of {value.duration:.1f} seconds"
-            warnings.warn(MediaWarning(message), stacklevel=4)
+            warn(MediaWarning(message), stacklevel=4)
         return value
 
     def _video_clip(self, name: str, value: Any) -> VideoClip | None:
@@ -266,7 +293,7 @@ def is_path(value: Any) -> bool:
 def _reported(path: str | os.PathLike, clip):
     """Issues the warnings of a clip and returns the clip."""
     for warning in clip.warnings:
-        warnings.warn(MediaWarning(f"{path}: {warning}"), stacklevel=5)
+        warn(MediaWarning(f"{path}: {warning}"), stacklevel=5)
     return clip
 
 

@@ -85,7 +85,6 @@ class EGMFPreTrainedModel(PreTrainedModel):
     _keep_in_fp32_modules_strict = ["fusion", "readout"]
     # Quantizers leave these modules as they are; they read this list, and match names from their start.
     _keep_in_fp32_modules = ["fusion", "readout", "model.fusion", "model.readout"]
-    _keys_to_ignore_on_load_missing = [r"readout\.spelling"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -99,6 +98,11 @@ class EGMFPreTrainedModel(PreTrainedModel):
         model.base_model.freeze_towers()
         return loaded
 
+    def post_init(self):
+        super().post_init()
+        # FSDP looks for each of these classes; an encoder's list also names layers of its decoder, which is not here.
+        self._no_split_modules &= {type(module).__name__ for module in self.modules()}
+
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, (nn.Linear, nn.Conv1d)) and module is not getattr(self, "lm_head", None):
             init.lecun_normal_(module.weight)
@@ -106,7 +110,7 @@ class EGMFPreTrainedModel(PreTrainedModel):
                 init.zeros_(module.bias)
         elif isinstance(module, ExpertReadout):
             init.zeros_(module.out[-1].weight)  # an untrained readout leaves the LLM as it is
-            init.zeros_(module.spelling)  # checkpoints of earlier versions have none
+            init.zeros_(module.spelling)
             # At a scale of 1, a step of Adam would change the logits by several units.
             init.constant_(module.out[0].weight, 0.3)
             init.ones_(module.gain)
@@ -172,13 +176,12 @@ class EGMFModel(MediaMixin, EGMFPreTrainedModel):
         utterance_mask: torch.Tensor,
         inputs: dict,
         each_expert: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         """Computes the pseudo tokens and inserts them into the prompt.
 
         Returns:
-            The prompt's embeddings with the pseudo tokens (B, L, H), the pseudo tokens (B, K, H), the expert readout's
-            states (B, 1 + K, d) and the gate weights. With `each_expert` the states are (B, 1 + E, 1 + K, d), of the
-            latents in the order of [`EGMFFusion.forward`].
+            The prompt's embeddings with the pseudo tokens (B, L, H), the expert readout's states (B, 1 + K, d) and
+            the gate weights. With `each_expert` the states are (B, 1 + E, 1 + K, d), see [`EGMFFusion.forward`].
         """
         placeholders = input_ids == self.config.pseudo_token_id
         seen, wanted = placeholders.cumsum(1), self.config.num_pseudo_tokens
@@ -194,22 +197,10 @@ class EGMFModel(MediaMixin, EGMFPreTrainedModel):
         inputs = {"text": self._text(embeds, uttered & padding_mask.bool()), **inputs}
         # The gate sees only the prompt before the pseudo tokens. The answer comes after them and cannot leak.
         prompt = masked_mean(embeds, padding_mask.bool() & (seen == 0) & ~uttered)
-        pseudo_tokens, latents, gate_weights = self.fusion(inputs, prompt, each_expert)
+        pseudo_tokens, states, gate_weights = self.fusion(inputs, prompt, each_expert)
         places = (seen - 1).clamp(0, wanted - 1).unsqueeze(-1).expand_as(embeds)
         embeds = torch.where(placeholders.unsqueeze(-1), pseudo_tokens.to(embeds).gather(1, places), embeds)
-        return embeds, pseudo_tokens, self.readout.states(latents, prompt), gate_weights
-
-    def get_pseudo_tokens(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        utterance_mask: torch.Tensor,
-        **media,
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Computes the pseudo tokens (B, K, H) and the gate weights of a processor's batch, without the LLM."""
-        inputs = self._modalities(**media)
-        _, tokens, _, gate_weights = self.fuse(input_ids, attention_mask, utterance_mask, inputs)
-        return tokens, gate_weights
+        return embeds, states, gate_weights
 
     def get_expert_states(
         self,
@@ -219,8 +210,11 @@ class EGMFModel(MediaMixin, EGMFPreTrainedModel):
         each_expert: bool = False,
         **media,
     ) -> torch.Tensor:
-        """Computes the expert readout's states of a processor's batch without the LLM's layers, as in [`fuse`]."""
-        return self.fuse(input_ids, attention_mask, utterance_mask, self._modalities(**media), each_expert)[2]
+        """Computes the expert readout's states of a processor's batch without the LLM's layers.
+
+        They are (B, 1 + K, d); with `each_expert` (B, 1 + E, 1 + K, d), as in [`EGMFFusion.forward`].
+        """
+        return self.fuse(input_ids, attention_mask, utterance_mask, self._modalities(**media), each_expert)[1]
 
     @can_return_tuple
     def forward(
@@ -250,7 +244,7 @@ class EGMFModel(MediaMixin, EGMFPreTrainedModel):
                     f"{tuple(utterance_mask.shape)}, wanted input_ids' {tuple(input_ids.shape)}"
                 )
             inputs = self._modalities(**media)
-            inputs_embeds, _, expert_states, gate_weights = self.fuse(input_ids, padding_mask, utterance_mask, inputs)
+            inputs_embeds, expert_states, gate_weights = self.fuse(input_ids, padding_mask, utterance_mask, inputs)
         else:
             if any(value is not None for value in media.values()):
                 raise ValueError("utterance_mask: got None with audio or vision, wanted the processor's mask")
@@ -415,11 +409,6 @@ class EGMFForConditionalGeneration(EGMFPreTrainedModel, ScoringMixin, Generation
                 f"language_model: {type(language_model).__name__} computes logits in a way EGMF does not support "
                 f"(largest difference from the logits of its body and head {difference:.3g})"
             )
-
-    @torch.no_grad()
-    def encode_media(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Replaces the tower inputs of a processor's batch with hidden layers; see [`EGMFModel.encode_media`]."""
-        return self.model.encode_media(inputs)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head

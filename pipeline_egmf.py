@@ -6,9 +6,7 @@ recognize("clip.mp4", text="That is just great.")
 
 import math
 import os
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -28,22 +26,6 @@ DATASETS = {"datasets.arrow_dataset", "datasets.iterable_dataset"}
 SHARED = ("text", "speaker", "context", "speaker_clips")
 OPTIONS = (*SHARED, "task", "on_error", "top_k", "candidate_labels", "transcriber", "language")
 TIMES = ("return_timestamps", "segments", "window", "hop")
-
-
-@contextmanager
-def _collected(category: type[Warning], messages: list[Warning]) -> Iterator[None]:
-    """Adds the warnings of a category to `messages` instead of issuing them. Other warnings are issued as usual."""
-    caught: list[warnings.WarningMessage] = []
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", category)
-            yield
-    finally:
-        for warning in caught:
-            if warning.category is category:
-                messages.append(warning.message)
-            else:
-                warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
 def gate_names(weights: dict[str, torch.Tensor], experts: list[str], modalities: list[str]) -> list[dict]:
@@ -357,13 +339,12 @@ class AffectRecognitionPipeline(TimelineMixin, Pipeline):
             `fields` with the `media` as tower inputs, `report` (the answer's `seconds` and `warnings`) and `error`:
             None, or the exception that the sample caused.
         """
-        missing: list[Warning] = []
         try:
             fields = {**shared, **as_sample(sample, self._sampling_rate, is_row)}
             # Pictures have sound only if they are a file.
             sounds = (fields.get(name) for name in MEDIA if name != "video" or is_file(as_media(fields.get(name))))
             fields["source"] = next((sound for sound in sounds if sound is not None), None)
-            with _collected(self.processor.media_warning, missing):
+            with self.processor.kept_warnings() as missing:
                 clips = self._load(fields, needs_media)
                 media = self.processor.tower_inputs(clips)
         except Exception as error:
@@ -416,9 +397,7 @@ class AffectRecognitionPipeline(TimelineMixin, Pipeline):
         answered = [report for report in reports if report["error"] is None]
         names = ("text", "speaker", "context", "audio", "video")
         fields = {name: [column.get(name) for column in columns] for name in names}
-        cut: list[Warning] = []
-        with warnings.catch_warnings(), _collected(self.processor.text_warning, cut):
-            warnings.simplefilter("ignore", self.processor.media_warning)  # the reports contain them already
+        with self.processor.kept_warnings() as cut:  # texts that are too long
             inputs = self.processor(task=task, **fields)
         for warning in cut:
             answered[warning.index]["warnings"].append(str(warning))

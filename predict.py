@@ -138,7 +138,7 @@ def main(arguments: list[str]) -> int:
     args = parse_arguments(arguments)
     samples = samples_of(args)
     segments = read_segments(args.segments) if args.segments else None
-    check_model(args.model)
+    check_model(args.model, args.revision)
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=LONGEST_WAIT)
     silence_other_ranks()
     with in_turns():  # transformers copies the model's code into its cache
@@ -148,8 +148,6 @@ def main(arguments: list[str]) -> int:
     if args.transcriber:
         options |= {"transcriber": args.transcriber, "language": args.language}
     if args.speaker_clips:
-        if not hasattr(recognize, "speaker_center"):
-            raise ValueError(f"--speaker_clips: got {args.model}, wanted a model whose code has speaker adaptation")
         try:
             options["speaker_clips"] = recognize.speaker_center(args.speaker_clips)
         except (recognize.processor.media_error, ValueError) as error:

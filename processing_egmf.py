@@ -9,7 +9,6 @@ layout and the wording.
 """
 
 import inspect
-import warnings
 from collections.abc import Sequence
 from itertools import takewhile
 from typing import Any
@@ -23,20 +22,20 @@ from transformers.processing_utils import ProcessorMixin
 
 from .batches_egmf import AffectBatch, as_columns, is_batch, pad, stack
 from .chats_egmf import ChatsMixin
-from .media_inputs_egmf import MediaInputsMixin
+from .media_inputs_egmf import MediaInputsMixin, warn
 from .recordings_egmf import RecordingsMixin
 from .samples_egmf import with_rate
 from .tasks_egmf import BUILTIN_TASKS, AffectTask, AnswerConstraint, AnswerDistribution, AnswerText
 from .transcription_egmf import Transcriber
 
 
-# By language: the colon after a name, the space after a colon, and the heading of the following lines.
+# By language: the colon after a name, and the space after a colon.
 COLON = {"en": ":", "zh": "："}
 SPACE = {"en": " ", "zh": ""}
-FOLLOWING = {"en": "Afterwards:\n", "zh": "之后：\n"}
 
 # Name patterns of unused special tokens, in order of preference.
 SPARE_TOKENS = ("pseudo", "reserved", "unused", "placeholder", "extra", "empty_output", "_pad")
+MOST_CACHED = 256  # tasks whose answers are kept as tokens
 NEW_PSEUDO_TOKEN = "<|pseudo|>"
 
 
@@ -58,7 +57,7 @@ class EGMFProcessor(ChatsMixin, MediaInputsMixin, RecordingsMixin, ProcessorMixi
 
     One sample becomes one sequence:
 
-        [bos] prompt \\n context lines [following lines] K x pseudo token \\n [Speaker:] utterance \\n cue [answer eos]
+        [bos] prompt \\n context lines K x pseudo token \\n [Speaker:] utterance \\n cue [answer eos]
 
     The gate is conditioned on the part before the pseudo tokens. The utterance follows the pseudo tokens, so the LLM
     can attend to the fused modalities when it reads the utterance. The pieces are tokenised separately. Special tokens
@@ -66,7 +65,7 @@ class EGMFProcessor(ChatsMixin, MediaInputsMixin, RecordingsMixin, ProcessorMixi
     text, including line ends, becomes one space.
 
     A sequence with its answer has at most `tokenizer.model_max_length` tokens. Text beyond this limit is left out with
-    a [`TextWarning`]: the farthest lines of the context first, then the beginning of the utterance.
+    a [`TextWarning`]: the oldest lines of the context first, then the beginning of the utterance.
 
     Args:
         tokenizer: The LLM's tokenizer.
@@ -78,8 +77,8 @@ class EGMFProcessor(ChatsMixin, MediaInputsMixin, RecordingsMixin, ProcessorMixi
         num_pseudo_tokens: Number K of placeholders per sample.
         num_frames: Number of frames sampled evenly from a video.
         tasks: Additional tasks, `{name: AffectTask or dict of its fields}`.
-        max_context_tokens: Maximum number of tokens of the context and following lines together. If they exceed it,
-            whole utterances are dropped, starting with the farthest (the following one of two equally far ones).
+        max_context_tokens: Maximum number of tokens of the context. If it exceeds them, whole utterances are dropped,
+            starting with the oldest.
         default_task: The task that is used if a call names none: the first one that the model was trained on.
         trained_tasks: The tasks that the model was trained on, or None if that is not known.
         temperatures: Temperature of the distribution over answers by task, fitted to validation data; otherwise 1.
@@ -89,7 +88,6 @@ class EGMFProcessor(ChatsMixin, MediaInputsMixin, RecordingsMixin, ProcessorMixi
 
     text_kwargs = {"padding_side": "left"}
     # For callers: the copy of this code in a checkpoint has its own classes.
-    text_warning = TextWarning
     transcriber_class = Transcriber
 
     def __init__(
@@ -197,7 +195,6 @@ class EGMFProcessor(ChatsMixin, MediaInputsMixin, RecordingsMixin, ProcessorMixi
         self,
         text: str | Sequence[str | None] | None = None,
         context: Sequence | None = None,
-        following: Sequence | None = None,
         speaker: str | Sequence[str | None] | None = None,
         audio: Any = None,
         video: Any = None,
@@ -219,7 +216,6 @@ class EGMFProcessor(ChatsMixin, MediaInputsMixin, RecordingsMixin, ProcessorMixi
         Args:
             text: The utterance.
             context: Per sample the preceding utterances, oldest first: strings or `{"speaker", "text"}` dicts.
-            following: Per sample the utterances after this one, nearest first, in the same form.
             speaker: The name of the speaker.
             audio: Per sample a file with sound, an [`AudioClip`], or `{"array", "sampling_rate"}`: (samples,),
                 (samples, channels) or (channels, samples), floats from -1 to 1 or integers; channels are averaged.
@@ -263,7 +259,7 @@ class EGMFProcessor(ChatsMixin, MediaInputsMixin, RecordingsMixin, ProcessorMixi
             )
             raise ValueError(f"EGMFProcessor wanted {wanted}, got {padding_side!r}, {padding!r} and {options}.")
 
-        columns = dict(text=text, context=context, following=following, speaker=speaker, task=task, answer=answer)
+        columns = dict(text=text, context=context, speaker=speaker, task=task, answer=answer)
         columns.update(audio=audio, video=video, audio_features=audio_features, audio_times=audio_times)
         columns.update(vision_features=vision_features, vision_times=vision_times)
         dims = {"audio_features": 2 + bool(self.feature_extractor), "vision_features": 2 + bool(self.image_processor)}
@@ -391,6 +387,7 @@ class EGMFProcessor(ChatsMixin, MediaInputsMixin, RecordingsMixin, ProcessorMixi
     def _piece(self, text: str) -> list[int]:
         """Token ids of a constant piece of text, cached."""
         if text not in self._pieces:
+            _make_room(self._pieces)
             self._pieces[text] = self._encode([text])[0]
         return self._pieces[text]
 
@@ -401,44 +398,37 @@ class EGMFProcessor(ChatsMixin, MediaInputsMixin, RecordingsMixin, ProcessorMixi
         """Token ids of sample `i` in three parts: before the utterance, the utterance, after it up to the cue."""
         colon, space = COLON[task.language], SPACE[task.language]
         context = _lines(f"context[{i}]", columns["context"][i], colon + space)
-        following = _lines(f"following[{i}]", columns["following"][i], colon + space)
         name, utterance = _fold(f"speaker[{i}]", columns["speaker"][i]), _fold(f"text[{i}]", columns["text"][i])
         if name:
             name, utterance = name + colon, utterance and space + utterance
 
-        ids = self._encode([*context, *following, name, utterance])
-        name, utterance = ids[-2:]
-        marker = self._piece(FOLLOWING[task.language])
+        *context, name, utterance = self._encode([*context, name, utterance])
         prompt = self._start_ids + self._piece(task.prompt) + self._piece("\n")
         pseudo = [self.pseudo_token_id] * self.num_pseudo_tokens + self._piece("\n")
         end = self._piece("\n") + self._piece(task.cue)
-        context, following = ids[: len(context)], ids[len(context) : -2]
-        lines = self._fit(context, following, marker, self.max_context_tokens)
+        lines = self._fit(context, self.max_context_tokens)
         limit = self.tokenizer.model_max_length
         fixed = sum(map(len, (prompt, pseudo, name, end)))
         # Answers are tokenised only for long sequences: an answer is shorter than half of any context length.
         room = limit - fixed - (self.max_answer_tokens(task) if 2 * (fixed + len(lines + utterance)) > limit else 0)
         if (excess := len(lines) + len(utterance) - room) > 0:
-            shorter = self._fit(context, following, marker, max(0, len(lines) - excess))
+            shorter = self._fit(context, max(0, len(lines) - excess))
             cut = max(0, len(shorter) + len(utterance) - max(0, room))
             lost = [f"{len(lines) - len(shorter)} tokens of the context"] if len(shorter) < len(lines) else []
             lost += [f"the first {cut} of {len(utterance)} tokens of the text"] if cut else []
             message = f"the language model reads {limit} tokens: {' and '.join(lost)} are left out"
-            warnings.warn(TextWarning(i, message), stacklevel=3)
+            warn(TextWarning(i, message), stacklevel=3)
             lines, utterance = shorter, utterance[cut:]
         return prompt + lines + pseudo + name, utterance, end
 
     @staticmethod
-    def _fit(context: list[list[int]], following: list[list[int]], marker: list[int], budget: int) -> list[int]:
-        """Joins context lines, marker and following lines; drops the farthest lines until they fit the budget."""
-        while True:
-            lines = sum(context + [marker] * bool(following) + following, [])
-            if not lines or len(lines) <= budget:
-                return lines
-            if len(following) >= len(context):
-                following = following[:-1]
-            else:
-                context = context[1:]
+    def _fit(context: list[list[int]], budget: int) -> list[int]:
+        """Joins the last lines of the context, as many as fit the budget."""
+        first = len(context)
+        while first and len(context[first - 1]) <= budget:
+            first -= 1
+            budget -= len(context[first])
+        return [token for line in context[first:] for token in line]
 
     def _all_answer_ids(self, task: AffectTask) -> list[list[int]]:
         """Token ids of every legal answer. Checks that they decode to the answer, which makes them distinct."""
@@ -451,19 +441,26 @@ class EGMFProcessor(ChatsMixin, MediaInputsMixin, RecordingsMixin, ProcessorMixi
             for answer, ids in zip(task.answers, rows, strict=True):
                 if (spelled := self._decode(ids)) != answer:
                     raise ValueError(f"Task {task.name!r}: the tokenizer turns answer {answer!r} into {spelled!r}.")
+            _make_room(self._answer_ids)
             self._answer_ids[task] = rows
         return self._answer_ids[task]
 
-    def continuations(self, task: AffectTask) -> dict[tuple[int, ...], list[int]]:
+    def continuations(self, task: str | AffectTask) -> dict[tuple[int, ...], list[int]]:
         """Maps each token prefix of the legal answers (with EOS) to the token ids that may follow."""
         trie: dict[tuple[int, ...], list[int]] = {}
-        for ids in self._all_answer_ids(task):
+        for ids in self._all_answer_ids(self._task(task)):
             path = (*ids, self.tokenizer.eos_token_id)
             for n, token in enumerate(path):
                 allowed = trie.setdefault(path[:n], [])
                 if token not in allowed:
                     allowed.append(token)
         return trie
+
+
+def _make_room(cache: dict) -> None:
+    """Drops the oldest of many entries: callers may bring ever new labels."""
+    if len(cache) >= MOST_CACHED:
+        cache.pop(next(iter(cache)))
 
 
 def _sub_processor(kind: str, value: Any):

@@ -26,11 +26,12 @@ def answer_prefixes(embeds: torch.Tensor) -> torch.Tensor:
     """
     embeds = embeds.detach().float()
     counts = torch.arange(1, embeds.shape[1] + 1, device=embeds.device).unsqueeze(-1)
-    described = _unit(torch.stack([embeds, embeds.cumsum(1) / counts], -2)).flatten(-2)
+    described = unit(torch.stack([embeds, embeds.cumsum(1) / counts], -2)).flatten(-2)
     return F.pad(described, (0, 0, 1, 0))
 
 
-def _unit(vectors: torch.Tensor) -> torch.Tensor:
+def unit(vectors: torch.Tensor) -> torch.Tensor:
+    """Scales vectors (..., H) to a root mean square of 1."""
     return F.rms_norm(vectors, vectors.shape[-1:], eps=1e-12)
 
 
@@ -50,26 +51,23 @@ class ExpertReadout(nn.Module):
     def __init__(self, config: EGMFConfig):
         super().__init__()
         size = config.fusion_hidden_size
-        self.prompt = nn.Linear(config.text_embedding_size, size)
         self.prefix = nn.Linear(2 * config.text_embedding_size, size, bias=False)
         self.spelling = nn.Parameter(torch.empty(size, size))
-        self.norm = nn.LayerNorm(size)
         self.key_value = nn.Linear(size, 2 * size)
         self.out = nn.Sequential(nn.LayerNorm(size), nn.Linear(size, config.text_embedding_size, bias=False))
         self.register_buffer("gain", torch.ones(1))
 
-    def states(self, latents: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
-        """Collects what all positions of an answer read: (..., K, d) latents, (B, H) prompt -> (..., 1 + K, d).
-
-        The latents are (B, K, d), or (B, 1 + E, K, d) for the mixed and for each single expert.
-        """
-        latents = latents.to(self.gain.device)  # the fusion may be on another one
-        asked = self.prompt(_unit(prompt.to(latents)))
-        asked = asked.view(len(asked), *[1] * (latents.ndim - 2), -1).expand(*latents.shape[:-2], 1, -1)
-        return torch.cat([asked, self.norm(latents)], -2)
-
     def forward(self, states: torch.Tensor, prefixes: torch.Tensor) -> torch.Tensor:
-        """(..., 1 + K, d) of `states`, (S, 2 H) or (B, S, 2 H) of `answer_prefixes` -> (..., S, H), before `gain`."""
+        """Computes what is added to the hidden states, before `gain`.
+
+        Args:
+            states: (..., 1 + K, d), the prompt and the latents, from [`EGMFFusion.forward`].
+            prefixes: (S, 2 H) or (B, S, 2 H), from [`answer_prefixes`].
+
+        Returns:
+            (..., S, H).
+        """
+        states = states.to(self.gain.device)  # the fusion may be on another one
         query = states[..., :1, :] + self.prefix(prefixes.to(states))
         key, value = self.key_value(states)[..., 1:, :].chunk(2, -1)  # the whole is contiguous, a part is not
         read = F.scaled_dot_product_attention(query, key, value)

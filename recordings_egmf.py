@@ -1,7 +1,6 @@
 """Recordings of any length: their segments, and reading them one after the other, for EGMF's processor."""
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from numbers import Real
 from typing import Any
@@ -108,8 +107,7 @@ class RecordingSpans:
             elif self.kind == "video":
                 raise ValueError("video: got pictures without times, wanted a file")
             else:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore", processor.media_warning)  # that only its beginning is read
+                with processor.kept_warnings():  # that only its beginning is read
                     clip = processor.load_media(source).audio
                 self.duration, self.warnings = clip.duration, list(clip.warnings)
                 yield from self._of_array(clip)

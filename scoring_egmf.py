@@ -349,7 +349,7 @@ class ScoringMixin:
 
     def _batch_states(self, trie: AnswerTrie, input_ids, attention_mask, inputs: dict):
         """Like `_tree_states` for an LLM without tree masks: the prompt, then each branch of the trie."""
-        inputs = self.encode_media(inputs)  # once, not for each branch
+        inputs = self.model.encode_media(inputs)  # once, not for each branch
         # The answer must directly follow the prompt, so move the padding to the left.
         order = attention_mask.bool().long().argsort(dim=1, stable=True)
         input_ids, attention_mask = input_ids.gather(1, order), attention_mask.gather(1, order)

@@ -23,7 +23,13 @@ OPTIONS = {"output_hidden_states": True, "return_dict": True}
 
 
 def build_tower(config: PreTrainedConfig) -> PreTrainedModel:
-    """Builds a tower with random weights from its config. For an encoder-decoder, returns the encoder."""
+    """Builds a tower with random weights from its config. For an encoder-decoder, returns the encoder.
+
+    An attention implementation that the tower does not have was meant for the LLM: the tower uses its default.
+    """
+    family, asked = MODEL_MAPPING[type(config)], config._attn_implementation or ""
+    if asked == "sdpa" and not family._supports_sdpa or "flash" in asked and not family._supports_flash_attn:
+        config._attn_implementation = None
     tower = AutoModel.from_config(config)
     return tower.get_encoder() if getattr(config, "is_encoder_decoder", False) else tower
 

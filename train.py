@@ -3,8 +3,8 @@
     python train.py recipes/mosi_smollm2.yaml --corpus_dir DIR [--any_field value ...]
     accelerate launch --config_file recipes/accelerate/ddp.yaml train.py recipes/mosi_smollm2.yaml --corpus_dir DIR
 
-Phases: each tower from scratch (`tower_epochs`), the fusion without the LLM (`fusion_epochs`), the fusion and the LLM
-with LoRA. `num_train_epochs: 0` stops before the LLM.
+Phases: each tower from scratch (`tower_epochs`); the fusion without the LLM (`fusion_epochs`); the LLM with LoRA and
+the projector (without `fusion_epochs`, the whole fusion). `num_train_epochs: 0` stops before the LLM.
 
 `--dry_run` shows rows, a prompt, parameters and memory, and stops.
 
@@ -105,6 +105,7 @@ def pretrain(
         activation_checkpointing=False,  # a method of whole models only
         gradient_checkpointing=None,
     )
+    own._n_gpu = recipe.training._n_gpu  # no field
     set_seed(own.seed)  # a phase starts with the same random state whether or not earlier ones were resumed
     trainer = RunTrainer(
         module,
@@ -182,6 +183,9 @@ def check_sharding(recipe: Recipe) -> None:
             raise ValueError(f"{name}: got {count} for a model that FSDP or DeepSpeed divides, wanted {wanted}")
     if are_sharded() and recipe.model.load_in_4bit:
         raise ValueError("load_in_4bit: got true for a model that FSDP or DeepSpeed divides, wanted false")
+    if are_sharded() and (precision := recipe.training.mixed_precision) != "no":
+        wanted = "false: the inputs of the fusion, such as times, would be rounded"
+        raise ValueError(f"{precision}: got true for a model that FSDP or DeepSpeed divides, wanted {wanted}")
 
 
 def save_tower(model: EGMFForConditionalGeneration, modality: str, preprocessor, folder: Path) -> None:

@@ -7,7 +7,7 @@ For each recipe, the script generates a batch of rows with features of the width
 entries of the cache of frozen towers, published features become rows of a corpus. It measures reading the rows and
 `AffectCollator`, on one core, with all files in the page cache, and prints the median of `REPEATS` CPU times and the
 numbers (single values of features, without padding) per second. `READING` in `experiments/needs.py` is the rate of the
-slowest recipe of each kind, rounded down.
+slowest recipe on features, and half of the rate of the slowest recipe on clips, because their files come from a disk.
 """
 
 import statistics

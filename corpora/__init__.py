@@ -46,16 +46,16 @@ def load_corpus(name: str, source: str | os.PathLike | None = None, **options) -
         FileNotFoundError: if the source, or a file in it, does not exist.
     """
     if name not in CORPORA:
-        raise ValueError(f"corpus: unknown name {name!r}, expected one of {', '.join(CORPORA)}")
+        raise ValueError(f"corpus: unknown name {name!r}, wanted one of {', '.join(CORPORA)}")
     if source is not None and is_converted(source):
         return load_converted(name, source, **options)
     load = importlib.import_module(f"{__name__}.{name}").load
     known = [option for option in inspect.signature(load).parameters if option != "source"]
     for option in options:
         if option not in known:
-            raise ValueError(f"corpus {name!r}: unknown option {option!r}, expected one of {', '.join(known)}")
+            raise ValueError(f"corpus {name!r}: unknown option {option!r}, wanted one of {', '.join(known)}")
     if source is None and name != "generated":
-        raise ValueError(f"corpus {name!r}: source is None, expected the folder with its files (--corpus_dir)")
+        raise ValueError(f"corpus {name!r}: source is None, wanted the folder with its files (--corpus_dir)")
     return load(source, **options)
 
 

@@ -38,16 +38,16 @@ def load(source: str | os.PathLike, fold: int = 1, validation: bool = True) -> D
     splits = fold_splits(fold, SPEAKERS, validation)
     table = pd.read_csv(Path(source) / "metadata.csv")
     if missing := {"file", "speaker", "emotion_zh"} - set(table.columns):
-        raise ValueError(f"metadata.csv: got no column {', '.join(sorted(missing))}, expected it")
+        raise ValueError(f"metadata.csv: got no column {', '.join(sorted(missing))}, wanted it")
     rows: dict[str, list[dict]] = {"train": [], "validation": [], "test": []}
     for entry in table.itertuples():
         path = Path(source) / entry.file
         if entry.emotion_zh not in EMOTIONS or entry.speaker not in range(1, SPEAKERS + 1):
             got = f"speaker {entry.speaker} and emotion {entry.emotion_zh!r}"
             wanted = f"1 to {SPEAKERS} and one of {', '.join(EMOTIONS)}"
-            raise ValueError(f"metadata.csv: {entry.file}: got {got}, expected {wanted}")
+            raise ValueError(f"metadata.csv: {entry.file}: got {got}, wanted {wanted}")
         if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file, expected the audio file of metadata.csv")
+            raise FileNotFoundError(f"{path}: no such file, wanted the audio file of metadata.csv")
         row_id = Path(entry.file).with_suffix("").as_posix()
         row_id = row_id if row_id.startswith(f"{entry.speaker}_") else f"{entry.speaker}_{row_id}"
         row = {"id": row_id, "language": "zh", "audio": str(path), "emotion": entry.emotion_zh}

@@ -40,7 +40,7 @@ def load(source: None = None, size: int = 360, seed: int = 0) -> DatasetDict:
         ValueError: if a source is given, or an option is out of range.
     """
     if source is not None:
-        raise ValueError(f"source: got {source!r}, expected None: this corpus has no files")
+        raise ValueError(f"source: got {source!r}, wanted None: this corpus has no files")
     size = check_count("size", size, minimum=36)
     rng = np.random.default_rng(check_count("seed", seed))
     counts = {"train": size - 2 * (size // 6), "validation": size // 6, "test": size // 6}

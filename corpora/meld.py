@@ -136,7 +136,7 @@ def _clip(media: Path, split: str, dialogue_id: int, utterance_id: int) -> str |
 def _read(file: Path) -> pd.DataFrame:
     """Read and check one CSV file; sort it by dialogue and utterance, and repair texts and speakers."""
     if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file, expected one of MELD's CSV files")
+        raise FileNotFoundError(f"{file}: no such file, wanted one of MELD's CSV files")
     try:
         # Read strings without nulls: "None" and "NA" can be spoken words.
         frame = pd.read_csv(file, dtype=str, keep_default_na=False, encoding="utf-8")
@@ -163,5 +163,5 @@ def _check(file: Path, values: pd.Series, good: pd.Series, expected: str) -> Non
     if not good.all():
         row = int((~good).to_numpy().argmax())
         raise ValueError(
-            f"{file}: row {row + 1}, column {values.name!r}: got {str(values.iloc[row])!r}, expected {expected}"
+            f"{file}: row {row + 1}, column {values.name!r}: got {str(values.iloc[row])!r}, wanted {expected}"
         )

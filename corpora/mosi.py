@@ -47,7 +47,6 @@ CLUSTERS = ("videos", part_of_id(r"(.+)\$_\$[^$]+"))
 def load(
     source: str | os.PathLike,
     context: int = 2,
-    following: int = 0,
     neighbours: int = 3,
     validation_videos: int = 10,
     validation_vision: bool = False,
@@ -57,7 +56,6 @@ def load(
     Args:
         source: `mosi.parquet`, or the folder that contains it.
         context: maximum number of preceding utterances of the video in each row.
-        following: maximum number of following utterances in each row.
         neighbours: number of utterances on each side whose audio and vision vectors are included. `audio_features` has
             the shape (T, 73) and `vision_features` (T, 100) with T <= 2 * neighbours + 1; T is smaller at the ends of
             a video. The times are -neighbours .. +neighbours, in utterances.
@@ -70,7 +68,6 @@ def load(
             column).
     """
     context = check_count("context", context)
-    following = check_count("following", following)
     neighbours = check_count("neighbours", neighbours)
     validation_videos = check_count("validation_videos", validation_videos, minimum=1)
 
@@ -97,7 +94,6 @@ def load(
                     "id": f"{video_id}$_${utterance.clip_id}",
                     "text": utterance.text,
                     "context": turns[max(0, position - context) : position],
-                    "following": turns[position + 1 : position + 1 + following],
                     "language": "en",
                     "audio_features": sequences["audio_features"][first + start : first + stop],  # (T, 73)
                     "vision_features": sequences["vision_features"][first + start : first + stop] if seen else None,
@@ -112,7 +108,7 @@ def load(
 def _read(file: Path) -> pd.DataFrame:
     """Read the file and check its scalar columns; sort it by video and clip, and convert the text to lower case."""
     if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file, expected MOSI's parquet file or the folder that contains it")
+        raise FileNotFoundError(f"{file}: no such file, wanted MOSI's parquet file or the folder that contains it")
     try:
         frame = pd.read_parquet(file)
     except pa.ArrowInvalid as error:
@@ -121,17 +117,17 @@ def _read(file: Path) -> pd.DataFrame:
         if column not in frame:
             raise ValueError(f"{file}: column {column!r} is missing, got {', '.join(frame)}")
         if frame[column].isna().any():
-            raise ValueError(f"{file}: column {column!r} has {frame[column].isna().sum()} nulls, expected none")
+            raise ValueError(f"{file}: column {column!r} has {frame[column].isna().sum()} nulls, wanted none")
     for column, legal in (("split", ("train", "test")), ("label", (0, 1))):
         wrong = frame.loc[~frame[column].isin(legal), column]
         if len(wrong):
-            raise ValueError(f"{file}: column {column!r} has {wrong.tolist()[0]!r}, expected one of {legal}")
+            raise ValueError(f"{file}: column {column!r} has {wrong.tolist()[0]!r}, wanted one of {legal}")
     for split in ("train", "test"):
         if not (frame["split"] == split).any():
             raise ValueError(f"{file}: column 'split' has no row of {split!r}")
     splits_of_video = frame.groupby("video_id")["split"].nunique()
     if (splits_of_video > 1).any():
-        raise ValueError(f"{file}: column 'video_id': {splits_of_video.idxmax()!r} is in both splits, expected one")
+        raise ValueError(f"{file}: column 'video_id': {splits_of_video.idxmax()!r} is in both splits, wanted one")
     doubled = frame.duplicated(["video_id", "clip_id"])
     if doubled.any():
         video_id, clip_id = frame.loc[doubled, ["video_id", "clip_id"]].iloc[0]
@@ -147,7 +143,7 @@ def _cut_validation(frame: pd.DataFrame, count: int, file: Path) -> pd.DataFrame
     """Move `count` random train videos to the split "validation"."""
     videos = sorted(frame.loc[frame["split"] == "train", "video_id"].unique())
     if count >= len(videos):
-        raise ValueError(f"validation_videos: got {count}, expected fewer than the {len(videos)} of train in {file}")
+        raise ValueError(f"validation_videos: got {count}, wanted fewer than the {len(videos)} of train in {file}")
     held_out = random.Random(VALIDATION_SEED).sample(videos, count)
     return frame.assign(split=frame["split"].mask(frame["video_id"].isin(held_out), "validation"))
 
@@ -157,7 +153,7 @@ def _matrix(frame: pd.DataFrame, column: str, size: int, file: Path) -> np.ndarr
     widths = frame[column].map(len)
     if (widths != size).any():
         wrong = int(widths[widths != size].iloc[0])
-        raise ValueError(f"{file}: column {column!r} has a vector of width {wrong}, expected {size}")
+        raise ValueError(f"{file}: column {column!r} has a vector of width {wrong}, wanted {size}")
     matrix = np.stack(frame[column].to_list()).astype(np.float64)
     if not np.isfinite(matrix).all():
         raise ValueError(f"{file}: column {column!r} has {(~np.isfinite(matrix)).sum()} values that are not finite")

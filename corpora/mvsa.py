@@ -49,7 +49,7 @@ def load(source: str | os.PathLike, fold: int = 1, validation: bool = True) -> D
     parquet = Path(source) / "mvsa.parquet"
     for number, row in _parquet_rows(parquet) if parquet.is_file() else _published_rows(Path(source)):
         if row["emotion"] not in LABELS:
-            raise ValueError(f"{row['id']}: got the label {row['emotion']!r}, expected one of {', '.join(LABELS)}")
+            raise ValueError(f"{row['id']}: got the label {row['emotion']!r}, wanted one of {', '.join(LABELS)}")
         rows[splits[number]].append({"language": "en"} | row)
     return DatasetDict({split: build_split(found) for split, found in rows.items()})
 
@@ -76,7 +76,7 @@ def _majority(labels: list[str]) -> str | None:
 def _published_rows(source: Path) -> Iterator[tuple[int, dict]]:
     tables = [source / name for name in ("labelResultAll.txt", "train.txt") if (source / name).is_file()]
     if not tables:
-        raise FileNotFoundError(f"{source}: no mvsa.parquet, labelResultAll.txt or train.txt, expected MVSA's folder")
+        raise FileNotFoundError(f"{source}: no mvsa.parquet, labelResultAll.txt or train.txt, wanted MVSA's folder")
     contradictory = 0  # or without a majority
     for line in tables[0].read_text(encoding="utf-8").splitlines()[1:]:
         name, _, labels = line.replace("\t", ",").partition(",")

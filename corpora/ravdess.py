@@ -52,16 +52,16 @@ def load(source: str | os.PathLike, fold: int = 1, validation: bool = True, fold
             (the message names the file), or the action units lack a clip.
     """
     if folds not in FOLDS:
-        raise ValueError(f"folds: got {folds!r}, expected one of {', '.join(FOLDS)}")
+        raise ValueError(f"folds: got {folds!r}, wanted one of {', '.join(FOLDS)}")
     splits = fold_splits(fold, len(FOLDS[folds]), validation)
     found = Path(source).rglob("03-01-*")
     files = sorted(path for path in found if path.is_file() and path.suffix.lower() in AudioFolder.EXTENSIONS)
     names: dict[str, Path] = {}
     for path in files:
         if names.setdefault(path.stem, path) is not path:
-            raise ValueError(f"{path}: got the clip of {names[path.stem]} again, expected each clip once")
+            raise ValueError(f"{path}: got the clip of {names[path.stem]} again, wanted each clip once")
     if not files:
-        raise FileNotFoundError(f"{source}: no files 03-01-*, expected the folder with the audio files of RAVDESS")
+        raise FileNotFoundError(f"{source}: no files 03-01-*, wanted the folder with the audio files of RAVDESS")
     units = _action_units(Path(source))
     rows: dict[str, list[dict]] = {"train": [], "validation": [], "test": []}
     for path in files:
@@ -70,12 +70,12 @@ def load(source: str | os.PathLike, fold: int = 1, validation: bool = True, fold
         row = {"id": path.stem, "text": STATEMENTS[statement - 1], "language": "en", "audio": str(path)}
         if units is not None:
             if path.stem not in units.index:
-                raise ValueError(f"{ACTION_UNITS}: got no row {path.stem}, expected one for each audio file")
+                raise ValueError(f"{ACTION_UNITS}: got no row {path.stem}, wanted one for each audio file")
             row["vision_features"] = units.loc[[path.stem]].to_numpy(np.float32)
         rows[splits[group]].append({**row, "emotion": EMOTIONS[emotion - 1]})
     empty = [split for split in dict.fromkeys(splits.values()) if not rows[split]]
     if empty:
-        raise ValueError(f"{source}: no files of the actors of {', '.join(empty)}, expected all {ACTORS} actors")
+        raise ValueError(f"{source}: no files of the actors of {', '.join(empty)}, wanted all {ACTORS} actors")
     return DatasetDict({split: build_split(found) for split, found in rows.items()})
 
 
@@ -92,4 +92,4 @@ def _codes(path: Path) -> tuple[int, int, int]:
         emotion, statement, actor = int(parts[2]), int(parts[4]), int(parts[6])
         if 1 <= emotion <= len(EMOTIONS) and 1 <= statement <= len(STATEMENTS) and 1 <= actor <= ACTORS:
             return emotion, statement, actor
-    raise ValueError(f"{path}: expected a name such as 03-01-06-01-02-01-12.wav, with emotion 01-08 and actor 01-24")
+    raise ValueError(f"{path}: wanted a name such as 03-01-06-01-02-01-12.wav, with emotion 01-08 and actor 01-24")

@@ -66,7 +66,7 @@ def fold_splits(fold: int, count: int, validation: bool) -> dict[int, str]:
         ValueError: If `fold` is out of range.
     """
     if not isinstance(fold, int) or isinstance(fold, bool) or not 1 <= fold <= count:
-        raise ValueError(f"fold: got {fold!r}, expected an integer from 1 to {count}")
+        raise ValueError(f"fold: got {fold!r}, wanted an integer from 1 to {count}")
     after = {fold % count + 1: "validation"} if validation else {}
     return dict.fromkeys(range(1, count + 1), "train") | after | {fold: "test"}
 

@@ -23,7 +23,6 @@ FEATURES = Features(
         "text": Value("string"),  # transcript; may be empty
         "speaker": Value("string"),  # null if unknown
         "context": _TURNS,  # the utterances before this one, oldest first
-        "following": _TURNS,  # the utterances after this one, nearest first; may be empty
         "language": Value("string"),  # ISO 639-1: "en", "zh"
         "audio": Value("string"),  # path of an audio file, or of a video file with an audio track
         "video": Value("string"),  # path of a video file
@@ -46,7 +45,7 @@ _TABLE_ROWS, _TABLE_VALUES = 1000, 1 << 24
 def build_split(rows: Iterable[Mapping[str, object]]) -> Dataset:
     """Build a `Dataset` with all columns of `FEATURES` from rows that may contain only some of them.
 
-    A column that is missing in a row becomes null; `context` and `following` become empty lists. Feature sequences may
+    A column that is missing in a row becomes null; `context` becomes an empty list. Feature sequences may
     be NumPy arrays of shape (T, D).
     """
     table = pa.concat_tables([_SCHEMA.empty_table(), *build_tables(rows)])
@@ -73,7 +72,7 @@ def build_table(rows: list[Mapping[str, Any]]) -> pa.Table:
             raise ValueError(f"{row.get('id')}: got the column {name!r}, wanted one of {', '.join(FEATURES)}")
     columns = []
     for column in _SCHEMA:
-        empty = [] if column.name in ("context", "following") else None
+        empty = [] if column.name == "context" else None
         values = [row.get(column.name, empty) for row in rows]
         if column.name in FEATURE_COLUMNS:
             columns.append(_sequences(values))
@@ -114,5 +113,5 @@ def _nulls(values: list) -> pa.Array:
 def check_count(option: str, value: object, minimum: int = 0) -> int:
     """Return `value` if it is an integer >= `minimum`; otherwise raise a ValueError that names `option`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-        raise ValueError(f"{option}: got {value!r}, expected an integer >= {minimum}")
+        raise ValueError(f"{option}: got {value!r}, wanted an integer >= {minimum}")
     return value

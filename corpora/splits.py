@@ -25,10 +25,10 @@ def make_splits(rows: Sequence[dict[str, Any]], seed: int, spread_labels: bool =
     """Fill `split` in all rows. Rows of one group stay together, and labels are spread as evenly as possible.
 
     The groups are the speakers. If no row has a speaker, or all have the same, the groups are the dialogues, or else
-    the recordings. A row without what groups the others is grouped by the next of these, or by its words, as the same
-    words in two splits would be known ones. Train gets 70 %
-    of the rows, validation and test 15 % each, as far as whole groups allow; test and then validation get at least one
-    group while train keeps one.
+    the recordings. A row without this key is grouped by the next key. A row without any key is a group of its own, but
+    rows that have words alone form one group if their words are equal, so that equal texts share a split. Train gets
+    70 % of the rows, validation and test 15 % each, as far as whole groups allow; test and then validation get at
+    least one group while train keeps one.
 
     Args:
         rows: Rows with `speaker`, `dialogue` and `recording` (None if unknown) and `emotion` (None for scores).
@@ -81,8 +81,7 @@ def write_splits(file: str | os.PathLike, corpus: DatasetDict) -> None:
     }
     if os.path.isfile(file):
         known = _read(file)
-        # A file of an earlier version has no contents.
-        same = [key for key, row in known.items() if key in found and found[key].items() >= row.items()]
+        same = [key for key, row in known.items() if found.get(key) == row]
         changed = len(found.keys() | known.keys()) - len(same)
         if changed:
             got = f"{changed} rows that are new, gone, changed or in another split since the run began"

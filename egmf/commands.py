@@ -1,7 +1,6 @@
 """How a command ends: with one line for a mistake of its user, with a traceback only for a fault of this project."""
 
 import argparse
-import json
 import sys
 import traceback
 from collections.abc import Callable
@@ -10,6 +9,9 @@ from typing import Any
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from transformers import PreTrainedConfig
+
+from egmf.configuration_egmf import ARCHITECTURE
 
 
 MISTAKE = 2  # the exit status, as for arguments that argparse refuses
@@ -62,13 +64,23 @@ def loading_options(args: argparse.Namespace) -> dict[str, str]:
     return {name: value for name, value in named.items() if value is not None}
 
 
-def check_model(name: str) -> None:
-    """Raises a ValueError if a name is neither a folder with a trained model nor a Hub id."""
+def check_model(name: str, revision: str | None = None) -> None:
+    """Checks that a folder or Hub id has a trained model of this version's architecture.
+
+    A checkpoint brings its own code, but the commands rely on what that code can do.
+
+    Raises:
+        ValueError: If the name is neither a folder nor a Hub id, or the model is another one or of another version.
+        OSError: If the Hub id cannot be read.
+    """
     check_name("model", name, "the `model` folder of a run")
-    if Path(name).is_dir():
-        kind = json.loads((Path(name) / "config.json").read_text(encoding="utf-8")).get("model_type")
-        if kind != "egmf":
-            raise ValueError(f"model: got {name}, a model of type {kind}, wanted the `model` folder of a run")
+    config = PreTrainedConfig.get_config_dict(name, **({"revision": revision} if revision else {}))[0]
+    if config.get("model_type") != "egmf":
+        kind = config.get("model_type")
+        raise ValueError(f"model: got {name}, a model of type {kind}, wanted the `model` folder of a run")
+    if (version := config.get("architecture", 1)) != ARCHITECTURE:
+        wanted = f"one of {ARCHITECTURE}, or this project at the commit that trained it"
+        raise ValueError(f"model: got {name}, a model of architecture {version}, wanted {wanted}")
 
 
 def check_name(field: str, name: str, wanted: str) -> None:

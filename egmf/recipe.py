@@ -1,4 +1,4 @@
-"""Recipes: each run is configured by one YAML file and by nothing else.
+"""Recipes: one YAML file and the command line configure a run.
 
 A recipe has the fields of [`ModelArguments`], [`DataArguments`], [`PhaseArguments`] and
 `transformers.TrainingArguments`. The mapping `fusion` has the fields of `EGMFConfig` that describe the fusion. The
@@ -24,7 +24,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from corpora import CORPORA
 from egmf.arguments import mapping
-from egmf.configuration_egmf import EGMFConfig
+from egmf.configuration_egmf import ARCHITECTURE, EGMFConfig
 from egmf.processes import LONGEST_WAIT
 from egmf.tasks_egmf import BUILTIN_TASKS, AffectTask
 
@@ -34,7 +34,7 @@ MODALITIES = ("text", "audio", "vision")
 # Fields of `EGMFConfig` that are derived from the LLM, towers, processor and corpus; recipes cannot set them.
 _DERIVED = {"text_config", "audio_config", "vision_config", "audio_feature_size", "vision_feature_size"}
 _DERIVED |= {"audio_input_rate", "pseudo_token_id", "lm_head_bias", "tie_word_embeddings", "speaker_adaptation"}
-_DERIVED |= {"speaker_deviation", "architecture", "initializer_range"}
+_DERIVED |= {"architecture", "initializer_range"}
 FUSION_FIELDS = tuple(name for name in EGMFConfig.__annotations__ if name not in _DERIVED and name in vars(EGMFConfig))
 
 
@@ -135,9 +135,6 @@ class DataArguments:
             "another speaker; for frozen towers and features",
             "minimum": 0,
         },
-    )
-    max_context_tokens: int = field(
-        default=256, metadata={"help": "tokens of the dialogue in the prompt", "minimum": 0}
     )
     modalities: list[str] = field(
         default_factory=lambda: list(MODALITIES), metadata={"help": "modalities the model may see"}
@@ -295,10 +292,10 @@ class Recipe:
         own = self.record() | self.fusion
         for name in ("fusion", "corpus_dir", "attn_implementation", "temperature"):
             del own[name]
+        own["architecture"] = ARCHITECTURE
         for name in ("language_model", "audio_tower", "vision_tower"):
             if isinstance(own[name], str):  # a folder may have been moved
                 own[name] = Path(own[name]).name
-        own["speaker_deviation"] = self.data.speaker_adaptation  # earlier runs adapted to means alone
         training = self.training
         rows = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
         own["rows_per_step"] = rows  # on all devices together: another number of them needs another batch size
@@ -322,18 +319,6 @@ def default_record() -> dict[str, Any]:
     ]
     values = {part.name: _default(part) for part in own}
     return {"fusion": _fusion_defaults(), **values}
-
-
-def complete_record(record: dict[str, Any]) -> dict[str, Any]:
-    """Completes the `recipe.json` of a run, which may be older than a field or a field's name."""
-    record = {
-        re.sub(r"^expert_(?=epochs|learning_rate|batch_size|label_smoothing)", "fusion_", name): value
-        for name, value in record.items()
-    }
-    flat = {name: record.pop(name) for name in FUSION_FIELDS if name in record}
-    defaults = default_record()
-    given = {name: value for name, value in record.get("fusion", {}).items() if name in FUSION_FIELDS}
-    return defaults | record | {"fusion": defaults["fusion"] | flat | given}
 
 
 def load_recipe(arguments: list[str]) -> Recipe:
@@ -398,11 +383,11 @@ def load_recipe(arguments: list[str]) -> Recipe:
         wanted = "0 in a mixture: towers from scratch learn one task alone"
         raise ValueError(f"tower_epochs: got {phases.tower_epochs}, wanted {wanted}")
     trained = [name for name in ("train_audio_tower", "train_vision_tower") if getattr(model, name)]
-    if phases.tower_epochs:
-        trained.append("tower_epochs")
-    if trained and phases.fusion_epochs and not phases.tower_epochs:
+    if trained and phases.fusion_epochs:
         wanted = "0: the readout would answer from outputs of a tower that learns on without it"
         raise ValueError(f"fusion_epochs: got {phases.fusion_epochs} with {trained[0]}, wanted {wanted}")
+    if phases.tower_epochs:
+        trained.append("tower_epochs")
     if data.by_speaker and trained:
         raise ValueError(f"{data.by_speaker} with {' and '.join(trained)}, wanted frozen towers or features")
     return recipe
@@ -416,6 +401,7 @@ def _check_training(training: TrainingArguments) -> None:
         "label_smoothing_factor": "0; fusion_label_smoothing smooths what the experts learn",
         # Workers would keep the random numbers of the first epoch, and validation the rows of its first task.
         "dataloader_persistent_workers": "false",
+        "save_only_model": "false: an interrupted run could not go on where it was",
     }
     for name, wanted in refused.items():
         if getattr(training, name):

@@ -18,63 +18,43 @@ from pathlib import Path
 
 import numpy as np
 
+from corpora.avatars import KINDS, ceiling, group_of
 from egmf.evaluation.robustness import summarize
 from egmf.tables import mean_and_deviation, table
-from experiments.pages import RESULTS, write_page
-from experiments.running import VARIANTS, run_steps
+from experiments import running
+from experiments.pages import RESULTS, read_predictions, write_page
+from experiments.running import VARIANTS, Step, evaluation, run_steps, training
 
 
 RECIPES = {"towers": "recipes/avatars_towers.yaml", "model": "recipes/avatars_smollm2.yaml"}
 TASKS = {"avatars": "accuracy", "avatars_score": "mae"}
 ANSWER = {"avatars": "distribution", "avatars_score": "median"}
 # The variants and their names in the tables.
-NAMES = {
-    "full": "text, audio and vision",
-    "text": "text only",
-    "audio": "audio only",
-    "vision": "vision only",
-    "no_local": "without the local expert",
-    "no_semantic": "without the semantic expert",
-    "no_global": "without the global expert",
-    "flat": "flat gate",
-    "dropout": "modality dropout of 0.2 in training",
-}
+NAMES = {variant: name for variant, name in running.NAMES.items() if variant not in ("adapted", "mean")}
 # Variants that are also tested with missing modalities, and the conditions of this test (`robustness.py`).
 TESTED_MISSING = ("full", "dropout")
 CONDITIONS = ("A", "V", "T", "AV", "AT", "VT", "AVT", "mean")
 
 
-def commands_of(variant: str, seed: int, corpus_dir: str, runs_dir: Path) -> list[list[str]]:
-    """The commands of a run: training, then an evaluation for each task. The towers are only trained."""
+def steps_of(variant: str, seed: int, corpus_dir: str, runs_dir: Path) -> list[Step]:
+    """The steps of a run: training, then an evaluation for each task. The towers are only trained."""
     folder, towers = runs_dir / f"{variant}_{seed}", runs_dir / f"towers_{seed}" / "towers"
-    own = ["--corpus_dir", corpus_dir, "--output_dir", str(folder), "--seed", str(seed)]
     if variant == "towers":
-        return [["train.py", RECIPES["towers"], *own]]
-    own += ["--audio_tower", str(towers / "audio"), "--vision_tower", str(towers / "vision")]
-    commands = [["train.py", RECIPES["model"], *own, *VARIANTS[variant]]]
-    for task in TASKS:
-        test = ["eval.py", str(folder / "model"), "--corpus", "avatars", "--corpus_dir", corpus_dir]
-        commands.append([*test, "--task", task, "--split", "test", "--output", str(folder / task)])
+        made = "towers/vision/preprocessor_config.json"
+        return [training(folder, RECIPES["towers"], corpus_dir, seed, made=made)]
+    fields = ["--audio_tower", str(towers / "audio"), "--vision_tower", str(towers / "vision"), *VARIANTS[variant]]
+    tests = [(f"{task}/metrics.json", ["--task", task, "--split", "test"]) for task in TASKS]
     if variant in TESTED_MISSING:
-        missing = ["--task", "avatars", "--split", "test", "--robustness", "mmin", "--output", str(folder / "missing")]
-        commands.append([*test, *missing])
-    return commands
+        tests.append(("missing/mmin.json", ["--task", "avatars", "--split", "test", "--robustness", "mmin"]))
+    evaluations = [evaluation(folder, made, "avatars", corpus_dir, *options) for made, options in tests]
+    return [training(folder, RECIPES["model"], corpus_dir, seed, *fields), *evaluations]
 
 
 def run(corpus_dir: str, runs_dir: Path, variants: list[str], seeds: list[int]) -> None:
     for seed in seeds:
         for variant in ["towers", *variants]:
-            folder = runs_dir / f"{variant}_{seed}"
-            commands = commands_of(variant, seed, corpus_dir, runs_dir)
-            steps = list(zip(commands, map(ending_of, commands), strict=True))
-            run_steps(folder, steps, {corpus_dir: "DIR", str(runs_dir): "RUNS_DIR"})
-
-
-def ending_of(command: list[str]) -> str:
-    """The file in the run's folder with which a command ends."""
-    if command[0] == "eval.py":
-        return f"{Path(command[-1]).name}/{'mmin' if 'mmin' in command else 'metrics'}.json"
-    return "towers/vision/preprocessor_config.json" if RECIPES["towers"] in command else "model/recipe.json"
+            steps = steps_of(variant, seed, corpus_dir, runs_dir)
+            run_steps(runs_dir / f"{variant}_{seed}", steps, {corpus_dir: "DIR", str(runs_dir): "RUNS_DIR"})
 
 
 def collect(runs_dir: Path, known: list[dict]) -> list[dict]:
@@ -109,10 +89,8 @@ def collect(runs_dir: Path, known: list[dict]) -> list[dict]:
 def expert_weights(predictions: Path) -> dict[str, dict[str, float]]:
     """The experts' mean gate weights for each kind of clip: {"brief": {"local": 0.6, ...}, ...}."""
     by_kind: dict[str, list[dict[str, float]]] = {}
-    for line in predictions.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        kind = row["id"].split("_")[2]  # avatars_test_brief_0000
-        by_kind.setdefault(kind, []).append(row["gate_weights"]["expert"])
+    for row_id, row in read_predictions(predictions).items():
+        by_kind.setdefault(group_of(row_id), []).append(row["gate_weights"]["expert"])
     return {
         kind: {expert: round(float(np.mean([gate[expert] for gate in gates])), 6) for expert in gates[0]}
         for kind, gates in by_kind.items()
@@ -138,8 +116,6 @@ def main_table(runs: list[dict]) -> str:
 
 def render(runs: list[dict]) -> str:
     """The text of results/avatars.md."""
-    from corpora.avatars import KINDS, ceiling
-
     seen = {"text": ("text",), "audio": ("audio",), "vision": ("vision",), "all three": ("text", "audio", "vision")}
     limits = []
     for name, modalities in seen.items():
@@ -161,7 +137,7 @@ def render(runs: list[dict]) -> str:
         "The text of plain `generate()`; "
         f"{unparsable} answers of all runs and both tasks together were not a legal answer.",
         table_by_variant(runs, "accuracy_greedy", 100, 1),
-        "The best that can be done with what is seen, by the corpus's own rules (`ceiling`):",
+        "Highest accuracy that the corpus's rules allow with these modalities (`ceiling`):",
         table(["seen", "all", *KINDS], limits),
         "## Sentiment score: mean absolute error",
         "Scores run from -1 to 1. The median of the distribution.",
@@ -186,16 +162,14 @@ def gate_section(runs: list[dict]) -> list[str]:
         for expert in full[0][kinds[0]]
     ]
     text = (
-        f"The whole model, {len(full)} seeds. These weights say what the gate mixed, not why the model answered: the "
-        "rows above of models that never had an expert say what it is good for."
+        f"The whole model, {len(full)} seeds. These weights say what the gate mixed, not why the model answered; the "
+        "ablations above show what each expert contributes."
     )
     return ["## Weights of the experts in the gate, in percent", text, table(["expert", *kinds], rows)]
 
 
 def missing_section(runs: list[dict]) -> list[str]:
     """The section on runs that were tested with missing modalities; empty if there is none."""
-    from corpora.avatars import ceiling
-
     letters = {"A": "audio", "V": "vision", "T": "text"}
     best = {name: ceiling(tuple(letters[letter] for letter in name))["all"] for name in CONDITIONS if name != "mean"}
     best["mean"] = float(np.mean([value for name, value in best.items() if name != "AVT"]))
@@ -204,8 +178,8 @@ def missing_section(runs: list[dict]) -> list[str]:
     text = (
         "The six conditions of MMIN ([`robustness.py`](../egmf/evaluation/robustness.py)): every clip with these "
         "modalities alone (A audio, V vision, T text), by one model. *AVT* is the intact clip, *mean* that of the six "
-        "conditions. One model always saw all three in training; of the other one's samples each modality was hidden "
-        "at times. The last row is what the corpus's own rules allow (`ceiling`)."
+        "conditions. The first model always saw all three modalities in training; the second one's training hid each "
+        "modality of a sample with a probability of 0.2. The last row is what the corpus's rules allow (`ceiling`)."
     )
     tested = any("missing" in entry for entry in runs)
     return ["## Missing modalities: accuracy in percent", text, figures] if tested else []
@@ -215,8 +189,8 @@ def commands_text(runs: list[dict]) -> list[str]:
     """The commands of the towers and of each run, with comments."""
     lines = []
     for seed in sorted({entry["seed"] for entry in runs}):
-        towers = commands_of("towers", seed, "DIR", Path("RUNS_DIR"))
-        lines += [f"# towers, seed {seed}", *(shlex.join(["python", *words]) for words in towers)]
+        [(command, _)] = steps_of("towers", seed, "DIR", Path("RUNS_DIR"))
+        lines += [f"# towers, seed {seed}", shlex.join(["python", *command])]
     for entry in runs:
         lines += [f"# {entry['variant']}, seed {entry['seed']}", *entry["command"]]
     return lines

@@ -1,7 +1,7 @@
 """Trains and tests corpora with folds (RAVDESS, MVSA, CASIA), and writes results/folds.json and results/folds.md.
 
     python -m experiments.folds run ravdess_faces --corpus_dir DIR --runs_dir RUNS_DIR --variants full audio
-    python -m experiments.folds probe ravdess_faces --corpus_dir DIR
+    python -m experiments.folds probe ravdess_faces --corpus_dir DIR --runs_dir RUNS_DIR --variants full audio
     python -m experiments.folds collect ravdess_faces RUNS_DIR
     python -m experiments.folds render
 
@@ -25,11 +25,11 @@ import numpy as np
 import yaml
 
 from corpora import clusters_of
-from egmf.evaluation.significance import mcnemar
+from egmf.evaluation.significance import mcnemar, resample
 from egmf.tables import mean_and_deviation, table
-from experiments.bootstrap import METRICS, RESAMPLES, cluster_bootstrap, interval, measure
+from experiments.bootstrap import METRICS, RESAMPLES, compare, interval, measure
 from experiments.pages import RESULTS, percent, read_predictions, write_page
-from experiments.running import VARIANTS, run_steps
+from experiments.running import NAMES, VARIANTS, evaluation, run_steps, training
 
 
 ANSWERS = ("distribution", "greedy", "experts", "llm")
@@ -90,24 +90,14 @@ EXPERIMENTS = {
         "",
     ),
 }
-# Names of the variants in tables.
-NAMES = {
-    "full": "all modalities",
-    "adapted": "the same, speaker adaptation",
-    "text": "text",
-    "audio": "speech",
-    "vision": "vision",
-    "no_local": "without the local expert",
-    "no_semantic": "without the semantic expert",
-    "no_global": "without the global expert",
-    "flat": "flat gate",
-    "mean": "mean gate",
-}
+# Names of variants in these tables, where they differ from the common ones.
+OWN_NAMES = {"adapted": "the same, speaker adaptation", "text": "text", "audio": "speech", "vision": "vision"}
 
 
 def name_of(one: Experiment, variant: str) -> str:
     """The name of an experiment's variant in tables; `full` has that of what the model reads."""
-    return one.title.partition(": ")[2].partition(",")[0] if variant == "full" else NAMES[variant]
+    full = one.title.partition(": ")[2].partition(",")[0]
+    return (NAMES | OWN_NAMES | {"full": full})[variant]
 
 
 def fields_of(name: str) -> dict:
@@ -127,13 +117,10 @@ def _run(name: str, args: argparse.Namespace, more: list[str], variant: str, fol
     fields = fields_of(name)
     validation = args.validation or fields["corpus_options"]["validation"]
     options = json.dumps(fields["corpus_options"] | {"fold": fold, "validation": validation})
-    train = ["train.py", f"recipes/{EXPERIMENTS[name].recipe}.yaml", "--corpus_dir", args.corpus_dir]
-    train += ["--output_dir", str(folder), "--seed", str(seed), "--corpus_options", options]
-    train += [*VARIANTS[variant], *more]
-    test = ["eval.py", str(folder / "model"), "--corpus", fields["corpus"], "--corpus_dir", args.corpus_dir]
-    test += ["--split", split, "--output", str(folder / split)]
-    steps = [(train, "model/recipe.json"), (test, f"{split}/metrics.json")]
-    run_steps(folder, steps, {args.corpus_dir: "DIR", str(args.runs_dir): "RUNS_DIR"})
+    recipe, changes = f"recipes/{EXPERIMENTS[name].recipe}.yaml", ["--corpus_options", options, *VARIANTS[variant]]
+    train = training(folder, recipe, args.corpus_dir, seed, *changes, *more)
+    test = evaluation(folder, f"{split}/metrics.json", fields["corpus"], args.corpus_dir, "--split", split)
+    run_steps(folder, [train, test], {args.corpus_dir: "DIR", str(args.runs_dir): "RUNS_DIR"})
 
 
 def read_runs(name: str, runs_dir: Path) -> dict[str, dict[int, dict[str, dict]]]:
@@ -198,38 +185,42 @@ def add_runs(name: str, runs_dir: Path, earlier: dict, known: list[dict]) -> tup
     gold = {row["id"]: row["gold"] for row in answers}
     if any(rows.keys() != gold.keys() for by_seed in runs.values() for rows in by_seed.values()):
         raise ValueError(f"{runs_dir}: its samples are not those of the earlier runs of {name}")
-    ids = list(gold)
+    ids, labels = [*gold], [*gold.values()]
     unit, clusters = clusters_of(fields_of(name)["corpus"], ids, [None] * len(ids))
+    samples = resample(clusters, RESAMPLES)
     variants = {}
     for variant, by_seed in runs.items():
         before = earlier.get("variants", {}).get(variant, {"seeds": [], "nll": []})
         added = new.get(variant, {"nll": {}, "command": before.get("command")})
         nll = dict(zip(before["seeds"], before["nll"], strict=True)) | added["nll"]
-        figures = _figures(name, by_seed, [*gold.values()], clusters)
+        figures = _figures(name, by_seed, labels, samples)
         seeds = list(by_seed)
         variants[variant] = {"seeds": seeds, "answers": figures, "nll": [nll[seed] for seed in seeds]}
         variants[variant]["command"] = added["command"]
-    right = {
-        (variant, seed): [row["distribution"] == row["gold"] for row in rows.values()]
-        for variant, by_seed in runs.items()
-        for seed, rows in by_seed.items()
-    }
+    full = runs.get("full", {})
     tests = {
         other: [
-            {"seed": seed}
-            | mcnemar(whole, right[other, seed])
-            | {"bootstrap": cluster_bootstrap(np.subtract(whole, right[other, seed], dtype=float), clusters)}
-            for (variant, seed), whole in right.items()
-            if variant == "full" and (other, seed) in right
+            {"seed": seed} | _paired_tests(labels, rows, by_seed[seed], samples)
+            for seed, rows in full.items()
+            if seed in by_seed
         ]
-        for other in runs
+        for other, by_seed in runs.items()
         if other not in ("full", "adapted")
     }
-    sizes = {"samples": len(ids), "clusters": len(set(clusters)), "unit": unit, "classes": len(set(gold.values()))}
+    sizes = {"samples": len(ids), "clusters": len(set(clusters)), "unit": unit, "classes": len(set(labels))}
     return earlier | {"test_set": sizes, "variants": variants, "mcnemar": tests}, answers
 
 
-def _figures(name: str, by_seed: dict[int, dict[str, dict]], gold: list[str], clusters: list[str]) -> dict[str, dict]:
+def _paired_tests(gold: list[str], first: dict[str, dict], second: dict[str, dict], samples: list[np.ndarray]) -> dict:
+    """McNemar's test of two runs' most probable answers, and the bootstrap of the difference in accuracy."""
+    given = [[row["distribution"] for row in rows.values()] for rows in (first, second)]
+    right = [[answer == label for answer, label in zip(run, gold, strict=True)] for run in given]
+    return mcnemar(*right) | {"bootstrap": compare(gold, given[:1], given[1:], samples)}
+
+
+def _figures(
+    name: str, by_seed: dict[int, dict[str, dict]], gold: list[str], samples: list[np.ndarray]
+) -> dict[str, dict]:
     """The metrics of each kind of answer, by seed; of the distribution also intervals."""
     figures: dict[str, dict] = {}
     for answer in ANSWERS:
@@ -238,8 +229,8 @@ def _figures(name: str, by_seed: dict[int, dict[str, dict]], gold: list[str], cl
         figures[answer] = {metric: [round(one[metric], 6) for one in measured] for metric in METRICS}
         figures[answer]["unparsable"] = sum(one.count(None) for one in given)
         if answer == "distribution":
-            for metric in EXPERIMENTS[name].shown:
-                figures[answer][f"{metric}_interval"] = interval(metric, gold, given, clusters)
+            bounds = interval(gold, given, samples)
+            figures[answer] |= {f"{metric}_interval": bounds[metric] for metric in EXPERIMENTS[name].shown}
     return figures
 
 
@@ -340,7 +331,7 @@ def render(data: dict) -> str:
         parts += [f"## {one.title}", *([one.published] if one.published else []), main_table(name, part)]
         if any(part["mcnemar"].values()):
             rows = [
-                [NAMES[other], str(test["seed"]), str(test["first_only"]), str(test["second_only"])]
+                [name_of(one, other), str(test["seed"]), str(test["first_only"]), str(test["second_only"])]
                 + [f"{test['p_value']:.1e}", f"{100 * test['bootstrap']['difference']:+.2f}"]
                 + [" to ".join(f"{100 * test['bootstrap'][bound]:+.2f}" for bound in ("low", "high"))]
                 for other, tests in part["mcnemar"].items()

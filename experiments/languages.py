@@ -20,10 +20,11 @@ from pathlib import Path
 from corpora import load_corpus, speakers_of
 from corpora.casia import SPEAKERS
 from corpora.ravdess import FOLDS
+from egmf.evaluation.significance import resample
 from egmf.tables import table
-from experiments.bootstrap import interval, measure
+from experiments.bootstrap import RESAMPLES, interval, measure
 from experiments.pages import RESULTS, percent, read_predictions, write_page
-from experiments.running import VARIANTS, run_steps
+from experiments.running import VARIANTS, evaluation, run_steps, training
 
 
 SHARED = {  # RAVDESS's label -> CASIA's
@@ -90,14 +91,12 @@ def run(args: argparse.Namespace, more: list[str]) -> None:
     for variant in args.variants:
         for name in args.tables:
             folder = args.runs_dir / f"{name}_{variant}_{args.seed}"
-            shared = ["--corpus_dir", str(args.runs_dir / f"{name}.csv")]
-            chosen = [*FIELDS, *VARIANTS[variant], *more]
-            train = ["train.py", RECIPE, *shared, "--output_dir", str(folder), "--seed", str(args.seed), *chosen]
-            test = ["eval.py", str(folder / "model"), "--corpus", "table", *shared, "--output", str(folder / "test")]
-            probe = ["-m", "experiments.probe", RECIPE, *shared, *chosen, "--split", "test"]
+            source, fields = str(args.runs_dir / f"{name}.csv"), [*FIELDS, *VARIANTS[variant], *more]
+            train = training(folder, RECIPE, source, args.seed, *fields)
+            test = evaluation(folder, "test/metrics.json", "table", source)
+            probe = ["-m", "experiments.probe", RECIPE, "--corpus_dir", source, *fields, "--split", "test"]
             probe += ["--output", str(folder / "probe.json")]
-            steps = [(train, "model/recipe.json"), (test, "test/metrics.json"), (probe, "probe.json")]
-            run_steps(folder, steps, {str(args.runs_dir): "RUNS_DIR"})
+            run_steps(folder, [train, test, (probe, "probe.json")], {str(args.runs_dir): "RUNS_DIR"})
 
 
 def collect(runs_dir: Path) -> list[dict]:
@@ -116,7 +115,7 @@ def collect(runs_dir: Path) -> list[dict]:
                 for answer in ("distribution", "experts", "llm", "probe"):
                     own[answer] = measure(gold, [row["answers"][answer] for row in rows])
                 given = [[row["answers"]["distribution"] for row in rows]]
-                own["interval"] = interval("accuracy", gold, given, speakers)
+                own["interval"] = interval(gold, given, resample(speakers, RESAMPLES))["accuracy"]
                 found.append(own | {"command": (folders[0] / "command.txt").read_text(encoding="utf-8").strip()})
     if not found:
         raise ValueError(f"{runs_dir}: no run has been evaluated")

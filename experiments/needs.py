@@ -95,13 +95,13 @@ def build(recipe: Recipe, layers: int) -> tuple[torch.nn.Module, EGMFProcessor]:
     llm = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     processor = EGMFProcessor(byte_tokenizer(), num_pseudo_tokens=recipe.fusion["num_pseudo_tokens"])
     if recipe.model.audio_tower:
-        options = {f"{name}_tower": tower for name, tower in towers_of(recipe).items()} | {"audio_input_rate": 16000}
+        # The model moves its towers to the LLM's device; memory that nobody writes is not allocated.
+        towers = {name: tower.bfloat16().to_empty(device="cpu") for name, tower in towers_of(recipe).items()}
+        options = {f"{name}_tower": tower for name, tower in towers.items()} | {"audio_input_rate": 16000}
     else:
         options = {f"{name}_feature_size": width for name, (_, width) in features_of(recipe).items()}
-    for name in ("num_pseudo_tokens", "fusion_hidden_size", "fusion_intermediate_size", "fusion_dropout"):
-        options[name] = recipe.fusion[name]
-    options |= {name: recipe.fusion[name] for name in ("tower_layers", "frame_pooling")}
-    model = EGMFForConditionalGeneration.from_language_model(llm, pseudo_token_id=processor.pseudo_token_id, **options)
+    options |= {"pseudo_token_id": processor.pseudo_token_id}
+    model = EGMFForConditionalGeneration.from_language_model(llm, **recipe.fusion, **options)
     return add_lora(recipe, model, []).train(), processor
 
 

@@ -55,9 +55,9 @@ def launches(figures: dict[str, int]) -> list[str]:
 GOALS = {"time to plain": 0.85, "time to floor": 1.10, "memory to plain": 0.60, "7 labels": 1.15, "61 scores": 1.35}
 
 
-def median_and_range(values: list[float], digits: int = 2) -> str:
+def median_and_range(values: list[float]) -> str:
     """The median, minimum and maximum as "median (minimum to maximum)"."""
-    shown = (f"{value:.{digits}f}" for value in (statistics.median(values), min(values), max(values)))
+    shown = (f"{value:.2f}" for value in (statistics.median(values), min(values), max(values)))
     return "{} ({} to {})".format(*shown)
 
 
@@ -222,12 +222,12 @@ def render(data: dict) -> str:
         "learns, too, and reads voice and face. Floor and egmf leave out PEFT's cast of its inputs to float32, as "
         "`train.py` does.",
         f"Time is that of the steps of an epoch. Recipe and rows: {batches}. Memory is the most that torch holds in a "
-        f"step on one batch of {memory_rows} rows, the recipes' own size: the same rows for all three, all lengths "
-        "among them, so that every way pads to the longest, as in the worst batch of a corpus.",
+        f"step on one batch of {memory_rows} rows, the recipes' own size. All three use the same rows, short and "
+        "long, and pad them to the longest, as in the worst batch of a corpus.",
         f"Goals: time to plain at most {GOALS['time to plain']}, time to floor at most {GOALS['time to floor']:.2f}, "
         f"memory to plain at most {GOALS['memory to plain']:.1f}, at a vocabulary of 150,000 (Qwen3's has 151,936; "
-        "SmolLM2's 49,152). Memory is with the weights, but for the last column. What is extrapolated is so "
-        "repetition by repetition, so that the ranges hold the noise of few layers, extrapolated.",
+        "SmolLM2's 49,152). Memory includes the weights, except in the last column. Each repetition is extrapolated "
+        "separately, so the ranges include the extrapolated noise of the shallow models.",
         table(
             ["model", "layers", "time to plain", "time to floor", "memory to plain", "memory, floor to plain"]
             + ["memory to plain, without weights"],
@@ -238,14 +238,14 @@ def render(data: dict) -> str:
         where_it_goes(models),
         "As measured; Qwen3 with random weights, at full width and vocabulary but with few layers, so that the head "
         "weighs more in *plain*, and the fusion more in *egmf*, than with all of them. Memory is beyond the weights: "
-        "plain / floor / egmf. EGMF's weights are more by the fusion, which PEFT keeps twice. Qwen3-1.7B is not "
-        "measured, for want of time on this machine.",
+        "plain / floor / egmf. EGMF's weights also include the fusion and the readout; PEFT keeps two copies of each. "
+        "Qwen3-1.7B was not measured.",
         measured_steps(models),
         "### Answering",
         f"`python -m bench.answer --output results/performance.json`, {len(next(iter(answer['seconds'].values())))} "
         "repetitions. " + setting(answer["machine"]),
-        f"{name_of(answer['model'])} with random weights and {answer['layers']} of its {ALL_LAYERS} layers (what EGMF "
-        "adds does not grow with them, so that beside all of them it is less), bfloat16, one batch of "
+        f"{name_of(answer['model'])} with random weights and {answer['layers']} of its {ALL_LAYERS} layers (EGMF's "
+        "own cost does not grow with the layers, so its share is smaller in the whole model), bfloat16, one batch of "
         f"{answer['batch_size']} prompts of {answer['tokens']} tokens on average, with voice and face. *Prefill* is "
         "the bare LLM's reading of these sequences, with logits at their last positions. Goals for `score_labels`: at "
         f"most {GOALS['7 labels']} of prefill for 7 labels, at most {GOALS['61 scores']} for 61 scores.",

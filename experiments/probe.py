@@ -59,7 +59,6 @@ from egmf.training.assembly import (
     describes_new_tower,
 )
 from egmf.training.language_models import resolve_language_model
-from experiments.bootstrap import unweighted_accuracy
 from train import autocast_of
 
 
@@ -272,14 +271,6 @@ def rounds_of(train: Rows, validation: Rows, groups: Sequence[str]) -> list[tupl
     return [(train[fitted], train[held_out]) for fitted, held_out in parts]
 
 
-def measure(task: AffectTask, gold: list, answers: list) -> dict:
-    """The metrics of the task, and for classes `ua`, the mean of their recalls."""
-    metrics = measure_of(task)(gold, answers)
-    if task.kind == "classification":
-        metrics["ua"] = unweighted_accuracy(np.array(gold), np.array(gold) == np.array(answers))
-    return metrics
-
-
 def probe_task(task: AffectTask, corpus: DatasetDict, features: dict[str, Features], groups, split: str) -> dict:
     """Chooses the penalty, fits the probe, and tests it on a split: the penalty, metrics and predictions of a task."""
     gold = {name: np.array(rows[LABEL_COLUMNS[task.kind]][:]) for name, rows in corpus.items()}
@@ -292,7 +283,7 @@ def probe_task(task: AffectTask, corpus: DatasetDict, features: dict[str, Featur
         {"id": row_id, "gold": label, "answer": answered}
         for row_id, label, answered in zip(corpus[split]["id"][:], labels, answers, strict=True)
     ]
-    return {"penalty": penalty, "metrics": measure(task, labels, answers), "predictions": predictions}
+    return {"penalty": penalty, "metrics": measure_of(task)(labels, answers), "predictions": predictions}
 
 
 def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, Recipe]:

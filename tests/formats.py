@@ -19,7 +19,6 @@ EMPTY = {
     "text": None,
     "speaker": None,
     "context": [],
-    "following": [],
     "language": None,
     "audio": None,
     "video": None,

@@ -29,6 +29,7 @@ from transformers import (
     WhisperModel,
 )
 
+from egmf.modeling_egmf import EGMFForConditionalGeneration
 from egmf.processing_egmf import AffectTask, EGMFProcessor
 
 
@@ -85,6 +86,15 @@ OTHER_LLMS = {
     "alibi": BloomConfig(**VOCABULARY, hidden_size=32, n_layer=2, n_head=4),
     "state-space": MambaConfig(**VOCABULARY, hidden_size=32, num_hidden_layers=2, state_size=8),
 }
+
+
+def pseudo_tokens_of(model: EGMFForConditionalGeneration, batch: dict) -> torch.Tensor:
+    """The pseudo tokens (B, K, H) of a processor's batch."""
+    found = []
+    hook = model.model.fusion.projector.register_forward_hook(lambda module, inputs, output: found.append(output))
+    model(**batch)
+    hook.remove()
+    return found[0]
 
 
 def whisper(max_source_positions: int = 50) -> WhisperModel:

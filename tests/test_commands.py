@@ -18,7 +18,7 @@ from egmf.commands import is_mistake
         ),
         ("train", ["recipes/tiny.yaml", "--tasks", "stress"], "task"),
         ("train", ["recipes/tiny.yaml", "--temperature", "0"], "temperature: got 0.0, wanted a positive number"),
-        ("train", ["recipes/mosi_smollm2.yaml", "--corpus_dir", "/nowhere"], "/nowhere: no such file, expected MOSI"),
+        ("train", ["recipes/mosi_smollm2.yaml", "--corpus_dir", "/nowhere"], "/nowhere: no such file, wanted MOSI"),
         (
             "train",
             ["recipes/own_clips.yaml", "--corpus_dir", "clips.csv"],
@@ -35,7 +35,7 @@ from egmf.commands import is_mistake
             ["recipes/tiny.yaml", "--language_model", "docs"],
             "language_model: got docs, a folder without config",
         ),
-        ("train", ["recipes/own_clips.yaml"], "corpus 'table': source is None, expected the folder with its files"),
+        ("train", ["recipes/own_clips.yaml"], "corpus 'table': source is None, wanted the folder with its files"),
         ("eval", ["runs/none/model", "--corpus", "mosi", "--output", "x"], "model: got 'runs/none/model', wanted an"),
         ("eval", ["tests", "--corpus", "mosi", "--output", "x"], "model: got tests, a folder without config.json"),
         ("predict", ["runs/none/model", "README.md"], "model: got 'runs/none/model', wanted an existing folder"),

@@ -128,7 +128,7 @@ def write_mosi(folder: Path, frame: pd.DataFrame) -> Path:
 
 
 def test_mosi_small_file(tmp_path):
-    options = {"context": 2, "following": 1, "neighbours": 1, "validation_videos": 2}
+    options = {"context": 2, "neighbours": 1, "validation_videos": 2}
     splits = mosi.load(write_mosi(tmp_path, mosi_frame()), **options, validation_vision=True)
     assert {name: len(videos_of(split)) for name, split in splits.items()} == {"train": 4, "validation": 2, "test": 3}
     rows = {row["id"]: row for split in splits.values() for row in split}
@@ -136,12 +136,11 @@ def test_mosi_small_file(tmp_path):
     middle = rows["video8$_$3"]
     assert middle["text"] == "word 8 3" and middle["emotion"] == "positive" and middle["language"] == "en"
     assert middle["context"] == [{"speaker": None, "text": "word 8 1"}, {"speaker": None, "text": "word 8 2"}]
-    assert middle["following"] == [{"speaker": None, "text": "word 8 4"}]
     assert middle["audio_times"] == middle["vision_times"] == [-1.0, 0.0, 1.0]
     last = rows["video8$_$4"]
-    assert last["following"] == [] and last["audio_times"] == [-1.0, 0.0]
+    assert last["audio_times"] == [-1.0, 0.0]
     only = rows["video5$_$1"]
-    assert only["context"] == only["following"] == [] and only["vision_times"] == [0.0]
+    assert only["context"] == [] and only["vision_times"] == [0.0]
     file = tmp_path / "mosi.parquet"
     splits = mosi.load(file, neighbours=0, validation_videos=1)
     assert len(splits["test"]["audio_features"][0]) == len(splits["test"]["vision_features"][0]) == 1
@@ -215,7 +214,7 @@ def test_mosi_not_a_parquet_file(tmp_path):
 
 @pytest.mark.parametrize(
     "option, value",
-    [("context", -1), ("following", 0.5), ("neighbours", True), ("validation_videos", 0), ("validation_videos", 6)],
+    [("context", -1), ("context", 0.5), ("neighbours", True), ("validation_videos", 0), ("validation_videos", 6)],
 )
 def test_mosi_options_out_of_range(tmp_path, option, value):
     write_mosi(tmp_path, mosi_frame())
@@ -226,7 +225,7 @@ def test_mosi_options_out_of_range(tmp_path, option, value):
 @pytest.fixture(scope="module")
 def published_mosi():
     folder = published("mosi")
-    splits = load_corpus("mosi", folder, context=3, following=2, validation_vision=True)
+    splits = load_corpus("mosi", folder, context=3, validation_vision=True)
     return pd.read_parquet(folder / "mosi.parquet"), splits
 
 
@@ -274,9 +273,7 @@ def test_mosi_published_windows_match_the_file(published_mosi):
             assert row["text"] == raw.loc[(video, clip), "text"].lower()
             assert row["emotion"] == mosi.LABELS[raw.loc[(video, clip), "label"]]
             before = [raw.loc[(video, other), "text"].lower() for other in range(max(1, clip - 3), clip)]
-            after = [raw.loc[(video, other), "text"].lower() for other in range(clip + 1, min(last, clip + 2) + 1)]
             assert [turn["text"] for turn in row["context"]] == before
-            assert [turn["text"] for turn in row["following"]] == after
 
 
 # --- MELD ------------------------------------------------------------------------------------------------------------
@@ -293,7 +290,7 @@ def test_meld_small_files(tmp_path):
     assert [row["emotion"] for row in rows] == ["neutral", "surprise", "joy", "anger"]
     assert [row["speaker"] for row in rows] == ["Joey’s Date", "Chandler", "Joey", "Joey"]
     assert rows[2]["context"] == [{"speaker": "Chandler", "text": 'That’s right, "Joey"'}]
-    assert rows[3]["context"] == [] and rows[3]["following"] == []
+    assert rows[3]["context"] == []
     assert rows[2]["text"] == "None"
     assert rows[0]["audio"] is None and rows[0]["video"] is None
 
@@ -440,17 +437,15 @@ def test_ravdess_faults(tmp_path):
     with pytest.raises(FileNotFoundError, match="no files 03-01-"):
         load_corpus("ravdess", tmp_path)
     write_ravdess(tmp_path, actors=range(1, 9))
-    with pytest.raises(ValueError, match="no files of the actors of train, expected all 24 actors"):
+    with pytest.raises(ValueError, match="no files of the actors of train, wanted all 24 actors"):
         load_corpus("ravdess", tmp_path)
-    with pytest.raises(ValueError, match="fold: got 7, expected an integer from 1 to 6"):
+    with pytest.raises(ValueError, match="fold: got 7, wanted an integer from 1 to 6"):
         load_corpus("ravdess", tmp_path, fold=7)
     (tmp_path / "03-01-09-01-01-01-01.wav").touch()
-    with pytest.raises(ValueError, match=r"03-01-09-01-01-01-01.wav: expected a name such as"):
+    with pytest.raises(ValueError, match=r"03-01-09-01-01-01-01.wav: wanted a name such as"):
         load_corpus("ravdess", tmp_path)
     write_ravdess(tmp_path / "copy", actors=[3])
-    with pytest.raises(
-        ValueError, match=r"copy/Actor_03/03-01-01-.*got the clip of .* again, expected each clip once"
-    ):
+    with pytest.raises(ValueError, match=r"copy/Actor_03/03-01-01-.*got the clip of .* again, wanted each clip once"):
         load_corpus("ravdess", tmp_path)
 
 
@@ -473,9 +468,9 @@ def test_ravdess_has_the_published_folds_and_faces(tmp_path):
     (tmp_path / "openface_action_units.csv").write_text("\n".join(["id,AU01_r,AU02_r", *lines[1:]]))
     with pytest.raises(ValueError, match=f"openface_action_units.csv: got no row {names[0]}"):
         load_corpus("ravdess", tmp_path)
-    with pytest.raises(ValueError, match="fold: got 6, expected an integer from 1 to 5"):
+    with pytest.raises(ValueError, match="fold: got 6, wanted an integer from 1 to 5"):
         load_corpus("ravdess", tmp_path, fold=6, folds="published")
-    with pytest.raises(ValueError, match="folds: got 'random', expected one of ordered, published"):
+    with pytest.raises(ValueError, match="folds: got 'random', wanted one of ordered, published"):
         load_corpus("ravdess", tmp_path, folds="random")
 
 
@@ -519,7 +514,7 @@ def test_casia_holds_out_a_speaker(tmp_path):
         load_corpus("casia", tmp_path)
     (tmp_path / "1_0.flac").touch()
     (tmp_path / "metadata.csv").write_text("\n".join([*rows, "1_1.flac,5,高兴"]), encoding="utf-8")
-    with pytest.raises(ValueError, match="got speaker 5 and emotion '高兴', expected 1 to 4"):
+    with pytest.raises(ValueError, match="got speaker 5 and emotion '高兴', wanted 1 to 4"):
         load_corpus("casia", tmp_path)
 
 

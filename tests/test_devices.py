@@ -164,6 +164,7 @@ def test_a_device_map_keeps_fusion_readout_and_towers_whole(case):
     model, _, _ = case
     names = ("model.fusion", "model.readout", "model.audio_tower", "model.vision_tower")
     whole = [name for name in names if getattr(model.model, name.removeprefix("model."), None) is not None]
+    assert model._no_split_modules <= {type(module).__name__ for module in model.modules()}  # as FSDP expects
     sizes = [sum(value.nbytes for value in model.get_submodule(name).parameters()) for name in whole]
     for share in (0.4, 0.7, 1.0):
         room = {0: int(share * model.get_memory_footprint()), 1: max(sizes) + 1, "cpu": 10**9}

@@ -23,6 +23,7 @@ from egmf.evaluation.predictor import Predictor
 from egmf.processing_egmf import BUILTIN_TASKS, AffectTask, EGMFProcessor
 from experiments.cross_corpus import table_of
 from metrics.sentiment.measures import EDGES, mosei_metrics, sims_metrics
+from predict import main as predict_main
 
 
 # What `processor_config.json` of checkpoints from before the prompts in two languages says of the benchmarks.
@@ -213,21 +214,15 @@ def test_a_meld_label_reaches_no_cherma_run(model_folder, tmp_path, monkeypatch)
     assert not (tmp_path / "out").exists() and not (tmp_path / "run" / "log.jsonl").exists()
 
 
-def test_a_checkpoint_whose_own_processor_is_older_is_evaluated(model_folder, tmp_path):
-    """Processors once had neither `text_warning` nor `limit_length`; a checkpoint keeps the code it was saved with."""
+@pytest.mark.parametrize("main", [eval_script.main, predict_main], ids=["eval.py", "predict.py"])
+def test_a_model_of_an_older_architecture_is_refused(model_folder, tmp_path, main):
+    """Its own code, which it carries, cannot do all that the commands rely on."""
     older = shutil.copytree(model_folder, tmp_path / "model")
-    code = (older / "processing_egmf.py").read_text(encoding="utf-8")
-    for name in ("    text_warning = TextWarning", "def limit_length("):
-        assert name in code
-        code = code.replace(name, "def of_later(" if "def" in name else "")
-    (older / "processing_egmf.py").write_text(code, encoding="utf-8")
-    reports = []
-    for model in (model_folder, str(older)):
-        output = tmp_path / str(len(reports))
-        arguments = [model, "--corpus", "generated", "--task", "mosi", "--modalities", "text"]
-        eval_script.main([*arguments, "--output", str(output)])
-        reports.append(json.loads((output / "metrics.json").read_text(encoding="utf-8"))["answers"])
-    assert reports[0] == reports[1]
+    config = json.loads((older / "config.json").read_text(encoding="utf-8"))
+    (older / "config.json").write_text(json.dumps(config | {"architecture": 2}), encoding="utf-8")
+    arguments = ["--corpus", "generated", "--output", str(tmp_path / "out")]
+    with pytest.raises(ValueError, match="a model of architecture 2, wanted one of 3, or this project at the commit"):
+        main([str(older), *(arguments if main is eval_script.main else ["--text", "so"])])
 
 
 @pytest.mark.filterwarnings("ignore:Glyph")  # a machine without a Chinese font draws boxes
@@ -325,7 +320,6 @@ def test_a_checkpoint_asks_in_its_own_words(model_folder):
 ROW = {"task": "meld", "emotion": "joy", "sentiment": None, "audio": None, "video": None}
 ROW |= {
     "context": [{"speaker": "Joey", "text": "Surprise!"}],
-    "following": [],
     "speaker": "Ross",
     "text": "well, well",
 }

@@ -6,7 +6,7 @@ from torch import nn
 from transformers import CLIPVisionConfig, LlamaConfig, MobileNetV2Config
 
 from egmf.configuration_egmf import EGMFConfig
-from egmf.fusion_egmf import ClipStatistics, ClockEmbedding, EGMFFusion, average_frames, clip_fractions
+from egmf.fusion_egmf import ClipStatistics, EGMFFusion, average_frames, clip_fractions
 from egmf.modeling_egmf import EGMFModel
 
 
@@ -196,21 +196,7 @@ def test_mean_gating_is_even():
     torch.testing.assert_close(weights["expert"], torch.full((1, 2, 3), 1 / 3))
 
 
-# The clock
-
-
-@torch.no_grad()
-def test_seconds_place_a_frame_whatever_the_rate():
-    """The time encoding depends on seconds, not on the frame rate; an unknown time differs from second zero."""
-    torch.manual_seed(0)
-    clock = ClockEmbedding(8)
-    fractions = torch.tensor([[0.2, 0.5, 0.8]])
-    none = torch.zeros(1, 3, dtype=torch.bool)
-    known = clock(fractions, torch.tensor([[0.0, 0.5, 1.0]]), none)
-    assert (known - clock(fractions, torch.tensor([[0.0, 0.7, 1.0]]), none))[0, 1].abs().max() > 1e-2
-    unknown = clock(fractions, torch.full((1, 3), torch.nan), ~none)
-    assert torch.isfinite(unknown).all()
-    assert (unknown - clock(fractions, torch.zeros(1, 3), none)).abs().min(1).values.max() > 1e-3
+# Times
 
 
 @torch.no_grad()
@@ -241,16 +227,20 @@ def test_padding_has_no_place_in_the_clip():
 
 @torch.no_grad()
 @pytest.mark.parametrize("gating", ["hierarchical", "flat", "mean"])
-def test_latents_of_the_mix_and_of_each_expert(gating):
-    fusion = build_fusion(gating=gating).eval()
+def test_states_of_the_mix_and_of_each_expert(gating):
+    fusion, gated = build_fusion(gating=gating).eval(), []
+    fusion.gate.register_forward_hook(lambda gate, inputs, output: gated.append(output))
     inputs = inputs_of(audio=torch.randn(2, 12, 8), vision=torch.randn(2, 9, 6))
     prompt = torch.randn(2, TEXT.hidden_size)
-    tokens, mixed, weights = fusion(inputs, prompt)
+    tokens, states, weights = fusion(inputs, prompt)
     _, each, _ = fusion(inputs, prompt, each_expert=True)
-    torch.testing.assert_close(each[:, 0], mixed)
+    mixed, by_expert, _ = gated[0]
     torch.testing.assert_close(fusion.projector(mixed), tokens)
-    torch.testing.assert_close(torch.einsum("bke,bekd->bkd", weights["expert"], each[:, 1:]), mixed)
-    assert each.shape == (2, 4, 2, 32)
+    torch.testing.assert_close(torch.einsum("bke,bekd->bkd", weights["expert"], by_expert), mixed)
+    torch.testing.assert_close(states[:, 1:], fusion.readout_norm(mixed))
+    torch.testing.assert_close(each[:, 0], states)
+    torch.testing.assert_close(each[:, 1:, 1:], fusion.readout_norm(by_expert))
+    assert each.shape == (2, 4, 3, 32)
     alone = build_fusion(gating=gating, experts=["global"]).eval()
     torch.testing.assert_close(alone(inputs, prompt, each_expert=True)[1][:, 1], alone(inputs, prompt)[1])
 

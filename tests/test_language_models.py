@@ -136,7 +136,7 @@ def test_damaged_file_raises_and_leaves_nothing(isolated_cache, monkeypatch, off
         return subprocess.CompletedProcess(command, 0, stdout="", stderr="")
 
     monkeypatch.setattr(subprocess, "run", run)
-    with pytest.raises(RuntimeError, match=f"sha256 is .*expected {language_models._GGUF_SHA256}"):
+    with pytest.raises(RuntimeError, match=f"sha256 is .*wanted {language_models._GGUF_SHA256}"):
         resolve_language_model(REGISTRY_MODEL)
     assert not [path for path in (isolated_cache / "egmf").iterdir() if path.is_dir()]
 

@@ -332,7 +332,6 @@ def rows_of(files, tmp_path) -> list[dict]:
         "task": "meld",
         "text": "so",
         "context": [],
-        "following": [],
         "speaker": None,
         "emotion": "joy",
         "sentiment": None,
@@ -502,7 +501,7 @@ def test_training_with_and_without_autocast_share_no_entries(media, files, tmp_p
         cache = train.fill_cache(recipe, model, processor, {"audio": (), "vision": ()}, [], corpus, None)
         batch = processor(text="so", audio=row["audio"], task="meld")
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):  # Accelerate has no fp16 on a CPU
-            wanted = model.eval().encode_media(dict(batch))["audio_features"][0]
+            wanted = model.eval().model.encode_media(dict(batch))["audio_features"][0]
         kept[precision] = cache.load("audio", row["audio"])["audio_features"]
         assert np.array_equal(kept[precision], wanted[: len(kept[precision])].half())
     assert not np.array_equal(kept["bf16"], kept["no"]) and np.array_equal(kept["fp16"], kept["no"])

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from sklearn.metrics import accuracy_score, f1_score, r2_score
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, r2_score
 
 from metrics.emotion.measures import emotion_metrics
 from metrics.sentiment.measures import mosei_metrics, sims_metrics
@@ -102,14 +102,15 @@ def sims_by_hand(gold: list[float], given: list[float | None]) -> dict:
 
 
 def emotion_by_hand(gold: list[str], given: list[str | None]) -> dict:
-    by_class = {}
+    by_class, recalls = {}, []
     for label in LABELS:
         among = label in gold or label in given
         true = sum(g == label == a for g, a in zip(gold, given, strict=True))
         by_class[label] = Fraction(2 * true, gold.count(label) + given.count(label)) if among else None
+        recalls += [Fraction(true, gold.count(label))] if label in gold else []
     accuracy = share([g == a for g, a in zip(gold, given, strict=True)])
-    figures = {"accuracy": accuracy, "weighted_f1": weighted_f1(gold, given), "f1_by_class": by_class}
-    return figures | {"unparsable": given.count(None)}
+    figures = {"accuracy": accuracy, "weighted_f1": weighted_f1(gold, given), "ua": sum(recalls) / len(recalls)}
+    return figures | {"f1_by_class": by_class, "unparsable": given.count(None)}
 
 
 def assert_same(found: dict, wanted: dict, case: object) -> None:
@@ -162,6 +163,7 @@ def test_emotions_are_measured_as_published():
         assert_same(emotion_metrics(gold, given, LABELS), emotion_by_hand(gold, given), (gold, given))
 
 
+@pytest.mark.filterwarnings("ignore:y_pred contains classes not in y_true")
 def test_agrees_with_scikit_learn():
     """The published code calls scikit-learn's `f1_score` and `r2_score`."""
     rng = np.random.default_rng(3)
@@ -178,6 +180,7 @@ def test_agrees_with_scikit_learn():
         words, answers = rng.choice(LABELS, (2, 40))
         figures = emotion_metrics(words, answers)
         assert figures["accuracy"] == pytest.approx(accuracy_score(words, answers))
+        assert figures["ua"] == pytest.approx(balanced_accuracy_score(words, answers))
         assert figures["weighted_f1"] == pytest.approx(f1_score(words, answers, average="weighted", zero_division=0))
 
 

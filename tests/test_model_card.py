@@ -9,7 +9,7 @@ from egmf import readme
 from egmf.processing_egmf import BUILTIN_TASKS
 from egmf.publishing.model_card import FinishedRun, card_data, eval_results, write_card
 from egmf.readme import section
-from egmf.recipe import complete_record
+from egmf.recipe import default_record
 
 
 LLM = "Qwen/Qwen3-0.6B"
@@ -29,7 +29,8 @@ def report(corpus: str, answers: dict, **fields) -> dict:
 
 
 def run_of(corpus: str, task: str, *reports: dict, config: dict | None = None, **recipe) -> FinishedRun:
-    fields = complete_record({"language_model": LLM, "corpus": corpus, "tasks": [task]})
+    fields = default_record() | {"language_model": LLM, "corpus": corpus, "tasks": [task]}
+    fields["packages"] = {"python": "3.12"}
     features = {"audio_feature_size": 74, "vision_feature_size": 35}
     return FinishedRun(
         folder=Path(),
@@ -138,7 +139,7 @@ def test_languages_and_modalities(card_of):
 
 def test_limits_by_what_was_used(card_of):
     plain = card_of(run_of("mosi", "mosi")).text
-    assert "arrays that somebody has extracted" in plain and "rounded to 4 bits" not in plain
+    assert "as precomputed arrays, not as files" in plain and "rounded to 4 bits" not in plain
     assert "began with random weights" not in plain
     drawn = card_of(run_of("avatars", "avatars", config={"vision_config": {"hidden_size": 4}})).text
     assert "in which no person is seen or heard" in drawn and "how people feel or talk elsewhere" not in drawn

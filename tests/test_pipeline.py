@@ -2,6 +2,7 @@
 
 import shutil
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -101,6 +102,17 @@ def server(place):
         threading.Thread(target=running.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{running.server_address[1]}", asked
         running.shutdown()
+
+
+def test_threads_keep_their_own_warnings(recognize, place):
+    """`warnings.catch_warnings` would give a thread the warnings of another one."""
+    files = [str(place / f"long{number}.wav") for number in range(4)]
+    for number, file in enumerate(files):
+        soundfile.write(file, tone(1.3, 200 + 100 * number), 16000)
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(recognize, files * 3))
+    for file, answer in zip(files * 3, answers, strict=True):
+        assert [warning.partition(":")[0] for warning in answer["warnings"]] == [file]
 
 
 def test_bytes_and_urls(recognize, voices, server):
@@ -244,8 +256,10 @@ def test_chat_template(place, recognize, chat):
         torch.testing.assert_close(inputs[name], value, rtol=0, atol=0, equal_nan=True)
     text = processor.apply_chat_template(chat)
     assert "Joey: It broke.\n" in text and "Ross: that is just great\n" in text and text.endswith("Emotion:")
-    ids = processor.apply_chat_template(chat, tokenize=True)
-    assert torch.equal(ids, wanted["input_ids"])
+    with pytest.raises(ValueError, match="return_dict: got False for a chat with sound or pictures, wanted True"):
+        processor.apply_chat_template(chat, tokenize=True)
+    ids = processor.apply_chat_template(chat[:1], tokenize=True)
+    assert torch.equal(ids, processor(text="It broke.", speaker="Joey")["input_ids"])
     both = processor.apply_chat_template([chat, chat[:1]], tokenize=True, return_dict=True, task="mosei")
     assert both["audio_mask"].any(1).tolist() == [True, False]
     tokens = recognize.model.generate(**inputs, max_new_tokens=3)

@@ -81,7 +81,7 @@ def test_one_answer_by_every_way(checkpoint, recognize):
     names = files(folder)
     alone = [recognize(name, text=words) for name, words in zip(names, WORDS, strict=True)]
     samples = [{"file": name, "text": words} for name, words in zip(names, WORDS, strict=True)]
-    row = {"task": "meld", "context": [], "following": [], "speaker": None, "emotion": "joy", "sentiment": None}
+    row = {"task": "meld", "context": [], "speaker": None, "emotion": "joy", "sentiment": None}
     media = [(names[0], names[0]), (None, names[1]), (names[2], None)]
     rows = [
         {**row, "id": words, "text": words, "audio": audio, "video": video}
@@ -130,7 +130,7 @@ def test_words_alone(recognize, place, capsys):
     assert main([str(place / "model"), "--text", "that is just great", "--dtype", "bfloat16"]) == 0
     rounded = json.loads(capsys.readouterr().out)["probabilities"]
     exact = recognize({"text": "that is just great"})["probabilities"]
-    assert rounded != exact and rounded == pytest.approx(exact, abs=0.05)
+    assert rounded != exact and rounded == pytest.approx(exact, abs=0.1)
     for arguments, message in (
         (["model"], "INPUT: got nothing, wanted files, or --text without a file"),
         (["model", "--text", "so", "--plot", "a.png"], "--plot: got a value without a file, wanted both"),

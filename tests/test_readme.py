@@ -19,12 +19,12 @@ from corpora import load_corpus
 from egmf.processing_egmf import BUILTIN_TASKS
 from egmf.recipe import load_recipe
 from egmf.training.language_models import build_tiny_language_model
-from experiments.make_tables import BENCHMARKS
+from experiments.benchmarks import BENCHMARKS
 
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "results/README")] + sorted(ROOT.glob("docs/*.md"))
 
 
 def code_blocks(language: str) -> list[str]:
@@ -115,7 +115,7 @@ def test_numbers_in_the_results_section_are_in_results():
 MADE = {"metrics.json", "settings.json", "space.json", "unreadable.json", "NAME.py"}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_and_files_exist(page):
     text = page.read_text(encoding="utf-8")
     links = [link for link in re.findall(r"\]\(([^)#\s]+)", text) if "://" not in link]

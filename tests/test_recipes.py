@@ -235,6 +235,12 @@ def test_every_field_of_the_fusion_can_be_set(tmp_path):
             {"dataloader_persistent_workers": True, "dataloader_num_workers": 1},
             "persistent_workers: got True, wanted fa",
         ),
+        ({"save_only_model": True}, "save_only_model: got True, wanted false: an interrupted run could not go on"),
+        ({"train_vision_tower": True, "fusion_epochs": 2}, "fusion_epochs: got 2 with train_vision_tower, wanted 0"),
+        (
+            {"train_vision_tower": True, "fusion_epochs": 2, "tower_epochs": 1},
+            "fusion_epochs: got 2 with train_vision_tower, wanted 0",
+        ),
         ({"train_sampling_strategy": "group_by_lenght"}, "got 'group_by_lenght', wanted one of random, sequential"),
         ({"train_sampling_strategy": "batch_rebalance"}, "got batch_rebalance, wanted random"),
         ({"report_to": "tensorbord"}, "report_to: got 'tensorbord', wanted none or some of .*tensorboard"),

@@ -69,7 +69,7 @@ def test_runs_of_several_machines_add_up(runs, tmp_path):
 
 
 def test_commands_differ_in_what_the_variant_names(tmp_path):
-    of = {variant: avatars.commands_of(variant, 7, "DIR", tmp_path)[0] for variant in ("towers", *avatars.NAMES)}
+    of = {variant: avatars.steps_of(variant, 7, "DIR", tmp_path)[0][0] for variant in ("towers", *avatars.NAMES)}
     towers = tmp_path / "towers_7"
     assert of["towers"][-4:] == ["--output_dir", str(towers), "--seed", "7"]
     for variant, change in ((name, VARIANTS[name]) for name in avatars.NAMES):

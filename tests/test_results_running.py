@@ -4,10 +4,14 @@ import subprocess
 
 import pytest
 
-from experiments.running import run_steps
+from experiments.running import NAMES, VARIANTS, run_steps
 
 
 WRITE = "import sys; print('so'); open(sys.argv[1], 'a').write('made')"
+
+
+def test_every_variant_has_a_name():
+    assert list(NAMES) == list(VARIANTS)
 
 
 def test_finished_steps_are_skipped_and_failed_ones_repeated(tmp_path):

@@ -118,7 +118,7 @@ def test_every_config_is_one_that_accelerate_launches(config):
         return
     assert arguments.multi_gpu or arguments.use_fsdp
     environment = prepare_multi_gpu_env(arguments)
-    assert environment["ACCELERATE_MIXED_PRECISION"] == ("bf16" if config.stem == "bf16" else "no")
+    assert environment["ACCELERATE_MIXED_PRECISION"] == "no"
     assert arguments.nproc_per_node == {"cpu_2": "2"}.get(config.stem, "8")
     assert getattr(arguments, "nnodes", None) == ("2" if config.stem == "ddp_multinode" else None)
     assert arguments.use_fsdp == (config.stem == "fsdp2")
@@ -328,6 +328,8 @@ def test_phases_are_not_for_divided_models(monkeypatch, tmp_path):
         train(tmp_path, "--fusion_epochs", 1)
     with pytest.raises(ValueError, match="load_in_4bit: got true .* wanted false"):
         train(tmp_path, "--load_in_4bit", "true")
+    with pytest.raises(ValueError, match="bf16: got true .* wanted false: the inputs of the fusion"):
+        train(tmp_path, "--bf16", "true")
 
 
 @pytest.mark.skipif(HAS_BITSANDBYTES, reason="bitsandbytes is installed")
@@ -357,7 +359,7 @@ def test_four_bits_learn_and_become_a_model_that_needs_no_bitsandbytes(whole, tm
 
 
 def test_precision_of_the_config_is_that_of_the_recipe(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # as `accelerate launch` with bf16.yaml sets it
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # as `accelerate launch --mixed_precision bf16` sets it
     assert load_recipe([str(REPO / "recipes/tiny.yaml")]).training.mixed_precision == "bf16"
 
 

@@ -201,7 +201,7 @@ def test_candidates_that_cannot_be_told_apart(egmf, samples, make_batch, candida
 
 
 @pytest.mark.parametrize("task", ["meld", "mosei", "calm"])
-def test_1000_random_models_never_leave_the_legal_set(fresh_egmf, processor, samples, make_batch, task):
+def test_random_models_never_leave_the_legal_set(fresh_egmf, processor, samples, make_batch, task):
     """25 sets of random weights with 40 samples each at a high temperature."""
     batch = make_batch(samples, task=task)
     answers = set()
@@ -246,7 +246,7 @@ def test_samples_have_the_scored_distribution(fresh_egmf, processor, samples, ma
     egmf = fresh_egmf
     with torch.no_grad():  # less certain of its answers
         egmf.model.language_model.norm.weight.mul_(0.3)
-        egmf.model.readout.gain.fill_(3.0)
+        egmf.model.readout.gain.fill_(2.0)
     batch = make_batch(samples[2:3], task=task)
     torch.manual_seed(1)
     generated = egmf.generate(

@@ -25,7 +25,7 @@ from egmf.evaluation.robustness import lose_frames
 from egmf.media_features_egmf import adapt_to_speaker
 from egmf.pipeline_egmf import adaptation_warning
 from egmf.processing_egmf import BUILTIN_TASKS
-from egmf.recipe import complete_record, load_recipe
+from egmf.recipe import load_recipe
 from egmf.training.assembly import feature_statistics, set_clip_statistics, set_feature_statistics
 from predict import main as predict_main
 
@@ -47,14 +47,6 @@ def centred(egmf, samples, make_batch):
     return batch
 
 
-@pytest.fixture(scope="module", autouse=True)
-def divides(egmf):
-    """The shared model divides by deviations, as one that was trained with speaker adaptation."""
-    egmf.config.speaker_deviation = True
-    yield
-    egmf.config.speaker_deviation = False
-
-
 def by_hand(batch: dict, center: dict) -> dict:
     """The batch with its features normalised by the centers."""
     normalised = dict(batch)
@@ -68,7 +60,7 @@ def by_hand(batch: dict, center: dict) -> dict:
 def checkpoint(tmp_path_factory, llm_folder, assemble):
     """A folder with clips and a checkpoint with towers, trained with adaptation; its processor and model."""
     folder = tmp_path_factory.mktemp("place")
-    config = {"speaker_adaptation": True, "speaker_deviation": True, "clip_statistics": ["audio", "vision"]}
+    config = {"speaker_adaptation": True, "clip_statistics": ["audio", "vision"]}
     processor, model = save_model_with_towers(folder, llm_folder(), assemble, **config)
     for number in range(3):
         write_clip(folder / f"{number}.mp4", 0.4 + 0.2 * number, seed=number)
@@ -88,20 +80,12 @@ def test_features_are_normalised_by_a_center(egmf, samples, make_batch, centred)
     batch = make_batch(samples)
     assert largest_difference(egmf, centred, by_hand(batch, centred)) < TOLERANCE
     assert largest_difference(egmf, centred, batch) > 1e-3  # with audio or vision in three of four rows
-    # A model that was trained before speakers had deviations subtracts the mean alone.
-    egmf.config.speaker_deviation = False
-    means = {f"{name}_center": centred[f"{name}_center"].clone() for name in ("audio", "vision")}
-    for center in means.values():
-        center[:, 1] = 1.0
-    assert largest_difference(egmf, centred, by_hand(batch, means)) < TOLERANCE
-    egmf.config.speaker_deviation = True
 
 
 def test_a_channel_that_hardly_varies_is_only_centred():
     frames = torch.tensor([[[1.0, 5.0, 7.0]]])
     mean, deviation = torch.tensor([[[0.0, 4.0, 0.0]]]), torch.tensor([[[2.0, 1e-3, 0.0]]])
     assert torch.equal(adapt_to_speaker(frames, mean, deviation), torch.tensor([[[0.5, 1.0, 7.0]]]))
-    assert torch.equal(adapt_to_speaker(frames, mean, None), torch.tensor([[[1.0, 1.0, 7.0]]]))
 
 
 def test_a_center_of_zeros_changes_nothing(egmf, samples, make_batch):
@@ -128,7 +112,7 @@ def test_every_call_uses_the_center(egmf, processor, samples, make_batch, centre
     shifted = by_hand(plain, centred)
     calls = {
         "scores": lambda batch: egmf.score_labels(candidates, **batch).log_probs,
-        "tokens": lambda batch: egmf.model.get_pseudo_tokens(**batch)[0],
+        "states": lambda batch: egmf.model.get_expert_states(**batch),
         "first": lambda batch: greedy(egmf, batch, output_scores=True, return_dict_in_generate=True).scores[0],
         "uncached": lambda batch: greedy(
             egmf, batch, output_scores=True, return_dict_in_generate=True, use_cache=False
@@ -149,9 +133,9 @@ def test_encoded_media_are_centred_once(checkpoint):
     center = model.model.speaker_center([dict(inputs)])
     assert center["audio_center"].shape == (1, 2, 3, 16) and center["vision_center"].shape[0] == 1
     inputs |= {name: value.expand(2, *value.shape[1:]) for name, value in center.items()}
-    encoded = model.encode_media(inputs)
+    encoded = model.model.encode_media(inputs)
     assert torch.equal(encoded["audio_center"], inputs["audio_center"]) and "input_features" not in encoded
-    twice = model.encode_media(encoded)
+    twice = model.model.encode_media(encoded)
     answers = [model.score_labels(processor.candidates("meld"), **batch).log_probs for batch in (inputs, encoded)]
     assert (answers[0] - answers[1]).abs().max() < 1e-5
     assert torch.equal(greedy(model, inputs), greedy(model, encoded))
@@ -201,15 +185,8 @@ def test_a_wrong_center_of_a_tower_is_named(checkpoint):
         model(**inputs, audio_center=torch.zeros(1, 16))
 
 
-def test_the_config_says_how_a_model_was_trained(place, tmp_path):
+def test_the_config_says_how_a_model_was_trained(place):
     assert EGMFConfig.from_pretrained(place / "model").speaker_adaptation is True
-    config = json.loads((place / "model" / "config.json").read_text())
-    assert config["speaker_deviation"] is True
-    del config["speaker_adaptation"], config["speaker_deviation"]  # as in an older checkpoint
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    older = EGMFConfig.from_pretrained(tmp_path)
-    assert older.speaker_adaptation is older.speaker_deviation is False
-    assert complete_record({"corpus": "mosi"})["speaker_adaptation"] is False
 
 
 # Corpora, training data
@@ -234,7 +211,7 @@ def centers_of(model, processor, rows, **options):
 
 @pytest.fixture(scope="module")
 def small(assemble):
-    return assemble(audio_feature_size=6, vision_feature_size=5, clip_statistics=["audio"], speaker_deviation=True)
+    return assemble(audio_feature_size=6, vision_feature_size=5, clip_statistics=["audio"])
 
 
 def test_an_offset_of_a_speaker_changes_nothing(small, processor):

@@ -451,10 +451,6 @@ def test_written_splits_hold_for_a_table_that_has_grown(tmp_path, caplog):
         write_splits(
             tmp_path / "splits.csv", load_corpus("table", write_csv(tmp_path / "t.csv", corrected), splits=known)
         )
-    lines = (tmp_path / "splits.csv").read_text(encoding="utf-8").splitlines()
-    earlier = "".join(line.rpartition(",")[0] + "\n" for line in lines)  # a version that wrote no contents
-    (tmp_path / "splits.csv").write_text(earlier, encoding="utf-8")
-    write_splits(tmp_path / "splits.csv", made)
     # Other clips of the same names were not trained on.
     write_sounds(tmp_path / "other", [f"{number}.wav" for number in (5, 0, 1, 2, 3, 4)])
     other = load_corpus("table", write_csv(tmp_path / "other" / "t.csv", rows), splits=known)

@@ -22,6 +22,8 @@ from transformers import (
     Wav2Vec2Config,
     Wav2Vec2FeatureExtractor,
     Wav2Vec2Model,
+    WavLMConfig,
+    WavLMModel,
     WhisperFeatureExtractor,
 )
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
@@ -215,8 +217,8 @@ def test_tower_travels_with_the_model(towered, tmp_path):
 
 def test_layers_computed_beforehand_give_the_same(towered):
     model, modality, field, batch = towered
-    beforehand = model.encode_media(batch)
-    assert field not in beforehand and model.encode_media(beforehand).keys() == beforehand.keys()
+    beforehand = model.model.encode_media(batch)
+    assert field not in beforehand and model.model.encode_media(beforehand).keys() == beforehand.keys()
     assert_close(outputs_of(model, batch), outputs_of(model, beforehand), 1e-6)
     with pytest.raises(ValueError, match=rf"{modality}_features: got shape .*, wanted \(batch, frames, [13], 16\)"):
         model(**{**beforehand, f"{modality}_features": beforehand[f"{modality}_features"][:, :, 0]})
@@ -233,6 +235,15 @@ def test_a_tower_without_its_weights_is_refused(tmp_path, assemble):
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"its weights lack 1 of HubertModel's, such as encoder.layers.1.attention"):
         assemble(audio_tower=str(tmp_path), audio_input_rate=16000)
+
+
+def test_the_llms_attention_may_be_one_that_a_tower_lacks(assemble, tmp_path):
+    """WavLM has no SDPA. transformers passes the setting on to all parts of a model."""
+    model = assemble(audio_tower=WavLMModel(WavLMConfig(**WAVE)), audio_input_rate=16000)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, attn_implementation="sdpa")
+    assert loaded.model.language_model.config._attn_implementation == "sdpa"
+    assert loaded.model.audio_tower.config._attn_implementation == "eager"
 
 
 def test_times_of_a_towers_frames(assemble):

@@ -12,6 +12,7 @@ import torch
 from commands import REPO, Outcome, read_lines, run, start
 from safetensors.torch import load_file
 
+import train as train_script
 from corpora import load_corpus
 from egmf.data.collator import AffectCollator, expand_by_task, gold_answer
 from egmf.evaluation.measures import classification_metrics, regression_metrics
@@ -91,6 +92,16 @@ def test_a_wrong_recipe_is_named(arguments, message, monkeypatch):
 def test_what_only_a_tower_can_do_needs_one(fields):
     with pytest.raises(ValueError, match=f"{fields[0][2:]}: got .* wanted an audio_tower"):
         build_towers(load_recipe([str(REPO / "recipes/tiny.yaml"), *fields]))
+
+
+def test_the_phases_without_the_llm_use_as_many_gpus_as_the_recipe(tmp_path, monkeypatch):
+    """Without a launcher one; Trainer's arguments count the GPUs again whenever they are built."""
+    seen, recipe = [], load_recipe([str(REPO / "recipes/tiny.yaml"), "--output_dir", str(tmp_path)])
+    recipe.training._n_gpu = 3
+    monkeypatch.setattr(train_script.RunTrainer, "train_or_resume", lambda trainer: seen.append(trainer.args.n_gpu))
+    rows = load_corpus("generated")["train"]
+    train_script.pretrain(recipe, torch.nn.Linear(1, 1), None, rows, tmp_path / "fusion", 1, 0.1)
+    assert seen == [3]
 
 
 def test_unknown_task_ends_training_with_its_name(tmp_path):

@@ -157,9 +157,9 @@ def test_fresh_process_gives_the_same(travelled, name):
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "lora", "tower"])
 def test_buffers_that_are_not_saved_are_right(travelled, name):
-    """The frequencies of the time encoding and of the LLM's rotary embeddings are recomputed, not loaded."""
+    """The frequencies of the place embedding and of the LLM's rotary embeddings are recomputed, not loaded."""
     _, here, there = travelled
-    assert any(key.endswith("clock.frequencies") for key in there[name]["buffers"])
+    assert any(key.endswith("place.frequencies") for key in there[name]["buffers"])
     assert here[name]["buffers"].keys() == there[name]["buffers"].keys()
     for key, value in here[name]["buffers"].items():
         torch.testing.assert_close(there[name]["buffers"][key], value, rtol=0, atol=0)

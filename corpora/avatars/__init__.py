@@ -163,13 +163,13 @@ def load(
         RuntimeError: if a worker process fails.
     """
     if language not in LABELS:
-        raise ValueError(f"language: got {language!r}, expected one of {', '.join(LABELS)}")
+        raise ValueError(f"language: got {language!r}, wanted one of {', '.join(LABELS)}")
     check_count("seed", seed)
     check_count("workers", workers, minimum=1)
     counts = {"train": train, "validation": validation, "test": test}
     for split, count in counts.items():
         if check_count(split, count, minimum=_CELL) % _CELL:
-            raise ValueError(f"{split}: got {count}, expected a multiple of {_CELL}: six kinds of four emotions")
+            raise ValueError(f"{split}: got {count}, wanted a multiple of {_CELL}: six kinds of four emotions")
     clips = {split: _draw_clips(seed, split, count) for split, count in counts.items()}
     folder = Path(source)
     _make(folder, {"corpus": "avatars", "version": VERSION, "seed": seed, "clips": counts}, clips, workers)
@@ -308,9 +308,9 @@ def _make(folder: Path, manifest: dict, clips: dict[str, list[Clip]], workers: i
         if file.is_file():
             found = json.loads(file.read_text(encoding="utf-8"))
             if found != manifest:
-                raise ValueError(f"{folder} holds the clips of {found}, expected {manifest}: wanted another folder")
+                raise ValueError(f"{folder} holds the clips of {found}, wanted {manifest}, or another folder")
         elif others := sorted(path.name for path in folder.iterdir() if path.name not in (".lock", "manifest.part")):
-            raise ValueError(f"{folder} holds {others[0]!r} and no {file.name}, expected a new folder")
+            raise ValueError(f"{folder} holds {others[0]!r} and no {file.name}, wanted a new folder")
         else:
             part = file.with_suffix(".part")
             part.write_text(json.dumps(manifest) + "\n", encoding="utf-8")

@@ -48,6 +48,9 @@ def _pictures(processor: EGMFProcessor, path: str, start: float, end: float | No
 
 @lru_cache(maxsize=1)  # the parts of a recording follow each other
 def _whole_sound(processor: EGMFProcessor, path: str):
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*the model reads only", processor.media_warning)  # a part may fit
-        return processor.load_media(audio=path, sound_track=False).audio
+    with processor.kept_warnings() as kept:
+        clip = processor.load_media(audio=path, sound_track=False).audio
+    for warning in kept:
+        if "the model reads only" not in str(warning):  # a part may fit
+            warnings.warn(warning, stacklevel=2)
+    return clip

@@ -15,13 +15,13 @@ from egmf.data.clips import load_row_media
 from egmf.data.speakers import SPEAKER, Centers, mix_centers, stack_centers
 from egmf.data.tower_cache import COLUMNS, PREPROCESSORS, TowerCache
 from egmf.media_egmf import AudioClip, VideoClip
-from egmf.processing_egmf import AffectTask, EGMFProcessor, TextWarning
+from egmf.processing_egmf import AffectTask, EGMFProcessor
 
 
 SEQUENCE_COLUMNS = ("audio_features", "vision_features", "audio_times", "vision_times")
 PROMPT_CHUNK = 256  # rows whose prompts are tokenised together
 HIDDEN_COLUMNS = {  # what a row loses with a modality
-    "text": ("text", "context", "following", "speaker"),
+    "text": ("text", "context", "speaker"),
     "audio": ("audio", "audio_features", "audio_times"),
     "vision": ("video", "vision_features", "vision_times"),
 }
@@ -107,9 +107,11 @@ class AffectCollator:
     def __call__(self, rows: list[dict]):
         if self.modality_dropout:
             rows = [self._drop(row) for row in rows]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", text_warning_of(self.processor))  # `prompt_lengths` has logged it
+        with self.processor.kept_warnings() as kept:
             batch = self._batch(rows)
+        for warning in kept:
+            if not hasattr(warning, "index"):  # `prompt_lengths` has logged which texts are too long
+                warnings.warn(warning, stacklevel=2)
         return batch | self._blanks(batch) if self.blanks else batch
 
     def _drop(self, row: dict) -> dict:
@@ -161,7 +163,7 @@ class AffectCollator:
         text = [None] * len(rows)
         if "text" in self.modalities:
             text = [row["text"] for row in rows]
-            columns |= {name: [row[name] for row in rows] for name in ("context", "following", "speaker")}
+            columns |= {name: [row[name] for row in rows] for name in ("context", "speaker")}
         places = {task.name: index for index, task in enumerate(self.tasks)}
         asked = [self.tasks[places[row["task"]]] for row in rows]
         gold, centers = [], self.centers or {}
@@ -200,30 +202,20 @@ class AffectCollator:
         return clip if clip is None or self.distort is None else self.distort(modality, row["id"], clip)
 
 
-def text_warning_of(processor: EGMFProcessor) -> type[TextWarning]:
-    """The processor's warning about texts that do not fit. A checkpoint's own, older processor may have none."""
-    return getattr(processor, "text_warning", EGMFProcessor.text_warning)
-
-
 def prompt_lengths(dataset: Dataset, collator: AffectCollator) -> list[int]:
     """Tokens of each row's prompt, for length-grouped batches. Logs which rows do not fit into the LLM's context."""
     if "text" not in collator.modalities:
         return [1] * len(dataset)
     light = AffectCollator(collator.processor, collator.tasks, ["text"], with_answers=None)
     rows = dataset.select_columns([name for name in dataset.column_names if name not in SEQUENCE_COLUMNS])
-    warning_class = text_warning_of(collator.processor)
     lengths: list[int] = []
     cut: dict[str, str] = {}
     for start in range(0, len(rows), PROMPT_CHUNK):
         chunk = list(rows.select(range(start, min(start + PROMPT_CHUNK, len(rows)))))
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", warning_class)
+        with collator.processor.kept_warnings() as found:
             lengths += light._batch(chunk)["attention_mask"].sum(1).tolist()
-        for one in caught:
-            if isinstance(one.message, warning_class):
-                cut.setdefault(chunk[one.message.index]["id"], str(one.message))
-            else:
-                warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+        for warning in found:
+            cut.setdefault(chunk[warning.index]["id"], str(warning))
     if cut:
         named = "; ".join(f"{row_id}: {message}" for row_id, message in list(cut.items())[:3])
         logging.warning("%d rows are longer than the language model's context. %s", len(cut), named)

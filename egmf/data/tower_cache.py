@@ -102,8 +102,7 @@ class TowerCache:
             settings |= {"class": type(tower).__name__, "config": tower.config.to_dict()}
             settings["attention"] = tower.config._attn_implementation  # `to_dict` does not include it
             settings["input_rate"] = self.model.config.audio_input_rate
-            # A checkpoint's own, older config may have no such field.
-            settings["layers"] = getattr(self.model.config, "tower_layers", {}).get(modality)
+            settings["layers"] = self.model.config.tower_layers.get(modality)
             settings["frame_pooling"] = self.model.config.frame_pooling.get(modality)
             settings["autocast"] = str(self.autocast)
             settings["device"] = (tower.device.type, _float32_precision(tower.device.type))
@@ -196,7 +195,7 @@ class TowerCache:
         media = own.Media(**{COLUMNS[modality]: own.TowerInput(**made)})
         batch = self.processor.media_inputs([media], return_tensors="pt")
         with torch.autocast(device.type, self.autocast, enabled=self.autocast is not None):
-            encoded = self.model.encode_media({name: value.to(device) for name, value in batch.items()})
+            encoded = self.model.base_model.encode_media({name: value.to(device) for name, value in batch.items()})
         mask = encoded[f"{modality}_mask"][0].bool()
         tensors = {name: encoded[f"{modality}_{name}"][0][mask].cpu().contiguous() for name in ("features", "times")}
         half = tensors["features"].half()  # more precise than bfloat16; values as large as 65504 do not fit

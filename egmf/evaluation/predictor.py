@@ -1,6 +1,5 @@
 """A model's answers to the rows of a corpus."""
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -97,7 +96,7 @@ class Predictor:
         quiet = None if state.is_main_process else True
         for places, batch in zip(share, tqdm(loader, desc="evaluating", unit="batch", disable=quiet), strict=True):
             # Once for all answers.
-            inputs = self.model.encode_media({name: value.to(self.device) for name, value in batch.items()})
+            inputs = self.model.model.encode_media({name: value.to(self.device) for name, value in batch.items()})
             for predictions, change in zip(results, changes, strict=True):
                 changed = inputs if change is None else change(inputs, [ids[place] for place in places])
                 for place, answered in zip(places, self._answers(changed), strict=True):
@@ -131,18 +130,16 @@ class Predictor:
         """The model's answers to each row of a batch."""
         model, processor, task = self.model, self.processor, self.task
         options = {"use_cache": True}
-        # An accelerator waits for each step of `generate()` longer than for the nodes of all answers. The own code of
-        # an older checkpoint cannot read the greedy answers from them.
-        if self.device.type != "cpu" and "end_token_id" in inspect.signature(model.score_labels).parameters:
+        # An accelerator waits for each step of `generate()` longer than for the nodes of all answers.
+        if self.device.type != "cpu":
             options = {"end_token_id": processor.tokenizer.eos_token_id}
         scores = model.score_labels(candidates=processor.candidates(task), **options, **inputs)
         texts = self.greedy_texts(scores, inputs)
         distributions = processor.summarize(scores.log_probs, task)
-        found = {"llm": scores.get("llm_log_probs"), "experts": scores.get("expert_log_probs")}
-        # The own code of an older checkpoint has no expert readout.
         # `summarize` divides by the temperature of the product; the two parts have temperatures of 1.
-        temperature = getattr(processor, "temperatures", {}).get(task.name, 1.0)
-        alone = {n: processor.summarize(temperature * part, task) for n, part in found.items() if part is not None}
+        temperature = processor.temperatures.get(task.name, 1.0)
+        parts = {"llm": scores.llm_log_probs, "experts": scores.expert_log_probs}
+        alone = {name: processor.summarize(temperature * part, task) for name, part in parts.items()}
         gates = gate_names(scores.gate_weights, model.config.experts, model.config.modalities)
         said = []
         for place, (greedy, distribution, gate) in enumerate(zip(texts, distributions, gates, strict=True)):

@@ -168,8 +168,7 @@ def lose_frames(
                 # With speaker adaptation, frames that equal the speaker's mean become 0 in the model.
                 nothing: torch.Tensor | int = 0
                 if f"{name}_center" in inputs:
-                    center = inputs[f"{name}_center"][row].to(features)
-                    nothing = center if center.ndim == features.ndim - 2 else center[0]  # older models have the mean
+                    nothing = inputs[f"{name}_center"][row, 0].to(features)
                 features[row, _lost(frames, rate, _rng(seed, row_id, name))] = nothing
     return changed
 

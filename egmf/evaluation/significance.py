@@ -13,25 +13,25 @@ from scipy.stats import binomtest
 
 
 RESAMPLES, SEED, LEVEL = 1000, 0, 0.95
-Measure = Callable[[Sequence, Sequence], dict[str, Any]]
+Measure = Callable[[Any, Any], dict[str, Any]]  # of arrays: gold labels or scores, and answers
 
 
-def resample(clusters: Sequence[str]) -> list[np.ndarray]:
-    """`RESAMPLES` bootstrap samples with a fixed seed: row indices of whole clusters, drawn with replacement.
+def resample(clusters: Sequence[str], resamples: int = RESAMPLES) -> list[np.ndarray]:
+    """Bootstrap samples with a fixed seed: row indices of whole clusters, drawn with replacement.
 
     Args:
         clusters: The cluster of each row, see `corpora.clusters_of`.
+        resamples: The number of samples.
 
     Returns:
         An empty list if all rows are of one cluster, because one cluster does not show how much clusters differ.
     """
-    _, index = np.unique(clusters, return_inverse=True)
-    members = np.split(np.argsort(index, kind="stable"), np.cumsum(np.bincount(index))[:-1])
-    if len(members) == 1:
+    names, index = np.unique(clusters, return_inverse=True)
+    if len(names) == 1:
         return []
-    rng = np.random.default_rng(SEED)
-    drawn = rng.integers(len(members), size=(RESAMPLES, len(members)))
-    return [np.concatenate([members[cluster] for cluster in clusters]) for clusters in drawn]
+    rng, rows = np.random.default_rng(SEED), np.arange(len(index))
+    drawn = rng.multinomial(len(names), [1 / len(names)] * len(names), size=resamples)
+    return [np.repeat(rows, times[index]) for times in drawn]
 
 
 def intervals(
@@ -42,8 +42,8 @@ def intervals(
     Counts have no interval. An interval leaves out resamples on which its metric is undefined. It is None if the
     metric itself is undefined.
     """
-    observed = _figures(measure(gold, predicted))
     truth, answers = _arrays(gold, predicted)
+    observed = _figures(measure(truth, answers))
     drawn = [_figures(measure(truth[rows], answers[rows])) for rows in samples]
     return {name: _quantiles(_defined(drawn, name)) if value is not None else None for name, value in observed.items()}
 
@@ -54,11 +54,11 @@ def paired_differences(
     """For every metric, first run minus second: `difference`, its 95 % interval `low` to `high`, and `p_value`.
 
     Both runs are measured on the same resamples. The two-sided p-value is twice the smaller share of resamples on
-    either side of 0, including the observed sample (Davison and Hinkley 1997, sections 4.2 and 4.4). The result is
-    None if the metric is undefined for one of the runs, or if there are no resamples.
+    either side of 0, including the observed sample (Davison and Hinkley 1997, section 4.2). The result is None if the
+    metric is undefined for one of the runs, or if there are no resamples.
     """
-    observed = _subtracted(measure(gold, first), measure(gold, second))
     truth, one, other = _arrays(gold, first, second)
+    observed = _subtracted(measure(truth, one), measure(truth, other))
     drawn = [_subtracted(measure(truth[rows], one[rows]), measure(truth[rows], other[rows])) for rows in samples]
     found: dict[str, dict[str, float] | None] = {}
     for name, difference in observed.items():

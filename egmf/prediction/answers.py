@@ -33,9 +33,6 @@ class Answerer:
         plan: `segments`, `window` and `hop` of recordings, as far as the user gave them.
         options: Options of the pipeline's calls.
         num_workers: Processes that decode clips ahead of the model; 0 to decode in this one.
-
-    Raises:
-        ValueError: If the model is an older one, whose code divides no recordings, and the plan asks for that.
     """
 
     AHEAD = 16  # batches for each worker that are given to the pipeline at a time: starting a worker takes a while
@@ -46,9 +43,6 @@ class Answerer:
         self.recognize, self.batch_size, self.options = recognize, batch_size, options
         self.num_workers = num_workers
         self.plan = {name: value for name, value in plan.items() if value is not None}
-        self.divides = hasattr(recognize, "answer_segments")
-        if not self.divides and (self.plan or "transcriber" in options):
-            raise ValueError("model: got one whose own code divides no recordings, wanted a model of a later version")
 
     def __call__(self, samples: list[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yields the place of a file in `samples` and an answer to it, which has its `file`.
@@ -82,7 +76,7 @@ class Answerer:
 
     def _is_recording(self, sample: dict[str, Any]) -> bool:
         """Whether to divide a file. Words without times belong to a file as a whole."""
-        if not self.divides or sample.get("text") and not self.plan:
+        if sample.get("text") and not self.plan:
             return False
         return bool(self.plan) or not is_url(sample["file"]) and self.recognize.processor.is_long(sample["file"])
 
@@ -90,7 +84,7 @@ class Answerer:
         if not samples:
             return
         inputs, options = samples, {**self.options, "batch_size": self.batch_size}
-        if self.num_workers and self.divides and len(samples) > self.batch_size:
+        if self.num_workers and len(samples) > self.batch_size:
             inputs = _Clips(samples)  # a data set is answered as it is read, a list as a whole
             options["num_workers"] = self.num_workers
         for sample, answer in zip(samples, self.recognize(inputs, **options), strict=True):

@@ -45,9 +45,9 @@ CORPORA = {
     "meld": Corpus(
         "MELD", "https://github.com/declare-lab/MELD", "GPL-3.0, from a television series", "declare-lab/MELD"
     ),
-    "mosei": Corpus("CMU-MOSEI", "http://multicomp.cs.cmu.edu/resources/cmu-mosei-dataset/", "videos of YouTube"),
+    "mosei": Corpus("CMU-MOSEI", "http://multicomp.cs.cmu.edu/resources/cmu-mosei-dataset/", "YouTube videos"),
     "mosi": Corpus(
-        "CMU-MOSI", "https://github.com/soujanyaporia/contextual-multimodal-fusion", "features of videos of YouTube"
+        "CMU-MOSI", "https://github.com/soujanyaporia/contextual-multimodal-fusion", "features of YouTube videos"
     ),
     "mvsa": Corpus("MVSA", "https://mcrlab.net/research/mvsa-sentiment-analysis-on-multi-view-social-data/"),
     "ravdess": Corpus("RAVDESS", "https://zenodo.org/records/1188976", "CC BY-NC-SA 4.0"),
@@ -57,6 +57,7 @@ CORPORA = {
 FIGURES = {
     "accuracy": ("accuracy", "Accuracy"),
     "weighted_f1": ("f1", "Weighted F1"),
+    "ua": ("recall", "UA"),
     "mae": ("mae", "MAE"),
     "corr": ("pearsonr", "Corr"),
     "r2": ("r_squared", "R2"),
@@ -305,22 +306,23 @@ def _use(run: FinishedRun, repo_id: str, adapter_only: bool) -> str:
 inputs = processor(text="{words}"{media}, task="{task.name}")
 scores = model.score_labels(processor.candidates("{task.name}"), **inputs)
 print(processor.summarize(scores.log_probs, "{task.name}")[0])"""
-    note = "Every modality may be missing. "
+    note = "Any modality may be missing. "
     features = [
         f"`{name}_features` (frames, {run.config[f'{name}_feature_size']})"
         for name in modalities(run.config)[1:]
         if name not in run.towers
     ]
     if features:
-        note += f"The processor also takes {' and '.join(features)}, extracted and scaled like those in training. "
+        note += f"The processor also takes {' and '.join(features)}, extracted and scaled as in training. "
     if run.config.get("speaker_adaptation"):
         note += (
-            "It was trained with speaker adaptation: give the pipeline other clips of the speaker (`speaker_clips`). "
+            "The model was trained with speaker adaptation: give the pipeline other clips of the speaker "
+            "(`speaker_clips`). "
         )
-    note += "Loading runs the Python files of this repository: read them, and name a `revision`."
+    note += "Loading runs the Python files of this repository: read them first, and pin a `revision`."
     if adapter_only:
         return f"{_load_adapter(run, repo_id)}\n{ask}\n```\n\n{note}"
-    note += " On Inference Endpoints, `handler.py` gives the pipeline's answers: choose the task `custom`."
+    note += " On Inference Endpoints, choose the task `custom`; `handler.py` then returns the pipeline's answers."
     sample = f'"{file[1]}", text="{words}"' if file else f'{{"text": "{words}"}}'
     return f"""\
 ```python
@@ -343,8 +345,8 @@ def _load_adapter(run: FinishedRun, repo_id: str) -> str:
     towers = "".join(f', {name}_tower="{tower}"' for name, tower in run.hub_towers.items())
     named = [f"`{run.base_model}`", *(f"`{tower}`" for tower in run.hub_towers.values())]
     return f"""\
-This repository holds what was trained, and not {" nor ".join(named)}, which it is put on. `AutoModel` alone does not
-load it; this does:
+This repository contains only the trained weights, and `AutoModel` alone cannot load it. Load the weights onto
+{" and ".join(named)}:
 
 ```python
 from peft import PeftModel
@@ -367,15 +369,11 @@ def recipe_yaml(run: FinishedRun) -> str:
 
 def _training(run: FinishedRun) -> str:
     corpora = ", ".join(map(str, run.corpora.values()))
-    parts = [f"Trained on the training split of {corpora}. The recipe, also in [`recipe.yaml`](recipe.yaml):"]
+    parts = [f"Trained on the training split of {corpora}, with this recipe ([`recipe.yaml`](recipe.yaml)):"]
     parts.append(f"```yaml\n{recipe_yaml(run)}```")
-    parts.append("A name without a slash stands for a folder of whoever trained it.")
-    if "training" not in run.recipe:
-        parts.append("This run did not record the Trainer's settings (epochs, learning rate, seed).")
-    if packages := run.recipe.get("packages"):
-        parts.append("With " + ", ".join(f"{name} {version}" for name, version in packages.items()) + ".")
-    else:
-        parts.append("This run did not record the versions of its packages.")
+    parts.append("A model name without a slash is usually a local folder on the training machine.")
+    packages = run.recipe["packages"].items()
+    parts.append("Versions: " + ", ".join(f"{name} {version}" for name, version in packages) + ".")
     return "\n\n".join([*parts, *_log(run.log)])
 
 
@@ -408,11 +406,12 @@ def _log(log: list[dict[str, Any]]) -> list[str]:
 
 def _evaluation(run: FinishedRun) -> str:
     if not run.evaluations:
-        return "This model has not been evaluated, or what was measured did not come with it: there are no figures."
+        return "No evaluation results are included."
     parts = [
-        "As `eval.py` wrote them: the greedy text of `generate()`, in which what is no legal answer is wrong, and the "
-        "most probable legal answer; of scores also mean and median of the distribution. In brackets 95 % intervals, "
-        "by bootstrap. One trained model: they say nothing of how much seeds differ."
+        "These are the figures of `eval.py`. *Greedy* is the text of `generate()`; a text that is no legal answer "
+        "counts as wrong. *Distribution* is the most probable legal answer. For scores, *expected* and *median* are "
+        "the mean and the median of the distribution. Brackets contain 95 % bootstrap intervals. They come from one "
+        "training run and do not show the variation between seeds."
     ]
     for report in run.evaluations.values():
         corpus = CORPORA.get(report["corpus"], Corpus(report["corpus"]))
@@ -446,39 +445,40 @@ def _limits(run: FinishedRun) -> str:
     limits = []
     if run.is_random:
         limits.append(
-            "**Its language model began with random weights: this model shows that the code runs. What it answers "
-            "means nothing.**"
+            "**Its language model began with random weights. The model only shows that the code runs; its answers "
+            "mean nothing.**"
         )
     features = [name for name in modalities(run.config)[1:] if name not in run.towers]
     if features:
         limits.append(
-            f"Its {' and '.join(features)} are arrays that somebody has extracted, not files. Features other than "
-            "those it was trained on, or scaled otherwise, give answers without meaning."
+            f"It reads {' and '.join(features)} as precomputed arrays, not as files. Features of another kind or on "
+            "another scale than those of the training give meaningless answers."
         )
     drawn = run.corpora.keys() & {"avatars", "generated"}
     if drawn:
         limits.append(
-            "Trained on generated data, in which no person is seen or heard: it does not carry over to people."
+            "It was trained on generated data, in which no person is seen or heard: it does not generalise to real "
+            "people."
         )
     if run.corpora.keys() - drawn:
         limits.append(
-            "It knows what its training data hold. People who act, are filmed or write for others do not show how "
-            "people feel or talk elsewhere."
+            "It reflects its training data. People who act, are filmed or write for others do not show how people "
+            "feel or talk elsewhere."
         )
     if run.is_copy:
         limits.append(
-            f"Its language model was read from a copy of {run.base_model} on the machine that trained, not from the "
-            "Hub: of SmolLM2-135M-Instruct that may be one whose weights were rounded to 4 bits."
+            f"Its language model was loaded from a local copy of {run.base_model}, not from the Hub. A copy of "
+            "SmolLM2-135M-Instruct may be one whose weights were rounded to 4 bits."
         )
     languages = sorted({task.language for task in run.tasks})
     limits.append(
-        f"It was trained in {' and '.join({'en': 'English', 'zh': 'Chinese'}[code] for code in languages)} alone."
+        f"Its training prompts are in {' and '.join({'en': 'English', 'zh': 'Chinese'}[code] for code in languages)}."
     )
     if not run.evaluations:
-        limits.append("Nobody has measured it.")
+        limits.append("It has not been evaluated.")
     if not any("calibration" in report for report in run.evaluations.values()):
-        limits.append("Nobody has measured how well its probabilities are calibrated.")
-    limits.append("Gate weights say what was mixed, not why.")
+        limits.append("The calibration of its probabilities has not been measured.")
+    limits.append("Gate weights show what the gate mixed. They do not explain the answer.")
     return "\n".join(f"- {limit}" for limit in limits)
 
 
@@ -489,11 +489,11 @@ def _licence(run: FinishedRun, license: str | None) -> str:
     corpora = ", ".join(map(str, run.corpora.values()))
     derived = (
         f"The code (`*.py`) is under the [Apache License 2.0](LICENSE). The weights are derived from {base} and were "
-        f"trained on {corpora}: the terms of all of these hold for what may be done with them."
+        f"trained on {corpora}; their use is subject to the terms of all of these."
     )
     named = [f"`{tower}`" for name in run.towers if isinstance(tower := run.recipe[f"{name}_tower"], str)]
     if named:
-        derived += f" So do those of its encoders, {' and '.join(named)}."
+        derived += f" The terms of its encoders, {' and '.join(named)}, apply too."
     if license is None:
-        return derived + " Whoever published this model has not put it under a licence of its own."
-    return derived + f" Whoever published this model has put it under `{license}`."
+        return derived + " The publisher of this model has not put it under a licence of its own."
+    return derived + f" The publisher of this model has put it under `{license}`."

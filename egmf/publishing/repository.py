@@ -32,7 +32,7 @@ from egmf.modeling_egmf import EGMFForConditionalGeneration
 from egmf.processing_egmf import AffectTask
 from egmf.publishing.model_card import FinishedRun, recipe_yaml, write_card
 from egmf.publishing.pins import ROOT, pins
-from egmf.recipe import complete_record
+from egmf.recipe import default_record
 
 
 # Files of `model/` that are published unchanged: configurations, the processor's files, the code.
@@ -77,7 +77,7 @@ def read_run(folder: Path, base_model: str | None = None) -> FinishedRun:
     recipe, config, processor = map(
         _read, (model / f"{name}.json" for name in ("recipe", "config", "processor_config"))
     )
-    recipe = complete_record(recipe)
+    recipe = default_record() | recipe  # the run may be older than a field
     for options in (recipe["corpus_options"], *(part.get("options", {}) for part in recipe["corpora"].values())):
         options.pop("media", None)  # the folder of the clips
     name = recipe["language_model"]

@@ -27,8 +27,6 @@ def write_space(
     repo_id: str,
     examples: list[tuple[str, str]],
     transcriber: str | None = None,
-    megabytes: int = 100,
-    seconds: int = 600,
 ) -> SpaceCard:
     """Writes a new folder with everything that a Space of Gradio needs, and returns its card.
 
@@ -37,7 +35,6 @@ def write_space(
         repo_id: Hub id of the model.
         examples: Clips, which are copied, with their words.
         transcriber: Hub id of a speech recognition model for clips without words.
-        megabytes, seconds: Limits of a clip.
 
     Raises:
         ValueError: If the folder has files, an example is no file, or the transcriber is a local folder.
@@ -63,17 +60,14 @@ def write_space(
         shutil.copyfile(file, folder / copy)
         copies.append([copy.as_posix(), words])
     settings: dict[str, Any] = {"model": repo_id, "transcriber": transcriber, "examples": copies}
-    settings |= {"max_megabytes": megabytes, "max_seconds": seconds}
     (folder / "space.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     [gradio] = pins("requirements-space.txt", ["gradio"])
     lines = [gradio, *pins("requirements.txt", PACKAGES)]
     (folder / "requirements.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return _write_card(folder, repo_id, transcriber, gradio.partition("==")[2], megabytes, seconds)
+    return _write_card(folder, repo_id, transcriber, gradio.partition("==")[2])
 
 
-def _write_card(
-    folder: Path, repo_id: str, transcriber: str | None, gradio: str, megabytes: int, seconds: int
-) -> SpaceCard:
+def _write_card(folder: Path, repo_id: str, transcriber: str | None, gradio: str) -> SpaceCard:
     title = repo_id.partition("/")[2]
     data = SpaceCardData(
         title=title,
@@ -89,7 +83,7 @@ def _write_card(
         short_description="Emotion and sentiment from words, voice and face",
     )
     body = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
-        title=title, model=repo_id, megabytes=megabytes, seconds=seconds, misuse=section("Use and misuse")
+        title=title, model=repo_id, misuse=section("Use and misuse")
     )
     (folder / "README.md").write_text(f"---\n{data.to_yaml()}\n---\n\n{body}", encoding="utf-8")
     return SpaceCard.load(folder / "README.md")

@@ -16,7 +16,7 @@ from typing import Any
 LOGGER = logging.getLogger(__name__)
 LONGEST_WORDS = 5000  # characters
 MOST_LABELS, LONGEST_LABELS = 50, 1000  # the user's own, and their characters; memory grows with the cube of both
-FAILED = "The clip could not be answered: an error in the program. Nothing of it was kept."
+FAILED = "An internal error occurred, so there is no answer. An uploaded clip has been deleted."
 
 
 class NamedFile(os.PathLike):
@@ -135,12 +135,10 @@ class Recognizer:
         transcriber: Folder or Hub id of a speech recognition model for clips without words.
 
     Raises:
-        ValueError: If the model is an older one, whose code divides no recordings, or the transcriber is none.
+        ValueError: If the transcriber is none.
     """
 
     def __init__(self, recognize: Any, max_seconds: float, transcriber: str | None = None):
-        if not hasattr(recognize, "answer_segments"):
-            raise ValueError("model: got one whose own code divides no recordings, wanted a model of a later version")
         self.recognize, self.max_seconds = recognize, max_seconds
         self.transcriber: Any = None
         if transcriber is not None:

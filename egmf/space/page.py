@@ -20,8 +20,8 @@ REFRESH = 0.5  # seconds between two pictures of a growing timeline
 OLDEST, SWEEP = 3600, 600  # seconds that an upload may wait for a question, and between two looks for such
 WAITING = 20  # questions in the queue; more are told to come back
 HEAD = """# {}
-Choose or record a clip and ask what its speaker expresses. A clip may have {} MB and {} seconds. The server deletes it
-as soon as it is answered. **A label is what annotators saw in clips, not what the person felt:** read about
+Choose or record a clip and ask what its speaker expresses. A clip may be at most {} MB and {} seconds long. The server
+deletes it as soon as it is answered. **A label is what annotators saw in clips, not what the person felt:** read about
 [use and misuse](#use-and-misuse) below."""
 SOUNDS = {".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aac"}
 

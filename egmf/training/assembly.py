@@ -114,7 +114,6 @@ def build_processor(recipe: Recipe, language_model: str, towers: dict[str, tuple
         num_pseudo_tokens=recipe.fusion["num_pseudo_tokens"],
         num_frames=recipe.model.num_frames,
         tasks=recipe.data.task_definitions,
-        max_context_tokens=recipe.data.max_context_tokens,
         default_task=recipe.data.tasks[0],
         trained_tasks=recipe.data.tasks,
     )
@@ -327,7 +326,6 @@ def build_model(
         **fusion,
         audio_input_rate=processor.audio_input_rate if "audio" in towers else None,
         speaker_adaptation=recipe.data.speaker_adaptation,
-        speaker_deviation=recipe.data.speaker_adaptation,
         **{f"{modality}_tower": tower for modality, (tower, _) in towers.items()},
         **{f"{modality}_feature_size": len(mean) for modality, (mean, _) in statistics.items()},
     )

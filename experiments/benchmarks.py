@@ -1,27 +1,35 @@
-"""Collects finished runs in results/NAME.json and renders results/NAME.md and README.md, for mosi and meld.
+"""Trains and tests the variants of a recipe, and writes the results of MOSI and MELD.
 
-    python -m experiments.make_tables collect mosi RUNS_DIR
-    python -m experiments.make_tables render
+    python -m experiments.benchmarks run recipes/mosi_smollm2.yaml --corpus_dir DIR --runs_dir RUNS_DIR \
+        --variants full text --seeds 1111 2222 3333
+    python -m experiments.benchmarks collect mosi RUNS_DIR
+    python -m experiments.benchmarks render
 
-`collect` reads every evaluated folder `RUNS_DIR/<variant>_<seed>/`: `test/metrics.json` and `test/predictions.jsonl`
-of `eval.py`, and `command.txt`, which contains the training and the evaluation command, one per line. It adds these
-runs to the runs collected before, so that runs may come from several machines. `results/NAME_answers.csv` keeps all
-answers, one column per run and kind of answer (empty: unparsable). `render` reads the JSON files.
+`run` trains and tests any recipe, one run after the other, into `RUNS_DIR/VARIANT_SEED/`. It skips finished runs,
+resumes an interrupted one from its last checkpoint, and passes other arguments (`--language_model Qwen/Qwen3-8B`) to
+`train.py`. For a mixture, each corpus is tested in a folder with its name. `collect` adds tested runs to
+results/NAME.json, and every answer to results/NAME_answers.csv (one column per run and kind of answer; empty:
+unparsable); a run replaces an earlier one of its variant and seed. `render` reads only the JSON files and also fills
+the tables in README.md.
 """
 
 import argparse
 import csv
+import importlib
 import json
-import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import yaml
 
+from corpora import clusters_of
+from egmf.evaluation.significance import mcnemar, resample
 from egmf.tables import mean_and_deviation, table
-from experiments.bootstrap import RESAMPLES, cluster_bootstrap
-from experiments.pages import README, RESULTS, fill_readme, percent, read_predictions
+from experiments.bootstrap import METRICS, RESAMPLES, compare
+from experiments.pages import RESULTS, percent, read_predictions, write_page
+from experiments.running import NAMES, VARIANTS, evaluation, run_steps, training
 
 
 ANSWERS = ("distribution", "greedy")
@@ -30,39 +38,23 @@ MEASURES = ("accuracy", "weighted_f1")
 
 @dataclass(frozen=True)
 class Benchmark:
-    """The constants of a benchmark.
+    """The constants of a benchmark, which has the name of its corpus.
 
     Args:
         title: Heading of the results page.
         about: Short description of what was trained and tested.
-        cluster: Regular expression of a test id; its first group is the cluster that the bootstrap draws.
-        clusters: Name of the clusters, in the plural.
-        variants: Description of each variant, in the order of the table. Paired tests compare the first two.
+        full: Name of the full model in tables.
         measure: Metric of the published scores.
         published: Model, input modalities, score in percent, and source of each published score.
     """
 
     title: str
     about: str
-    cluster: str
-    clusters: str
-    variants: dict[str, str]
+    full: str
     measure: str
     published: tuple[tuple[str, str, str, str], ...]
 
 
-PARTS = {
-    "no_local": "without the local expert",
-    "no_semantic": "without the semantic correlation expert",
-    "no_global": "without the global expert",
-    "flat": "flat gate instead of the hierarchical one",
-}
-MODALITIES = {
-    "full": "full model: text, audio and vision",
-    "text": "text only",
-    "audio": "audio only",
-    "vision": "vision only",
-}
 COSMIC = "Ghosal et al. 2020, arXiv 2010.02795"
 MSE_ADAPTER = "Yang et al. 2025, arXiv 2502.12478; mean of 5 seeds"
 BENCHMARKS = {
@@ -70,9 +62,7 @@ BENCHMARKS = {
         title="CMU-MOSI",
         about="Positive or negative, on the utterance features of contextual-multimodal-fusion. SmolLM2-135M-Instruct "
         "with LoRA; validation is cut off train by video, and nothing is selected on test.",
-        cluster=r"(.+)\$_\$[^$]+",
-        clusters="videos",
-        variants=MODALITIES | PARTS,
+        full="full model: text, audio and vision",
         measure="Accuracy",
         published=(
             ("bc-LSTM", "text, audio, vision", "80.3", "Poria et al. 2017, ACL"),
@@ -83,9 +73,7 @@ BENCHMARKS = {
         title="MELD",
         about="Seven emotions, from the text and the dialogue before it (MELD's CSV files come without media). "
         "SmolLM2-135M-Instruct with LoRA; validation is MELD's dev split, and nothing is selected on test.",
-        cluster=r"test_(dia\d+)_utt\d+",
-        clusters="dialogues",
-        variants=MODALITIES | {"full": "full model: text with its dialogue"} | PARTS,
+        full="full model: text with its dialogue",
         measure="Weighted F1",
         published=(
             ("MSE-Adapter, Qwen-1.8B", "text, audio, vision, no context", "59.87", MSE_ADAPTER),
@@ -103,8 +91,23 @@ BENCHMARKS = {
 Predictions = dict[tuple[str, int], dict[str, dict]]  # (variant, seed) -> id -> {"gold", "answers": {answer: label}}
 
 
+def run(args: argparse.Namespace, more: list[str]) -> None:
+    """Trains and tests every unfinished variant and seed."""
+    fields = yaml.safe_load(args.recipe.read_text(encoding="utf-8"))
+    tests = {"test": (fields.get("corpus"), args.corpus_dir)}
+    if "corpora" in fields:
+        tests = {name: (name, str(Path(args.corpus_dir) / name)) for name in fields["corpora"]}
+    for seed in args.seeds:
+        for variant in args.variants:
+            folder = args.runs_dir / f"{variant}_{seed}"
+            steps = [training(folder, str(args.recipe), args.corpus_dir, seed, *VARIANTS[variant], *more)]
+            for name, test in tests.items():
+                steps.append(evaluation(folder, f"{name}/metrics.json", *test, "--split", "test"))
+            run_steps(folder, steps, {args.corpus_dir: "DIR", str(args.runs_dir): "RUNS_DIR"})
+
+
 def collect(name: str, runs_dir: Path, known: tuple[dict, Predictions] | None = None) -> tuple[dict, Predictions]:
-    """Adds the evaluated runs of a folder to the `known` ones; prints a line for each folder that is left out.
+    """Adds the tested runs of a folder to the `known` ones; prints a line for each folder that is left out.
 
     Returns:
         The content of `results/NAME.json`: `test_set` (samples, clusters, and the accuracy of the most frequent
@@ -112,16 +115,16 @@ def collect(name: str, runs_dir: Path, known: tuple[dict, Predictions] | None = 
         only); and the answers of all runs.
 
     Raises:
-        ValueError: If there is no evaluated run, or the name, commands, ids or metrics of a run are invalid.
+        ValueError: If there is no tested run, or the name, commands, ids or metrics of a run are invalid.
     """
-    benchmark, runs, predictions = BENCHMARKS[name], [], {}
+    runs, predictions = [], {}
     for folder in sorted(path for path in runs_dir.iterdir() if path.is_dir()):
         if not (folder / "test" / "metrics.json").is_file():
             print(f"{folder}: not evaluated, left out")
             continue
         variant, _, seed = folder.name.rpartition("_")
-        if variant not in benchmark.variants or not seed.isdecimal():
-            raise ValueError(f"{folder}: wanted a name VARIANT_SEED with a variant of {list(benchmark.variants)}")
+        if variant not in NAMES or not seed.isdecimal():
+            raise ValueError(f"{folder}: wanted a name VARIANT_SEED with a variant of {list(NAMES)}")
         commands = (folder / "command.txt").read_text(encoding="utf-8").split("\n")
         commands = [line.strip() for line in commands if line.strip()]
         if len(commands) != 2 or "train.py" not in commands[0] or "eval.py" not in commands[1]:
@@ -129,33 +132,34 @@ def collect(name: str, runs_dir: Path, known: tuple[dict, Predictions] | None = 
         rows = predictions[variant, int(seed)] = read_predictions(folder / "test" / "predictions.jsonl")
         metrics = json.loads((folder / "test" / "metrics.json").read_text(encoding="utf-8"))["answers"]
         for answer in ANSWERS:
-            got, wanted = metrics[answer]["accuracy"], float(np.mean(list(_correct(rows, answer).values())))
+            right = [row["answers"][answer] == row["gold"] for row in rows.values()]
+            got, wanted = metrics[answer]["accuracy"], float(np.mean(right))
             if abs(got - wanted) > 1e-6:
                 raise ValueError(f"{folder}: metrics.json has accuracy {got}, predictions.jsonl has {wanted}")
-            run = {"variant": variant, "seed": int(seed), "answer": answer}
-            run |= {measure: round(metrics[answer][measure], 6) for measure in MEASURES}
-            runs.append(run | {"unparsable": metrics[answer]["unparsable"], "command": " && ".join(commands)})
+            own = {"variant": variant, "seed": int(seed), "answer": answer}
+            own |= {measure: round(metrics[answer][measure], 6) for measure in MEASURES}
+            runs.append(own | {"unparsable": metrics[answer]["unparsable"], "command": " && ".join(commands)})
     if not runs:
         raise ValueError(f"{runs_dir}: no run has been evaluated")
     if known is not None:
-        runs += [run for run in known[0]["runs"] if (run["variant"], run["seed"]) not in predictions]
+        runs += [own for own in known[0]["runs"] if (own["variant"], own["seed"]) not in predictions]
         predictions = known[1] | predictions
 
     gold = {key: {row_id: row["gold"] for row_id, row in rows.items()} for key, rows in predictions.items()}
-    first_key = next(iter(gold))
-    for key, labels in gold.items():
-        if labels != gold[first_key]:
+    first_key, labels = next(iter(gold.items()))
+    for key, others in gold.items():
+        if others != labels:
             raise ValueError(f"{runs_dir}: {key} and {first_key} were not tested on the same samples")
-    clusters = {row_id: _cluster(benchmark, row_id) for row_id in gold[first_key]}
-    labels = list(gold[first_key].values())
+    _, clusters = clusters_of(name, [*labels], [None] * len(labels))
+    given = [*labels.values()]
     test_set = {
         "samples": len(labels),
-        "clusters": len(set(clusters.values())),
-        "majority_accuracy": round(max(map(labels.count, set(labels))) / len(labels), 6),
+        "clusters": len(set(clusters)),
+        "majority_accuracy": round(max(map(given.count, set(given))) / len(labels), 6),
     }
-    order = list(benchmark.variants)
-    runs.sort(key=lambda run: (order.index(run["variant"]), run["seed"], ANSWERS.index(run["answer"])))
-    tests = [test for answer in ANSWERS for test in _paired_tests(order[:2], answer, predictions, clusters)]
+    order = list(NAMES)
+    runs.sort(key=lambda own: (order.index(own["variant"]), own["seed"], ANSWERS.index(own["answer"])))
+    tests = [test for answer in ANSWERS for test in _paired_tests(answer, labels, predictions, clusters)]
     return {"test_set": test_set, "runs": runs, "paired_tests": tests}, predictions
 
 
@@ -177,58 +181,43 @@ def read_answers(path: Path) -> Predictions:
         for row in csv.DictReader(file):
             row_id, gold = row.pop("id"), row.pop("gold")
             for column, label in row.items():
-                run, answer = column.rsplit(":", 1)
-                variant, _, seed = run.rpartition("_")
+                own, answer = column.rsplit(":", 1)
+                variant, _, seed = own.rpartition("_")
                 rows = predictions.setdefault((variant, int(seed)), {})
                 rows.setdefault(row_id, {"gold": gold, "answers": {}})["answers"][answer] = label or None
     return predictions
 
 
-def _correct(rows: dict[str, dict], answer: str) -> dict[str, bool]:
-    """Whether each answer of a run is correct, by id; an unparsable answer (None) is wrong."""
-    return {row_id: row["answers"][answer] == row["gold"] for row_id, row in rows.items()}
+def _paired_tests(answer: str, gold: dict[str, str], predictions: Predictions, clusters: list[str]) -> list[dict]:
+    """Tests of the full model against text only; none without a seed that both have.
 
-
-def _cluster(benchmark: Benchmark, row_id: str) -> str:
-    match = re.fullmatch(benchmark.cluster, row_id)
-    if match is None:
-        raise ValueError(f"id {row_id!r}: wanted one like {benchmark.cluster}")
-    return match[1]
-
-
-def _paired_tests(variants: list[str], answer: str, predictions: dict, clusters: dict[str, str]) -> list[dict]:
-    """McNemar's test per seed and over all seeds, and a bootstrap over clusters; empty without a common seed."""
-    from egmf.evaluation.significance import mcnemar  # rendering needs no statistics
-
-    first, second = variants
-    seeds = sorted(seed for variant, seed in predictions if variant == first and (second, seed) in predictions)
+    McNemar's test per seed and over all seeds, and a bootstrap over clusters.
+    """
+    seeds = sorted(seed for variant, seed in predictions if variant == "full" and ("text", seed) in predictions)
     if not seeds:
         return []
-    ids = sorted(clusters)
-    outcomes = {}
-    for variant in variants:
-        by_seed = [_correct(predictions[variant, seed], answer) for seed in seeds]
-        outcomes[variant] = np.array([[correct[row_id] for row_id in ids] for correct in by_seed])  # (seeds, samples)
-    head = {"first": first, "second": second, "answer": answer}
-    groups = [([seed], slice(i, i + 1)) for i, seed in enumerate(seeds)]
-    groups += [(seeds, slice(None))] if len(seeds) > 1 else []
-    tests = []
-    for group, rows in groups:
-        pair = [outcomes[variant][rows].ravel().tolist() for variant in variants]
-        tests.append({"test": "mcnemar"} | head | {"seeds": group} | mcnemar(*pair))
-    difference = outcomes[first].mean(0) - outcomes[second].mean(0)  # (samples,)
-    names = [clusters[row_id] for row_id in ids]
-    return [*tests, {"test": "bootstrap"} | head | {"seeds": seeds} | cluster_bootstrap(difference, names)]
+    head = {"first": "full", "second": "text", "answer": answer}
+    given = [
+        [[predictions[variant, seed][row_id]["answers"][answer] for row_id in gold] for seed in seeds]
+        for variant in ("full", "text")
+    ]
+    right = np.array(given, object) == np.array([*gold.values()], object)  # (variants, seeds, samples)
+    groups = [([seed], right[:, [place]]) for place, seed in enumerate(seeds)]
+    groups += [(seeds, right)] if len(seeds) > 1 else []
+    found = [("mcnemar", own, mcnemar(*pair.reshape(2, -1).tolist())) for own, pair in groups]
+    found.append(("bootstrap", seeds, compare([*gold.values()], *given, resample(clusters, RESAMPLES))))
+    return [{"test": test} | head | {"seeds": own} | figures for test, own, figures in found]
 
 
 def render(name: str, data: dict) -> str:
     """The text of `results/NAME.md`."""
     benchmark, runs, tests = BENCHMARKS[name], data["runs"], data["paired_tests"]
+    unit = importlib.import_module(f"corpora.{name}").CLUSTERS[0]
     parts = [f"# {benchmark.title}: test results", benchmark.about]
     if runs:
         test_set = data["test_set"]
         parts.append(
-            f"{test_set['samples']} test utterances of {test_set['clusters']} {benchmark.clusters}; always answering "
+            f"{test_set['samples']} test utterances of {test_set['clusters']} {unit}; always answering "
             f"the most frequent class of the test set has accuracy {percent(test_set['majority_accuracy'])}. Figures "
             "are percent, mean ± standard deviation over seeds. *Greedy* is the text of plain `generate()`, and an "
             "unparsable text is a wrong answer; *distribution* is the most probable legal answer of `score_labels()`."
@@ -239,13 +228,12 @@ def render(name: str, data: dict) -> str:
     parts.append(main_table(name, data))
     parts += ["## Published", table(["model", "input", benchmark.measure, "source"], benchmark.published)]
     if tests:
-        parts += ["## Full model against text only", *_test_tables(benchmark, tests)]
+        parts += ["## Full model against text only", *_test_tables(unit, tests)]
     if runs:
-        commands = {(run["variant"], run["seed"]): run["command"].replace(" && ", "\n") for run in runs}
+        commands = {(own["variant"], own["seed"]): own["command"].replace(" && ", "\n") for own in runs}
         blocks = [f"# {variant}, seed {seed}\n{command}" for (variant, seed), command in commands.items()]
         parts += ["## Commands", "```bash\n" + "\n\n".join(blocks) + "\n```"]
-    source = f"results/{name}.json"
-    parts.append(f"Made from `{source}` by `python -m experiments.make_tables render`.")
+    parts.append(f"Made from `results/{name}.json` by `python -m experiments.benchmarks render`.")
     return "\n\n".join(parts) + "\n"
 
 
@@ -254,23 +242,23 @@ def main_table(name: str, data: dict) -> str:
     if not data["runs"]:
         return "No run has been collected yet."
     rows = []
-    for variant, words in BENCHMARKS[name].variants.items():
+    for variant, words in (NAMES | {"full": BENCHMARKS[name].full}).items():
         runs = {
             answer: [r for r in data["runs"] if (r["variant"], r["answer"]) == (variant, answer)] for answer in ANSWERS
         }
         if runs["greedy"]:
             cells = [
-                mean_and_deviation([100 * run[measure] for run in runs[answer]], 2)
+                mean_and_deviation([100 * own[measure] for own in runs[answer]], 2)
                 for answer in ANSWERS
                 for measure in MEASURES
             ]
-            unparsable = sum(run["unparsable"] for run in runs["greedy"])
+            unparsable = sum(own["unparsable"] for own in runs["greedy"])
             rows.append((words, str(len(runs["greedy"])), *cells, str(unparsable)))
-    head = ["model", "seeds"] + [f"{answer}: {m}" for answer in ANSWERS for m in ("accuracy", "weighted F1")]
+    head = ["model", "seeds"] + [f"{answer}: {METRICS[measure]}" for answer in ANSWERS for measure in MEASURES]
     return table([*head, "unparsable, all seeds"], rows)
 
 
-def _test_tables(benchmark: Benchmark, tests: list[dict]) -> list[str]:
+def _test_tables(unit: str, tests: list[dict]) -> list[str]:
     counts = [
         (t["answer"], _seeds(t), str(t["first_only"]), str(t["second_only"]), _p(t))
         for t in tests
@@ -282,12 +270,11 @@ def _test_tables(benchmark: Benchmark, tests: list[dict]) -> list[str]:
         if t["test"] == "bootstrap"
     ]
     return [
-        "McNemar's exact test on the same samples. It takes them for independent: it ignores "
-        f"{benchmark.clusters}, and over several seeds it counts every sample once per seed. The bootstrap below does "
-        "neither.",
+        f"McNemar's exact test on the same samples. It takes them for independent: it ignores {unit}, and over "
+        "several seeds it counts every sample once per seed. The bootstrap below does neither.",
         table(["answer", "seeds", "only the full model right", "only text right", "p"], counts),
-        f"Bootstrap over {benchmark.clusters} ({RESAMPLES:,} resamples) of the difference in accuracy, averaged over "
-        "the seeds that both have.",
+        f"Bootstrap over {unit} ({RESAMPLES:,} resamples) of the difference in accuracy, averaged over the seeds that "
+        "both have.",
         table(["answer", "seeds", "difference, points", "95 % interval", "p"], means),
     ]
 
@@ -307,12 +294,22 @@ def _p(test: dict) -> str:
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
+    runner = commands.add_parser("run", help="train and test variants of a recipe")
+    runner.add_argument("recipe", type=Path)
+    runner.add_argument("--corpus_dir", required=True)
+    runner.add_argument("--runs_dir", type=Path, required=True)
+    runner.add_argument("--variants", nargs="+", choices=VARIANTS, default=["full", "text"])
+    runner.add_argument("--seeds", nargs="+", type=int, default=[1111, 2222, 3333, 4444, 5555])
     collector = commands.add_parser("collect", help="runs -> results/NAME.json")
     collector.add_argument("name", choices=BENCHMARKS)
     collector.add_argument("runs_dir", type=Path)
     commands.add_parser("render", help="results/*.json -> results/*.md and README.md")
-    args = parser.parse_args(arguments)
-    if args.command == "collect":
+    args, more = parser.parse_known_args(arguments)
+    if more and args.command != "run":
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
+    if args.command == "run":
+        run(args, more)
+    elif args.command == "collect":
         file, answers, known = RESULTS / f"{args.name}.json", RESULTS / f"{args.name}_answers.csv", None
         if answers.is_file():
             known = json.loads(file.read_text(encoding="utf-8")), read_answers(answers)
@@ -320,13 +317,10 @@ def main(arguments: list[str]) -> None:
         file.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
         write_answers(answers, predictions)
         print(f"{file}, {answers}")
-        return
-    readme = README.read_text(encoding="utf-8")
-    for name in BENCHMARKS:
-        data = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-        (RESULTS / f"{name}.md").write_text(render(name, data), encoding="utf-8")
-        readme = fill_readme(readme, name, main_table(name, data))
-    README.write_text(readme, encoding="utf-8")
+    else:
+        for name in BENCHMARKS:
+            data = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+            write_page(name, render(name, data), main_table(name, data))
 
 
 if __name__ == "__main__":
