@@ -56,7 +56,7 @@ def main(arguments: list[str]) -> None:
     recognize = pipeline("affect-recognition", model=args.model, trust_remote_code=True, **loading_options(args))
     recognizer = Recognizer(recognize, args.max_seconds, args.transcriber)
     processor = recognize.processor
-    tasks = processor.trained_tasks or list(processor.tasks)
+    tasks = processor.trained_tasks or [*filter(None, [processor.default_task])] or list(processor.tasks)
     title = "EGMF" if Path(args.model).is_dir() else args.model
     page = build_page(recognizer, title, tasks, examples, args.max_megabytes)
     launch_page(page, args.max_megabytes, server_port=args.port)

@@ -49,11 +49,11 @@ def adaptation_warning(config: PreTrainedConfig, modalities: Iterable[str], cent
     """What to say if a model gets speakers' centers otherwise than in training; None if it gets them as in training.
 
     Args:
-        config: Config of the model; one of an older version has no `speaker_adaptation`.
+        config: Config of the model.
         modalities: The modalities of the sample, other than text.
         centred: The modalities with a center.
     """
-    trained, given = getattr(config, "speaker_adaptation", False), set(centred)
+    trained, given = config.speaker_adaptation, set(centred)
     wrong = " and ".join(name for name in modalities if (name in given) != trained)
     if not wrong:
         return None

@@ -386,10 +386,10 @@ class EGMFProcessor(ChatsMixin, MediaInputsMixin, RecordingsMixin, ProcessorMixi
 
     def _piece(self, text: str) -> list[int]:
         """Token ids of a constant piece of text, cached."""
-        if text not in self._pieces:
-            _make_room(self._pieces)
-            self._pieces[text] = self._encode([text])[0]
-        return self._pieces[text]
+        if (ids := self._pieces.get(text)) is None:
+            ids = self._encode([text])[0]
+            _keep(self._pieces, text, ids)
+        return ids
 
     def _decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False).strip()
@@ -432,7 +432,7 @@ class EGMFProcessor(ChatsMixin, MediaInputsMixin, RecordingsMixin, ProcessorMixi
 
     def _all_answer_ids(self, task: AffectTask) -> list[list[int]]:
         """Token ids of every legal answer. Checks that they decode to the answer, which makes them distinct."""
-        if task not in self._answer_ids:
+        if (rows := self._answer_ids.get(task)) is None:
             cue, space = self._piece(task.cue), SPACE[task.language]
             joined = self._encode([task.cue + space + answer for answer in task.answers])
             separate = self._encode([space + answer for answer in task.answers])
@@ -441,9 +441,8 @@ class EGMFProcessor(ChatsMixin, MediaInputsMixin, RecordingsMixin, ProcessorMixi
             for answer, ids in zip(task.answers, rows, strict=True):
                 if (spelled := self._decode(ids)) != answer:
                     raise ValueError(f"Task {task.name!r}: the tokenizer turns answer {answer!r} into {spelled!r}.")
-            _make_room(self._answer_ids)
-            self._answer_ids[task] = rows
-        return self._answer_ids[task]
+            _keep(self._answer_ids, task, rows)
+        return rows
 
     def continuations(self, task: str | AffectTask) -> dict[tuple[int, ...], list[int]]:
         """Maps each token prefix of the legal answers (with EOS) to the token ids that may follow."""
@@ -457,10 +456,11 @@ class EGMFProcessor(ChatsMixin, MediaInputsMixin, RecordingsMixin, ProcessorMixi
         return trie
 
 
-def _make_room(cache: dict) -> None:
-    """Drops the oldest of many entries: callers may bring ever new labels."""
-    if len(cache) >= MOST_CACHED:
-        cache.pop(next(iter(cache)))
+def _keep(cache: dict, key: Any, value: Any) -> None:
+    """Adds an entry, and drops the oldest of many: callers may bring ever new labels, also in several threads."""
+    cache[key] = value
+    if len(cache) > MOST_CACHED:
+        cache.pop(next(iter(list(cache))), None)
 
 
 def _sub_processor(kind: str, value: Any):

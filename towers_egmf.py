@@ -28,7 +28,8 @@ def build_tower(config: PreTrainedConfig) -> PreTrainedModel:
     An attention implementation that the tower does not have was meant for the LLM: the tower uses its default.
     """
     family, asked = MODEL_MAPPING[type(config)], config._attn_implementation or ""
-    if asked == "sdpa" and not family._supports_sdpa or "flash" in asked and not family._supports_flash_attn:
+    has = {"sdpa": family._supports_sdpa, "flex_attention": family._supports_flex_attn}
+    if not has.get(asked, "flash" not in asked or family._supports_flash_attn):
         config._attn_implementation = None
     tower = AutoModel.from_config(config)
     return tower.get_encoder() if getattr(config, "is_encoder_decoder", False) else tower

@@ -47,7 +47,7 @@ def load_converted(name: str, folder: str | os.PathLike, media: str | os.PathLik
     for file in sum(files.values(), []):
         if not Path(file).is_file():
             raise FileNotFoundError(f"{file}: no such file, wanted all files listed in {folder / REPORT}")
-    splits = load_dataset("parquet", data_files=files, features=FEATURES)
+    splits = load_dataset("parquet", data_files=files, columns=[*FEATURES], features=FEATURES)
     for split, rows in splits.items():
         if len(rows) != report["splits"][split]["rows"]:
             raise ValueError(f"{folder}: {split}: got {len(rows)} rows, wanted {report['splits'][split]['rows']}")

@@ -115,7 +115,8 @@ def collect(name: str, runs_dir: Path, known: tuple[dict, Predictions] | None = 
         only); and the answers of all runs.
 
     Raises:
-        ValueError: If there is no tested run, or the name, commands, ids or metrics of a run are invalid.
+        ValueError: If there is no tested run, the name, commands or metrics of a run are invalid, or runs were tested
+            on different samples.
     """
     runs, predictions = [], {}
     for folder in sorted(path for path in runs_dir.iterdir() if path.is_dir()):

@@ -73,6 +73,19 @@ def test_converted_reads_as_the_files(folder, form):
     assert sorted(path.name for path in folder.iterdir() if path.name != "cache") == ["converted", "files"]
 
 
+def test_a_column_that_the_schema_has_no_more_is_left_out(folder):
+    """A conversion may be older than the schema."""
+    name, source, options, write = WRITERS["meld features"]
+    (folder / "files").mkdir()
+    write(folder / "files")
+    report = convert(name, folder / "files" / source, folder / "converted", allow_mismatch=True, **options)
+    wanted = load_corpus(name, folder / "converted", **options)["test"].to_list()
+    for file in report["splits"]["test"]["files"]:
+        table = pq.read_table(folder / "converted" / file)
+        pq.write_table(table.append_column("following", [["later"]] * len(table)), folder / "converted" / file)
+    assert load_corpus(name, folder / "converted", **options)["test"].to_list() == wanted
+
+
 def test_meld_as_published(folder):
     """The published files are accepted, and the report contains the published numbers."""
     source = published("meld")

@@ -94,9 +94,11 @@ def test_evaluation_gives_the_texts_of_the_cpu(fresh_egmf, processor):
 def test_compiled_fusion_gives_the_same(fresh_egmf, samples, make_batch):
     model, batch = fresh_egmf.to("cuda"), on_gpu(make_batch(samples))
     with torch.no_grad():
-        wanted = model.model.get_expert_states(**batch)
+        prompt = [batch.pop(name) for name in ("input_ids", "attention_mask", "utterance_mask")]
+        read = model.model._modalities(**batch)
+        wanted = model.model.fuse(*prompt, read)
         model.model.fusion.compile(fullgraph=True, dynamic=True)
-        torch.testing.assert_close(model.model.get_expert_states(**batch), wanted, rtol=0, atol=1e-3)
+        torch.testing.assert_close(model.model.fuse(*prompt, read), wanted, rtol=0, atol=1e-3)
 
 
 def test_training_in_bf16_resumes_where_it_stopped(tmp_path):

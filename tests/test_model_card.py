@@ -30,7 +30,7 @@ def report(corpus: str, answers: dict, **fields) -> dict:
 
 def run_of(corpus: str, task: str, *reports: dict, config: dict | None = None, **recipe) -> FinishedRun:
     fields = default_record() | {"language_model": LLM, "corpus": corpus, "tasks": [task]}
-    fields["packages"] = {"python": "3.12"}
+    fields |= {"packages": {"python": "3.12"}, "training": {}}
     features = {"audio_feature_size": 74, "vision_feature_size": 35}
     return FinishedRun(
         folder=Path(),

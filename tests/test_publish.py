@@ -456,6 +456,13 @@ def test_commands_of_the_docs_parse():
     assert {one.repo for one in parsed} == {"OWNER/NAME"}
 
 
+def test_a_run_of_an_older_architecture_is_refused(run):
+    config = json.loads((run / "model" / "config.json").read_text())
+    (run / "model" / "config.json").write_text(json.dumps(config | {"architecture": 2}))
+    with pytest.raises(ValueError, match="a model of architecture 2, wanted one of 3"):
+        read_run(run)
+
+
 def test_a_run_older_than_a_field_of_recipes_is_published(run):
     recipe = json.loads((run / "model" / "recipe.json").read_text())
     del recipe["speaker_mixing"]
@@ -585,6 +592,11 @@ def test_a_space_is_complete(space, tmp_path, run):
     assert settings["examples"] == [["examples/1_clip.wav", "the film was wonderful"]]
     assert (space / "examples/1_clip.wav").read_bytes() == b"sound"
     assert imported_by([*space.rglob("*.py"), *(run / "model").glob("*.py")]) <= pins.keys()
+    own = re.findall(r"^ *(?:from|import) (egmf(?:\.\w+)+)", "\n".join(map(Path.read_text, space.rglob("*.py"))), re.M)
+    places = {name: name.replace(".", "/") for name in own}
+    for name, place in places.items():  # the modules of the root belong to the package, too
+        files = (f"{place}.py", f"{place}/__init__.py", f"{place.removeprefix('egmf/')}.py")
+        assert any((space / file).is_file() for file in files), name
     private = [str(path) for path in (tmp_path, ROOT, Path.home())]
     for path in space.rglob("*"):
         assert not path.is_file() or not [name for name in private if name.encode() in path.read_bytes()], path

@@ -1,6 +1,7 @@
 """The repository: requirements are pinned and complete, documented commands exist, and no local paths occur."""
 
 import ast
+import os
 import re
 import shutil
 import subprocess
@@ -89,6 +90,12 @@ def test_make_targets(target, parts):
     steps = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     places = [steps.index(part) for part in ["pip install -r requirements.txt", *parts]]
     assert places == sorted(places)
+
+
+def test_continuous_integration_calls_make_test():
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    assert script.read_text(encoding="utf-8").rstrip().endswith("make test")
 
 
 def test_no_absolute_home_paths(files):

@@ -237,12 +237,13 @@ def test_a_tower_without_its_weights_is_refused(tmp_path, assemble):
         assemble(audio_tower=str(tmp_path), audio_input_rate=16000)
 
 
-def test_the_llms_attention_may_be_one_that_a_tower_lacks(assemble, tmp_path):
-    """WavLM has no SDPA. transformers passes the setting on to all parts of a model."""
+@pytest.mark.parametrize("attention", ["sdpa", "flex_attention"])
+def test_the_llms_attention_may_be_one_that_a_tower_lacks(assemble, tmp_path, attention):
+    """WavLM has neither. transformers passes the setting on to all parts of a model."""
     model = assemble(audio_tower=WavLMModel(WavLMConfig(**WAVE)), audio_input_rate=16000)
     model.save_pretrained(tmp_path)
-    loaded = type(model).from_pretrained(tmp_path, attn_implementation="sdpa")
-    assert loaded.model.language_model.config._attn_implementation == "sdpa"
+    loaded = type(model).from_pretrained(tmp_path, attn_implementation=attention)
+    assert loaded.model.language_model.config._attn_implementation == attention
     assert loaded.model.audio_tower.config._attn_implementation == "eager"
 
 

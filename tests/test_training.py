@@ -228,6 +228,16 @@ def test_other_settings_want_another_folder(trained):
     assert json.loads((trained / "model" / "recipe.json").read_text())["training"]["seed"] == 1111
 
 
+def test_a_run_of_an_older_architecture_is_not_resumed(trained, tmp_path):
+    """The weights of its finished phases would not fit, and what is missing would stay random."""
+    run = shutil.copytree(trained, tmp_path / "run")
+    settings = json.loads((run / "settings.json").read_text())
+    assert settings.pop("architecture") == 3
+    (run / "settings.json").write_text(json.dumps(settings))
+    outcome = train(run, check=False)
+    assert outcome.status == 2 and "architecture: got 3, wanted 2, with which the run" in outcome.said
+
+
 def test_modalities_that_a_run_may_not_see_do_not_reach_the_model(processor):
     corpus, task = load_corpus("generated", None, size=36)["train"], BUILTIN_TASKS["mosi"]
     rows = [row for row in expand_by_task(corpus, [task]) if row["audio_features"] and row["vision_features"]][:4]

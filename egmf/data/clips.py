@@ -48,9 +48,10 @@ def _pictures(processor: EGMFProcessor, path: str, start: float, end: float | No
 
 @lru_cache(maxsize=1)  # the parts of a recording follow each other
 def _whole_sound(processor: EGMFProcessor, path: str):
-    with processor.kept_warnings() as kept:
-        clip = processor.load_media(audio=path, sound_track=False).audio
-    for warning in kept:
-        if "the model reads only" not in str(warning):  # a part may fit
-            warnings.warn(warning, stacklevel=2)
-    return clip
+    try:
+        with processor.kept_warnings() as kept:
+            return processor.load_media(audio=path, sound_track=False).audio
+    finally:
+        for warning in kept:
+            if "the model reads only" not in str(warning):  # a part may fit
+                warnings.warn(warning, stacklevel=2)

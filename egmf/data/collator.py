@@ -107,11 +107,13 @@ class AffectCollator:
     def __call__(self, rows: list[dict]):
         if self.modality_dropout:
             rows = [self._drop(row) for row in rows]
-        with self.processor.kept_warnings() as kept:
-            batch = self._batch(rows)
-        for warning in kept:
-            if not hasattr(warning, "index"):  # `prompt_lengths` has logged which texts are too long
-                warnings.warn(warning, stacklevel=2)
+        try:
+            with self.processor.kept_warnings() as kept:
+                batch = self._batch(rows)
+        finally:
+            for warning in kept:
+                if not hasattr(warning, "index"):  # `prompt_lengths` has logged which texts are too long
+                    warnings.warn(warning, stacklevel=2)
         return batch | self._blanks(batch) if self.blanks else batch
 
     def _drop(self, row: dict) -> dict:

@@ -124,11 +124,13 @@ class FinishedRun:
         if "fusion" in set_fields:
             default = defaults["fusion"]
             set_fields["fusion"] = {
-                name: value for name, value in self.recipe["fusion"].items() if value != default[name]
+                name: value
+                for name, value in self.recipe["fusion"].items()
+                if name in default and value != default[name]
             }
         if self.recipe["corpora"]:
             del set_fields["tasks"]  # `corpora` contains them
-        return set_fields | self.recipe.get("training", {})
+        return set_fields | self.recipe["training"]
 
     @property
     def is_copy(self) -> bool:

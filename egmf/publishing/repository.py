@@ -26,6 +26,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from egmf.commands import check_model
 from egmf.configuration_egmf import EGMFConfig
 from egmf.files import weights_digest
 from egmf.modeling_egmf import EGMFForConditionalGeneration
@@ -65,7 +66,8 @@ def read_run(folder: Path, base_model: str | None = None) -> FinishedRun:
 
     Raises:
         FileNotFoundError: If the folder has no finished run.
-        ValueError: If `base_model` differs from the language model in the run's recipe.
+        ValueError: If `base_model` differs from the language model in the run's recipe, or the model is of another
+            version of the architecture.
     """
     model = folder / "model"
     for name in ("config.json", "processor_config.json", "recipe.json", "modeling_egmf.py"):
@@ -74,6 +76,7 @@ def read_run(folder: Path, base_model: str | None = None) -> FinishedRun:
             raise FileNotFoundError(f"{folder}: got no model/{name}, wanted {wanted}")
     if not weight_files(model):
         raise FileNotFoundError(f"{folder}: got no model/*.safetensors, wanted the weights that train.py saved")
+    check_model(str(model))
     recipe, config, processor = map(
         _read, (model / f"{name}.json" for name in ("recipe", "config", "processor_config"))
     )
