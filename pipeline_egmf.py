@@ -22,6 +22,8 @@ from .timeline_egmf import TimelineMixin, best_answers
 
 
 MEDIA = ("file", "audio", "video")
+# Seconds. The memory of an encoder without a window, such as WavLM, grows with the square of the length.
+LONGEST_SOUND = 120.0
 DATASETS = {"datasets.arrow_dataset", "datasets.iterable_dataset"}
 SHARED = ("text", "speaker", "context", "speaker_clips")
 OPTIONS = (*SHARED, "task", "on_error", "top_k", "candidate_labels", "transcriber", "language")
@@ -346,6 +348,10 @@ class AffectRecognitionPipeline(TimelineMixin, Pipeline):
             fields["source"] = next((sound for sound in sounds if sound is not None), None)
             with self.processor.kept_warnings() as missing:
                 clips = self._load(fields, needs_media)
+                seconds = 0.0 if clips.audio is None else clips.audio.duration
+                if seconds > LONGEST_SOUND and self.processor.audio_window == math.inf:
+                    got = f"{seconds:.0f} seconds for an encoder that hears all of them at once"
+                    raise ValueError(f"audio: got {got}, wanted at most {LONGEST_SOUND:g}, or return_timestamps=True")
                 media = self.processor.tower_inputs(clips)
         except Exception as error:
             return {"error": error}

@@ -13,10 +13,20 @@ import pytest
 import soundfile
 import torch
 from clips import tone, write_clip
-from models import save_model_with_towers
+from models import hubert, save_model_with_towers
 from PIL import Image
-from transformers import AutoModel, AutoModelForMultimodalLM, AutoProcessor, pipeline
+from transformers import (
+    AutoModel,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+    AutoTokenizer,
+    Wav2Vec2FeatureExtractor,
+    pipeline,
+)
 from transformers.pipelines.pt_utils import KeyDataset
+
+from egmf.pipeline_egmf import AffectRecognitionPipeline
+from egmf.processing_egmf import EGMFProcessor
 
 
 LABELS = ("neutral", "surprise", "fear", "sadness", "joy", "disgust", "anger")  # of the task meld
@@ -113,6 +123,18 @@ def test_threads_keep_their_own_warnings(recognize, place):
         answers = list(pool.map(recognize, files * 3))
     for file, answer in zip(files * 3, answers, strict=True):
         assert [warning.partition(":")[0] for warning in answer["warnings"]] == [file]
+
+
+def test_an_encoder_without_a_window_hears_two_minutes_at_most(llm_folder, assemble):
+    """Whisper's window cuts a longer clip; the memory of other encoders would grow with the square of its length."""
+    processor = EGMFProcessor(AutoTokenizer.from_pretrained(llm_folder()), Wav2Vec2FeatureExtractor())
+    tower = {"audio_tower": hubert(), "audio_input_rate": 16000}
+    model = assemble(pseudo_token_id=processor.pseudo_token_id, num_pseudo_tokens=8, **tower)
+    recognize = AffectRecognitionPipeline(model=model, processor=processor, task="affect-recognition")
+    options = {"task": "meld", "on_error": "report"}
+    long, short = recognize([np.zeros(121 * 16000, np.float32), tone(0.5, 200)], **options)
+    assert "got 121 seconds for an encoder that hears all of them at once, wanted at most 120" in long["error"]
+    assert short["error"] is None and short["seconds"] == 0.5
 
 
 def test_bytes_and_urls(recognize, voices, server):
