@@ -14,7 +14,6 @@ the tables in README.md.
 """
 
 import argparse
-import csv
 import importlib
 import json
 import sys
@@ -28,7 +27,7 @@ from corpora import clusters_of
 from egmf.evaluation.significance import mcnemar, resample
 from egmf.tables import mean_and_deviation, table
 from experiments.bootstrap import METRICS, RESAMPLES, compare
-from experiments.pages import RESULTS, percent, read_predictions, write_page
+from experiments.pages import RESULTS, Predictions, percent, read_answers, read_predictions, write_answers, write_page
 from experiments.running import NAMES, VARIANTS, evaluation, run_steps, training
 
 
@@ -86,9 +85,6 @@ BENCHMARKS = {
         ),
     ),
 }
-
-
-Predictions = dict[tuple[str, int], dict[str, dict]]  # (variant, seed) -> id -> {"gold", "answers": {answer: label}}
 
 
 def run(args: argparse.Namespace, more: list[str]) -> None:
@@ -162,31 +158,6 @@ def collect(name: str, runs_dir: Path, known: tuple[dict, Predictions] | None = 
     runs.sort(key=lambda own: (order.index(own["variant"]), own["seed"], ANSWERS.index(own["answer"])))
     tests = [test for answer in ANSWERS for test in _paired_tests(answer, labels, predictions, clusters)]
     return {"test_set": test_set, "runs": runs, "paired_tests": tests}, predictions
-
-
-def write_answers(path: Path, predictions: Predictions) -> None:
-    """Writes all answers as a CSV file: id, gold, and a column VARIANT_SEED:ANSWER for each run and kind of answer."""
-    columns = [(key, answer) for key in sorted(predictions) for answer in ANSWERS]
-    with path.open("w", encoding="utf-8", newline="") as file:
-        table = csv.writer(file, lineterminator="\n")
-        table.writerow(["id", "gold", *(f"{variant}_{seed}:{answer}" for (variant, seed), answer in columns)])
-        for row_id, row in next(iter(predictions.values())).items():
-            answers = (predictions[key][row_id]["answers"][answer] for key, answer in columns)
-            table.writerow([row_id, row["gold"], *(label or "" for label in answers)])
-
-
-def read_answers(path: Path) -> Predictions:
-    """Reads the file of `write_answers`."""
-    predictions: Predictions = {}
-    with path.open(encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
-            row_id, gold = row.pop("id"), row.pop("gold")
-            for column, label in row.items():
-                own, answer = column.rsplit(":", 1)
-                variant, _, seed = own.rpartition("_")
-                rows = predictions.setdefault((variant, int(seed)), {})
-                rows.setdefault(row_id, {"gold": gold, "answers": {}})["answers"][answer] = label or None
-    return predictions
 
 
 def _paired_tests(answer: str, gold: dict[str, str], predictions: Predictions, clusters: list[str]) -> list[dict]:

@@ -14,7 +14,6 @@ also fills the table in README.md.
 """
 
 import argparse
-import csv
 import itertools
 import json
 import sys
@@ -28,7 +27,7 @@ from corpora import clusters_of
 from egmf.evaluation.significance import mcnemar, resample
 from egmf.tables import mean_and_deviation, table
 from experiments.bootstrap import METRICS, RESAMPLES, compare, interval, measure
-from experiments.pages import RESULTS, percent, read_predictions, write_page
+from experiments.pages import RESULTS, Predictions, percent, read_answers, read_predictions, write_answers, write_page
 from experiments.running import NAMES, VARIANTS, evaluation, run_steps, training
 
 
@@ -148,41 +147,40 @@ def read_runs(name: str, runs_dir: Path) -> dict[str, dict[int, dict[str, dict]]
     return found
 
 
-def collect(name: str, runs_dir: Path) -> tuple[list[dict], dict[str, dict]]:
+def collect(name: str, runs_dir: Path) -> tuple[Predictions, dict[str, dict]]:
     """Every answer of an experiment's runs, and by variant the `nll` of each seed and the `command`."""
-    answers, rest = [], {}
+    answers: Predictions = {}
+    rest = {}
     for variant, by_seed in read_runs(name, runs_dir).items():
         nll = {seed: _nll(rows.values()) for seed, rows in by_seed.items()}
         command = (runs_dir / f"{variant}_fold1_{min(by_seed)}" / "command.txt").read_text(encoding="utf-8").strip()
         rest[variant] = {"nll": nll, "command": command}
         for seed, rows in by_seed.items():
-            for row_id, row in sorted(rows.items()):
-                said = {answer: row["answers"][answer] for answer in ANSWERS}
-                answers.append({"variant": variant, "seed": seed, "id": row_id, "gold": row["gold"]} | said)
+            answers[variant, seed] = {
+                row_id: {"gold": row["gold"], "answers": {answer: row["answers"][answer] for answer in ANSWERS}}
+                for row_id, row in sorted(rows.items())
+            }
     return answers, rest
 
 
-def add_runs(name: str, runs_dir: Path, earlier: dict, known: list[dict]) -> tuple[dict, list[dict]]:
+def add_runs(name: str, runs_dir: Path, earlier: dict, known: Predictions) -> tuple[dict, Predictions]:
     """An experiment's part of results/folds.json and its answers, with runs in place of earlier ones of their seeds.
 
     Args:
         name, runs_dir: The experiment and the folder of its runs.
-        earlier, known: Its part of the JSON file, and the rows of its CSV file; empty if there are none.
+        earlier, known: Its part of the JSON file, and the answers of its CSV file; empty if there are none.
 
     Raises:
         ValueError: See [`read_runs`]; or if earlier runs were tested on other samples.
     """
     answers, new = collect(name, runs_dir)
-    own = {(row["variant"], row["seed"]) for row in answers}
-    for row in known:
-        if (row["variant"], int(row["seed"])) not in own:
-            said = {answer: row[answer] or None for answer in ANSWERS}  # no label is an empty cell
-            answers.append(row | said | {"seed": int(row["seed"])})
-    answers.sort(key=lambda row: (list(NAMES).index(row["variant"]), row["seed"], row["id"]))
+    answers = known | answers
     runs: dict[str, dict[int, dict[str, dict]]] = {}
-    for row in answers:
-        runs.setdefault(row["variant"], {}).setdefault(row["seed"], {})[row["id"]] = row
-    gold = {row["id"]: row["gold"] for row in answers}
+    for variant, seed in sorted(answers, key=lambda key: (list(NAMES).index(key[0]), key[1])):
+        rows = answers[variant, seed]
+        runs.setdefault(variant, {})[seed] = {row_id: rows[row_id]["answers"] for row_id in sorted(rows)}
+    first = next(iter(answers.values()))
+    gold = {row_id: first[row_id]["gold"] for row_id in sorted(first)}
     if any(rows.keys() != gold.keys() for by_seed in runs.values() for rows in by_seed.values()):
         raise ValueError(f"{runs_dir}: its samples are not those of the earlier runs of {name}")
     ids, labels = [*gold], [*gold.values()]
@@ -385,15 +383,9 @@ def main(arguments: list[str]) -> None:
         data.setdefault(args.name, {}).setdefault("probe", {}).update(probe(args.name, args, more))
     else:
         saved = RESULTS / f"{args.name}_answers.csv"
-        known = []
-        if saved.exists():
-            with saved.open(encoding="utf-8", newline="") as answer_file:
-                known = list(csv.DictReader(answer_file))
+        known = read_answers(saved) if saved.exists() else {}
         data[args.name], answers = add_runs(args.name, args.runs_dir, data.get(args.name, {}), known)
-        with saved.open("w", encoding="utf-8", newline="") as answer_file:
-            writer = csv.DictWriter(answer_file, list(answers[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(answers)
+        write_answers(saved, answers)
     data = {name: data[name] for name in EXPERIMENTS if name in data}
     file.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 

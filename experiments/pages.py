@@ -1,5 +1,6 @@
 """Functions that the pages in `results/` share: where they are, and how figures are read and written."""
 
+import csv
 import json
 import re
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 README = RESULTS.parent / "README.md"
+Predictions = dict[tuple[str, int], dict[str, dict]]  # (variant, seed) -> id -> {"gold", "answers": {answer: label}}
 
 
 def percent(share: float) -> str:
@@ -17,6 +19,32 @@ def percent(share: float) -> str:
 def read_predictions(file: Path) -> dict[str, dict]:
     """The rows of a `predictions.jsonl` by id."""
     return {row["id"]: row for row in map(json.loads, file.read_text(encoding="utf-8").splitlines())}
+
+
+def write_answers(path: Path, predictions: Predictions) -> None:
+    """Writes all answers as a CSV file: id, gold, and a column VARIANT_SEED:ANSWER for each run and kind of answer."""
+    said = [*next(iter(next(iter(predictions.values())).values()))["answers"]]
+    columns = [(key, answer) for key in sorted(predictions) for answer in said]
+    with path.open("w", encoding="utf-8", newline="") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(["id", "gold", *(f"{variant}_{seed}:{answer}" for (variant, seed), answer in columns)])
+        for row_id, row in next(iter(predictions.values())).items():
+            answers = (predictions[key][row_id]["answers"][answer] for key, answer in columns)
+            table.writerow([row_id, row["gold"], *(label or "" for label in answers)])
+
+
+def read_answers(path: Path) -> Predictions:
+    """Reads the file of `write_answers`."""
+    predictions: Predictions = {}
+    with path.open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            row_id, gold = row.pop("id"), row.pop("gold")
+            for column, label in row.items():
+                own, answer = column.rsplit(":", 1)
+                variant, _, seed = own.rpartition("_")
+                rows = predictions.setdefault((variant, int(seed)), {})
+                rows.setdefault(row_id, {"gold": gold, "answers": {}})["answers"][answer] = label or None
+    return predictions
 
 
 def write_page(name: str, page: str, filled: str) -> None:

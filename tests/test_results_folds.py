@@ -9,7 +9,7 @@ import pytest
 
 from egmf.evaluation.significance import resample
 from experiments import bootstrap, folds
-from experiments.pages import README, RESULTS, fill_readme
+from experiments.pages import README, RESULTS, fill_readme, read_answers, write_answers
 
 
 EMOTIONS = ("neutral", "calm", "happy", "sad", "angry", "fearful", "disgust", "surprised")
@@ -46,9 +46,9 @@ def runs(tmp_path, monkeypatch):
 
 
 def test_collect_and_render(runs):
-    part, answers = folds.add_runs("ravdess_faces", runs, {}, [])
+    part, answers = folds.add_runs("ravdess_faces", runs, {}, {})
     assert part["test_set"] == {"samples": 192, "clusters": 24, "unit": "actors", "classes": 8}
-    assert len(answers) == 2 * 192
+    assert sum(map(len, answers.values())) == 2 * 192
     full = part["variants"]["full"]
     right = 7 / 8 * 23 / 24
     assert full["answers"]["distribution"]["accuracy"] == [pytest.approx(right, abs=1e-6)]
@@ -67,11 +67,12 @@ def test_collect_and_render(runs):
 
 
 @pytest.mark.parametrize("gone", ["audio", "full"])
-def test_later_runs_replace_those_of_their_seed_and_keep_the_others(runs, gone):
-    part, answers = folds.add_runs("ravdess_faces", runs, {"probe": {}}, [])
+def test_later_runs_replace_those_of_their_seed_and_keep_the_others(runs, gone, tmp_path):
+    part, answers = folds.add_runs("ravdess_faces", runs, {"probe": {}}, {})
     for folder in runs.glob(f"{gone}_fold*"):
         shutil.rmtree(folder)
-    as_read = [{key: "" if value is None else str(value) for key, value in row.items()} for row in answers]
+    write_answers(tmp_path / "answers.csv", answers)
+    as_read = read_answers(tmp_path / "answers.csv")
     again, kept = folds.add_runs("ravdess_faces", runs, part, as_read)
     assert again == part and kept == answers
     for folder in [*runs.iterdir()]:
@@ -83,9 +84,10 @@ def test_later_runs_replace_those_of_their_seed_and_keep_the_others(runs, gone):
         more["variants"][other]["answers"]["distribution"]["ua"]
         == 2 * part["variants"][other]["answers"]["distribution"]["ua"]
     )
-    assert len(rows) == 3 * 192 and len(more["mcnemar"]["audio"]) == 1
+    assert sum(map(len, rows.values())) == 3 * 192 and len(more["mcnemar"]["audio"]) == 1
     with pytest.raises(ValueError, match="its samples are not those of the earlier runs of ravdess_faces"):
-        folds.add_runs("ravdess_faces", runs, part, as_read[:-1])
+        one = {key: dict([*found.items()][:-1]) for key, found in as_read.items()}
+        folds.add_runs("ravdess_faces", runs, part, one)
 
 
 def test_intervals_of_all_metrics():
