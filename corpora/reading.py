@@ -124,6 +124,20 @@ def repair_text(text: str) -> str:
     return text.translate(_CP1252).strip()
 
 
+def read_time(text: str) -> float:
+    """Seconds from a number (12.5) or a clock time (0:01:02.5, 01:02,500).
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    if not re.fullmatch(r"(\d+:){0,2}\d+([.,]\d*)?", text):
+        raise ValueError(f"got {text!r}, wanted seconds or a time such as 0:01:02.5")
+    seconds = 0.0
+    for part in text.replace(",", ".").split(":"):
+        seconds = 60 * seconds + float(part)
+    return round(seconds, 6)
+
+
 def decode_text(file: Path) -> str:
     """The content of a UTF-8 file, or of a UTF-16 file with a byte order mark, as spreadsheet programs save tables.
 

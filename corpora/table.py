@@ -48,7 +48,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from corpora.clips import name_part, store_clip
-from corpora.reading import decode_text, read_csv, repair_text
+from corpora.reading import decode_text, read_csv, read_time, repair_text
 from corpora.schema import build_split, check_count
 from corpora.splits import SPLITS, clip_key, make_splits
 
@@ -470,15 +470,10 @@ def _finite(text: str) -> float | None:
 
 
 def _seconds(name: str, text: str | None) -> float | None:
-    """Seconds, or a time such as 0:01:02.5 (also with a comma, as in subtitles); None for None."""
-    if text is None:
-        return None
-    if not re.fullmatch(r"(\d+:){0,2}\d+([.,]\d*)?", text):
-        raise WrongRow(f"{name}: got {text!r}, wanted seconds or a time such as 0:01:02.5")
-    seconds = 0.0
-    for part in text.replace(",", ".").split(":"):
-        seconds = 60 * seconds + float(part)
-    return seconds
+    try:
+        return None if text is None else read_time(text)
+    except ValueError as error:
+        raise WrongRow(f"{name}: {error}") from None
 
 
 # --- over all rows ---------------------------------------------------------------------------------------------------

@@ -8,14 +8,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from corpora.reading import decode_text
+from corpora.reading import decode_text, read_time
 from egmf.data.transcripts import read_table
 
 
 Segment = dict[str, Any]  # start and end in seconds, text and speaker or None
 FORMATS = ".srt, .vtt, .json (Whisper's) or .csv (columns start, end, text, speaker)"
-CLOCK = r"(?:(\d+):)?(\d{1,2}):(\d{1,2}(?:[.,]\d+)?)"
-TIMES = re.compile(rf"\s*{CLOCK}\s*-->\s*{CLOCK}(?:\s.*)?")
+TIMES = re.compile(r"\s*([\d:.,]+)\s*-->\s*([\d:.,]+)(?:\s.*)?")
 VOICE = re.compile(r"<v(?:\.[^ >]*)?\s+([^>]+)>")
 
 
@@ -43,10 +42,6 @@ def read_segments(path: Path) -> list[Segment]:
     return segments
 
 
-def _seconds(hours: str | None, minutes: str, seconds: str) -> float:
-    return round(3600 * int(hours or 0) + 60 * int(minutes) + float(seconds.replace(",", ".")), 6)
-
-
 def _subtitles(path: Path) -> Iterator[tuple[str, Segment]]:
     """The cues of an SRT or WebVTT file, with their line."""
     lines = decode_text(path).splitlines()
@@ -62,13 +57,15 @@ def _subtitles(path: Path) -> Iterator[tuple[str, Segment]]:
         # A cue may have a number or a name in front of its times.
         place = next((i for i, (_, line) in enumerate(block[:2]) if "-->" in line), 0)
         number, line = block[place]
-        if not (times := TIMES.fullmatch(line)):
+        times = TIMES.fullmatch(line)
+        try:
+            start, end = map(read_time, times.groups() if times else [line])
+        except ValueError:
             wanted = "00:00:01.000 --> 00:00:02.500"
-            raise ValueError(f"{path}: line {number}: got {line[:60]!r}, wanted times such as {wanted}")
+            raise ValueError(f"{path}: line {number}: got {line[:60]!r}, wanted times such as {wanted}") from None
         words = " ".join(line for _, line in block[place + 1 :])
         voice = VOICE.search(words)
         text = html.unescape(re.sub(r"<[^>]*>|\{\\[^}]*\}", "", words)).strip()
-        start, end = _seconds(*times.groups()[:3]), _seconds(*times.groups()[3:])
         yield (
             f"line {number}",
             {
@@ -119,10 +116,9 @@ def _table(path: Path) -> Iterator[tuple[str, Segment]]:
     for line, row in read_table(path, ("start", "end")):
         times = []
         for name in ("start", "end"):
-            cell = row[name].strip()
-            clock = re.fullmatch(CLOCK, cell)
-            if not clock and not re.fullmatch(r"\d+(?:[.,]\d+)?", cell):
-                raise ValueError(f"{path}: line {line}: {name}: got {cell!r}, wanted seconds or hours:minutes:seconds")
-            times.append(_seconds(*clock.groups()) if clock else float(cell.replace(",", ".")))
+            try:
+                times.append(read_time(row[name].strip()))
+            except ValueError as error:
+                raise ValueError(f"{path}: line {line}: {name}: {error}") from None
         text, speaker = (row.get(name, "").strip() or None for name in ("text", "speaker"))
         yield f"line {line}", {"start": times[0], "end": times[1], "text": text, "speaker": speaker}
