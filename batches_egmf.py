@@ -50,7 +50,7 @@ def as_columns(columns: dict[str, Any]) -> dict[str, list]:
     for name, value in columns.items():
         single = isinstance(value, str | bytes | dict | AffectTask) or not hasattr(value, "__len__")
         if single and value is not None and name != "task":
-            raise ValueError(f"`{name}` must be a list with one entry per sample of the batch, got {value!r}.")
+            raise ValueError(f"`{name}` got {value!r}, wanted a list with one entry per sample of the batch.")
         if not single:
             lists[name] = list(value)
     longest = max(lists, key=lambda name: len(lists[name]))

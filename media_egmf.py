@@ -90,7 +90,7 @@ def load_audio(path: str | os.PathLike, sampling_rate: int, time_limit: float = 
         MediaError: If no sound can be decoded; the kind is `"no audio"` if the file has no sound track.
     """
     if sampling_rate < 1:
-        raise ValueError(f"`sampling_rate` must be positive, got {sampling_rate!r}.")
+        raise ValueError(f"`sampling_rate` got {sampling_rate!r}, wanted at least 1.")
     file, deadline = _regular_file(path), time.monotonic() + time_limit
     found, error = [], None
     for reader in ("audio_by_soundfile", "audio_by_pyav"):
@@ -132,7 +132,7 @@ def load_video(path: str | os.PathLike, num_frames: int, time_limit: float = 60.
             picture does not count.
     """
     if num_frames < 1:
-        raise ValueError(f"`num_frames` must be positive, got {num_frames!r}.")
+        raise ValueError(f"`num_frames` got {num_frames!r}, wanted at least 1.")
     file, deadline = _regular_file(path), time.monotonic() + time_limit
     try:
         found, frames = _decode("video_by_pyav", path, file, int(num_frames), deadline)

@@ -201,7 +201,7 @@ class MediaInputsMixin:
         frames = np.asarray(value if clip is None else clip.frames)
         if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not frames.size:
             wanted = "a file, a VideoClip, a PIL image or uint8 frames (F, height, width, 3)"
-            raise ValueError(f"`{name}` must be {wanted}, got {frames.dtype} of the shape {frames.shape}.")
+            raise ValueError(f"`{name}` got {frames.dtype} of the shape {frames.shape}, wanted {wanted}.")
         some = evenly_spaced(len(frames), self.num_frames)  # as many as are read of a file
         if clip is None:
             return VideoClip(frames[some], np.full(len(some), np.nan), np.nan, [])
@@ -305,9 +305,10 @@ def _as_clip(name: str, value: Any) -> AudioClip:
         clip = AudioClip(as_samples(f"{name}.samples", value.samples), value.sampling_rate, value.warnings)
     else:
         wanted = "a file, an AudioClip, a dict of `array` and `sampling_rate`, or an array beside `sampling_rate`"
-        raise ValueError(f"`{name}` must be {wanted}, got {type(value).__name__}.")
+        raise ValueError(f"`{name}` got {type(value).__name__}, wanted {wanted}.")
     if not clip.samples.size or not np.isfinite(clip.samples).all():
-        raise ValueError(f"`{name}` must have samples, all finite, got {clip.samples.size} with NaN or infinity.")
+        got = "NaN or infinity" if clip.samples.size else "no samples"
+        raise ValueError(f"`{name}` got {got}, wanted finite samples.")
     rate, (low, high) = clip.sampling_rate, RATES
     if isinstance(rate, bool) or not isinstance(rate, Real) or not low <= rate <= high:
         raise ValueError(f"`{name}` got the sampling rate {rate!r}, wanted a number of Hz from {low} to {high}.")
@@ -331,7 +332,7 @@ def as_samples(name: str, value: Any) -> np.ndarray:
     try:
         array = np.asarray(value)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"`{name}` must be an array of samples, got {type(value).__name__} ({error}).") from error
+        raise ValueError(f"`{name}` got {type(value).__name__} ({error}), wanted an array of samples.") from error
     if array.dtype.kind not in "fiu" or array.dtype.itemsize == 8 and array.dtype.kind != "f":
         wanted = "floats from -1 to 1, or integers of 8, 16 or 32 bits"
         raise ValueError(f"`{name}` has samples of the type {array.dtype}, wanted {wanted}.")
@@ -359,7 +360,7 @@ def as_array(name: str, value: Any, ndim: int, wanted: str) -> np.ndarray:
     try:
         array = np.asarray(value.detach().float().cpu() if isinstance(value, torch.Tensor) else value, np.float32)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"`{name}` must be {wanted} of numbers, got {type(value).__name__} ({error}).") from error
+        raise ValueError(f"`{name}` got {type(value).__name__} ({error}), wanted {wanted} of numbers.") from error
     if array.ndim != ndim:
-        raise ValueError(f"`{name}` must be {wanted} of numbers, got the shape {array.shape}.")
+        raise ValueError(f"`{name}` got the shape {array.shape}, wanted {wanted} of numbers.")
     return array

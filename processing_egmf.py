@@ -360,7 +360,7 @@ class EGMFProcessor(ChatsMixin, MediaInputsMixin, RecordingsMixin, ProcessorMixi
             raise ValueError(f"`log_probs` has the shape {tuple(scores.shape)}, wanted {wanted}.")
         rows = (scores / self.temperatures.get(task.name, 1.0)).softmax(dim=-1).numpy()
         if not np.isfinite(rows).all():
-            raise ValueError("`log_probs` must have a finite value and neither NaN nor +inf in every row.")
+            raise ValueError("`log_probs` got a row with NaN, +inf or no finite value, wanted logarithms.")
         return [AnswerDistribution.over(task, row) for row in rows]
 
     def _task(self, task: str | AffectTask | None) -> AffectTask:
@@ -487,7 +487,7 @@ def _used_tokens(tokenizer) -> set[str]:
 def _fold(name: str, text: str | None) -> str:
     """Joins the words of a text with single spaces; "" for None. Checks that the text is valid."""
     if text is not None and not isinstance(text, str):
-        raise ValueError(f"`{name}` must be a string or None, got {type(text).__name__} {text!r}.")
+        raise ValueError(f"`{name}` got {type(text).__name__} {text!r}, wanted a string or None.")
     if text and not text.isascii():
         try:
             text.encode()
@@ -501,12 +501,12 @@ def _lines(name: str, items: Any, colon: str) -> list[str]:
     """Formats the non-empty context utterances as lines."""
     wanted = "a list of strings or {'speaker', 'text'} dicts"
     if not isinstance(items, list | tuple | None):
-        raise ValueError(f"`{name}` must be {wanted}, got {items!r}.")
+        raise ValueError(f"`{name}` got {items!r}, wanted {wanted}.")
     lines = []
     for item in items or ():
         item = {"text": item} if isinstance(item, str) else item
         if not isinstance(item, dict) or "text" not in item:
-            raise ValueError(f"`{name}` must be {wanted}, got {item!r} in it.")
+            raise ValueError(f"`{name}` got {item!r} in it, wanted {wanted}.")
         text, speaker = _fold(name, item["text"]), _fold(name, item.get("speaker"))
         if text:
             lines.append(f"{speaker}{colon if speaker else ''}{text}\n")

@@ -183,7 +183,7 @@ def test_one_bad_file_of_a_batch(endpoint, recognize, place, web):
         ({"inputs": ["", "clip.mp4"]}, r"inputs\[1\]: got 'clip.mp4', wanted a file as base64"),
         ({"inputs": [{"words": "no"}]}, r"inputs\[0\]: got words, wanted some of file, audio"),
         ({"inputs": {"audio": [0.1, 0.2]}}, "inputs.audio: got list, wanted a file"),
-        ({"inputs": {"text": 3}}, "must be a string or None, got int 3"),
+        ({"inputs": {"text": 3}}, "got int 3, wanted a string or None"),
         ({"inputs": {"speaker_clips": "AAAA"}}, "inputs.speaker_clips: got str, wanted a list of files"),
         ({"inputs": {"text": "a"}, "parameters": ["task"]}, "parameters: got list, wanted an object"),
         ({"inputs": {"text": "a"}, "parameters": {"transcriber": "/"}}, "parameters: got transcriber, wanted some of"),

@@ -219,7 +219,7 @@ def test_a_missing_stream_has_its_own_kind(intact):
     copy = pickle.loads(pickle.dumps(raised.value))
     assert str(copy) == str(raised.value) and vars(copy) == vars(raised.value)
     for load, wanted in ((load_audio, 0), (load_video, 0)):
-        with pytest.raises(ValueError, match="must be positive"):
+        with pytest.raises(ValueError, match="got 0, wanted at least 1"):
             load(intact["end.mp4"], wanted)
 
 

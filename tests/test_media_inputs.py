@@ -208,13 +208,13 @@ def test_what_a_file_lacks_is_said(llm_folder, files, tmp_path):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        ({"audio": 3}, r"`audio\[0\]` must be a file, an AudioClip, a dict .*, got int"),
+        ({"audio": 3}, r"`audio\[0\]` got int, wanted a file, an AudioClip, a dict"),
         (
             {"audio": {"array": [[[0.1]]], "sampling_rate": 16000}},
             r"`audio\[0\]\['array'\]` has the shape \(1, 1, 1\), wanted \(samples,\) or",
         ),
-        ({"audio": {"array": [], "sampling_rate": 16000}}, r"`audio\[0\]` must have samples"),
-        ({"audio": {"array": [np.nan], "sampling_rate": 16000}}, r"`audio\[0\]` must have samples, all finite"),
+        ({"audio": {"array": [], "sampling_rate": 16000}}, r"`audio\[0\]` got no samples"),
+        ({"audio": {"array": [np.nan], "sampling_rate": 16000}}, r"`audio\[0\]` got NaN or infinity, wanted finite"),
         (
             {"audio": sound(np.zeros((3, 2)))},
             r"shape \(3, 2\), wanted \(samples,\), or one axis of at most 8 channels",
@@ -238,10 +238,10 @@ def test_what_a_file_lacks_is_said(llm_folder, files, tmp_path):
         ({"audio": AudioClip(np.zeros(9, bool), 16000, [])}, r"`audio\[0\].samples` has samples of the type bool"),
         ({"audio": AudioClip(np.full(9, 1e20), 16000, [])}, r"`audio\[0\].samples` has samples up to 1e\+20"),
         ({"audio": AudioClip(np.zeros(9), None, [])}, r"`audio\[0\]` got the sampling rate None"),
-        ({"video": VideoClip(np.zeros((2, 8, 8, 3)), np.zeros(2), 1.0, [])}, r"`video\[0\]` must be .*got float64"),
+        ({"video": VideoClip(np.zeros((2, 8, 8, 3)), np.zeros(2), 1.0, [])}, r"`video\[0\]` got float64"),
         ({"speaker": "J\ud800"}, r"`speaker\[0\]` got a lone surrogate at character 1, wanted valid Unicode"),
-        ({"video": np.zeros((2, 8, 8, 3))}, r"`video\[0\]` must be .* uint8 frames .*, got float64 of the shape"),
-        ({"video": np.zeros((2, 8, 8), np.uint8)}, r"`video\[0\]` must be"),
+        ({"video": np.zeros((2, 8, 8, 3))}, r"`video\[0\]` got float64 of the shape .* uint8 frames"),
+        ({"video": np.zeros((2, 8, 8), np.uint8)}, r"`video\[0\]` got uint8 of the shape"),
     ],
 )
 def test_media_of_a_wrong_form(llm_folder, call, message):

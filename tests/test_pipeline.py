@@ -241,7 +241,7 @@ def test_a_file_beside_another_clip(recognize, voices):
     assert_same(recognize(datasets.Dataset.from_list([row])), voices[1][:1])
     with pytest.raises(ValueError, match="a sample got file and audio, wanted one of them"):
         recognize({"file": voices[0][0], "audio": voices[0][1]})
-    with pytest.raises(ValueError, match="must be a file"):
+    with pytest.raises(ValueError, match="got dict, wanted a file"):
         recognize({"audio": {}})
     assert recognize({"audio": {"bytes": None, "path": None}, "text": "so"})["label"]
 

@@ -323,7 +323,7 @@ def test_a_fault_of_one_sample_is_its_own_error(recognize, tmp_path):
     answers = recognize(samples, on_error="report", batch_size=3)
     assert [answer["error"] is None for answer in answers] == [True, False, False, False, False, True]
     assert "samples up to 1e+20" in answers[1]["error"] and "NaN or infinite" in answers[2]["error"]
-    assert "must be a string" in answers[3]["error"] and "a sample got ['words']" in answers[4]["error"]
+    assert "wanted a string" in answers[3]["error"] and "a sample got ['words']" in answers[4]["error"]
     assert all(answer["label"] is None and answer["warnings"] == [] for answer in answers[1:5])
     assert answers[0]["probabilities"] == pytest.approx(recognize(good)["probabilities"], abs=1e-5)
     with pytest.raises(ValueError, match=r"samples up to 1e\+20"):
