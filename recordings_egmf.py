@@ -22,11 +22,11 @@ def check_segments(segments: Any) -> list[dict[str, Any]]:
 
     Args:
         segments: Dicts with `start` and `end` in seconds, and optionally `text` and `speaker`; or with `timestamp`
-            (start, end) in their place, as speech recognition returns. An end of None is the start of the next one. A
-            segment without length is left out, and `language` is not read.
+            (start, end) in their place, as speech recognition returns. An end of None is the start of the next one;
+            the last one keeps it. A segment without length is left out, and `language` is not read.
 
     Raises:
-        ValueError: If a segment has other fields or ends before it starts, or the last one has no end.
+        ValueError: If a segment has other fields or ends before it starts.
     """
     wanted = "a list of dicts with start, end, and optionally text and speaker"
     if not isinstance(segments, list | tuple) or not segments:
@@ -37,12 +37,15 @@ def check_segments(segments: Any) -> list[dict[str, Any]]:
             got, wanted = repr(segments[place]), "start, end, and optionally text and speaker"
             raise ValueError(f"segments[{place}]: got {got}, wanted {wanted}")
         start, end = segment["start"], segment["end"]
-        if end is None and place + 1 < len(read):
+        is_open = end is None and place + 1 == len(read)
+        if end is None and not is_open:
             end = read[place + 1].get("start")
-        if not all(isinstance(x, Real) and math.isfinite(x) for x in (start, end)) or not 0 <= start <= end:
+        times = (start,) if is_open else (start, end)
+        if not all(isinstance(x, Real) and math.isfinite(x) for x in times) or not 0 <= start <= times[-1]:
             raise ValueError(f"segments[{place}]: got {start!r} to {end!r}, wanted seconds with 0 <= start < end")
-        said = {name: segment.get(name) for name in ("text", "speaker")}
-        checked += [{**said, "start": float(start), "end": float(end)}] if start < end else []
+        if is_open or start < end:
+            said = {name: segment.get(name) for name in ("text", "speaker")}
+            checked.append({**said, "start": float(start), "end": None if is_open else float(end)})
     if not checked:
         raise ValueError("segments: got only segments without length, wanted some with seconds between start and end")
     return sorted(checked, key=lambda segment: segment["start"])
@@ -90,6 +93,21 @@ class RecordingSpans:
         self.spans, self.window, self.hop, self.progress = spans, window, hop, progress
         self.duration: float | None = None
         self.warnings: list[str] = []
+
+    def close(self, segments: list[dict[str, Any]]) -> None:
+        """Lets a segment without an end ([`check_segments`]) end with the recording.
+
+        Raises:
+            ValueError: If the recording does not state its length, or ends before the segment.
+            MediaError: If it cannot be opened.
+        """
+        for segment in (one for one in segments if one["end"] is None):
+            with on_disk(self.source) as source, self.processor.kept_warnings():
+                clip = None if is_file(source) else self.processor.load_media(source).audio
+                segment["end"] = media_length(source) if clip is None else clip.duration
+            if not segment["end"] or segment["end"] <= segment["start"]:
+                got = f"no end of the one from {segment['start']:g} seconds"
+                raise ValueError(f"segments: got {got}, wanted one, as the recording states {segment['end']} seconds")
 
     def __iter__(self) -> Iterator[Span]:
         processor = self.processor

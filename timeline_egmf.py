@@ -91,8 +91,8 @@ class TimelineMixin:
         Args:
             sample: A sample with one recording: a file, or sound.
             segments: Dicts with `start` and `end` in seconds, and optionally `text` and `speaker`; or the `chunks` of
-                speech recognition. The context of a segment is those before it. Without segments the recording is
-                divided into windows that end at pauses.
+                speech recognition, of which the last may lack its end. The context of a segment is those before it.
+                Without segments the recording is divided into windows that end at pauses.
             window: Length of the longest window in seconds; by default the length of the training clips.
             hop: Distance of the starts of windows in seconds; all then have the same length, wherever pauses are.
             batch_size: Number of segments that the model processes at a time; 8 by default.
@@ -125,6 +125,7 @@ class TimelineMixin:
                 recognized.pop("text", None)
                 chunks = recognized.pop("chunks", None)
                 lines = self.processor.check_segments(chunks) if chunks else None
+            recording.close(lines or [])
             recording.spans = None if lines is None else [(line["start"], line["end"]) for line in lines]
             for batch in _batches(self._prepared_spans(recording, lines, fields), size):
                 answers = self._answer([prepared for _, _, prepared in batch], **after)

@@ -79,7 +79,8 @@ class _Part:
             the row could not be read.
         folder: Where relative paths begin; None if the rows must not name files (datasets of the Hub).
         split: The split of all rows, if the source names it.
-        within: The folder within the source, if several folders have tables: equal names are different clips.
+        within: The folder within the source, if several folders have tables: equal names are different clips and
+            dialogues.
     """
 
     name: str
@@ -360,6 +361,7 @@ def _row(where: str, cells: dict[str, Any], part: _Part) -> dict[str, Any]:
     text = {name: None if is_empty(value) else str(value).strip() for name, value in cells.items()}
     row: dict[str, Any] = {name: text.get(name) for name in ("text", "speaker", "dialogue", "language")}
     row |= {name: row[name] and repair_text(row[name]) for name in ("text", "speaker")}
+    row["dialogue"] = row["dialogue"] and os.path.join(part.within, row["dialogue"])
     row |= {"where": where, "id": None, "audio": None, "video": None, "recording": None}
     for name in reversed(MEDIA):  # the first one names the row
         if not is_empty(cells.get(name)):

@@ -86,7 +86,12 @@ def test_segments_of_every_format(tmp_path, name, encoding):
         ("a.json", "{", "got no JSON"),
         ("a.json", '{"text": "so"}', "got no list of segments, wanted one in segments, chunks, transcription"),
         ("a.json", '[{"start": 1, "text": "so"}]', "segment 0: got .*, wanted its start and end"),
-        ("a.json", '[{"timestamp": [1, null], "text": "so"}]', "segment 0: got .*, wanted its start and end"),
+        ("a.json", '[{"timestamp": [null, 1], "text": "so"}]', "segment 0: got .*, wanted its start and end"),
+        (
+            "a.json",
+            '[{"timestamp": [2, null]}, {"timestamp": [1, 3]}]',
+            "segment 0: got 2.0 to 1.0, wanted start before end",
+        ),
         ("a.csv", "begin,end\n0,1\n", "line 1: got 'begin,end', wanted a header with the columns start and end"),
         ("a.csv", "start,end\n0,soon\n", "line 2: end: got 'soon', wanted seconds or a time such as 0:01:02.5"),
         ("a.txt", "so", "segments: got .*a.txt, wanted .srt, .vtt, .json"),
@@ -103,6 +108,13 @@ def test_segments_without_length_are_left_out(tmp_path, caplog):
     rows = [{"start": 0, "end": 1, "text": "so"}, {"start": 1, "end": 1, "text": "uh"}]
     (tmp_path / "a.json").write_text(json.dumps(rows))
     assert len(read_segments(tmp_path / "a.json")) == 1 and "1 segments have no length" in caplog.text
+
+
+def test_ends_that_speech_recognition_leaves_open(tmp_path):
+    chunks = [{"timestamp": [0.5, None], "text": " so"}, {"timestamp": [1, None], "text": " it goes"}]
+    (tmp_path / "a.json").write_text(json.dumps({"chunks": chunks}))
+    found = read_segments(tmp_path / "a.json")
+    assert [(one["start"], one["end"]) for one in found] == [(0.5, 1.0), (1.0, None)]
 
 
 def test_inputs(tmp_path, monkeypatch):

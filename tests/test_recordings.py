@@ -340,7 +340,11 @@ def test_what_is_missing_is_said(recognize, talk, tmp_path):
         ({"segments": []}, "segments: got .*, wanted a list of dicts"),
         ({"segments": [{"start": 1}]}, r"segments\[0\]: got .*wanted start, end"),
         ({"segments": [{"start": 1, "end": 1}]}, "got only segments without length, wanted some"),
-        ({"segments": [{"timestamp": (0, None), "text": "so"}]}, "got 0 to None, wanted seconds"),
+        ({"segments": [{"start": None, "end": 1}]}, "got None to 1, wanted seconds"),
+        (
+            {"segments": [{"timestamp": (99, None)}]},
+            "got no end of the one from 99 seconds, wanted one, as .* states 20.0",
+        ),
         ({"window": 0}, "window: got 0, wanted seconds from 0.05"),
         ({"hop": "1"}, "hop: got '1', wanted seconds from 0.05"),
         ({"window": 1, "hop": 3}, "hop: got 3 seconds, wanted at most the window of 1"),
@@ -384,7 +388,11 @@ def test_segments_belong_to_one_recording(recognize, talk):
         ((0.0, 0.3), "so"),
         ((0.3, 0.6), "goes"),
     ]
-    for wrong in ([{"timestamp": (0.5, None), "text": "so"}], [{"start": 1.0, "end": 0.5}], [{"start": 1, "end": 1}]):
+    sound = {"raw": tone(1.0), "sampling_rate": RATE}
+    for recording, end in ((talk[0], 20.0), (sound, 1.0)):
+        answer = recognize(recording, return_timestamps=True, segments=[{"timestamp": (0.5, None), "text": "so"}])
+        assert answer["chunks"][0]["timestamp"] == (0.5, pytest.approx(end, abs=0.05))
+    for wrong in ([{"start": 1.0, "end": 0.5}], [{"start": 1, "end": 1}]):
         with pytest.raises(ValueError, match="segments.*: got .*, wanted .*seconds"):
             recognize(talk[0], return_timestamps=True, segments=wrong)
     with pytest.raises(ValueError, match="segments: got a list of samples"):

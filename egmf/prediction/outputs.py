@@ -5,6 +5,7 @@ import html
 import json
 import sys
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -16,7 +17,7 @@ class Output:
     """Writes answers to a file, in the format of its suffix, or to standard output.
 
     A file gets JSON lines (`.jsonl`), a table (`.csv`) or subtitles (`.vtt`); standard output gets a table for people
-    on a terminal and JSON lines elsewhere.
+    on a terminal and JSON lines elsewhere. The first answer replaces an earlier file.
 
     Args:
         path: The file, or None for standard output.
@@ -25,13 +26,19 @@ class Output:
     def __init__(self, path: Path | None):
         self.to_people = path is None and sys.stdout.isatty()
         self.format = path.suffix.lower() if path else ".jsonl"
-        self.file: TextIO = sys.stdout
-        if path:  # names of files need not be valid Unicode; JSON readers decode the escape to the same name
-            self.file = path.open("w", encoding="utf-8", errors="backslashreplace", newline="")
+        self.path = path
         self.columns: list[str] | None = None
         self.waiting: list[dict] = []  # rows of a table before its columns are known
+
+    @cached_property
+    def file(self) -> TextIO:
+        if self.path is None:
+            return sys.stdout
+        # Names of files need not be valid Unicode; JSON readers decode the escape to the same name.
+        file = self.path.open("w", encoding="utf-8", errors="backslashreplace", newline="")
         if self.format == ".vtt":
-            self._print("WEBVTT")
+            file.write("WEBVTT\n")
+        return file
 
     def __enter__(self) -> "Output":
         return self
@@ -39,7 +46,7 @@ class Output:
     def __exit__(self, *error) -> None:
         for row in self.waiting:
             self._write_row(row, list(row))
-        if self.file is not sys.stdout:
+        if self.path and "file" in vars(self):
             self.file.close()
 
     def write(self, answer: dict[str, Any]) -> None:

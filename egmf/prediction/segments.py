@@ -4,7 +4,7 @@ import html
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from corpora.reading import decode_text, read_time
 from egmf.data.transcripts import read_table
 
 
-Segment = dict[str, Any]  # start and end in seconds, text and speaker or None
+Segment = dict[str, Any]  # start and end in seconds (only the last end may be None), text and speaker or None
 FORMATS = ".srt, .vtt, .json (Whisper's) or .csv (columns start, end, text, speaker)"
 TIMES = re.compile(r"\s*([\d:.,]+)\s*-->\s*([\d:.,]+)(?:\s.*)?")
 VOICE = re.compile(r"<v(?:\.[^ >]*)?\s+([^>]+)>")
@@ -29,12 +29,13 @@ def read_segments(path: Path) -> list[Segment]:
         raise ValueError(f"segments: got {path}, wanted {FORMATS}")
     segments, empty = [], 0
     for place, segment in readers[path.suffix.lower()](path):
-        if segment["start"] > segment["end"]:
-            raise ValueError(f"{path}: {place}: got {segment['start']} to {segment['end']}, wanted start before end")
-        if segment["start"] < segment["end"]:
-            segments.append(segment)
-        else:
+        start, end = segment["start"], segment["end"]
+        if end is not None and start > end:
+            raise ValueError(f"{path}: {place}: got {start} to {end}, wanted start before end")
+        if start == end:
             empty += 1
+        else:
+            segments.append(segment)
     if empty:
         logging.warning("%s: %d segments have no length and are left out", path, empty)
     if not segments:
@@ -89,26 +90,41 @@ def _recognized(path: Path) -> Iterator[tuple[str, Segment]]:
         found = next((content[name] for name in names if name in content), None)
     if not isinstance(found, list):
         raise ValueError(f"{path}: got no list of segments, wanted one in {', '.join(names)}")
+    times = [_times(item) if isinstance(item, dict) else None for item in found]
     for place, item in enumerate(found):
-        item = item if isinstance(item, dict) else {}
-        times: Iterable = (item.get("start"), item.get("end"))
-        if isinstance(item.get("timestamp"), list):
-            times = item["timestamp"]
-        if isinstance(offsets := item.get("offsets"), dict):
-            times = (value / 1000 if isinstance(value, int) else None for value in map(offsets.get, ("from", "to")))
-        times = [float(time) for time in times if isinstance(time, int | float) and not isinstance(time, bool)]
-        if len(times) != 2 or not 0 <= min(times) <= max(times) < 1e9:
-            raise ValueError(f"{path}: segment {place}: got {str(found[place])[:100]}, wanted its start and end")
+        start, end = times[place] or (None, None)
+        is_last = place + 1 == len(found)
+        if end is None and not is_last:  # as in `check_segments`
+            end, _ = times[place + 1] or (None, None)
+        if start is None or end is None and not is_last:
+            raise ValueError(f"{path}: segment {place}: got {str(item)[:100]}, wanted its start and end")
         text, speaker = item.get("text"), item.get("speaker")
         yield (
             f"segment {place}",
             {
-                "start": times[0],
-                "end": times[1],
+                "start": start,
+                "end": end,
                 "text": str(text).strip() or None if text is not None else None,
                 "speaker": None if speaker is None else str(speaker),
             },
         )
+
+
+def _times(item: dict[str, Any]) -> tuple[float, float | None] | None:
+    """Start and end of a segment in seconds; None if it lacks them. Only the end of `timestamp` may be missing."""
+    found: Any = (item.get("start"), item.get("end"))
+    may_be_open = isinstance(item.get("timestamp"), list)
+    if may_be_open:
+        found = item["timestamp"]
+    if isinstance(offsets := item.get("offsets"), dict):
+        found = [value / 1000 if isinstance(value, int) else None for value in map(offsets.get, ("from", "to"))]
+    if len(found) != 2 or not (_is_time(found[0]) and (_is_time(found[1]) or may_be_open and found[1] is None)):
+        return None
+    return float(found[0]), None if found[1] is None else float(found[1])
+
+
+def _is_time(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e9
 
 
 def _table(path: Path) -> Iterator[tuple[str, Segment]]:
