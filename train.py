@@ -59,13 +59,14 @@ from egmf.training.assembly import (
     trained_towers,
 )
 from egmf.training.calibration import calibrate
-from egmf.training.checkpoints import has_begun, keep_settings
+from egmf.training.checkpoints import check_media, has_begun, keep_settings
 from egmf.training.dry_run import describe_model, describe_prompt
 from egmf.training.language_models import resolve_language_model
 from egmf.training.preemption import run_training
 from egmf.training.pretraining import FusionPretraining, TowerPretraining
 from egmf.training.shrinking import shrink
-from egmf.training.trainer import AffectTrainer, RunTrainer, check_best_metric, check_media, validation_metrics
+from egmf.training.trainer import RunTrainer
+from egmf.training.validation import AffectTrainer, check_best_metric, validation_metrics
 
 
 # Packages whose versions are recorded with the model.

@@ -36,9 +36,11 @@ from egmf.data.tower_cache import TowerCache
 from egmf.evaluation.plots import plot_training
 from egmf.files import RunStopped
 from egmf.processing_egmf import BUILTIN_TASKS
+from egmf.training.batches import SeededCollator
 from egmf.training.checkpoints import MANIFEST, damage_of, last_whole_checkpoint, seal, steps_of
 from egmf.training.progress import JsonLinesLog
-from egmf.training.trainer import AffectTrainer, RunTrainer, SeededCollator
+from egmf.training.trainer import RunTrainer
+from egmf.training.validation import AffectTrainer
 
 
 # 2 epochs of 6 steps. Neither the log's steps nor the epochs' ends fall on those of the checkpoints.

@@ -23,8 +23,8 @@ import train  # noqa: E402
 from egmf.commands import run_command  # noqa: E402
 from egmf.data.tower_cache import TowerCache  # noqa: E402
 from egmf.processing_egmf import EGMFProcessor  # noqa: E402
+from egmf.training.batches import MixtureTrainer  # noqa: E402
 from egmf.training.language_models import byte_tokenizer  # noqa: E402
-from egmf.training.trainer import MixtureTrainer  # noqa: E402
 
 
 def write(folder: str, found) -> None:

@@ -8,7 +8,7 @@ from datasets import Dataset
 
 from egmf.processing_egmf import EGMFProcessor
 from egmf.recipe import PhaseArguments
-from egmf.training.trainer import AffectTrainer
+from egmf.training.validation import AffectTrainer
 
 
 GAINS = torch.tensor([0.0, *(2.0 ** (step / 2) for step in range(-8, 13))])  # 1/16 to 64

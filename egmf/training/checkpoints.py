@@ -15,7 +15,7 @@ from typing import Any
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from egmf.files import _sync_folder, write_whole
+from egmf.files import RunStopped, _sync_folder, write_whole
 
 
 MANIFEST = "manifest.json"
@@ -46,6 +46,29 @@ def keep_settings(run: Path, settings: dict[str, Any]) -> None:
         if name in before and before[name] != value:
             wanted = f"{json.dumps(before[name])}, with which the run in {run} began, or another output_dir"
             raise ValueError(f"{name}: got {json.dumps(value)}, wanted {wanted}")
+
+
+def check_media(record: Path, errors: dict[tuple[str, str], str]) -> None:
+    """Checks that a resumed run can read all files that it could read when it began.
+
+    Args:
+        record: JSON file with the files that were unreadable when the run began. It is written by the first call.
+        errors: Why files are unreadable now, by modality and path.
+
+    Raises:
+        RunStopped: If a file was readable then and is not now: its rows would silently lose a modality.
+    """
+    if not record.exists():
+        write_whole(record, json.dumps([[*key, why] for key, why in errors.items()], indent=2) + "\n")
+        return
+    known = {(modality, path) for modality, path, _ in json.loads(record.read_text(encoding="utf-8"))}
+    gone = [why for key, why in errors.items() if key not in known]
+    if gone:
+        raise RunStopped(
+            f"{len(gone)} files were readable when this run began and are not now: {' '.join(gone[:10])} Put them "
+            f"back and repeat the command, or begin another run in another output_dir ({record} lists the files that "
+            "were never readable)."
+        )
 
 
 def seal(folder: Path) -> None:

@@ -1,42 +1,28 @@
-"""The Trainer of all phases of a training run: sampling, seeds, checkpoints, resuming and validation.
+"""The Trainer of all phases of a training run: checkpoints, resuming and the log.
 
 A phase resumes from its last valid checkpoint (`checkpoints.py`). It stops with one clear message, and keeps its
 checkpoints, if a checkpoint cannot be written, if a loss is NaN or infinite, or if a file that it reads has
 disappeared. If a scheduler stops it (SIGTERM), it first writes a checkpoint.
 """
 
-import hashlib
 import json
 import logging
 import math
 import shutil
-import signal
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list, set_seed
-from datasets import Dataset
-from torch.distributed.fsdp import register_fsdp_forward_method
+from accelerate.utils import broadcast_object_list
 from torch.distributed.tensor import DTensor
-from torch.utils.data import DataLoader
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainerState
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_pt_utils import nested_gather
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from egmf.data.collator import AffectCollator
-from egmf.data.mixture import MixtureSampler
-from egmf.evaluation.measures import classification_metrics, regression_metrics
 from egmf.evaluation.plots import plot_training
-from egmf.files import RunStopped, write_whole, writing
-from egmf.processes import held_whole
-from egmf.processing_egmf import AffectTask
+from egmf.files import RunStopped, writing
+from egmf.training.batches import MixtureTrainer, SeededCollator, data_seed_of, ignoring_sigterm
 from egmf.training.checkpoints import MANIFEST, last_whole_checkpoint, seal, size_of, steps_of
 from egmf.training.preemption import termination
 from egmf.training.progress import JsonLinesLog, Progress
@@ -46,157 +32,6 @@ STATE = "trainer_state.json"
 RUNNING_LOSS = "running_loss.json"
 ASKED_EVERY = 4  # steps after which several processes ask each other whether one was told to stop
 UNCHECKED = 64  # at most so many losses wait on an accelerator before they are checked
-
-
-class PerRankSeed(TrainerCallback):
-    """Seeds each process differently, so that dropout and augmentation differ between processes.
-
-    This happens after the model has been built and the rows have been ordered: both must be equal on all processes.
-    """
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        if args.world_size > 1:
-            set_seed(args.seed, device_specific=True)
-
-
-class SamplerEpoch(TrainerCallback):
-    """Tells the sampler its epoch: Accelerate does not reach it if several processes go on inside an epoch."""
-
-    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
-        batches = train_dataloader.batch_sampler
-        while hasattr(batches, "batch_sampler"):  # wrappers, for a process's share and for skipped batches
-            batches = batches.batch_sampler
-        if hasattr(batches.sampler, "set_epoch"):
-            batches.sampler.set_epoch(int(state.epoch))
-
-
-def data_seed_of(args: TrainingArguments) -> int:
-    """The seed of sampling and augmentation: `data_seed`, or `seed` if it is not set."""
-    return args.seed if args.data_seed is None else args.data_seed
-
-
-class MixtureTrainer(Trainer):
-    """Trainer whose training rows may be a mixture of corpora or labels ([`mix_rows`]).
-
-    Args:
-        mixture: (sizes, weights) of the groups, whose rows follow each other in the training set. None: one group.
-        args, kwargs: See `transformers.Trainer`.
-    """
-
-    def __init__(self, *args, mixture: tuple[list[int], list[float]] | None = None, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.mixture = mixture
-        self.add_callback(PerRankSeed())
-        self.add_callback(SamplerEpoch())
-
-    def _get_train_sampler(self, train_dataset=None):
-        rows = self.train_dataset if train_dataset is None else train_dataset
-        strategy, mixture = self.args.train_sampling_strategy, self.mixture
-        if mixture is not None and strategy == "sequential":
-            wanted = "random or group_by_length"
-            raise ValueError(f"train_sampling_strategy: got {strategy!r} for a mixture, wanted {wanted}")
-        if mixture is None and strategy == "group_by_length":
-            # Trainer's own sampler draws the groups from the global random state, which differs between processes and
-            # between a run and its resumption.
-            mixture = [len(rows)], [1.0]
-        if mixture is None:
-            return super()._get_train_sampler(train_dataset)
-        lengths = rows[self.args.length_column_name][:] if strategy == "group_by_length" else None
-        group = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return MixtureSampler(*mixture, data_seed_of(self.args), lengths, group)
-
-
-def check_best_metric(training: TrainingArguments, tasks: dict[str, AffectTask]) -> None:
-    """Raises a ValueError if `metric_for_best_model` is no metric of the validation, before anything is computed.
-
-    Args:
-        training: The arguments.
-        tasks: The task of each validation split, by the name under which it is logged if there are several.
-    """
-    if not (training.load_best_model_at_end and tasks):
-        return
-    names = []
-    for key, task in tasks.items():
-        rows = EvalPrediction(np.zeros((2, len(task.answers))), np.zeros((2, 2), int))
-        names += [name if len(tasks) == 1 else f"{key}_{name}" for name in validation_metrics([task], rows)]
-    if training.metric_for_best_model.removeprefix("eval_") not in names:
-        got = training.metric_for_best_model
-        raise ValueError(f"metric_for_best_model: got {got!r}, wanted one of {', '.join(names)}")
-
-
-def check_media(record: Path, errors: dict[tuple[str, str], str]) -> None:
-    """Checks that a resumed run can read all files that it could read when it began.
-
-    Args:
-        record: JSON file with the files that were unreadable when the run began. It is written by the first call.
-        errors: Why files are unreadable now, by modality and path.
-
-    Raises:
-        RunStopped: If a file was readable then and is not now: its rows would silently lose a modality.
-    """
-    if not record.exists():
-        write_whole(record, json.dumps([[*key, why] for key, why in errors.items()], indent=2) + "\n")
-        return
-    known = {(modality, path) for modality, path, _ in json.loads(record.read_text(encoding="utf-8"))}
-    gone = [why for key, why in errors.items() if key not in known]
-    if gone:
-        raise RunStopped(
-            f"{len(gone)} files were readable when this run began and are not now: {' '.join(gone[:10])} Put them "
-            f"back and repeat the command, or begin another run in another output_dir ({record} lists the files that "
-            "were never readable)."
-        )
-
-
-@dataclass
-class SeededCollator:
-    """Wraps a collator: makes its randomness repeatable, and adds the rows' ids and the batch's amount to each batch.
-
-    Random numbers in a batch depend only on the seed, the epoch and the rows' ids. Batches are built ahead of their
-    steps, so a run that resumes within an epoch could not restore a global random state.
-
-    Args:
-        collator: The collator.
-        unit: "tokens" or "rows": what `amount` counts.
-        seed: Seed of the data.
-        epoch: The current epoch.
-    """
-
-    collator: AffectCollator
-    unit: str
-    seed: int
-    epoch: int = 0
-
-    def __call__(self, rows: list[dict]):
-        ids = [row["id"] for row in rows]
-        digest = hashlib.sha256(json.dumps([self.seed, self.epoch, ids]).encode()).digest()
-        before = torch.get_rng_state()
-        torch.default_generator.manual_seed(int.from_bytes(digest[:7]))  # of the CPU only
-        try:
-            batch = self.collator(rows)
-        except OSError as error:
-            raise RunStopped(
-                f"{error}. One of the rows {', '.join(ids)} needs this file, which was there when the run began. Put "
-                "it back and repeat the command: the run resumes from the last checkpoint."
-            ) from error
-        finally:
-            torch.set_rng_state(before)
-        batch["row_ids"] = ids
-        # Counted on the CPU, so that no step waits for the accelerator.
-        batch["amount"] = int(batch["attention_mask"].sum()) if self.unit == "tokens" else len(rows)
-        return batch
-
-
-def ignoring_sigterm(loader: DataLoader) -> DataLoader:
-    """Lets a loader's workers ignore SIGTERM: a step or a validation that is under way needs their batches."""
-    if loader.num_workers:
-        loader.worker_init_fn = partial(_begin_worker, begin=loader.worker_init_fn)
-    return loader
-
-
-def _begin_worker(worker: int, begin: Callable[[int], None] | None) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if begin is not None:
-        begin(worker)
 
 
 class CheckpointCallback(TrainerCallback):
@@ -435,78 +270,3 @@ class RunTrainer(MixtureTrainer):
         if self.args.should_save:
             rotate_checkpoints(str(folder), limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
-
-
-class AffectTrainer(RunTrainer):
-    """Trainer whose evaluation scores every legal answer instead of comparing logits at the gold tokens.
-
-    Each evaluation data set contains one task; pass several tasks as a dict of data sets. The evaluation loss is the
-    negative log-probability of the gold answer among the legal answers. The best checkpoint is selected on the
-    validation split only.
-    """
-
-    unit = "tokens"
-
-    def __init__(self, *args, scoring_collator: AffectCollator, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.scoring_collator = scoring_collator
-
-    def get_eval_dataloader(self, eval_dataset=None):
-        training_collator, self.data_collator = self.data_collator, self.scoring_collator
-        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
-        try:
-            return ignoring_sigterm(super().get_eval_dataloader(eval_dataset))
-        finally:
-            self.data_collator, self.args.dataloader_drop_last = training_collator, drop_last
-
-    @torch.no_grad()
-    def scores_by_gain(self, dataset: Dataset, gains: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scores a data set of one task with each gain of the expert readout.
-
-        Returns:
-            Log-probabilities (rows, gains, answers), and the indices of the gold answers (rows,).
-        """
-        self.model.eval()
-        found: list[tuple[torch.Tensor, torch.Tensor]] = []
-        for inputs in self.get_eval_dataloader(dataset):
-            inputs = self._prepare_inputs(inputs)
-            answers, scores = self._score(self.model, inputs, gains=gains.to(self.args.device))
-            parts = self.accelerator.gather_for_metrics((scores.log_probs.contiguous(), answers[:, 0].contiguous()))
-            found.append(tuple(part.cpu() for part in parts))
-        return torch.cat([scores for scores, _ in found]), torch.cat([answers for _, answers in found])
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        answers, scores = self._score(model, self._prepare_inputs(inputs))
-        # No loss here: Trainer would average over batches, and with several processes a row may occur twice.
-        return None, scores.log_probs, answers
-
-    def _score(self, model, inputs: dict, **options) -> tuple[torch.Tensor, Any]:
-        """The indices of gold answer and task (B, 2), and the scores of a batch of one task."""
-        answers, tasks = inputs.pop("answer_index"), inputs.pop("task_index")
-        candidates = self.scoring_collator.processor.candidates(self.scoring_collator.tasks[int(tasks[0])])
-        answering = self.accelerator.unwrap_model(model)
-        if "score_labels" not in vars(answering):
-            register_fsdp_forward_method(answering, "score_labels")  # needed by FSDP2, no effect on other models
-        # Scoring reads rows of the head's weights, which ZeRO-3 gathers only for the head's own forward pass.
-        with held_whole(answering.get_output_embeddings()), self.accelerator.autocast():
-            scores = answering.score_labels(candidates=candidates, **options, **inputs)
-        return torch.stack([answers, tasks], 1), scores
-
-
-def validation_metrics(tasks: list, predictions) -> dict[str, float | None]:
-    """The validation metrics of a task, for Trainer.
-
-    Args:
-        tasks: All tasks.
-        predictions: Its `predictions` are the log-probabilities of the answers, its `label_ids` (N, 2) the index of
-            the gold answer and the index of the task in `tasks`.
-    """
-    golds, places = predictions.label_ids.T
-    task, loss = tasks[places[0]], -predictions.predictions[np.arange(len(golds)), golds].mean()
-    figures: dict[str, float | None] = {"loss": float(loss)}
-    gold = [task.parse(task.answers[index]) for index in golds]
-    if task.kind == "classification":
-        best = [task.answers[index] for index in predictions.predictions.argmax(-1)]
-        return figures | classification_metrics(gold, best)
-    scores = np.asarray([task.parse(answer) for answer in task.answers])
-    return figures | regression_metrics(gold, list(np.exp(predictions.predictions) @ scores))
