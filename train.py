@@ -22,6 +22,7 @@ import logging
 import os
 import platform
 import sys
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -69,6 +70,7 @@ from egmf.training.trainer import RunTrainer
 from egmf.training.validation import AffectTrainer, check_best_metric, validation_metrics
 
 
+WARMUP = 0.06
 # Packages whose versions are recorded with the model.
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "safetensors", "numpy")
 
@@ -83,7 +85,8 @@ def pretrain(
         collator: A collator for scoring: prompts, with the indices of task and answer.
         rows: The training split, repeated for each task.
         output: Folder of the phase's checkpoints.
-        epochs, rate: Number of epochs and peak learning rate.
+        epochs, rate: Number of epochs and peak learning rate. A warm-up of a number of steps is meant for the last
+            phase; this one then has that of the recipes, a share of its own steps.
         mixture: See [`MixtureTrainer`].
     """
     own = dataclasses.replace(
@@ -98,6 +101,7 @@ def pretrain(
         eval_strategy="no",
         save_strategy="epoch",
         save_total_limit=1,
+        warmup_steps=recipe.training.warmup_steps if recipe.training.warmup_steps < 1 else WARMUP,
         load_best_model_at_end=False,
         train_sampling_strategy="random",
         lr_scheduler_kwargs=None,
@@ -189,14 +193,6 @@ def check_sharding(recipe: Recipe) -> None:
         raise ValueError(f"{precision}: got true for a model that FSDP or DeepSpeed divides, wanted {wanted}")
 
 
-def save_tower(model: EGMFForConditionalGeneration, modality: str, preprocessor, folder: Path) -> None:
-    """Saves a tower as a separate model, with its feature extractor or image processor."""
-    with writing(folder):
-        # A copy, because saving changes the configuration, which is part of the cache's key.
-        copy.deepcopy(getattr(model.model, f"{modality}_tower")).save_pretrained(folder)
-        preprocessor.save_pretrained(folder)
-
-
 def save_model(recipe: Recipe, model: EGMFForConditionalGeneration, processor: EGMFProcessor, folder: Path) -> None:
     """Saves the merged model with its processor, code and `recipe.json`."""
     fields = recipe.record()
@@ -268,7 +264,7 @@ class Run:
 
     @property
     def trained_early(self) -> list[str]:
-        """Modalities whose encoders learn before the last phase."""
+        """Modalities whose encoders learn before the last phase; without such a phase, those that learn in it."""
         return list(self.towers) if self.recipe.phases.tower_epochs else self.trained
 
     @property
@@ -341,6 +337,16 @@ def describe(run: Run) -> None:
     model = add_lora(run.recipe, run.model, run.trained)
     lines = [*describe_prompt(run.rows[0], collator), *describe_model(run.recipe, model, run.rows, collator)]
     print("\n".join(lines))
+
+
+def save_towers(run: Run, model: EGMFForConditionalGeneration, modalities: Iterable[str]) -> None:
+    """Saves encoders that have learned, each as a separate model with its feature extractor or image processor."""
+    for modality in modalities if PartialState().is_main_process else ():
+        folder = run.output / "towers" / modality
+        with writing(folder):
+            # A copy, because saving changes the configuration, which is part of the cache's key.
+            copy.deepcopy(getattr(model.model, f"{modality}_tower")).save_pretrained(folder)
+            run.towers[modality][1].save_pretrained(folder)
 
 
 def read_clips(run: Run) -> None:
@@ -429,7 +435,9 @@ def train_language_model(run: Run) -> None:
     if whole is not None:
         with writing(run.output / "adapter"):
             whole.save_pretrained(run.output / "adapter")
-        save_model(recipe, merge_lora(whole), processor, run.output / "model")
+        merged = merge_lora(whole)
+        save_towers(run, merged, run.trained)
+        save_model(recipe, merged, processor, run.output / "model")
         print(f"model: {run.output / 'model'}")
 
 
@@ -447,8 +455,8 @@ def main(arguments: list[str]) -> None:
     set_clip_statistics(run.model, run.corpus, run.inputs, run.adapted)
     if recipe.phases.fusion_epochs:
         train_fusion(run)
-    for modality in run.trained_early if PartialState().is_main_process else ():
-        save_tower(run.model, modality, run.towers[modality][1], run.output / "towers" / modality)
+    if recipe.phases.tower_epochs:
+        save_towers(run, run.model, run.towers.keys() - run.trained)
     if recipe.training.num_train_epochs:
         train_language_model(run)
 

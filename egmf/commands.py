@@ -30,7 +30,9 @@ def is_mistake(error: Exception) -> bool:
         return False
     last = traceback.extract_tb(error.__traceback__)[-1]
     file = Path(last.filename).resolve()
-    ours = file.is_relative_to(REPOSITORY) and ".venv" not in file.parts or "transformers_modules" in file.parts
+    ours = (
+        "site-packages" not in file.parts if file.is_relative_to(REPOSITORY) else "transformers_modules" in file.parts
+    )
     return ours and str(last.line).startswith("raise ")
 
 

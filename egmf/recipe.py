@@ -11,6 +11,7 @@ import argparse
 import logging
 import math
 import re
+from collections.abc import Container
 from dataclasses import MISSING, dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,6 +26,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from corpora import CORPORA
 from egmf.arguments import mapping
 from egmf.configuration_egmf import ARCHITECTURE, EGMFConfig
+from egmf.files import weights_digest
 from egmf.processes import LONGEST_WAIT
 from egmf.tasks_egmf import BUILTIN_TASKS, AffectTask
 
@@ -199,7 +201,8 @@ class DataArguments:
             wanted = "none of corpus, tasks and corpus_options beside them"
             raise ValueError(f"corpora: got a mixture and one corpus of its own, wanted {wanted}")
         for name, part in self.corpora.items():
-            if not {"tasks", "weight"} <= part.keys() <= {"tasks", "weight", "options"} or not part["tasks"]:
+            known = isinstance(part, dict) and {"tasks", "weight"} <= part.keys() <= {"tasks", "weight", "options"}
+            if not known or not part["tasks"]:
                 wanted = "`tasks`, `weight` and maybe `options`"
                 raise ValueError(f"corpora: {name}: got {part}, wanted {wanted}")
             if not isinstance(part["weight"], int | float) or not 0 < part["weight"] < math.inf:
@@ -233,7 +236,7 @@ class PhaseArguments:
         default=32, metadata={"help": "rows of each process in a step of these phases", "minimum": 1}
     )
     fusion_label_smoothing: float = field(
-        default=0.0, metadata={"help": "probability that the fusion's target spreads evenly over all legal answers"}
+        default=0.0, metadata={"help": "share of the fusion's target that spreads over all legal answers, below 1"}
     )
     expert_gain: float | None = field(
         default=None,
@@ -254,6 +257,8 @@ class PhaseArguments:
     def __post_init__(self):
         if self.temperature is not None and not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature: got {self.temperature}, wanted a positive number")
+        if not 0 <= self.fusion_label_smoothing < 1:
+            raise ValueError(f"fusion_label_smoothing: got {self.fusion_label_smoothing}, wanted a share in [0, 1)")
 
 
 # The smallest valid values of TrainingArguments.
@@ -264,7 +269,8 @@ _NOT_RECORDED = {"output_dir", "resume_from_checkpoint", "use_cpu", "hub_token",
 _OWN = (ModelArguments, DataArguments, PhaseArguments)
 # TrainingArguments on which the trained weights depend, beside the number of rows in a step.
 _LEARNED_WITH = {"seed", "data_seed", "learning_rate", "lr_scheduler_type", "weight_decay", "warmup_steps", "optim"}
-_LEARNED_WITH |= {"max_grad_norm", "train_sampling_strategy", "bf16", "fp16"}
+_LEARNED_WITH |= {"max_grad_norm", "train_sampling_strategy", "bf16", "fp16", "lr_scheduler_kwargs", "optim_args"}
+_LEARNED_WITH |= {"adam_beta1", "adam_beta2", "adam_epsilon", "neftune_noise_alpha"}
 
 
 @dataclass
@@ -294,8 +300,8 @@ class Recipe:
             del own[name]
         own["architecture"] = ARCHITECTURE
         for name in ("language_model", "audio_tower", "vision_tower"):
-            if isinstance(own[name], str):  # a folder may have been moved
-                own[name] = Path(own[name]).name
+            if isinstance(own[name], str) and (folder := Path(own[name])).is_dir():  # which may be moved
+                own[name] = f"{folder.name}, weights {weights_digest(folder)[:12]}"
         training = self.training
         rows = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
         own["rows_per_step"] = rows  # on all devices together: another number of them needs another batch size
@@ -360,6 +366,8 @@ def load_recipe(arguments: list[str]) -> Recipe:
     if "corpus_options" in given and merged.get("corpus") == said.get("corpus"):  # otherwise they are another corpus's
         merged["corpus_options"] = (said.get("corpus_options") or {}) | merged["corpus_options"]
     merged = {"ddp_timeout": int(LONGEST_WAIT.total_seconds())} | merged
+    if "num_train_epochs" in given and "max_steps" not in given:
+        merged.pop("max_steps", None)  # the recipe's would win
     if str(merged.get("metric_for_best_model")).endswith(("mae", "unparsable")):
         merged = {"greater_is_better": False} | merged  # Trainer knows this of a loss only
     if merged.get("load_best_model_at_end") and merged.get("save_total_limit") == 1:
@@ -373,7 +381,7 @@ def load_recipe(arguments: list[str]) -> Recipe:
         training = _made(TrainingArguments, merged)
     except ValueError as error:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
-    _check_training(training)
+    _check_training(training, merged)
     if training.n_gpu > 1:
         logging.warning("one of %d GPUs is used; `accelerate launch train.py` uses all of them", training.n_gpu)
         training._n_gpu = 1  # Trainer would copy the model to all of them in every step (DataParallel)
@@ -386,6 +394,10 @@ def load_recipe(arguments: list[str]) -> Recipe:
     if trained and phases.fusion_epochs:
         wanted = "0: the readout would answer from outputs of a tower that learns on without it"
         raise ValueError(f"fusion_epochs: got {phases.fusion_epochs} with {trained[0]}, wanted {wanted}")
+    for modality in fusion["clip_statistics"] or ():
+        if (field := f"train_{modality}_tower") in trained:
+            wanted = "false, or clip_statistics without it: the statistics would change while the tower learns"
+            raise ValueError(f"{field}: got true with clip_statistics of {modality}, wanted {wanted}")
     if phases.tower_epochs:
         trained.append("tower_epochs")
     if data.by_speaker and trained:
@@ -393,8 +405,14 @@ def load_recipe(arguments: list[str]) -> Recipe:
     return recipe
 
 
-def _check_training(training: TrainingArguments) -> None:
-    """Refuses what Trainer would accept now, and fail at or compute wrongly later."""
+def _check_training(training: TrainingArguments, given: Container[str]) -> None:
+    """Refuses what Trainer would accept now, and fail at or compute wrongly later.
+
+    Args:
+        training: The arguments.
+        given: The names of those that were set.
+    """
+    launched = "`accelerate launch --config_file recipes/accelerate/NAME.yaml train.py` divides a model"
     refused = {
         "resume_from_checkpoint": "nothing: repeat the command to resume a run",
         # Trainer would compare each token with itself.
@@ -402,10 +420,18 @@ def _check_training(training: TrainingArguments) -> None:
         # Workers would keep the random numbers of the first epoch, and validation the rows of its first task.
         "dataloader_persistent_workers": "false",
         "save_only_model": "false: an interrupted run could not go on where it was",
+        "enable_jit_checkpoint": "false: a run writes a checkpoint when it gets SIGTERM",
+        # It would upload the checkpoints of all phases and the names of clips, and not the finished model.
+        "push_to_hub": "false; `python publish.py RUN --hub_id OWNER/NAME` uploads the finished model",
+        "batch_eval_metrics": "false: metrics are those of a whole split",
+        "deepspeed": f"nothing; {launched}",
+        "fsdp": f"nothing; {launched}",
     }
     for name, wanted in refused.items():
-        if getattr(training, name):
+        if name in given and getattr(training, name):
             raise ValueError(f"{name}: got {getattr(training, name)}, wanted {wanted}")
+    if not training.eval_do_concat_batches:
+        raise ValueError("eval_do_concat_batches: got False, wanted true: metrics are those of a whole split")
     if training.train_sampling_strategy == "batch_rebalance":
         raise ValueError("train_sampling_strategy: got batch_rebalance, wanted random, sequential or group_by_length")
     for name in training.report_to:

@@ -235,6 +235,16 @@ def test_every_field_of_the_fusion_can_be_set(tmp_path):
             {"dataloader_persistent_workers": True, "dataloader_num_workers": 1},
             "persistent_workers: got True, wanted fa",
         ),
+        ({"push_to_hub": True}, "push_to_hub: got True, wanted false; `python publish.py RUN"),
+        ({"enable_jit_checkpoint": True}, "enable_jit_checkpoint: got True, wanted false"),
+        ({"fsdp": "full_shard"}, "fsdp: got True, wanted nothing; `accelerate launch --config_file"),
+        ({"eval_do_concat_batches": False}, "eval_do_concat_batches: got False, wanted true"),
+        ({"fusion_label_smoothing": 1.0}, r"fusion_label_smoothing: got 1.0, wanted a share in \[0, 1\)"),
+        ({"corpora": {"meld": None}, "corpus": "", "tasks": []}, "corpora: meld: got None, wanted `tasks`"),
+        (
+            {"train_audio_tower": True, "fusion": {"clip_statistics": ["audio"]}},
+            "train_audio_tower: got true with clip_statistics of audio, wanted false",
+        ),
         ({"save_only_model": True}, "save_only_model: got True, wanted false: an interrupted run could not go on"),
         ({"train_vision_tower": True, "fusion_epochs": 2}, "fusion_epochs: got 2 with train_vision_tower, wanted 0"),
         (

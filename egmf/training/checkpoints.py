@@ -41,7 +41,7 @@ def keep_settings(run: Path, settings: dict[str, Any]) -> None:
     if not has_begun(run) or not file.exists():
         write_whole(file, json.dumps(settings, indent=2) + "\n")
         return
-    before = {"architecture": 2} | json.loads(file.read_text(encoding="utf-8"))  # settings did not have it before 3
+    before = json.loads(file.read_text(encoding="utf-8"))
     for name, value in settings.items():
         if name in before and before[name] != value:
             wanted = f"{json.dumps(before[name])}, with which the run in {run} began, or another output_dir"
@@ -52,13 +52,14 @@ def check_media(record: Path, errors: dict[tuple[str, str], str]) -> None:
     """Checks that a resumed run can read all files that it could read when it began.
 
     Args:
-        record: JSON file with the files that were unreadable when the run began. It is written by the first call.
+        record: JSON file in the run's folder with the files that were unreadable when the run began. It is written
+            anew until the run has a checkpoint.
         errors: Why files are unreadable now, by modality and path.
 
     Raises:
         RunStopped: If a file was readable then and is not now: its rows would silently lose a modality.
     """
-    if not record.exists():
+    if not record.exists() or not has_begun(record.parent):
         write_whole(record, json.dumps([[*key, why] for key, why in errors.items()], indent=2) + "\n")
         return
     known = {(modality, path) for modality, path, _ in json.loads(record.read_text(encoding="utf-8"))}

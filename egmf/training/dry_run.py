@@ -93,6 +93,8 @@ def describe_model(recipe: Recipe, model, rows: Dataset, collator: AffectCollato
     training, device = recipe.training, model.device  # weights in 4 bits are on a GPU
     batch = {name: value.to(device) for name, value in collator([rows[longest]]).items()}
     half = training.mixed_precision == "bf16"
+    if training.activation_checkpointing:
+        model.activation_checkpointing_enable(training.activation_checkpointing_kwargs)
     with kept_tensors(model) as kept, disable_input_dtype_casting(model, active=half):
         with torch.autocast(device.type, torch.bfloat16, enabled=half):
             model.to(device).train()(**batch)

@@ -51,7 +51,8 @@ def run_training(main: Callable[[list[str]], None], arguments: list[str]) -> Non
     try:
         run_command(main, arguments)
     except RunStopped as stop:
-        print(stop, file=sys.stderr)
+        # A data loader's worker puts a traceback in front of the message.
+        print(str(stop).rpartition(f"{RunStopped.__name__}: ")[2].strip(), file=sys.stderr)
         sys.exit(stop.status)
     except Exception:
         # Schedulers signal every process, so data loader workers may end before this process handles its own signal.

@@ -19,7 +19,7 @@ from egmf.modeling_egmf import EGMFForConditionalGeneration
 from egmf.processing_egmf import AffectTask, EGMFProcessor
 from egmf.readout_egmf import answer_prefixes
 from egmf.scoring_egmf import AnswerTrie
-from egmf.towers_egmf import tower_size
+from egmf.towers_egmf import is_trained, tower_size
 
 
 SCORE_WIDTH = 1 / 20  # of a task's range: the distance at which a score's target has fallen to 1 / e
@@ -114,9 +114,8 @@ class FusionPretraining(nn.Module):
         super().__init__()
         self.label_smoothing = label_smoothing
         self.fusion, self.readout = model.model.fusion, model.model.readout
-        self.towers = nn.ModuleList(
-            tower for tower in (model.model.audio_tower, model.model.vision_tower) if tower is not None
-        )
+        towers = (model.model.audio_tower, model.model.vision_tower)
+        self.towers = nn.ModuleList(tower for tower in towers if tower is not None and is_trained(tower))
         self._whole = [model]  # a list hides the LLM from `parameters()` and `state_dict()`
         model.model.language_model.requires_grad_(False)
         model.lm_head.requires_grad_(False)

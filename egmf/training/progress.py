@@ -23,11 +23,13 @@ class JsonLinesLog(TrainerCallback):
             self._append({**self.fields, "step": state.global_step, **logs})
 
     def add_once(self, step: int, logs: dict) -> None:
-        """Appends what is known after the last step, unless an earlier call of the same command has done so."""
+        """Appends what is known after the last step, in place of what an earlier call of the same command wrote."""
         entry = {**self.fields, "step": step, **logs}
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-        if not any(json.loads(line).keys() == entry.keys() for line in lines):
-            self._append(entry)
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.exists() else []
+        kept = [line for line in lines if json.loads(line).keys() != entry.keys()]
+        if kept != lines:
+            write_whole(self.path, "".join(kept))
+        self._append(entry)
 
     def _append(self, entry: dict) -> None:
         with writing(self.path), self.path.open("a", encoding="utf-8") as file:

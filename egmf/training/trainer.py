@@ -139,10 +139,14 @@ class RunTrainer(MixtureTrainer):
             return
         state = TrainerState.load_from_json(str(Path(checkpoint) / STATE))
         if self.args.max_steps > 0:
-            finished = state.global_step >= self.args.max_steps
+            name, done, asked = "max_steps", state.global_step, self.args.max_steps
+            finished = done >= asked
         else:
-            epochs = math.ceil(self.args.num_train_epochs)
-            finished = state.global_step >= state.max_steps and state.num_train_epochs >= epochs
+            name, done, asked = "num_train_epochs", state.epoch, self.args.num_train_epochs
+            finished = state.global_step >= state.max_steps and state.num_train_epochs >= math.ceil(asked)
+        if done > asked:
+            wanted = f"at least the {done:g} of {checkpoint}, or another output_dir"
+            raise ValueError(f"{name}: got {asked:g}, wanted {wanted}")
         if finished and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             self._load_from_checkpoint(checkpoint)
             self.state = state
@@ -153,7 +157,7 @@ class RunTrainer(MixtureTrainer):
                 self._load_best_model()
             return
         restored = json.loads((Path(checkpoint) / RUNNING_LOSS).read_text(encoding="utf-8"))
-        self._restored, self.begun = restored, restored.get("begun", self.begun)
+        self._restored, self.begun = restored, restored["begun"]
         self._report_after(steps_of(checkpoint))
         logging.info("going on from %s", checkpoint)
         self.train(resume_from_checkpoint=checkpoint)

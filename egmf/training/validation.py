@@ -99,12 +99,13 @@ def check_best_metric(training: TrainingArguments, tasks: dict[str, AffectTask])
         training: The arguments.
         tasks: The task of each validation split, by the name under which it is logged if there are several.
     """
-    if not (training.load_best_model_at_end and tasks):
+    if training.metric_for_best_model is None or not tasks:
         return
     names = []
     for key, task in tasks.items():
         rows = EvalPrediction(np.zeros((2, len(task.answers))), np.zeros((2, 2), int))
-        names += [name if len(tasks) == 1 else f"{key}_{name}" for name in validation_metrics([task], rows)]
+        figures = [name for name in validation_metrics([task], rows) if name != "corr"]  # None for equal scores
+        names += [name if len(tasks) == 1 else f"{key}_{name}" for name in figures]
     if training.metric_for_best_model.removeprefix("eval_") not in names:
         got = training.metric_for_best_model
         raise ValueError(f"metric_for_best_model: got {got!r}, wanted one of {', '.join(names)}")
