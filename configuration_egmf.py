@@ -60,6 +60,8 @@ class EGMFConfig(PreTrainedConfig):
         lm_head_bias: Whether the LLM's head has a bias. `from_language_model` sets it.
         feature_noise: Standard deviation of Gaussian noise that training adds to precomputed features, by modality
             name, in units of the features' standard deviation. It regularises weak or contaminated features.
+        feature_components: Number of principal components that a modality's precomputed features are reduced to, by
+            modality name (audio, vision). Without it, all features are read.
         clip_statistics: The modalities (audio, vision) that add the mean and the standard deviation of the clip's
             frames to every position. For a tower, the statistics are computed for each layer.
         tower_layers: The hidden states of a tower that are read, by modality name (audio, vision); 0 is the input of
@@ -95,6 +97,7 @@ class EGMFConfig(PreTrainedConfig):
     global_num_layers: int = 2
     gating: Literal["hierarchical", "flat", "mean"] = "hierarchical"
     feature_noise: dict[str, float | int] | None = None
+    feature_components: dict[str, int] | None = None
     clip_statistics: list[str] | tuple[str, ...] = ()
     tower_layers: dict[str, list[int]] | None = None
     frame_pooling: dict[str, int] | None = None
@@ -114,6 +117,7 @@ class EGMFConfig(PreTrainedConfig):
         # transformers ties weights only if the top-level config says so. The LLM's config has the value.
         self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
         self.feature_noise = dict(self.feature_noise or {})
+        self.feature_components = dict(self.feature_components or {})
         self.tower_layers = dict(self.tower_layers or {})
         self.frame_pooling = dict(self.frame_pooling or {})
         self.experts = list(self.experts)
@@ -160,6 +164,11 @@ class EGMFConfig(PreTrainedConfig):
                 raise ValueError(
                     f"feature_noise: got {{{name!r}: {deviation}}}, wanted audio or vision with a deviation >= 0"
                 )
+        for name, count in self.feature_components.items():
+            most = getattr(self, f"{name}_feature_size", None) if name in ("audio", "vision") else 0
+            if most is not None and not 1 <= count <= most:
+                wanted = f"1 to {most} of its features" if most else "audio or vision"
+                raise ValueError(f"feature_components: got {{{name!r}: {count}}}, wanted {wanted}")
         for name, layers in self.tower_layers.items():
             increasing = sorted({abs(layer) for layer in layers})
             if name not in ("audio", "vision") or not layers or list(layers) != increasing:

@@ -145,17 +145,26 @@ class FeatureNorm(nn.Module):
 
     The statistics are saved with the model. A layer norm would remove the level of each frame, and with it
     information such as a loud voice or an open mouth.
+
+    Args:
+        size: The number of features.
+        components: The number of principal components to which they are reduced; None for all features. With many
+            features and few clips, the experts would remember the training clips by the features that matter least.
     """
 
     LIMIT = 5.0  # standard deviations; feature extractors tend to produce outliers
 
-    def __init__(self, size: int):
+    def __init__(self, size: int, components: int | None = None):
         super().__init__()
         self.register_buffer("mean", torch.zeros(size))
         self.register_buffer("std", torch.ones(size))
+        if components is not None:
+            self.register_buffer("basis", torch.eye(components, size))
+        self.is_reduced = components is not None
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return ((features - self.mean) / self.std).clamp(-self.LIMIT, self.LIMIT)
+        standard = ((features - self.mean) / self.std).clamp(-self.LIMIT, self.LIMIT)
+        return F.linear(standard, self.basis) if self.is_reduced else standard
 
 
 class LayerMix(nn.Module):
@@ -221,11 +230,15 @@ class EGMFFusion(nn.Module):
         self.widths = widths
         self.input_norm = nn.ModuleDict(
             {
-                name: nn.LayerNorm(width) if name == "text" or name in self.layer_mix else FeatureNorm(width)
+                name: nn.LayerNorm(width)
+                if name == "text" or name in self.layer_mix
+                else FeatureNorm(width, config.feature_components.get(name))
                 for name, width in widths.items()
             }
         )
-        self.input_proj = nn.ModuleDict({name: nn.Linear(width, size) for name, width in widths.items()})
+        # Without the modalities that have a tower: `feature_components` may name them for another corpus.
+        reduced = {name: norm.basis.shape[0] for name, norm in self.input_norm.items() if hasattr(norm, "basis")}
+        self.input_proj = nn.ModuleDict({name: nn.Linear(width, size) for name, width in (widths | reduced).items()})
         self.dropout = nn.Dropout(config.fusion_dropout)
         self.feature_noise, self.frame_pooling = config.feature_noise, config.frame_pooling
         self.present_embedding = nn.Parameter(torch.empty(len(widths), size))
@@ -243,6 +256,11 @@ class EGMFFusion(nn.Module):
         They standardise the features. A constant feature (deviation 0) is only centred.
         """
         self._set_statistics(self.input_norm[name], mean, std)
+
+    @torch.no_grad()
+    def set_feature_components(self, name: str, basis: torch.Tensor) -> None:
+        """Sets the components (components, feature size) that a modality's standardised features are projected to."""
+        self.input_norm[name].basis.copy_(basis)
 
     @torch.no_grad()
     def set_clip_statistics(self, name: str, mean: torch.Tensor, std: torch.Tensor) -> None:
@@ -359,6 +377,8 @@ def init_fusion_weights(module: nn.Module, embedding_rms: float) -> bool:
     elif isinstance(module, FeatureNorm):
         init.zeros_(module.mean)
         init.ones_(module.std)
+        if module.is_reduced:
+            init.eye_(module.basis)
     elif isinstance(module, LatentPooling):
         init.normal_(module.queries)
     elif isinstance(module, LayerMix):

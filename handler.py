@@ -79,7 +79,7 @@ class EndpointHandler:
         inputs, parameters = data["inputs"], dict(_check("parameters", data.get("parameters") or {}, PARAMETERS))
         if isinstance(labels := parameters.get("candidate_labels"), list):
             if len(labels) > MOST_LABELS or len("".join(map(str, labels))) > LONGEST_LABELS:
-                wanted = f"at most {MOST_LABELS} of together {LONGEST_LABELS} characters"
+                wanted = f"at most {MOST_LABELS} labels, {LONGEST_LABELS} characters in total"
                 raise ValueError(f"candidate_labels: got {len(labels)} labels, wanted {wanted}")
         if (clips := parameters.get("speaker_clips")) is not None:
             parameters["speaker_clips"] = self._clips("parameters.speaker_clips", clips, folder)

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from transformers.feature_extraction_utils import BatchFeature
+from transformers.image_utils import load_image
 
 from .media_egmf import AudioClip, VideoClip, load_audio, load_video
 from .media_readers_egmf import FULL_SCALE, LARGEST_RESULT, MediaError, evenly_spaced, mono
@@ -196,7 +197,11 @@ class MediaInputsMixin:
             wanted = "a file; a column of `datasets` keeps it with `cast_column(NAME, Video(decode=False))`"
             raise ValueError(f"`{name}` got a decoder ({type(value).__name__}), wanted {wanted}.")
         if hasattr(value, "convert"):  # a picture of PIL
-            value = np.asarray(value.convert("RGB"))[None]
+            value = [value]
+        if isinstance(value, list | tuple) and value and all(hasattr(picture, "convert") for picture in value):
+            value = [np.asarray(load_image(picture)) for picture in value]  # upright, RGB
+            if len(shapes := {picture.shape for picture in value}) > 1:
+                raise ValueError(f"`{name}` got pictures of the shapes {sorted(shapes)}, wanted one size.")
         clip = value if hasattr(value, "frames") else None
         frames = np.asarray(value if clip is None else clip.frames)
         if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not frames.size:

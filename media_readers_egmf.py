@@ -18,9 +18,12 @@ SILENCE = 1e-4  # a track whose samples stay below is silent: codecs turn silenc
 FULL_SCALE = 8.0  # larger samples are damage; lossy codecs slightly exceed 1.0, which players can handle
 TOLERANCE = 0.1  # seconds that may be missing without a warning: codec delays, the last packet's padding
 LARGEST_RESULT = 1 << 30  # maximum bytes of samples or frames that one call returns
+LONGEST_NAME = 500  # characters of a file's name or address in messages
 SILENT_BLOCK = 1 << 20  # samples of silence in one piece
 UNKNOWN_SIZE = 0x7FFFF000  # a wav file written to a pipe states this size or more
 LARGEST_JUNK = 1 << 16  # bytes in front of a FLAC header
+MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")  # the type of a file's first box
+MATROSKA = b"\x1aE\xdf\xa3"
 GUESSED_LENGTHS = {"aac", "ac3", "amr", "dts", "eac3", "h264", "hevc", "loas", "m4v", "mp3", "mpegvideo"}
 
 
@@ -40,7 +43,8 @@ class MediaError(RuntimeError):
         self.path, self.kind, self.reason, self.salvaged = path, kind, reason, salvaged
 
     def __str__(self) -> str:
-        return f"Cannot read {str(self.path)!r}: {self.reason}{f' ({self.salvaged})' if self.salvaged else ''}."
+        name = str(self.path) if len(str(self.path)) <= LONGEST_NAME else f"{str(self.path)[:LONGEST_NAME]}..."
+        return f"Cannot read {name!r}: {self.reason}{f' ({self.salvaged})' if self.salvaged else ''}."
 
 
 # Readers raise MediaErrors without a path; the caller adds it.
@@ -131,6 +135,11 @@ class Track:
     def __init__(self, container: Any, kind: str, order: int = 0, keep: bool = True, beat: Callable = _ignore):
         cover, default = av.stream.Disposition.attached_pic, av.stream.Disposition.default
         streams = [s for s in getattr(container.streams, kind) if not s.disposition & cover]
+        tile = av.stream.Disposition.dependent
+        if streams and all(s.disposition & tile for s in streams):
+            reason = "it is a picture of several tiles, as phones write HEIC: convert it to JPEG"
+            raise MediaError("", "not media", reason)
+        streams = [s for s in streams if not s.disposition & tile]
         if not streams:
             raise MediaError("", f"no {kind}", f"it has no {'sound' if kind == 'audio' else 'video'}")
         self.stream, self.start, self.count = streams[0], (container.start_time or 0) / 1e6, len(streams)
@@ -309,11 +318,18 @@ def upright(frame: Any, size: dict[str, int]) -> np.ndarray:
 
 
 def _read_video_by_decord(file: str, count: int) -> tuple[dict[str, Any], np.ndarray]:
-    """Reads frames by decord, for files that PyAV cannot read. Fails if decord would have to replace a frame."""
+    """Reads frames by decord, for files that PyAV cannot read. Fails if decord would have to replace a frame.
+
+    decord opens whatever a playlist names, other files as well, so it gets only containers that are none.
+    """
     try:
         import decord
     except ImportError as error:
         raise MediaError("", "damaged", str(error)) from None
+    with open(file, "rb") as stream:
+        head = stream.read(8)
+    if head[4:] not in MP4_BOXES and head[:4] != MATROSKA:
+        raise MediaError("", "damaged", "only mp4, mov, mkv and webm files have a second decoder")
     reader = decord.VideoReader(file, num_threads=1, fault_tol=1e-9)
     spans = reader.get_frame_timestamp(list(range(len(reader))))  # (n, 2): from, to
     if not ((np.diff(spans[:, 0]) > 0).all() and -1 < spans[0, 0] and spans[-1, 1] < 1e6):
@@ -502,10 +518,12 @@ def _sound(track: Track, rate: int) -> tuple[dict[str, Any], np.ndarray]:
 def _read_length(file: str, wanted: int) -> tuple[dict[str, Any], np.ndarray]:
     """Reads the length that a file states in seconds, or None; 0 for a still picture."""
     with open_container(file) as container:
-        length = container.duration
+        length, name = container.duration, container.format.name
         frames = [stream.frames for stream in container.streams]
-        if container.format.name.endswith("_pipe") or not length and frames == [1]:
+        if name.endswith("_pipe") or not length and frames and set(frames) == {1}:  # AVIF has one for the alpha
             return {"seconds": 0.0}, np.zeros(0)
+        if name in GUESSED_LENGTHS - {"mp3"}:  # of an mp3 file, it is stated or close
+            length = None
     return {"seconds": length / 1e6 if length and length > 0 else None}, np.zeros(0)
 
 

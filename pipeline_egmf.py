@@ -265,21 +265,34 @@ class AffectRecognitionPipeline(TimelineMixin, Pipeline):
 
     def _speaker_batch(self, clip: Any) -> dict[str, torch.Tensor]:
         """The tower inputs of one of the speaker's clips."""
-        clip = {"file": clip} if is_file(as_media(clip)) else clip
-        if not isinstance(clip, Mapping) or not clip.keys() <= set(MEDIA):
-            got = sorted(clip) if isinstance(clip, Mapping) else type(clip).__name__
-            raise ValueError(f"speaker_clips: got {got}, wanted a file or a mapping with some of {sorted(MEDIA)}")
-        inputs = self.processor.media_inputs([self._load(dict(clip))], return_tensors="pt")
+        try:
+            sample = as_sample(clip, self._sampling_rate)
+        except ValueError as error:
+            raise ValueError(f"speaker_clips: {error}") from None
+        if not sample.keys() <= set(MEDIA):
+            wanted = f"a file or a mapping with some of {sorted(MEDIA)}"
+            raise ValueError(f"speaker_clips: got {sorted(sample)}, wanted {wanted}")
+        inputs = self.processor.media_inputs([self._load(sample)], return_tensors="pt")
         return {name: value.to(self.device) for name, value in inputs.items()}
 
     def _load(self, sample: dict, needs_media: bool = True) -> Media:
-        """Removes the media of a sample and returns them decoded; a model of words may need none."""
+        """Removes the media of a sample and returns them decoded; a model of words may need none.
+
+        Raises:
+            MediaError: If a file cannot be read, or its sound is too long for an encoder without a window.
+        """
         if not needs_media and self._is_deaf:
             for name in MEDIA:
                 sample.pop(name, None)
-        if (file := sample.pop("file", None)) is not None:
-            return self.processor.load_file(file)
-        return self.processor.load_media(sample.pop("audio", None), sample.pop("video", None))
+        given = [sample.pop(name, None) for name in ("file", "audio", "video")]
+        clips = self.processor.load_media(*given[1:]) if given[0] is None else self.processor.load_file(given[0])
+        seconds = 0.0 if clips.audio is None else clips.audio.duration
+        if seconds > LONGEST_SOUND and self.processor.audio_window == math.inf:
+            got = f"it has {seconds:.0f} seconds of sound, and the model hears at most {LONGEST_SOUND:g} at once"
+            source = next(one for one in given if one is not None)
+            name = source if is_file(source) and not isinstance(source, bytes) else "the sound"
+            raise self.processor.media_error(name, "too large", f"{got}: return_timestamps=True answers its parts")
+        return clips
 
     @staticmethod
     def _failed(error: Exception, task: AffectTask) -> dict[str, Any]:
@@ -293,6 +306,8 @@ class AffectRecognitionPipeline(TimelineMixin, Pipeline):
             wanted = ", ".join((*OPTIONS, *TIMES))
             raise ValueError(f"affect-recognition: got {sorted(unknown)}, wanted {wanted}")
         given = {name: value for name, value in given.items() if value is not None}
+        if not isinstance(given.get("return_timestamps", False), bool):
+            raise ValueError(f"return_timestamps: got {given['return_timestamps']!r}, wanted true or false")
         if given.get("on_error", "raise") not in ("raise", "report"):
             raise ValueError(f"on_error: got {given['on_error']!r}, wanted 'raise' or 'report'")
         top = given.get("top_k", 1)
@@ -348,10 +363,6 @@ class AffectRecognitionPipeline(TimelineMixin, Pipeline):
             fields["source"] = next((sound for sound in sounds if sound is not None), None)
             with self.processor.kept_warnings() as missing:
                 clips = self._load(fields, needs_media)
-                seconds = 0.0 if clips.audio is None else clips.audio.duration
-                if seconds > LONGEST_SOUND and self.processor.audio_window == math.inf:
-                    got = f"{seconds:.0f} seconds for an encoder that hears all of them at once"
-                    raise ValueError(f"audio: got {got}, wanted at most {LONGEST_SOUND:g}, or return_timestamps=True")
                 media = self.processor.tower_inputs(clips)
         except Exception as error:
             return {"error": error}

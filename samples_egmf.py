@@ -1,5 +1,6 @@
 """The forms in which users give a sample: files, URLs, bytes, arrays, and rows of `datasets`."""
 
+import base64
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -43,9 +44,18 @@ def is_url(value: Any) -> bool:
 def as_media(value: Any) -> Any:
     """Reduces the forms of one medium to a path, a URL, bytes or `{"array", "sampling_rate"}`.
 
-    These are speech recognition's `{"raw", "sampling_rate"}`, an undecoded column of `datasets` (`{"bytes", "path"}`)
-    and torchcodec's decoder of sound, which `datasets` returns as well. Other values are returned unchanged.
+    These are a data URL, speech recognition's `{"raw", "sampling_rate"}`, an undecoded column of `datasets`
+    (`{"bytes", "path"}`) and torchcodec's decoder of sound, which `datasets` returns as well. Other values are
+    returned unchanged.
+
+    Raises:
+        MediaError: If a data URL is not base64.
     """
+    if isinstance(value, str) and value.startswith("data:"):
+        try:
+            return base64.b64decode(value.partition(",")[2], validate=True)
+        except ValueError:
+            raise MediaError(value, "not readable", "it is no base64 of a file") from None
     if isinstance(value, bytearray | memoryview):
         return bytes(value)
     if isinstance(value, Mapping):
@@ -92,7 +102,7 @@ def _download(url: str, file) -> None:
                 raise MediaError(url, "not readable", f"the server answers with status {response.status_code}")
             for part in response.iter_bytes(1 << 20):
                 file.write(part)
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
+    except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
         raise MediaError(url, "not readable", str(error) or type(error).__name__) from None
 
 

@@ -6,6 +6,7 @@ from numbers import Real
 from typing import Any
 
 import numpy as np
+import torch
 
 from .samples_egmf import as_sample
 from .tasks_egmf import AffectTask, AnswerDistribution
@@ -112,7 +113,7 @@ class TimelineMixin:
         fields = {**before["shared"], **as_sample(sample, self._sampling_rate)}
         lines = None if segments is None else self.processor.check_segments(segments)
         if lines is None and "transcriber" in after and (window or hop):
-            raise ValueError("window: got a value with a transcriber, whose segments are used, wanted one of both")
+            raise ValueError("window: got a value with a transcriber, whose segments are used, wanted one of the two")
         recording = self.processor.recording(fields, None, window or self.processor.window, hop, progress)
         return self._along(recording, lines, fields, self._size(batch_size), after)
 
@@ -129,14 +130,16 @@ class TimelineMixin:
             recording.spans = None if lines is None else [(line["start"], line["end"]) for line in lines]
             for batch in _batches(self._prepared_spans(recording, lines, fields), size):
                 answers = self._answer([prepared for _, _, prepared in batch], **after)
-                for (span, said, _), answer in zip(batch, answers, strict=True):
-                    whole.add(span.end - span.start, answer)
-                    end = max(end, span.end)
-                    yield {"timestamp": (span.start, span.end), **said, **recognized, **best_answers(answer, top_k)}
-        except self.processor.media_error as raised:
+                for (times, said, _), answer in zip(batch, answers, strict=True):
+                    whole.add(times[1] - times[0], answer)
+                    end = max(end, times[1])
+                    yield {"timestamp": times, **said, **recognized, **best_answers(answer, top_k)}
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as raised:
             if after["on_error"] != "report":
                 raise
-            error = str(raised)
+            error = str(raised) or type(raised).__name__
         distribution = None if error else whole.distribution()
         if error is None and distribution is None:
             error = "no segment could be answered"
@@ -158,8 +161,8 @@ class TimelineMixin:
         }
         yield best_answers(answer, top_k)
 
-    def _prepared_spans(self, recording, lines: list | None, fields: dict) -> Iterator[tuple[Any, dict, dict]]:
-        """Each span with its words and speaker, and its prepared sample."""
+    def _prepared_spans(self, recording, lines: list | None, fields: dict) -> Iterator[tuple[tuple, dict, dict]]:
+        """The times of each span, its words and speaker, and its prepared sample."""
         context = list(fields.get("context") or [])
         shared = {name: fields.get(name) for name in ("speaker", "speaker_clips")}
         for place, span in enumerate(recording):
@@ -169,7 +172,7 @@ class TimelineMixin:
             prepared = self.preprocess(sample)
             if line and prepared["error"] is None and (missing := self._missing(span)):
                 prepared["report"]["warnings"].append(missing)
-            yield span, said, prepared
+            yield (span.start, span.end), said, prepared
             if said["text"]:
                 context.append({"speaker": said["speaker"], "text": said["text"]})
 

@@ -37,6 +37,7 @@ MODALITIES = ("text", "audio", "vision")
 _DERIVED = {"text_config", "audio_config", "vision_config", "audio_feature_size", "vision_feature_size"}
 _DERIVED |= {"audio_input_rate", "pseudo_token_id", "lm_head_bias", "tie_word_embeddings", "speaker_adaptation"}
 _DERIVED |= {"architecture", "initializer_range"}
+MANY = 1 << 30  # features, whose number the recipe does not know
 FUSION_FIELDS = tuple(name for name in EGMFConfig.__annotations__ if name not in _DERIVED and name in vars(EGMFConfig))
 
 
@@ -464,7 +465,7 @@ def _fusion_defaults() -> dict[str, Any]:
 def _check_fusion(fusion: dict[str, Any]) -> None:
     """Runs the checks of `EGMFConfig` before anything is loaded."""
     try:
-        EGMFConfig(audio_feature_size=1, vision_feature_size=1, **fusion)
+        EGMFConfig(audio_feature_size=MANY, vision_feature_size=MANY, **fusion)
     except Exception as error:  # huggingface_hub's typed fields raise its own error types
         name = next((name for name in FUSION_FIELDS if name in str(error)), "fusion")
         if isinstance(error, ValueError) and str(error).startswith(name):

@@ -283,6 +283,26 @@ def test_feature_noise_is_for_training_only():
         assert torch.equal(quiet(inputs, prompt)[0], quiet(inputs, prompt)[0])
 
 
+# Components
+
+
+@torch.no_grad()
+def test_components_project_the_standardised_features():
+    torch.manual_seed(0)
+    fusion = build_fusion(feature_components={"audio": 3}).eval()
+    basis, mean, std = torch.randn(3, 8), torch.randn(8), torch.rand(8) + 0.5
+    fusion.set_feature_statistics("audio", mean, std)
+    fusion.set_feature_components("audio", basis)
+    features = mean + std * torch.randn(2, 5, 8)
+    wanted = ((features - mean) / std).clamp(-5, 5) @ basis.T
+    torch.testing.assert_close(fusion.input_norm["audio"](features), wanted)
+    unseen = torch.linalg.svd(basis / std)[2][-1]  # a direction that no component sees
+    prompt = torch.zeros(2, TEXT.hidden_size)
+    moved = fusion(inputs_of(audio=features + 0.01 * unseen), prompt)[0]
+    torch.testing.assert_close(moved, fusion(inputs_of(audio=features), prompt)[0], rtol=0, atol=1e-5)
+    assert fusion.input_norm["vision"](torch.zeros(1, 1, 6)).shape == (1, 1, 6)
+
+
 # Clip statistics
 
 
@@ -382,6 +402,11 @@ def test_fusion_reads_pooled_frames_as_if_they_were_given_pooled():
         ({"clip_statistics": ["audio"]}, r"clip_statistics: got \['audio'\], wanted some of the model's \[\]"),
         ({"frame_pooling": {"text": 2}}, "frame_pooling: got {'text': 2}, wanted audio or vision"),
         ({"frame_pooling": {"audio": 0}}, "frame_pooling: got .* wanted .* >= 1"),
+        ({"feature_components": {"text": 3}}, "feature_components: got {'text': 3}, wanted audio or vision"),
+        (
+            {"audio_feature_size": 8, "feature_components": {"audio": 9}},
+            "feature_components: got {'audio': 9}, wanted 1 to 8 of its features",
+        ),
         ({"feature_noise": {"audio": -0.1}}, "feature_noise: got .* wanted .* >= 0"),
     ],
 )
@@ -403,6 +428,7 @@ def test_config_roundtrip(tmp_path):
         vision_config=CLIPVisionConfig(hidden_size=24),
         experts=("global", "local"),
         feature_noise={"audio": 0.2},
+        feature_components={"audio": 3},
     )
     config.save_pretrained(tmp_path)
     loaded = EGMFConfig.from_pretrained(tmp_path)

@@ -307,6 +307,20 @@ def test_decord_aborts_on_a_corrupt_count_and_the_caller_does_not(intact, tmp_pa
     assert raised.value.kind == "crash"
 
 
+def test_decord_opens_no_playlist(tmp_path):
+    """A playlist with a damaged video behind it: PyAV reads the video, decord would read the file that is named."""
+    private = write_pattern(tmp_path / "private.ts").read_bytes()
+    packets = [bytearray(private[start : start + 188]) for start in range(0, len(private), 188)]
+    of_video = [packet for packet in packets if int.from_bytes(packet[1:3]) & 0x1FFF == 256]
+    for packet in of_video[2:]:
+        packet[20:] = b"U" * 168
+    playlist = b"#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\nprivate.ts\n#EXT-X-ENDLIST\n"
+    (tmp_path / "clip.m3u8").write_bytes(playlist + b"".join(packets))
+    with pytest.raises(MediaError, match="Cannot read") as raised:
+        load_video(tmp_path / "clip.m3u8", 4)
+    assert raised.value.kind == "damaged"
+
+
 def test_decord_stands_in_with_the_same_bytes(intact):
     file = str(intact["end.mp4"])
     found, frames = media_egmf._decode("video_by_decord", file, file, 8, time.monotonic() + LIMIT, fresh=True)

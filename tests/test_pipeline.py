@@ -1,5 +1,6 @@
 """The pipeline and the processor as users of transformers call them: every form of input, streams, labels, chats."""
 
+import base64
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -133,7 +134,9 @@ def test_an_encoder_without_a_window_hears_two_minutes_at_most(llm_folder, assem
     recognize = AffectRecognitionPipeline(model=model, processor=processor, task="affect-recognition")
     options = {"task": "meld", "on_error": "report"}
     long, short = recognize([np.zeros(121 * 16000, np.float32), tone(0.5, 200)], **options)
-    assert "got 121 seconds for an encoder that hears all of them at once, wanted at most 120" in long["error"]
+    assert "it has 121 seconds of sound, and the model hears at most 120 at once" in long["error"]
+    with pytest.raises(recognize.processor.media_error, match="at most 120 at once"):
+        recognize.speaker_center([np.zeros(121 * 16000, np.float32)])
     assert short["error"] is None and short["seconds"] == 0.5
 
 
@@ -144,6 +147,14 @@ def test_bytes_and_urls(recognize, voices, server):
     assert_same(
         [recognize({"audio": content[0]}), recognize({"bytes": content[1], "path": "gone.wav"})], voices[1][:2]
     )
+    encoded = base64.b64encode(content[0]).decode()
+    assert_same([recognize(f"data:audio/wav;base64,{encoded}")], voices[1][:1])
+    with pytest.raises(
+        recognize.processor.media_error, match=r"Cannot read 'data:audio/wav;base64,!+\.\.\.': it is no base64"
+    ):
+        recognize(f"data:audio/wav;base64,{'!' * 10**6}")
+    (answer,) = recognize(["http://a..b/x.wav"], on_error="report")
+    assert "Cannot read 'http://a..b/x.wav'" in answer["error"]
     assert asked == []
     assert_same([recognize(f"{url}/voice0.wav"), recognize({"audio": f"{url}/voice1.wav"})], voices[1][:2])
     assert asked == ["GET /voice0.wav", "GET /voice1.wav"]
@@ -309,6 +320,16 @@ def test_half_precision_leaves_the_clock_exact(recognize, chat):
     assert half["pixel_values"].dtype == torch.bfloat16
     assert half["vision_times"].dtype == torch.float32
     torch.testing.assert_close(half["vision_times"], times, rtol=0, atol=0, equal_nan=True)
+
+
+def test_pictures_of_a_turned_camera_are_upright(recognize, tmp_path):
+    exif = Image.Exif()
+    exif[274] = 6  # orientation: turned by 90 degrees
+    Image.new("RGB", (80, 40)).save(tmp_path / "a.jpg", exif=exif)
+    for video in (str(tmp_path / "a.jpg"), Image.open(tmp_path / "a.jpg"), [Image.open(tmp_path / "a.jpg")] * 2):
+        assert recognize.processor.load_media(None, video).video.frames.shape[1:] == (80, 40, 3)
+    with pytest.raises(ValueError, match="got pictures of the shapes .* wanted one size"):
+        recognize.processor.load_media(None, [Image.new("RGB", (8, 4)), Image.new("RGB", (4, 8))])
 
 
 def test_pictures_of_pil_and_columns_of_images(recognize, tmp_path):

@@ -25,8 +25,9 @@ import train as train_script
 from corpora import cherma, load_corpus, meld
 from corpora.schema import build_split
 from egmf.data.mixture import MixtureSampler, check_corpora
+from egmf.fusion_egmf import FeatureNorm
 from egmf.recipe import load_recipe
-from egmf.training.assembly import feature_statistics
+from egmf.training.assembly import feature_components, feature_statistics
 from egmf.training.batches import MixtureTrainer
 from egmf.training.language_models import build_tiny_language_model
 from egmf.training.shrinking import published_config, shrunk
@@ -380,6 +381,23 @@ def test_streamed_statistics_are_those_of_all_frames_at_once(rows):
             continue
         mean, std = np.concatenate(clips).mean(0), np.concatenate(clips).std(0)
         assert np.array_equal(found[0].numpy(), mean) and np.array_equal(found[1].numpy(), std)
+
+
+def test_components_are_uncorrelated_and_vary_most():
+    rows = load_corpus("generated")["train"].select(range(60))
+    norm = FeatureNorm(len(rows[0]["audio_features"][0]), 4)
+    mean, std = feature_statistics(rows, "audio_features")
+    norm.mean.copy_(mean), norm.std.copy_(std)
+    norm.basis.copy_(feature_components(rows, "audio_features", norm, 4))
+    frames = torch.cat([torch.as_tensor(clip) for clip in rows["audio_features"] if clip is not None])
+    torch.testing.assert_close(norm(frames).T.cov(correction=0), torch.eye(4), rtol=0, atol=1e-4)
+    standard = ((frames - norm.mean) / norm.std).clamp(-5, 5)
+    variances = torch.linalg.eigvalsh(standard.T.cov(correction=0)).flip(0)[:4]
+    torch.testing.assert_close(norm.basis.norm(dim=1) ** -2, variances, rtol=1e-3, atol=0)
+    rows = build_split({"id": str(place), "audio_features": np.full((2, 3), place)} for place in range(3))
+    norm = FeatureNorm(3, 2)
+    with pytest.raises(ValueError, match="audio_features: got 2 components, wanted at most 1: no more features vary"):
+        feature_components(rows, "audio_features", norm, 2)
 
 
 def test_features_of_two_widths_are_refused():

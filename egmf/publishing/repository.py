@@ -244,7 +244,7 @@ def check_no_paths(folder: Path, run: Path) -> None:
     places = {str(path.resolve()) for path in (run, Path.home(), Path.cwd(), Path(tempfile.gettempdir()))} - {"/"}
     private = sorted(places, key=len, reverse=True)  # the longest path first
     for path in sorted(folder.iterdir()):
-        if path.suffix != ".safetensors" and path.name not in ("tokenizer.json", "LICENSE"):
+        if path.suffix not in (".safetensors", ".model") and path.name not in ("tokenizer.json", "LICENSE"):
             text = path.read_text(encoding="utf-8")
             found = [name for name in private if re.search(rf"(?<![\w.]){re.escape(name)}(?![\w.-])", text)]
             if found:

@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,7 @@ from egmf.data.lengths import clip_seconds
 from egmf.data.mixture import has_any
 from egmf.data.speakers import SPEAKER, Centers, stack_centers
 from egmf.data.tower_cache import COLUMNS, PREPROCESSORS, TowerCache
-from egmf.fusion_egmf import ClipStatistics
+from egmf.fusion_egmf import ClipStatistics, FeatureNorm
 from egmf.media_features_egmf import adapt_to_speaker
 from egmf.media_inputs_egmf import TowerInput
 from egmf.modeling_egmf import EGMFForConditionalGeneration, undivided
@@ -181,12 +181,55 @@ def _sum_on(total: np.ndarray | None, frames: np.ndarray) -> np.ndarray:
     return (frames if total is None else np.concatenate([total[None], frames])).sum(0)
 
 
-def set_feature_statistics(model: EGMFForConditionalGeneration, rows: Dataset, centers: Centers) -> None:
-    """Sets the statistics of precomputed features again, from features that are adapted to the centers."""
+def set_feature_statistics(
+    model: EGMFForConditionalGeneration, rows: Dataset, centers: Centers | None = None, statistics: Mapping = {}
+) -> None:
+    """Sets the statistics and the components of precomputed features.
+
+    Args:
+        model: The model.
+        rows: The training split.
+        centers: Centers of the speakers, to which the features are adapted first.
+        statistics: Results of [`feature_statistics`], by modality, that are known already.
+    """
+    fusion = model.model.fusion
     for modality in model.config.modalities[1:]:
-        if getattr(model.config, f"{modality}_feature_size") is not None:
-            statistics = feature_statistics(rows, f"{modality}_features", centers)
-            model.model.fusion.set_feature_statistics(modality, *statistics)
+        if getattr(model.config, f"{modality}_feature_size") is None:
+            continue
+        column = f"{modality}_features"
+        mean, std = statistics.get(modality) or feature_statistics(rows, column, centers)
+        fusion.set_feature_statistics(modality, mean, std)
+        if fusion.input_norm[modality].is_reduced:
+            norm, count = fusion.input_norm[modality], model.config.feature_components[modality]
+            fusion.set_feature_components(modality, feature_components(rows, column, norm, count, centers))
+
+
+def feature_components(
+    rows: Dataset, column: str, norm: FeatureNorm, count: int, centers: Centers | None = None
+) -> torch.Tensor:
+    """The leading principal components (count, D) of all standardised frames, scaled so that each has variance 1.
+
+    Args:
+        rows, column, centers: See [`feature_statistics`].
+        norm: Standardises the frames.
+        count: The number of components.
+
+    Raises:
+        ValueError: If fewer features vary independently.
+    """
+    mean, std = norm.mean.double().numpy(force=True), norm.std.double().numpy(force=True)
+    total, products, number = np.zeros_like(mean), np.zeros((len(mean), len(mean))), 0
+    for frames in _frames(rows, column, centers):
+        standard = ((frames - mean) / std).clip(-norm.LIMIT, norm.LIMIT)
+        total, products, number = total + standard.sum(0), products + standard.T @ standard, number + len(standard)
+    variances, vectors = np.linalg.eigh(products / number - np.outer(total / number, total / number))
+    variances, vectors = variances[::-1][:count], vectors[:, ::-1][:, :count]
+    if not variances[-1] > 1e-6:
+        got, wanted = f"{count} components", f"at most {(variances > 1e-6).sum()}: no more features vary independently"
+        raise ValueError(f"feature_components: {column}: got {got}, wanted {wanted}")
+    # An eigenvector has no sign of its own.
+    signs = np.sign(np.take_along_axis(vectors, np.abs(vectors).argmax(0)[None], 0))
+    return torch.from_numpy((vectors * signs / np.sqrt(variances)).T.copy())
 
 
 def clip_statistics(
@@ -333,8 +376,7 @@ def build_model(
     if are_sharded():
         # FSDP makes a unit of each of these, and gathers a unit's weights only for its forward pass.
         model._no_split_modules = model.model.language_model._no_split_modules
-    for modality, (mean, std) in statistics.items():
-        model.model.fusion.set_feature_statistics(modality, mean, std)
+    set_feature_statistics(model, train_split, statistics=statistics)
     for modality in trained_towers(recipe, towers) + list(towers) * bool(recipe.phases.tower_epochs):
         # Half precision would round small updates away.
         getattr(model.model, f"{modality}_tower").float()

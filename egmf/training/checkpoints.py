@@ -41,7 +41,7 @@ def keep_settings(run: Path, settings: dict[str, Any]) -> None:
     if not has_begun(run) or not file.exists():
         write_whole(file, json.dumps(settings, indent=2) + "\n")
         return
-    before = json.loads(file.read_text(encoding="utf-8"))
+    before = {"architecture": 2} | json.loads(file.read_text(encoding="utf-8"))  # settings did not have it before 3
     for name, value in settings.items():
         if name in before and before[name] != value:
             wanted = f"{json.dumps(before[name])}, with which the run in {run} began, or another output_dir"
