@@ -11,10 +11,9 @@ are chosen, part of the training split.
 import os
 from pathlib import Path
 
-import pandas as pd
 from datasets import DatasetDict
 
-from corpora.reading import fold_splits, part_of_id
+from corpora.reading import fold_splits, part_of_id, read_rows
 from corpora.schema import build_split
 
 
@@ -33,23 +32,29 @@ def load(source: str | os.PathLike, fold: int = 1, validation: bool = True) -> D
 
     Raises:
         FileNotFoundError: if the table or an audio file does not exist.
-        ValueError: if `fold` is out of range, a column is missing, or a speaker or an emotion is unknown.
+        ValueError: if `fold` is out of range, a column is missing, a speaker or an emotion is unknown, or a clip comes
+            twice.
     """
     splits = fold_splits(fold, SPEAKERS, validation)
-    table = pd.read_csv(Path(source) / "metadata.csv")
-    if missing := {"file", "speaker", "emotion_zh"} - set(table.columns):
-        raise ValueError(f"metadata.csv: got no column {', '.join(sorted(missing))}, wanted it")
     rows: dict[str, list[dict]] = {"train": [], "validation": [], "test": []}
-    for entry in table.itertuples():
-        path = Path(source) / entry.file
-        if entry.emotion_zh not in EMOTIONS or entry.speaker not in range(1, SPEAKERS + 1):
-            got = f"speaker {entry.speaker} and emotion {entry.emotion_zh!r}"
+    seen: set[str] = set()
+    for line, cells in read_rows(Path(source) / "metadata.csv", ("file", "speaker", "emotion_zh")):
+        place, file, speaker, emotion = (
+            f"metadata.csv: line {line}",
+            cells["file"],
+            cells["speaker"],
+            cells["emotion_zh"],
+        )
+        if emotion not in EMOTIONS or speaker not in map(str, range(1, SPEAKERS + 1)):
             wanted = f"1 to {SPEAKERS} and one of {', '.join(EMOTIONS)}"
-            raise ValueError(f"metadata.csv: {entry.file}: got {got}, wanted {wanted}")
+            raise ValueError(f"{place}: got speaker {speaker!r} and emotion {emotion!r}, wanted {wanted}")
+        path = Path(source) / file
         if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file, wanted the audio file of metadata.csv")
-        row_id = Path(entry.file).with_suffix("").as_posix()
-        row_id = row_id if row_id.startswith(f"{entry.speaker}_") else f"{entry.speaker}_{row_id}"
-        row = {"id": row_id, "language": "zh", "audio": str(path), "emotion": entry.emotion_zh}
-        rows[splits[entry.speaker]].append(row)
+            raise FileNotFoundError(f"{path}: no such file, wanted the audio file of {place}")
+        row_id = Path(file).with_suffix("").as_posix()
+        row_id = row_id if row_id.startswith(f"{speaker}_") else f"{speaker}_{row_id}"
+        if row_id in seen:
+            raise ValueError(f"{place}: got {file} again, wanted each clip once")
+        seen.add(row_id)
+        rows[splits[int(speaker)]].append({"id": row_id, "language": "zh", "audio": str(path), "emotion": emotion})
     return DatasetDict({split: build_split(found) for split, found in rows.items()})

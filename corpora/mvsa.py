@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from datasets import DatasetDict
 
-from corpora.reading import fold_splits
+from corpora.reading import decode_text, fold_splits
 from corpora.schema import build_split
 
 
@@ -42,7 +42,7 @@ def load(source: str | os.PathLike, fold: int = 1, validation: bool = True) -> D
 
     Raises:
         FileNotFoundError: if the folder has no table, or a text is missing.
-        ValueError: if `fold` is out of range, or a label is unknown.
+        ValueError: if `fold` is out of range, a label is unknown, or the table is malformed.
     """
     splits = fold_splits(fold, FOLDS, validation)
     rows: dict[str, list[dict]] = {"train": [], "validation": [], "test": []}
@@ -55,8 +55,18 @@ def load(source: str | os.PathLike, fold: int = 1, validation: bool = True) -> D
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[int, dict]]:
-    for row in pq.read_table(path).to_pylist():
-        frames = np.asarray(row["vision_features"], np.float32).reshape(-1, WIDTH)
+    table, seen = pq.read_table(path), set()
+    if missing := {"id", "text", "sentiment", "fold", "vision_features"} - set(table.column_names):
+        raise ValueError(f"{path}: got no column {', '.join(sorted(missing))}, wanted it")
+    for place, row in enumerate(table.to_pylist()):
+        values = np.asarray(row["vision_features"], np.float32)
+        if row["fold"] not in range(1, FOLDS + 1) or not values.size or values.size % WIDTH:
+            got = f"fold {row['fold']} and {values.size} features"
+            raise ValueError(f"{path}: row {place}: got {got}, wanted 1 to {FOLDS} and a multiple of {WIDTH}")
+        if row["id"] in seen:
+            raise ValueError(f"{path}: row {place}: got the id {row['id']} again, wanted each tweet once")
+        seen.add(row["id"])
+        frames = values.reshape(-1, WIDTH)
         yield (
             row["fold"],
             {
@@ -78,7 +88,7 @@ def _published_rows(source: Path) -> Iterator[tuple[int, dict]]:
     if not tables:
         raise FileNotFoundError(f"{source}: no mvsa.parquet, labelResultAll.txt or train.txt, wanted MVSA's folder")
     contradictory = 0  # or without a majority
-    for line in tables[0].read_text(encoding="utf-8").splitlines()[1:]:
+    for line in decode_text(tables[0]).splitlines()[1:]:
         name, _, labels = line.replace("\t", ",").partition(",")
         given = list(filter(None, labels.replace(" ", "").split(",")))
         # Text and image by turns; MVSA-Multiple has the labels of three annotators.

@@ -18,11 +18,10 @@ import os
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 from datasets import DatasetDict
 from datasets.packaged_modules.audiofolder.audiofolder import AudioFolder
 
-from corpora.reading import fold_splits, part_of_id
+from corpora.reading import fold_splits, part_of_id, read_rows
 from corpora.schema import build_split
 
 
@@ -69,9 +68,9 @@ def load(source: str | os.PathLike, fold: int = 1, validation: bool = True, fold
         group = next(number for number, actors in enumerate(FOLDS[folds], 1) if actor in actors)
         row = {"id": path.stem, "text": STATEMENTS[statement - 1], "language": "en", "audio": str(path)}
         if units is not None:
-            if path.stem not in units.index:
+            if path.stem not in units:
                 raise ValueError(f"{ACTION_UNITS}: got no row {path.stem}, wanted one for each audio file")
-            row["vision_features"] = units.loc[[path.stem]].to_numpy(np.float32)
+            row["vision_features"] = units[path.stem]
         rows[splits[group]].append({**row, "emotion": EMOTIONS[emotion - 1]})
     empty = [split for split in dict.fromkeys(splits.values()) if not rows[split]]
     if empty:
@@ -79,10 +78,20 @@ def load(source: str | os.PathLike, fold: int = 1, validation: bool = True, fold
     return DatasetDict({split: build_split(found) for split, found in rows.items()})
 
 
-def _action_units(folder: Path) -> pd.DataFrame | None:
-    """Action units by clip; None if the folder has no such file."""
-    path = folder / ACTION_UNITS
-    return pd.read_csv(path, index_col="id") if path.is_file() else None
+def _action_units(folder: Path) -> dict[str, np.ndarray] | None:
+    """Action units (1, columns) by clip; None if the folder has no such file."""
+    if not (folder / ACTION_UNITS).is_file():
+        return None
+    units: dict[str, np.ndarray] = {}
+    for line, cells in read_rows(folder / ACTION_UNITS, ("id",)):
+        place, clip = f"{ACTION_UNITS}: line {line}", cells.pop("id")
+        if clip in units:
+            raise ValueError(f"{place}: got the clip {clip} again, wanted each clip once")
+        try:
+            units[clip] = np.array([list(cells.values())], np.float64).astype(np.float32)
+        except ValueError:
+            raise ValueError(f"{place}: got {', '.join(cells.values())}, wanted a number in each column") from None
+    return units
 
 
 def _codes(path: Path) -> tuple[int, int, int]:

@@ -182,6 +182,27 @@ def read_csv(file: Path) -> tuple[list[str], Iterator[tuple[int, dict[str, str] 
     return header, _csv_rows(file, lines, header, delimiter)
 
 
+def read_rows(path: Path, required: tuple[str, ...]) -> Iterator[tuple[int, dict[str, str]]]:
+    """Yields the line number and the cells by column of each row that is not empty; see [`read_csv`].
+
+    Names of columns are in lower case, and `file_name` is `file`, as in tables of clips.
+
+    Raises:
+        ValueError: If the table is malformed or lacks a required column. The message names the line.
+    """
+    header, rows = read_csv(path)
+    names = {name: name.lower() for name in header}
+    if "file" not in names.values():
+        names = {name: "file" if lower == "file_name" else lower for name, lower in names.items()}
+    if not set(required) <= {*names.values()}:
+        wanted = " and ".join(required)
+        raise ValueError(f"{path}: line 1: got {','.join(header)[:100]!r}, wanted a header with the columns {wanted}")
+    for line, cells in rows:
+        if isinstance(cells, str):
+            raise ValueError(f"{path}: line {line}: {cells}")
+        yield line, {names[name]: cell.strip() for name, cell in cells.items()}
+
+
 def _csv_rows(file: Path, lines: Any, header: list[str], delimiter: str) -> Iterator[tuple[int, dict[str, str] | str]]:
     while True:
         line = lines.line_num + 1

@@ -514,7 +514,13 @@ def test_casia_holds_out_a_speaker(tmp_path):
         load_corpus("casia", tmp_path)
     (tmp_path / "1_0.flac").touch()
     (tmp_path / "metadata.csv").write_text("\n".join([*rows, "1_1.flac,5,高兴"]), encoding="utf-8")
-    with pytest.raises(ValueError, match="got speaker 5 and emotion '高兴', wanted 1 to 4"):
+    with pytest.raises(ValueError, match="metadata.csv: line 26: got speaker '5' and emotion '高兴', wanted 1 to 4"):
+        load_corpus("casia", tmp_path)
+    (tmp_path / "metadata.csv").write_text("\n".join([*rows, rows[1]]), encoding="utf-8")
+    with pytest.raises(ValueError, match="metadata.csv: line 26: got 1_0.flac again, wanted each clip once"):
+        load_corpus("casia", tmp_path)
+    (tmp_path / "metadata.csv").write_bytes("\n".join(rows).encode("gbk"))
+    with pytest.raises(ValueError, match="line 2: got a byte .* that is not UTF-8, wanted the file saved as UTF-8"):
         load_corpus("casia", tmp_path)
 
 

@@ -1,33 +1,11 @@
-"""Reads tables, such as those of transcripts, in the formats that spreadsheet programs save."""
+"""Reads the words and speakers of files from a table."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
-from corpora.reading import read_csv
+from corpora.reading import read_rows
 
 
 COLUMNS = ("file", "text", "speaker")  # the last one may be missing
-
-
-def read_table(path: Path, required: tuple[str, ...]) -> Iterator[tuple[int, dict[str, str]]]:
-    """Yields the line number and the cells by column of each row that is not empty; see [`read_csv`].
-
-    Names of columns are in lower case, and `file_name` is `file`, as in tables of clips.
-
-    Raises:
-        ValueError: If the table is malformed or lacks a required column. The message names the line.
-    """
-    header, rows = read_csv(path)
-    names = {name: name.lower() for name in header}
-    if "file" not in names.values():
-        names = {name: "file" if lower == "file_name" else lower for name, lower in names.items()}
-    if not set(required) <= {*names.values()}:
-        wanted = " and ".join(required)
-        raise ValueError(f"{path}: line 1: got {','.join(header)[:100]!r}, wanted a header with the columns {wanted}")
-    for line, cells in rows:
-        if isinstance(cells, str):
-            raise ValueError(f"{path}: line {line}: {cells}")
-        yield line, {names[name]: cell.strip() for name, cell in cells.items()}
 
 
 def read_transcripts(path: Path) -> dict[str, dict[str, str]]:
@@ -37,7 +15,7 @@ def read_transcripts(path: Path) -> dict[str, dict[str, str]]:
         ValueError: If the table is malformed or ambiguous. The message names the line and what was wanted.
     """
     transcripts: dict[str, dict[str, str]] = {}
-    for line, row in read_table(path, COLUMNS[:2]):
+    for line, row in read_rows(path, COLUMNS[:2]):
         if not row["file"]:
             raise ValueError(f"{path}: line {line}: got no file, wanted its path or its name")
         if row["file"] in transcripts:

@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from corpora.reading import decode_text, read_time
-from egmf.data.transcripts import read_table
+from corpora.reading import decode_text, read_rows, read_time
 
 
 Segment = dict[str, Any]  # start and end in seconds (only the last end may be None), text and speaker or None
@@ -129,7 +128,7 @@ def _is_time(value: Any) -> bool:
 
 def _table(path: Path) -> Iterator[tuple[str, Segment]]:
     """The rows of a table, with times in seconds or as a clock."""
-    for line, row in read_table(path, ("start", "end")):
+    for line, row in read_rows(path, ("start", "end")):
         times = []
         for name in ("start", "end"):
             try:
