@@ -55,11 +55,14 @@ from egmf.evaluation.measures import measure_of, metrics_of
 from egmf.evaluation.plots import plot_conditions, plot_confusion, plot_gates, plot_reliability, plot_scores
 from egmf.evaluation.predictor import Predictor
 from egmf.evaluation.reliability import calibration_of
-from egmf.evaluation.significance import intervals, mcnemar, paired_differences, resample
+from egmf.evaluation.significance import ENOUGH, intervals, mcnemar, paired_differences, resample
 from egmf.files import weights_digest
 from egmf.pipeline_egmf import adaptation_warning
 from egmf.processes import LONGEST_WAIT, default_workers, in_turns, silence_other_ranks
 from egmf.tables import with_interval
+
+
+SPLITTING = ("fold", "folds", "validation", "validation_videos")  # options that move rows between splits
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -150,10 +153,14 @@ def table_of(metrics: dict[str, dict], bounds: dict[str, dict]) -> str:
     return "\n".join(line[0].ljust(width) + "".join(cell.rjust(26) for cell in line[1:]) for line in lines)
 
 
-def evaluate(args: argparse.Namespace, predict: Predictor, rows, modalities: list[str], report: dict) -> None:
-    """Runs the standard evaluation; writes predictions, metrics, tests and plots into the output folder."""
+def evaluate(
+    args: argparse.Namespace, predict: Predictor, rows, modalities: list[str], report: dict, others: dict | None
+) -> None:
+    """Runs the standard evaluation; writes predictions, metrics, tests and plots into the output folder.
+
+    `others` are another run's answers, from [`read_predictions`].
+    """
     task = predict.label_task
-    others = read_predictions(args.compare, rows, task) if args.compare else None
     predictions = predict(rows, modalities)[0]
     if not PartialState().is_main_process:
         return
@@ -191,6 +198,7 @@ def evaluate(args: argparse.Namespace, predict: Predictor, rows, modalities: lis
 
     number = report["clusters"]["number"]
     said = f"95 % intervals by {number} {unit}" if number > 1 else f"no intervals: they need more {unit} than one"
+    said += f", too few: they are too narrow below {ENOUGH}" if 1 < number < ENOUGH else ""
     print(f"{args.corpus} / {args.split}: {len(rows)} samples; {said}")
     if unread:
         print(f"answered without a file that cannot be read: {len(unread)} samples, such as {unread[0]}")
@@ -238,6 +246,11 @@ def load_rows(args: argparse.Namespace, trained: dict, part: dict) -> tuple[Data
         ValueError: If the split has no rows, or see the corpus.
     """
     options = trained["corpus_options"] if trained.get("corpus") == args.corpus else part.get("options", {})
+    has_learned = trained.get("corpus") == args.corpus or bool(part)
+    for name, value in (args.corpus_options or {}).items():
+        if has_learned and name in SPLITTING and value != options.get(name):
+            before = options.get(name, "the default")
+            logging.warning("%s: got %s, not %s as in training: the model may know these rows", name, value, before)
     options = options | (args.corpus_options or {})
     if args.corpus == "table":  # the splits that training made; what it has not seen is test data
         options = {"splits": read_splits(Path(args.model).absolute().parent / SPLITS_FILE)} | options
@@ -307,6 +320,8 @@ def main(arguments: list[str]) -> None:
     predict = Predictor(model, processor, task, label_map, args.batch_size, device)
     check_labels(f"{args.corpus} / {args.split}", rows, predict.label_task)
     modalities, adapted = choose_modalities(args, trained, model.config), trained.get("speaker_adaptation", False)
+    others = read_predictions(args.compare, rows, predict.label_task) if args.compare else None
+    args.output.mkdir(parents=True, exist_ok=True)
     read_clips(args, predict, rows, modalities, adapted)
 
     report = {
@@ -322,8 +337,10 @@ def main(arguments: list[str]) -> None:
         "speaker_adaptation": adapted,
         "corpus_options": {name: value for name, value in options.items() if name not in ("splits", "media")},
     }
-    args.output.mkdir(parents=True, exist_ok=True)
-    (evaluate_robustness if args.robustness else evaluate)(args, predict, rows, modalities, report)
+    if args.robustness:
+        evaluate_robustness(args, predict, rows, modalities, report)
+    else:
+        evaluate(args, predict, rows, modalities, report, others)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Measures reading recordings, one of two hours: what `predict.py` answers, against decoding alone by plain PyAV.
 
-    python -m bench.recording >> results/media.md
+    python -m bench.recording > results/recordings.md
 
 Each way is a process of its own, so that its peak memory is its own.
 """
@@ -73,10 +73,10 @@ def measure(way: str, path: str) -> dict[str, float]:
 
 
 def table(runs: dict[tuple, dict[str, dict[str, float]]]) -> str:
-    """The section of the page, from one run of each way on each of `FILES`."""
+    """The page, from one run of each way on each of `FILES`."""
     lines = [
-        "\n# Reading recordings\n",
-        "Command: `python -m bench.recording >> results/media.md`, on the same machine, one run of each. An h264 +",
+        "# Reading recordings\n",
+        "Command: `python -m bench.recording > results/recordings.md`, one run of each. An h264 +",
         "aac file is decoded by plain PyAV, which does nothing with the sound and the pictures; and it is read as",
         f"`predict.py` reads it: all parts that end at pauses, as arrays of sound at {RATE} Hz and of {FRAMES} frames",
         "each. Other programs slowed the clock down, but not CPU time. Memory is the peak of the process and of its",

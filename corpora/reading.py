@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from datasets import DatasetDict
 
-from corpora.schema import build_split
+from corpora.schema import build_split, check_flag
 
 
 # Five of these 32 bytes are undefined in Python's cp1252 codec and stay unchanged.
@@ -63,8 +63,9 @@ def fold_splits(fold: int, count: int, validation: bool) -> dict[int, str]:
     """The split of each fold from 1 to `count`: `fold` is test, the next one validation or train, the rest train.
 
     Raises:
-        ValueError: If `fold` is out of range.
+        ValueError: If `fold` is out of range, or `validation` is not a bool.
     """
+    check_flag("validation", validation)
     if not isinstance(fold, int) or isinstance(fold, bool) or not 1 <= fold <= count:
         raise ValueError(f"fold: got {fold!r}, wanted an integer from 1 to {count}")
     after = {fold % count + 1: "validation"} if validation else {}

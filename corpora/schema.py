@@ -110,6 +110,12 @@ def _nulls(values: list) -> pa.Array:
     return pa.array([value is None for value in values], pa.bool_())
 
 
+def check_flag(option: str, value: object) -> None:
+    """Raise a ValueError that names `option` if `value` is not true or false."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{option}: got {value!r}, wanted true or false")
+
+
 def check_count(option: str, value: object, minimum: int = 0) -> int:
     """Return `value` if it is an integer >= `minimum`; otherwise raise a ValueError that names `option`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:

@@ -49,7 +49,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from corpora.clips import name_part, store_clip
 from corpora.reading import decode_text, read_csv, read_time, repair_text
-from corpora.schema import build_split, check_count
+from corpora.schema import build_split, check_count, check_flag
 from corpora.splits import SPLITS, clip_key, make_splits
 
 
@@ -131,6 +131,9 @@ def load(
     """
     check_count("context", context)
     check_count("seed", seed)
+    check_flag("drop_wrong_rows", drop_wrong_rows)
+    if not isinstance(columns, Mapping | None):
+        raise ValueError(f"columns: got {columns!r}, wanted a mapping such as {{label: emotion}}")
     columns, found = dict(columns or {}), _Found()
     for name in columns.keys() - set(COLUMNS):
         raise ValueError(f"columns: got {name!r}, wanted some of {', '.join(COLUMNS)}")

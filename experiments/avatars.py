@@ -22,7 +22,7 @@ from corpora.avatars import KINDS, ceiling, group_of
 from egmf.evaluation.robustness import summarize
 from egmf.tables import mean_and_deviation, table
 from experiments import running
-from experiments.pages import RESULTS, read_predictions, write_page
+from experiments.pages import EARLIER, RESULTS, read_predictions, write_page
 from experiments.running import VARIANTS, Step, evaluation, run_steps, training
 
 
@@ -130,7 +130,7 @@ def render(runs: list[dict]) -> str:
         "answers both tasks: SmolLM2-135M-Instruct with LoRA. The towers of a seed are trained once, with all experts "
         "and modalities, and every variant of that seed reads the same frozen ones. "
         f"Seeds {', '.join(map(str, seeds))}; mean ± standard deviation where there are several.",
-        "Made with models whose merged weights were rounded to bfloat16; `train.py` now saves them in float32.",
+        EARLIER,
         "## Emotion: accuracy in percent",
         "The most probable legal answer of `score_labels()`.",
         main_table(runs),

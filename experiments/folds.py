@@ -315,14 +315,15 @@ def render(data: dict) -> str:
         "accuracy, is the mean of the classes' recalls. Intervals are percentile intervals of a bootstrap over actors "
         f"or speakers, of MVSA over tweets ({RESAMPLES:,} resamples). The first columns are the most probable answer "
         "of `score_labels()`; *greedy* is the text of plain `generate()`; *experts alone* is the expert readout "
-        "without the LLM, and *LLM alone* the LLM, which reads the pseudo tokens, without it. A *linear probe* reads "
-        "the same features (`experiments/probe.py`) and learns from the same rows; its penalty is chosen by "
-        "cross-validation of the training rows.",
+        "without the LLM, and *LLM alone* is the LLM, which reads the pseudo tokens, without the readout. A *linear "
+        "probe* reads the same features and learns from the same rows (`experiments/probe.py`); a cross-validation of "
+        "the training rows chooses its penalty.",
         "In the commands, `whisper-base-encoder` is a local folder with the encoder of `openai/whisper-base`, the "
         "recipe's `audio_tower`.",
-        "Settings were chosen on validation folds (`--validation`), never on a test fold. A validation fold of one "
-        "run is a test fold of another, so the choice of settings has seen all actors, speakers and tweets, as in "
-        "every cross-validation; no model has.",
+        "Settings were chosen on validation folds (`--validation`), never on a test fold. But a validation fold of "
+        "one run is a test fold of another, so they were chosen with knowledge of all actors, speakers and tweets. No "
+        "model was trained on those it is tested on. CASIA has four speakers: a bootstrap over so few gives intervals "
+        "that are too narrow.",
     ]
     for name, part in data.items():
         one = EXPERIMENTS[name]

@@ -234,7 +234,7 @@ def load(name: str, size: str) -> Recipe:
     return load_recipe([str(ROOT / f"recipes/{name}.yaml"), "--language_model", f"Qwen/Qwen3-{size}"])
 
 
-READ = "hours of reading in these"
+READ = "of these, hours of reading"
 
 
 def table_of(rows: list[dict]) -> str:
@@ -262,9 +262,9 @@ Every process reads {rates} per second.
 `python -m bench.reading` measured 139 to 167 million of clips and 6.6 to 9.7 million of features, with files in
 memory, on one core of a Xeon. For clips, half of the slowest rate is assumed, because their files come from a disk.
 If a tower has more than 8 hidden states, 8 are read, and four frames of its sound are averaged. A batch of MOSEI's
-clips then has 14 million numbers in 16 bits; all 25 states of every frame would be 156 million, read in 1.3 instead of
-0.09 CPU seconds. The recipes' `dataloader_num_workers` is {workers}. With 0, the process that trains reads between
-its steps, and both times add up. With 4, others read beside it, in a quarter of the time.
+clips then has 14 million numbers in 16 bits; all 25 states of every frame would be 156 million, at the measured rate
+read in 1.0 instead of 0.1 CPU seconds. The recipes' `dataloader_num_workers` is {workers}. With 0, the process that
+trains reads between its steps, and both times add up. With 4, others read beside it, in a quarter of the time.
 
 """
 

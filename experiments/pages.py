@@ -6,6 +6,11 @@ import re
 from pathlib import Path
 
 
+# The runs of MOSI, MELD and Avatars are older than these parts of the model.
+EARLIER = (
+    "Measured with earlier code, before the expert readout, and with merged weights rounded to bfloat16. Today's code "
+    "gives other figures; the commands are those of that code ([code versions](README.md#code-versions))."
+)
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 README = RESULTS.parent / "README.md"
 Predictions = dict[tuple[str, int], dict[str, dict]]  # (variant, seed) -> id -> {"gold", "answers": {answer: label}}

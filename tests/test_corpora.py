@@ -524,6 +524,12 @@ def test_casia_holds_out_a_speaker(tmp_path):
         load_corpus("casia", tmp_path)
 
 
+@pytest.mark.parametrize("corpus", ["casia", "mvsa", "ravdess"])
+def test_an_option_that_is_no_flag_is_refused(corpus, tmp_path):
+    with pytest.raises(ValueError, match="validation: got 'false', wanted true or false"):
+        load_corpus(corpus, tmp_path, validation="false")
+
+
 def test_published_casia():
     splits = load_corpus("casia", published("casia"), fold=2)
     assert {name: split.num_rows for name, split in splits.items()} == {"train": 600, "validation": 300, "test": 300}

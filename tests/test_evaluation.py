@@ -1,5 +1,6 @@
 """Labels and tasks across corpora: valid combinations, answers mapped to another corpus's labels, and old tasks."""
 
+import argparse
 import json
 import shutil
 import warnings
@@ -359,6 +360,21 @@ def test_a_row_that_lost_its_text_is_one_that_never_had_it(processor, egmf):
     assert whole["input_ids"].shape[1] > lost["input_ids"].shape[1] + 3
     with torch.no_grad():
         assert torch.equal(egmf(**lost).logits, egmf(**without).logits)
+
+
+def test_another_fold_than_in_training_is_said(tmp_path, caplog):
+    lines = ["file,speaker,emotion_zh"]
+    for speaker in range(1, 5):
+        (tmp_path / f"{speaker}_1.wav").touch()
+        lines.append(f"{speaker}_1.wav,{speaker},高兴")
+    (tmp_path / "metadata.csv").write_text("\n".join(lines), encoding="utf-8")
+    trained = {"corpus": "casia", "corpus_options": {"fold": 1, "validation": False}}
+    asked = {"corpus": "casia", "corpus_dir": tmp_path, "model": "run/model", "split": "test"}
+    for options, said in (({"fold": 2}, ["fold: got 2, not 1 as in training"]), ({"fold": 1}, []), (None, [])):
+        caplog.clear()
+        rows, _ = eval_script.load_rows(argparse.Namespace(**asked, corpus_options=options), trained, {})
+        assert rows["id"][:] == ["2_1" if said else "1_1"]
+        assert len(caplog.records) == len(said) and all(line in caplog.text for line in said)
 
 
 def test_rows_longer_than_the_llms_context_are_named_once(processor, caplog):

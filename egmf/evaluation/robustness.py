@@ -211,7 +211,10 @@ def spoil_clip(names: set[str], seed: int, modality: str, row_id: str, clip: Any
 def spoil_features(
     predict: Predictor, names: set[str], seed: int, inputs: dict[str, torch.Tensor], ids: list[str]
 ) -> dict[str, torch.Tensor]:
-    """Does the same for precomputed features. Tower outputs are skipped, because their clips are already changed."""
+    """Adds white noise to audio features, and averages neighbouring frames of vision features, in training's units.
+
+    Tower outputs are skipped, because their clips are already changed.
+    """
     changed = dict(inputs)
     for name in names:
         if f"{name}_features" not in inputs or getattr(predict.processor, PREPROCESSORS[name]) is not None:

@@ -13,6 +13,7 @@ from scipy.stats import binomtest
 
 
 RESAMPLES, SEED, LEVEL = 1000, 0, 0.95
+ENOUGH = 10  # clusters; the percentile intervals of fewer are clearly too narrow
 Measure = Callable[[Any, Any], dict[str, Any]]  # of arrays: gold labels or scores, and answers
 
 
