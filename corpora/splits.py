@@ -63,9 +63,13 @@ def _words_or(row: Mapping[str, Any], number: int) -> tuple[str, Any]:
 
 
 def clip_key(row: Mapping[str, Any]) -> str:
-    """What names a row in a file of splits: its id and the size of its file, as other clips may have the same name."""
+    """What names a row in a file of splits: its id, with the size of its file or a digest of its words alone.
+
+    Rows of another table may have the same id.
+    """
     file = row["audio"] or row["video"]
-    return row["id"] if file is None else f"{row['id']} {os.path.getsize(split_part(file)[0])}"
+    own = hashlib.sha256((row["text"] or "").encode(errors="surrogatepass")).hexdigest()[:10] if file is None else None
+    return f"{row['id']} {own or os.path.getsize(split_part(file)[0])}"
 
 
 def write_splits(file: str | os.PathLike, corpus: DatasetDict) -> None:

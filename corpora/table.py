@@ -490,6 +490,11 @@ def _assign_splits(
     """Fill `split` in all rows."""
     named = [row for row in rows if row["split"]]
     if len(named) == len(rows):
+        tested = (row for row in rows if row["split"] == "test") if known else ()
+        learned = [row for row in tested if known.get(clip_key(row), "test") != "test"]
+        if learned:
+            said = "test rows were train or validation rows of this run, such as"
+            logger.warning("%s: %d %s %s", source, len(learned), said, learned[0]["where"])
         return
     if named:
         row = next(row for row in rows if not row["split"])

@@ -432,6 +432,18 @@ def test_few_speakers_still_give_a_test_split(groups, sizes):
     assert [Counter(row["split"] for row in rows)[name] for name in ("train", "validation", "test")] == sizes
 
 
+def test_words_of_another_table_with_the_same_ids_are_new(tmp_path):
+    words = ["yes", "no", "so", "well", "oh", "ah"]
+    for name, more in (("mine", ""), ("other", " indeed")):
+        rows = [{"id": n, "text": word + more, "label": "ab"[n % 2]} for n, word in enumerate(words)]
+        write_csv(tmp_path / f"{name}.csv", rows)
+    made = load_corpus("table", tmp_path / "mine.csv")
+    write_splits(tmp_path / "splits.csv", made)
+    known = read_splits(tmp_path / "splits.csv")
+    assert load_corpus("table", tmp_path / "mine.csv", splits=known)["train"]["id"][:] == made["train"]["id"][:]
+    assert len(load_corpus("table", tmp_path / "other.csv", splits=known)["test"]) == 6
+
+
 def test_written_splits_hold_for_a_table_that_has_grown(tmp_path, caplog):
     write_sounds(tmp_path, [f"{number}.wav" for number in range(6)])
     rows = [{"file": f"{number}.wav", "label": "ab"[number % 2]} for number in range(6)]
@@ -455,6 +467,10 @@ def test_written_splits_hold_for_a_table_that_has_grown(tmp_path, caplog):
     write_sounds(tmp_path / "other", [f"{number}.wav" for number in (5, 0, 1, 2, 3, 4)])
     other = load_corpus("table", write_csv(tmp_path / "other" / "t.csv", rows), splits=known)
     assert len(other["test"]) == 6
+    named = [row | {"split": "test"} for row in rows[:5]]
+    assert len(load_corpus("table", write_csv(tmp_path / "named.csv", named), splits=known)["test"]) == 5
+    learned = sum(split != "test" for split in known.values())
+    assert f"{learned} test rows were train or validation rows of this run, such as" in caplog.text
     caplog.clear()
     assert len(load_corpus("table", tmp_path / "t.csv", splits={})["test"]) == 5
     assert "no splits.csv beside the model has its rows: all 5 are test rows" in caplog.text
