@@ -8,6 +8,7 @@
 import base64
 import ipaddress
 import logging
+import math
 import os
 import socket
 import tempfile
@@ -31,6 +32,8 @@ LARGEST_DOWNLOAD = 256 << 20  # bytes
 LARGEST_REQUEST = 1 << 30  # bytes of all files of a request
 DOWNLOAD_SECONDS = 60.0
 MOST_LABELS, LONGEST_LABELS = 50, 1000  # memory grows with the cube of their number
+MOST = {"inputs": 100, "segments": 5000, "speaker_clips": 100, "context": 1000}  # entries of a list
+SHORTEST_WINDOW = 0.5  # seconds
 REDIRECTS = 5
 
 
@@ -81,6 +84,10 @@ class EndpointHandler:
             if len(labels) > MOST_LABELS or len("".join(map(str, labels))) > LONGEST_LABELS:
                 wanted = f"at most {MOST_LABELS} labels, {LONGEST_LABELS} characters in total"
                 raise ValueError(f"candidate_labels: got {len(labels)} labels, wanted {wanted}")
+        for name in ("window", "hop"):
+            seconds = parameters.get(name)
+            if isinstance(seconds, int | float) and seconds < SHORTEST_WINDOW:
+                raise ValueError(f"{name}: got {seconds:g} seconds, wanted at least {SHORTEST_WINDOW}")
         if (clips := parameters.get("speaker_clips")) is not None:
             parameters["speaker_clips"] = self._clips("parameters.speaker_clips", clips, folder)
         if not isinstance(inputs, list):
@@ -89,6 +96,8 @@ class EndpointHandler:
         return samples, parameters
 
     def _sample(self, name: str, value: Any, folder: Path, fields: tuple[str, ...] = FIELDS) -> dict[str, Any]:
+        if hasattr(value, "convert"):  # the server makes a picture of PIL from a request of the type image/*
+            return {"video": value}
         if not isinstance(value, dict):
             return {"file": self._file(name, value, folder)}
         sample = dict(_check(name, value, fields))
@@ -117,11 +126,14 @@ class EndpointHandler:
 
 
 def _check(name: str, value: Any, wanted: tuple[str, ...]) -> dict[str, Any]:
-    """Raises a ValueError unless a value is a JSON object with no other keys than `wanted`."""
+    """Raises a ValueError unless a value is a JSON object with no keys but `wanted` and no list beyond `MOST`."""
     if not isinstance(value, dict):
         raise ValueError(f"{name}: got {type(value).__name__}, wanted an object with some of {', '.join(wanted)}")
     if unknown := [key for key in value if key not in wanted]:
         raise ValueError(f"{name}: got {', '.join(map(str, unknown))}, wanted some of {', '.join(wanted)}")
+    for field, entries in value.items():
+        if isinstance(entries, list) and len(entries) > MOST.get(field, math.inf):
+            raise ValueError(f"{name}.{field}: got {len(entries)} entries, wanted at most {MOST[field]}")
     return value
 
 

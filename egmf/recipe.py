@@ -423,7 +423,7 @@ def _check_training(training: TrainingArguments, given: Container[str]) -> None:
         "save_only_model": "false: an interrupted run could not go on where it was",
         "enable_jit_checkpoint": "false: a run writes a checkpoint when it gets SIGTERM",
         # It would upload the checkpoints of all phases and the names of clips, and not the finished model.
-        "push_to_hub": "false; `python publish.py RUN --hub_id OWNER/NAME` uploads the finished model",
+        "push_to_hub": "false; `python publish.py RUN --repo OWNER/NAME` uploads the finished model",
         "batch_eval_metrics": "false: metrics are those of a whole split",
         "deepspeed": f"nothing; {launched}",
         "fsdp": f"nothing; {launched}",

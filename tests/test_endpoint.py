@@ -191,6 +191,11 @@ def test_one_bad_file_of_a_batch(endpoint, recognize, place, web):
         ({"inputs": {"text": "a"}, "parameters": {"task": ["meld"]}}, r"task: got \['meld'\], wanted one of mosi"),
         ({"inputs": {"text": "a"}, "parameters": {"top_k": "3"}}, "top_k: got '3', wanted a positive number"),
         ({"inputs": {"text": "a"}, "parameters": {"window": 1}}, "window: got a value without return_timestamps"),
+        ({"inputs": [{"text": "a"}] * 101}, "request.inputs: got 101 entries, wanted at most 100"),
+        (
+            {"inputs": {"text": "a"}, "parameters": {"return_timestamps": True, "window": 0.05}},
+            "window: got 0.05 seconds, wanted at least 0.5",
+        ),
         ({"inputs": "AAAA"}, "Cannot read 'inputs': it is not an audio or video file"),
         ({"inputs": {"video": "http://nowhere.invalid/x"}}, "Cannot read 'inputs.video': its URL cannot be fetched"),
     ],
@@ -265,7 +270,7 @@ def test_the_body_of_a_redirect_is_not_read(endpoint, place, web):
 def test_labels_are_few(endpoint, place):
     for labels in ([str(number) for number in range(51)], ["a" * 1000, "b"]):
         data = {"inputs": {"text": "no"}, "parameters": {"candidate_labels": labels}}
-        assert "wanted at most 50 of together 1000 characters" in refusal(endpoint, data, place)
+        assert "wanted at most 50 labels, 1000 characters in total" in refusal(endpoint, data, place)
 
 
 def test_a_url_without_end_is_given_up(endpoint, place, web):
