@@ -50,6 +50,8 @@ class EGMFConfig(PreTrainedConfig):
         fusion_intermediate_size: Width of the experts' feed-forward layers.
         fusion_dropout: Dropout on the projected modality sequences and inside the experts.
         experts: Experts in use, a subset of `("local", "semantic", "global")`; order is kept.
+        experts_read_text: Whether the experts read the utterance. If not, only the LLM does; the experts' own answer
+            then depends on sound and pictures alone.
         local_kernel_sizes: Odd kernel widths, in frames, of the local expert's time scales.
         semantic_num_stretches: Number of stretches of the clip over which the semantic expert averages audio and
             vision.
@@ -91,6 +93,7 @@ class EGMFConfig(PreTrainedConfig):
     fusion_intermediate_size: int = 512
     fusion_dropout: float | int = 0.1
     experts: list[str] | tuple[str, ...] = EXPERTS
+    experts_read_text: bool = True
     local_kernel_sizes: list[int] | tuple[int, ...] = (3, 7, 15)
     semantic_num_stretches: int = 4
     global_num_components: int = 6

@@ -194,7 +194,10 @@ class EGMFModel(MediaMixin, EGMFPreTrainedModel):
                 ),
             )
         embeds, uttered = self.get_input_embeddings()(input_ids), utterance_mask.bool()
-        inputs = {"text": self._text(embeds, uttered & padding_mask.bool()), **inputs}
+        text = (None, None, None)
+        if self.config.experts_read_text:
+            text = self._text(embeds, uttered & padding_mask.bool())
+        inputs = {"text": text, **inputs}
         # The gate sees only the prompt before the pseudo tokens. The answer comes after them and cannot leak.
         prompt = masked_mean(embeds, padding_mask.bool() & (seen == 0) & ~uttered)
         pseudo_tokens, states, gate_weights = self.fusion(inputs, prompt, each_expert)

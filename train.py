@@ -64,7 +64,7 @@ from egmf.training.checkpoints import check_media, has_begun, keep_settings
 from egmf.training.dry_run import describe_model, describe_prompt
 from egmf.training.language_models import resolve_language_model
 from egmf.training.preemption import run_training
-from egmf.training.pretraining import FusionPretraining, TowerPretraining
+from egmf.training.pretraining import FusionPretraining, TowerPretraining, answer_prior
 from egmf.training.shrinking import shrink
 from egmf.training.trainer import RunTrainer
 from egmf.training.validation import AffectTrainer, check_best_metric, validation_metrics
@@ -388,7 +388,9 @@ def train_fusion(run: Run) -> None:
     phases = run.recipe.phases
     set_trainable_towers(run.model, run.trained_early)
     model = run.model.to(run.recipe.training.device)
-    experts = FusionPretraining(model, run.processor, run.tasks, phases.fusion_label_smoothing)
+    smoothing = phases.fusion_label_smoothing
+    prior = answer_prior(run.rows, run.tasks, smoothing) if phases.fusion_without_prior else None
+    experts = FusionPretraining(model, run.processor, run.tasks, smoothing, prior)
     collator = run.collator(run.inputs, with_answers=False, augmented=tuple(run.trained_early))
     epochs, rate = phases.fusion_epochs, phases.fusion_learning_rate
     pretrain(run.recipe, experts, collator, run.rows, run.output / "fusion", epochs, rate, run.mixture)

@@ -239,6 +239,13 @@ class PhaseArguments:
     fusion_label_smoothing: float = field(
         default=0.0, metadata={"help": "share of the fusion's target that spreads over all legal answers, below 1"}
     )
+    fusion_without_prior: bool = field(
+        default=False,
+        metadata={
+            "help": "whether the experts learn only what a clip adds to the frequency of each answer, which the "
+            "language model learns with the words"
+        },
+    )
     expert_gain: float | None = field(
         default=None,
         metadata={

@@ -82,6 +82,22 @@ def test_features_reach_the_answer(any_egmf, samples, make_batch):
 # Generation
 
 
+@torch.no_grad()
+def test_experts_that_do_not_read_the_words(assemble, samples, make_batch):
+    """Their answer depends on the clip alone, the language model's on the words as well."""
+    model, sample = assemble(experts_read_text=False), samples[0]
+    states, logits = [], []
+    for text, features in (("What a day!", None), ("Leave me alone.", None), ("What a day!", samples[1])):
+        own = {**sample, "text": text} | ({} if features is None else {"audio_features": features["audio_features"]})
+        own.pop("audio_times")
+        batch = make_batch([own])
+        states.append(model.model.get_expert_states(**batch)[:, 1:])  # without the prompt
+        logits.append(model(**batch, logits_to_keep=1).logits)
+        assert (model(**batch).gate_weights["modality"][..., 0] == 0).all()
+    assert torch.equal(states[0], states[1]) and not torch.equal(logits[0], logits[1])
+    assert not torch.allclose(states[0], states[2], atol=1e-3)
+
+
 def test_cached_uncached_and_static_generation_agree(any_egmf, samples, make_batch):
     model, processor = any_egmf
     batch = make_batch(samples, processor=processor)

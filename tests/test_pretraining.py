@@ -13,6 +13,7 @@ import pytest
 import torch
 from clips import AVATARS
 from commands import REPO, read_lines, run, start
+from datasets import Dataset
 from safetensors.torch import load_file
 
 from corpora import load_corpus
@@ -22,7 +23,7 @@ from egmf.data.collator import AffectCollator, expand_by_task
 from egmf.media_inputs_egmf import TowerInput
 from egmf.processing_egmf import BUILTIN_TASKS
 from egmf.recipe import load_recipe
-from egmf.training.pretraining import FusionPretraining, score_targets
+from egmf.training.pretraining import FusionPretraining, answer_prior, score_targets
 from train import build_model, build_processor, build_towers, resolve_language_model, set_trainable_towers
 
 
@@ -189,6 +190,27 @@ def test_what_each_expert_learns_by_itself_teaches_no_tower(command, avatars):
     for name in towers:
         torch.testing.assert_close(both[name], mix[name], rtol=1e-4, atol=1e-6)
     assert any(not torch.allclose(both[name], mix[name], rtol=1e-2) for name in mix if name.startswith("fusion"))
+
+
+def test_a_prior_leaves_to_the_experts_what_a_clip_adds(command, avatars):
+    phase, tasks, batch = first_phase(command, avatars, "--experts", "local")
+    rows = [{"id": str(n), "emotion": answer, "sentiment": None} for n, answer in enumerate(["joy", "joy", "anger"])]
+    rows += [{"id": "s", "emotion": None, "sentiment": 0.5}]
+    asked = Dataset.from_list(rows).add_column("task", ["avatars"] * 3 + ["avatars_score"])
+    prior = answer_prior(asked, tasks)
+    labels, scores = tasks[0].answers, tasks[1].answers
+    assert prior[0, labels.index("joy")] == pytest.approx(3 / (3 + len(labels)))
+    assert prior[1].argmax() == scores.index("+0.5") and (prior[0, len(labels) :] == 0).all()
+    torch.testing.assert_close(prior.sum(1), torch.ones(2))
+    smooth = answer_prior(asked, tasks, 0.1)
+    assert smooth[0, labels.index("joy")] == pytest.approx(0.9 * 2 / 3 + 0.1 / len(labels))
+    even = phase.train(False)(**batch)
+    known = first_phase(command, avatars, "--experts", "local", prior=prior)[0].train(False)(**batch)
+    torch.testing.assert_close(known.logits, even.logits)
+    learned = (even.logits + prior[batch["task_index"]].log()).log_softmax(-1).clamp(min=-1e4)
+    loss = torch.nn.functional.cross_entropy(learned, phase.targets[batch["task_index"], batch["answer_index"]])
+    # The mix of one expert is that expert: the loss counts it twice.
+    torch.testing.assert_close(known.loss - known.illegality.mean(), 2 * loss, rtol=0, atol=1e-4)
 
 
 def test_label_smoothing_spreads_over_the_legal_answers_only(command, avatars):

@@ -11,9 +11,11 @@ and a random tower would receive hardly any gradient. They then continue to trai
 
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 from torch import nn
 from transformers.utils import ModelOutput
 
+from egmf.data.collator import LABEL_COLUMNS, gold_answer
 from egmf.experts_egmf import masked_mean
 from egmf.modeling_egmf import EGMFForConditionalGeneration
 from egmf.processing_egmf import AffectTask, EGMFProcessor
@@ -35,6 +37,25 @@ def score_targets(task: AffectTask) -> torch.Tensor:
     scores = torch.tensor([task.parse(answer) for answer in task.answers])
     distance = (scores[:, None] - scores).abs() / (SCORE_WIDTH * (task.high - task.low))
     return (-distance).softmax(-1)
+
+
+def answer_prior(rows: Dataset, tasks: list[AffectTask], label_smoothing: float = 0.0) -> torch.Tensor:
+    """The mean target of each task's rows, (tasks, answers), 0 where a task has fewer answers.
+
+    Args:
+        rows: Training rows with a column `task`.
+        tasks: The tasks.
+        label_smoothing: See [`FusionPretraining`]. Without it, each answer counts as if one more row had it.
+    """
+    prior = torch.zeros(len(tasks), max(len(task.answers) for task in tasks))
+    for place, task in enumerate(tasks):
+        count = len(task.answers)
+        asked = rows.select_columns(["id", "task", LABEL_COLUMNS[task.kind]])
+        golds = [task.answers.index(task.format(gold_answer(row, task))) for row in asked if row["task"] == task.name]
+        found = score_targets(task)[golds].sum(0)
+        found = found / found.sum() if label_smoothing else (found + 1) / (found.sum() + count)
+        prior[place, :count] = (1 - label_smoothing) * found + label_smoothing / count
+    return prior
 
 
 class TowerPretraining(nn.Module):
@@ -100,6 +121,9 @@ class FusionPretraining(nn.Module):
         processor: Its processor.
         tasks: The tasks; a batch's `task_index` refers to this list.
         label_smoothing: Share of the target that is spread evenly over all legal answers.
+        prior: The probability of each task's answers without a clip, from [`answer_prior`]. The loss then multiplies
+            it by the experts' distribution, so that they learn only what a clip adds to it (logit adjustment, Menon
+            et al. 2021, arXiv 2007.07314). None: they learn the prior as well.
     """
 
     accepts_loss_kwargs = False
@@ -110,9 +134,11 @@ class FusionPretraining(nn.Module):
         processor: EGMFProcessor,
         tasks: list[AffectTask],
         label_smoothing: float = 0.0,
+        prior: torch.Tensor | None = None,
     ):
         super().__init__()
         self.label_smoothing = label_smoothing
+        self.register_buffer("log_prior", None if prior is None else prior.log(), persistent=False)
         self.fusion, self.readout = model.model.fusion, model.model.readout
         towers = (model.model.audio_tower, model.model.vision_tower)
         self.towers = nn.ModuleList(tower for tower in towers if tower is not None and is_trained(tower))
@@ -165,7 +191,10 @@ class FusionPretraining(nn.Module):
                 )
                 illegal = illegal.index_put((rows,), answers.illegality(some[:, 0], answer_index[rows]))
         legal = self.legal[task_index].unsqueeze(1)
-        surprise = -log_probs.masked_fill(~legal, 0.0)  # (B, 1 + E, answers)
+        learned = log_probs
+        if self.log_prior is not None:
+            learned = (log_probs + self.log_prior[task_index].unsqueeze(1)).log_softmax(-1)
+        surprise = -learned.masked_fill(~legal, 0.0)  # (B, 1 + E, answers)
         evenly = legal / legal.sum(-1, keepdim=True)
         target = self.targets[task_index, answer_index].unsqueeze(1)
         target = (1 - self.label_smoothing) * target + self.label_smoothing * evenly
