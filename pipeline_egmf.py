@@ -182,8 +182,8 @@ class AffectRecognitionPipeline(TimelineMixin, Pipeline):
                 f"{next(iter(timed))}: got a value without return_timestamps, wanted return_timestamps=True"
             )
         else:
-            needs_media = "transcriber" not in after
-            prepare = partial(self.preprocess, **before, is_row=_is_dataset(inputs), needs_media=needs_media)
+            own = {"is_row": _is_dataset(inputs), "is_transcribed": "transcriber" in after}
+            prepare = partial(self.preprocess, **before, **own)
             prepared = _PreparedStream(inputs, prepare) if is_stream else _Prepared(inputs, prepare)
             workers = min(workers, 1 if is_stream else len(inputs))
             answers = self._answers(prepared, size, workers, after)
@@ -348,21 +348,22 @@ class AffectRecognitionPipeline(TimelineMixin, Pipeline):
         return replace(task, **own, **asked, low=None, high=None, step=None)
 
     def preprocess(
-        self, sample: Any, shared: Mapping = {}, is_row: bool = False, needs_media: bool = True
+        self, sample: Any, shared: Mapping = {}, is_row: bool = False, is_transcribed: bool = False
     ) -> dict[str, Any]:
         """Reads one sample; it may run in another process.
 
         Returns:
-            `fields` with the `media` as tower inputs, `report` (the answer's `seconds` and `warnings`) and `error`:
-            None, or the exception that the sample caused.
+            `fields` with the `media` as tower inputs and, for a transcriber, the `source` of the sound; `report` (the
+            answer's `seconds` and `warnings`); and `error`: None, or the exception that the sample caused.
         """
         try:
             fields = {**shared, **as_sample(sample, self._sampling_rate, is_row)}
-            # Pictures have sound only if they are a file.
-            sounds = (fields.get(name) for name in MEDIA if name != "video" or is_file(as_media(fields.get(name))))
-            fields["source"] = next((sound for sound in sounds if sound is not None), None)
+            if is_transcribed:
+                # Pictures have sound only if they are a file.
+                sounds = (fields.get(name) for name in MEDIA if name != "video" or is_file(as_media(fields.get(name))))
+                fields["source"] = next((sound for sound in sounds if sound is not None), None)
             with self.processor.kept_warnings() as missing:
-                clips = self._load(fields, needs_media)
+                clips = self._load(fields, needs_media=not is_transcribed)
                 media = self.processor.tower_inputs(clips)
         except Exception as error:
             return {"error": error}

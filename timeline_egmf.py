@@ -128,7 +128,7 @@ class TimelineMixin:
                 lines = self.processor.check_segments(chunks) if chunks else None
             recording.close(lines or [])
             recording.spans = None if lines is None else [(line["start"], line["end"]) for line in lines]
-            for batch in _batches(self._prepared_spans(recording, lines, fields), size):
+            for batch in _batches(self._prepared_spans(recording, lines, fields, "transcriber" in after), size):
                 answers = self._answer([prepared for _, _, prepared in batch], **after)
                 for (times, said, _), answer in zip(batch, answers, strict=True):
                     whole.add(times[1] - times[0], answer)
@@ -161,7 +161,9 @@ class TimelineMixin:
         }
         yield best_answers(answer, top_k)
 
-    def _prepared_spans(self, recording, lines: list | None, fields: dict) -> Iterator[tuple[tuple, dict, dict]]:
+    def _prepared_spans(
+        self, recording, lines: list | None, fields: dict, is_transcribed: bool
+    ) -> Iterator[tuple[tuple, dict, dict]]:
         """The times of each span, its words and speaker, and its prepared sample."""
         context = list(fields.get("context") or [])
         shared = {name: fields.get(name) for name in ("speaker", "speaker_clips")}
@@ -169,7 +171,7 @@ class TimelineMixin:
             line = {} if lines is None else lines[place]
             said = {"text": line.get("text"), "speaker": line.get("speaker") or shared["speaker"]}
             sample = {**shared, **said, "context": context[-CONTEXT_LINES:], "audio": span.audio, "video": span.video}
-            prepared = self.preprocess(sample)
+            prepared = self.preprocess(sample, is_transcribed=is_transcribed)
             if line and prepared["error"] is None and (missing := self._missing(span)):
                 prepared["report"]["warnings"].append(missing)
             yield (span.start, span.end), said, prepared
