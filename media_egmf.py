@@ -118,7 +118,7 @@ def _audio_warnings(answer: dict[str, Any]) -> list[str]:
 
 
 def load_video(path: str | os.PathLike, num_frames: int, time_limit: float = 60.0) -> VideoClip:
-    """Decodes the frames at the centres of `num_frames` equal parts of the video, in full size, with their times.
+    """Decodes the frames in the middle of `num_frames` equally long runs of frames, in full size, with their times.
 
     A long video is decoded from its start up to the last selected frame.
 

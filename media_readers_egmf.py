@@ -96,7 +96,7 @@ def open_container(file: str) -> Iterator[Any]:
             except av.FFmpegError:
                 pass
         else:
-            raise MediaError("", "not media", "it is not an audio or video file, or its index is lost")
+            raise MediaError("", "not media", "it is not an audio or video file, or its index is missing")
         with container:
             yield container
 

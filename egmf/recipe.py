@@ -402,6 +402,12 @@ def load_recipe(arguments: list[str]) -> Recipe:
     if trained and phases.fusion_epochs:
         wanted = "0: the readout would answer from outputs of a tower that learns on without it"
         raise ValueError(f"fusion_epochs: got {phases.fusion_epochs} with {trained[0]}, wanted {wanted}")
+    if phases.fusion_without_prior:
+        other = "balance_classes" if data.balance_classes else "a mixture" if data.corpora else None
+        if other:  # their draws have another prior than the rows
+            raise ValueError(f"fusion_without_prior: got true with {other}, wanted one of them")
+        if not phases.fusion_epochs:
+            raise ValueError("fusion_without_prior: got true without fusion_epochs, wanted both")
     for modality in fusion["clip_statistics"] or ():
         if (field := f"train_{modality}_tower") in trained:
             wanted = "false, or clip_statistics without it: the statistics would change while the tower learns"

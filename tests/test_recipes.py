@@ -246,6 +246,11 @@ def test_every_field_of_the_fusion_can_be_set(tmp_path):
             {"train_audio_tower": True, "fusion": {"clip_statistics": ["audio"]}},
             "train_audio_tower: got true with clip_statistics of audio, wanted false",
         ),
+        ({"fusion_without_prior": True}, "fusion_without_prior: got true without fusion_epochs, wanted both"),
+        (
+            {"fusion_without_prior": True, "fusion_epochs": 1, "balance_classes": True},
+            "fusion_without_prior: got true with balance_classes, wanted one of them",
+        ),
         ({"save_only_model": True}, "save_only_model: got True, wanted false: an interrupted run could not go on"),
         ({"train_vision_tower": True, "fusion_epochs": 2}, "fusion_epochs: got 2 with train_vision_tower, wanted 0"),
         (

@@ -95,7 +95,9 @@ def test_what_cannot_be_answered_says_why_without_a_folder(place, ask, recognize
         assert str(place) not in answer["error"]
         return answer["error"]
 
-    assert error("broken.mp4") == ("Cannot read 'broken.mp4': it is not an audio or video file, or its index is lost.")
+    assert error("broken.mp4") == (
+        "Cannot read 'broken.mp4': it is not an audio or video file, or its index is missing."
+    )
     assert error() == "There is nothing to answer: please choose or record a clip, or type words."
     assert error(words=" \n") == error()
     assert error(words="no", labels="joy") == "Your own labels: got joy, wanted two or more different ones."

@@ -178,7 +178,7 @@ def test_a_broken_clip_then_a_good_one(open_page, place):
     page.locator("#ask").click()
     error = page.get_by_role("alert").filter(has_text="Cannot read")
     error.wait_for()
-    assert error.inner_text() == "Cannot read 'broken.mp4': it is not an audio or video file, or its index is lost."
+    assert error.inner_text() == "Cannot read 'broken.mp4': it is not an audio or video file, or its index is missing."
     page.reload()
     page.locator("#ask").click()
     page.get_by_role("alert").filter(has_text="There is nothing to answer").wait_for()

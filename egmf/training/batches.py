@@ -29,7 +29,7 @@ class PerRankSeed(TrainerCallback):
 
 
 class SamplerEpoch(TrainerCallback):
-    """Tells the sampler its epoch: Accelerate does not reach it if several processes go on inside an epoch."""
+    """Tells the sampler its epoch. With several processes that go on inside an epoch, Accelerate does not."""
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
         batches = train_dataloader.batch_sampler
