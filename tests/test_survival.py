@@ -28,6 +28,7 @@ from datasets import Dataset
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch._utils import ExceptionWrapper
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from corpora import load_corpus
@@ -37,7 +38,8 @@ from egmf.evaluation.plots import plot_training
 from egmf.files import RunStopped
 from egmf.processing_egmf import BUILTIN_TASKS
 from egmf.training.batches import SeededCollator
-from egmf.training.checkpoints import MANIFEST, damage_of, last_whole_checkpoint, seal, steps_of
+from egmf.training.checkpoints import MANIFEST, check_media, damage_of, last_whole_checkpoint, seal, steps_of
+from egmf.training.preemption import run_training
 from egmf.training.progress import JsonLinesLog
 from egmf.training.trainer import RunTrainer
 from egmf.training.validation import AffectTrainer
@@ -622,3 +624,39 @@ class _Gone:
 
     def __call__(self) -> None:
         shutil.rmtree(self.folder)
+
+
+def test_files_are_compared_only_once_a_run_has_a_checkpoint(tmp_path):
+    record, new = tmp_path / "unreadable.json", {("vision", "b.mp4"): "Cannot read 'b.mp4'."}
+    check_media(record, {})
+    check_media(record, new)  # the first try ended before it had learned anything
+    assert json.loads(record.read_text()) == [["vision", "b.mp4", "Cannot read 'b.mp4'."]]
+    (tmp_path / "fusion" / "checkpoint-2").mkdir(parents=True)
+    check_media(record, new)
+    with pytest.raises(RunStopped, match="1 files were readable when this run began and are not now: Cannot read 'c"):
+        check_media(record, new | {("audio", "c.wav"): "Cannot read 'c.wav'."})
+
+
+def test_a_message_from_a_worker_comes_without_its_traceback(capsys):
+    def main(arguments):
+        try:
+            raise RunStopped("a.wav: gone. Put it back.")
+        except RunStopped:
+            ExceptionWrapper(where="in DataLoader worker process 0").reraise()
+
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            run_training(main, [])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert stopped.value.code == 1 and capsys.readouterr().err == "a.wav: gone. Put it back.\n"
+
+
+def test_what_is_known_after_the_last_step_replaces_what_was(tmp_path):
+    log = JsonLinesLog(tmp_path / "log.jsonl")
+    for gain in (1.0, 1.0, 2.0):
+        log.add_once(4, {"expert_gain": gain, "temperature": 1.0})
+    assert [json.loads(line) for line in log.path.read_text().splitlines()] == [
+        {"step": 4, "expert_gain": 2.0, "temperature": 1.0}
+    ]

@@ -220,12 +220,28 @@ def test_a_finished_run_stays_what_it_is(trained):
 
 def test_other_settings_want_another_folder(trained):
     """Finished phases would keep what they learned with the old settings, under the name of the new ones."""
-    changes = {"seed": 5, "learning_rate": 1e-2, "lora_r": 2, "fusion_dropout": 0.4}
+    changes = {"seed": 5, "learning_rate": 1e-2, "lora_r": 2, "fusion_dropout": 0.4, "adam_beta2": 0.9}
     for field, value in changes.items():
         outcome = train(trained, f"--{field}", str(value), check=False)
         assert outcome.status == 2
         assert f"{field}: got {value}, wanted " in outcome.said and "or another output_dir" in outcome.said
     assert json.loads((trained / "model" / "recipe.json").read_text())["training"]["seed"] == 1111
+
+
+def test_a_shorter_run_wants_another_folder(trained):
+    """It would get the weights of the longer one under its own name."""
+    outcome = train(trained, "--num_train_epochs", "1", check=False)
+    assert outcome.status == 2
+    assert (
+        "num_train_epochs: got 1, wanted at least the 2 of " in outcome.said and "another output_dir" in outcome.said
+    )
+
+
+def test_a_metric_that_no_validation_has_is_refused_at_once(trained, tmp_path):
+    for fields in (["--metric_for_best_model", "weighted_f"], ["--metric_for_best_model", "eval_corr"]):
+        outcome = train(tmp_path / "run", *fields, check=False)
+        assert outcome.status == 2 and f"metric_for_best_model: got '{fields[1]}', wanted one of " in outcome.said
+        assert not (tmp_path / "run" / "log.jsonl").exists()
 
 
 def test_a_run_of_an_older_architecture_is_not_resumed(trained, tmp_path):
