@@ -355,13 +355,15 @@ class EGMFFusion(nn.Module):
 
         Returns:
             The pseudo tokens (B, K, H), the states that the expert readout reads (B, 1 + K, d), and the gate weights.
-            The states are the prompt and the latents that the pseudo tokens are projected from. With `each_expert`
-            they are (B, 1 + E, 1 + K, d): those of the mix, followed by those of each single expert.
+            The states are the prompt and the latents that the pseudo tokens are projected from; the latents of a
+            sample without any modality are 0. With `each_expert` the states are (B, 1 + E, 1 + K, d): those of the
+            mix, followed by those of each single expert.
         """
         clip = self.sequence(inputs, len(prompt))
         latents = torch.stack([expert(clip) for expert in self.experts.values()], 1)  # (B, E, M, K, d)
         mixed, by_expert, weights = self.gate(latents, clip.present, prompt.to(latents.dtype))
         fused = self.readout_norm(torch.cat([mixed.unsqueeze(1), by_expert], 1) if each_expert else mixed)
+        fused = fused * clip.present.any(1).view(-1, *[1] * (fused.ndim - 1))
         asked = self.readout_prompt(unit(prompt.to(fused)))  # (B, d)
         asked = asked.view(len(asked), *[1] * (fused.ndim - 2), -1).expand(*fused.shape[:-2], 1, -1)
         return self.projector(mixed), torch.cat([asked, fused], -2), weights

@@ -25,8 +25,7 @@ def answer_prefixes(embeds: torch.Tensor) -> torch.Tensor:
         root mean square of 1; zeros for s = 0.
     """
     embeds = embeds.detach().float()
-    counts = torch.arange(1, embeds.shape[1] + 1, device=embeds.device).unsqueeze(-1)
-    described = unit(torch.stack([embeds, embeds.cumsum(1) / counts], -2)).flatten(-2)
+    described = unit(torch.stack([embeds, embeds.cumsum(1)], -2)).flatten(-2)  # a scaled sum is a scaled mean
     return F.pad(described, (0, 0, 1, 0))
 
 
@@ -46,6 +45,8 @@ class ExpertReadout(nn.Module):
 
     The query is also added to what it attends to, after a projection: how an answer of several tokens goes on depends
     on its beginning more than on the clip, and K latents cannot name every token.
+
+    Experts that have nothing to read add nothing.
     """
 
     def __init__(self, config: EGMFConfig):
@@ -71,4 +72,5 @@ class ExpertReadout(nn.Module):
         query = states[..., :1, :] + self.prefix(prefixes.to(states))
         key, value = self.key_value(states)[..., 1:, :].chunk(2, -1)  # the whole is contiguous, a part is not
         read = F.scaled_dot_product_attention(query, key, value)
-        return self.out(torch.addmm(read.flatten(0, -2), query.flatten(0, -2), self.spelling).view_as(read))
+        added = self.out(torch.addmm(read.flatten(0, -2), query.flatten(0, -2), self.spelling).view_as(read))
+        return added * states[..., 1:, :].any(dim=(-2, -1), keepdim=True)

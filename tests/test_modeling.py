@@ -98,6 +98,16 @@ def test_experts_that_do_not_read_the_words(assemble, samples, make_batch):
     assert not torch.allclose(states[0], states[2], atol=1e-3)
 
 
+@torch.no_grad()
+def test_experts_without_anything_to_read_leave_the_answer_to_the_llm(assemble, samples, make_batch):
+    model = assemble(experts_read_text=False)
+    batch = make_batch(samples[1:3])  # with sound, and words alone
+    found = model(**batch, logits_to_keep=1).logits
+    model.model.readout.gain.zero_()
+    alone = model(**batch, logits_to_keep=1).logits
+    assert torch.equal(found[1], alone[1]) and not torch.allclose(found[0], alone[0], atol=1e-3)
+
+
 def test_cached_uncached_and_static_generation_agree(any_egmf, samples, make_batch):
     model, processor = any_egmf
     batch = make_batch(samples, processor=processor)
