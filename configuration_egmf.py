@@ -50,8 +50,8 @@ class EGMFConfig(PreTrainedConfig):
         fusion_intermediate_size: Width of the experts' feed-forward layers.
         fusion_dropout: Dropout on the projected modality sequences and inside the experts.
         experts: Experts in use, a subset of `("local", "semantic", "global")`; order is kept.
-        experts_read_text: Whether the experts read the utterance. If not, only the LLM does; the experts' own answer
-            then depends on sound and pictures alone.
+        experts_read_text: Whether the experts read the utterance. If not, only the LLM does; the experts read sound
+            and pictures, and the mean embedding of the prompt with its context.
         local_kernel_sizes: Odd kernel widths, in frames, of the local expert's time scales.
         semantic_num_stretches: Number of stretches of the clip over which the semantic expert averages audio and
             vision.
@@ -168,10 +168,13 @@ class EGMFConfig(PreTrainedConfig):
                     f"feature_noise: got {{{name!r}: {deviation}}}, wanted audio or vision with a deviation >= 0"
                 )
         for name, count in self.feature_components.items():
-            most = getattr(self, f"{name}_feature_size", None) if name in ("audio", "vision") else 0
-            if most is not None and not 1 <= count <= most:
-                wanted = f"1 to {most} of its features" if most else "audio or vision"
-                raise ValueError(f"feature_components: got {{{name!r}: {count}}}, wanted {wanted}")
+            got = f"feature_components: got {{{name!r}: {count}}}"
+            if name not in ("audio", "vision") or count < 1:
+                raise ValueError(f"{got}, wanted audio or vision with at least 1")
+            if count > (most := getattr(self, f"{name}_feature_size") or count):
+                raise ValueError(f"{got}, wanted at most its {most} features")
+            if name in self.clip_statistics:
+                raise ValueError(f"{got} and clip_statistics, which reads all features, wanted one of them")
         for name, layers in self.tower_layers.items():
             increasing = sorted({abs(layer) for layer in layers})
             if name not in ("audio", "vision") or not layers or list(layers) != increasing:

@@ -30,6 +30,8 @@ Several processes share the samples, and the main process writes the same files 
 """
 
 import argparse
+import importlib
+import inspect
 import json
 import logging
 import sys
@@ -62,7 +64,8 @@ from egmf.processes import LONGEST_WAIT, default_workers, in_turns, silence_othe
 from egmf.tables import with_interval
 
 
-SPLITTING = ("fold", "folds", "validation", "validation_videos")  # options that move rows between splits
+SPLITTING = ("fold", "folds")  # options that choose the test split
+OF_VALIDATION = ("validation", "validation_videos")  # those that divide the other rows
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -234,6 +237,15 @@ def write_report(path: Path, report: dict) -> None:
     path.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def warn_of_other_splits(args: argparse.Namespace, trained: dict) -> None:
+    """Warns if `--corpus_options` divide a corpus in another way than the options of its training did."""
+    splitting = SPLITTING + OF_VALIDATION * (args.split == "validation")
+    for name, value in (args.corpus_options or {}).items():
+        parameter = inspect.signature(importlib.import_module(f"corpora.{args.corpus}").load).parameters.get(name)
+        if name in splitting and parameter and value != (before := trained.get(name, parameter.default)):
+            logging.warning("%s: got %s, not %s as in training: the model may know these rows", name, value, before)
+
+
 def load_rows(args: argparse.Namespace, trained: dict, part: dict) -> tuple[Dataset, dict]:
     """The rows of the split, and the options with which their corpus was loaded.
 
@@ -246,11 +258,8 @@ def load_rows(args: argparse.Namespace, trained: dict, part: dict) -> tuple[Data
         ValueError: If the split has no rows, or see the corpus.
     """
     options = trained["corpus_options"] if trained.get("corpus") == args.corpus else part.get("options", {})
-    has_learned = trained.get("corpus") == args.corpus or bool(part)
-    for name, value in (args.corpus_options or {}).items():
-        if has_learned and name in SPLITTING and value != options.get(name):
-            before = options.get(name, "the default")
-            logging.warning("%s: got %s, not %s as in training: the model may know these rows", name, value, before)
+    if trained.get("corpus") == args.corpus or part:
+        warn_of_other_splits(args, options)
     options = options | (args.corpus_options or {})
     if args.corpus == "table":  # the splits that training made; what it has not seen is test data
         options = {"splits": read_splits(Path(args.model).absolute().parent / SPLITS_FILE)} | options

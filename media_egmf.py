@@ -7,7 +7,8 @@ pictures, time 0 is the start of the file's earliest stream.
 
 Measurements with PyAV 18.1.0, decord2 3.4.0 and soundfile 0.14.0 determined the choice of decoders:
 
-- Pictures: PyAV first, then decord if PyAV's worker dies or decodes no picture of a video stream. In 8-bit h264, hevc,
+- Pictures: PyAV first, then, of mp4, mov, mkv and webm files, decord if PyAV's worker dies or decodes no picture of a
+  video stream. In 8-bit h264, hevc,
   vp9 and mpeg4 both return identical bytes, and their cost differs by at most 20 %. decord has these faults: in MPEG
   program streams (all GRID clips) it silently returns wrong pictures and times near -1e14; it decodes 10-bit video
   wrongly; it rejects transport streams; it counts times from the first frame instead of the start of the file; it

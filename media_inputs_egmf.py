@@ -89,7 +89,7 @@ class MediaInputsMixin:
         """Loads the sound and the pictures of a file, as far as the file has them and the model supports them.
 
         Args:
-            file: A path, a URL (http or https) or the bytes of a file.
+            file: A path, a URL (http, https, or data: with base64) or the bytes of a file.
 
         Raises:
             MediaError: If the file cannot be read or has neither.

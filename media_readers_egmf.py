@@ -135,11 +135,12 @@ class Track:
     def __init__(self, container: Any, kind: str, order: int = 0, keep: bool = True, beat: Callable = _ignore):
         cover, default = av.stream.Disposition.attached_pic, av.stream.Disposition.default
         streams = [s for s in getattr(container.streams, kind) if not s.disposition & cover]
-        tile = av.stream.Disposition.dependent
-        if streams and all(s.disposition & tile for s in streams):
-            reason = "it is a picture of several tiles, as phones write HEIC: convert it to JPEG"
-            raise MediaError("", "not media", reason)
-        streams = [s for s in streams if not s.disposition & tile]
+        if kind == "video" and streams:
+            tiles = [s for s in streams if s.disposition & av.stream.Disposition.dependent]
+            if len(tiles) == len(streams):
+                reason = "it is a picture of several tiles, as phones write HEIC: convert it to JPEG"
+                raise MediaError("", "not media", reason)
+            streams = [s for s in streams if s not in tiles]
         if not streams:
             raise MediaError("", f"no {kind}", f"it has no {'sound' if kind == 'audio' else 'video'}")
         self.stream, self.start, self.count = streams[0], (container.start_time or 0) / 1e6, len(streams)
@@ -523,7 +524,9 @@ def _read_length(file: str, wanted: int) -> tuple[dict[str, Any], np.ndarray]:
         if name.endswith("_pipe") or not length and frames and set(frames) == {1}:  # AVIF has one for the alpha
             return {"seconds": 0.0}, np.zeros(0)
         if name in GUESSED_LENGTHS - {"mp3"}:  # of an mp3 file, it is stated or close
-            length = None
+            packets = (packet for packet in container.demux() if packet.pts is not None)
+            ends = (float((packet.pts + (packet.duration or 0)) * packet.time_base) for packet in packets)
+            length = 1e6 * max(ends, default=0.0)
     return {"seconds": length / 1e6 if length and length > 0 else None}, np.zeros(0)
 
 

@@ -91,7 +91,7 @@ class AffectRecognitionPipeline(TimelineMixin, Pipeline):
 
     A sample is one of:
 
-    - a file with sound, pictures or both: a path, a URL (http or https), or its bytes;
+    - a file with sound, pictures or both: a path, a URL (http, https, or data: with base64), or its bytes;
     - an array of sound at the model's sampling rate, or `{"array" or "raw", "sampling_rate"}`. Channels are averaged;
     - a mapping with some of the keys `file`, `audio`, `video`, `text`, `speaker` and `context` (see
       [`EGMFProcessor`]), whose media have one of these forms;
@@ -291,7 +291,7 @@ class AffectRecognitionPipeline(TimelineMixin, Pipeline):
             got = f"it has {seconds:.0f} seconds of sound, and the model hears at most {LONGEST_SOUND:g} at once"
             source = next(one for one in given if one is not None)
             name = source if is_file(source) and not isinstance(source, bytes) else "the sound"
-            raise self.processor.media_error(name, "too large", f"{got}: return_timestamps=True answers its parts")
+            raise self.processor.media_error(name, "too large", f"{got}: divide it into parts")
         return clips
 
     @staticmethod

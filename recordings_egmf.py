@@ -14,6 +14,7 @@ from .spans_egmf import spans_at_pauses, windows
 
 
 WINDOW = 10.0  # seconds of a window if neither the checkpoint nor its encoder says how long clips are
+PICTURES = "video: got pictures without times, wanted a file"
 SEGMENT_FIELDS = {"start", "end", "text", "speaker", "language"}
 
 
@@ -102,12 +103,23 @@ class RecordingSpans:
             MediaError: If it cannot be opened.
         """
         for segment in (one for one in segments if one["end"] is None):
-            with on_disk(self.source) as source, self.processor.kept_warnings():
-                clip = None if is_file(source) else self.processor.load_media(source).audio
-                segment["end"] = media_length(source) if clip is None else clip.duration
-            if not segment["end"] or segment["end"] <= segment["start"]:
+            length = self._length()
+            if not length or length <= segment["start"]:
+                states = f"has {length:.1f} seconds" if length else "does not state its length"
                 got = f"no end of the one from {segment['start']:g} seconds"
-                raise ValueError(f"segments: got {got}, wanted one, as the recording states {segment['end']} seconds")
+                raise ValueError(f"segments: got {got}, wanted one, as the recording {states}")
+            segment["end"] = length
+
+    def _length(self) -> float | None:
+        """The length of the recording in seconds; None if it does not state it."""
+        with on_disk(self.source) as source:
+            if is_file(source):
+                return media_length(source)
+        if self.kind == "video":
+            raise ValueError(PICTURES)
+        if isinstance(source, Mapping):  # the longer axis is time
+            return max(np.shape(source["array"])) / source["sampling_rate"]
+        return source.duration
 
     def __iter__(self) -> Iterator[Span]:
         processor = self.processor
@@ -123,7 +135,7 @@ class RecordingSpans:
                 yield from recording
                 self.duration, self.warnings = recording.duration, recording.warnings
             elif self.kind == "video":
-                raise ValueError("video: got pictures without times, wanted a file")
+                raise ValueError(PICTURES)
             else:
                 with processor.kept_warnings():  # that only its beginning is read
                     clip = processor.load_media(source).audio

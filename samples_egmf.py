@@ -2,6 +2,7 @@
 
 import base64
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -51,7 +52,7 @@ def as_media(value: Any) -> Any:
     Raises:
         MediaError: If a data URL is not base64.
     """
-    if isinstance(value, str) and value.startswith("data:"):
+    if isinstance(value, str) and re.match(r"data:[^,]*;base64,", value):
         try:
             return base64.b64decode(value.partition(",")[2], validate=True)
         except ValueError:

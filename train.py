@@ -458,7 +458,8 @@ def main(arguments: list[str]) -> None:
     if recipe.phases.fusion_epochs:
         train_fusion(run)
     if recipe.phases.tower_epochs:
-        save_towers(run, run.model, run.towers.keys() - run.trained)
+        learn_on = run.trained if recipe.training.num_train_epochs else []
+        save_towers(run, run.model, run.towers.keys() - learn_on)
     if recipe.training.num_train_epochs:
         train_language_model(run)
 

@@ -308,8 +308,8 @@ class Recipe:
             del own[name]
         own["architecture"] = ARCHITECTURE
         for name in ("language_model", "audio_tower", "vision_tower"):
-            if isinstance(own[name], str) and (folder := Path(own[name])).is_dir():  # which may be moved
-                own[name] = f"{folder.name}, weights {weights_digest(folder)[:12]}"
+            if own[name] and isinstance(own[name], str) and Path(own[name]).is_dir():  # which may be moved
+                own[name] = f"{Path(own[name]).name}, weights {weights_digest(Path(own[name]))[:12]}"
         training = self.training
         rows = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
         own["rows_per_step"] = rows  # on all devices together: another number of them needs another batch size
@@ -409,9 +409,13 @@ def load_recipe(arguments: list[str]) -> Recipe:
         if not phases.fusion_epochs:
             raise ValueError("fusion_without_prior: got true without fusion_epochs, wanted both")
     for modality in fusion["clip_statistics"] or ():
-        if (field := f"train_{modality}_tower") in trained:
-            wanted = "false, or clip_statistics without it: the statistics would change while the tower learns"
-            raise ValueError(f"{field}: got true with clip_statistics of {modality}, wanted {wanted}")
+        learns = f"train_{modality}_tower" if f"train_{modality}_tower" in trained else ""
+        if phases.tower_epochs and getattr(model, f"{modality}_tower", ""):
+            learns = "tower_epochs"
+        if learns:  # the statistics would change meanwhile
+            raise ValueError(f"clip_statistics: got {modality} with {learns}, wanted features or a frozen tower")
+    if not fusion["experts_read_text"] and data.modalities == ["text"]:
+        logging.warning("experts_read_text: the experts have nothing to read; the language model answers alone")
     if phases.tower_epochs:
         trained.append("tower_epochs")
     if data.by_speaker and trained:

@@ -370,7 +370,8 @@ def test_another_fold_than_in_training_is_said(tmp_path, caplog):
     (tmp_path / "metadata.csv").write_text("\n".join(lines), encoding="utf-8")
     trained = {"corpus": "casia", "corpus_options": {"fold": 1, "validation": False}}
     asked = {"corpus": "casia", "corpus_dir": tmp_path, "model": "run/model", "split": "test"}
-    for options, said in (({"fold": 2}, ["fold: got 2, not 1 as in training"]), ({"fold": 1}, []), (None, [])):
+    moved = ["fold: got 2, not 1 as in training"]
+    for options, said in (({"fold": 2}, moved), ({"fold": 1, "validation": True}, []), (None, [])):
         caplog.clear()
         rows, _ = eval_script.load_rows(argparse.Namespace(**asked, corpus_options=options), trained, {})
         assert rows["id"][:] == ["2_1" if said else "1_1"]

@@ -7,7 +7,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, MobileNetV2Config
 
 from egmf.configuration_egmf import EGMFConfig
 from egmf.fusion_egmf import ClipStatistics, EGMFFusion, average_frames, clip_fractions
-from egmf.modeling_egmf import EGMFModel
+from egmf.modeling_egmf import EGMFForConditionalGeneration, EGMFModel
 
 
 TEXT = LlamaConfig(vocab_size=8, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
@@ -300,7 +300,14 @@ def test_components_project_the_standardised_features():
     prompt = torch.zeros(2, TEXT.hidden_size)
     moved = fusion(inputs_of(audio=features + 0.01 * unseen), prompt)[0]
     torch.testing.assert_close(moved, fusion(inputs_of(audio=features), prompt)[0], rtol=0, atol=1e-5)
-    assert fusion.input_norm["vision"](torch.zeros(1, 1, 6)).shape == (1, 1, 6)
+
+
+def test_components_are_saved_with_the_model(assemble, tmp_path):
+    model = assemble(feature_components={"audio": 3})
+    model.model.fusion.set_feature_components("audio", torch.arange(15.0).view(3, 5))
+    model.save_pretrained(tmp_path)
+    loaded = EGMFForConditionalGeneration.from_pretrained(tmp_path)
+    assert torch.equal(loaded.model.fusion.input_norm["audio"].basis, torch.arange(15.0).view(3, 5))
 
 
 # Clip statistics
@@ -405,7 +412,11 @@ def test_fusion_reads_pooled_frames_as_if_they_were_given_pooled():
         ({"feature_components": {"text": 3}}, "feature_components: got {'text': 3}, wanted audio or vision"),
         (
             {"audio_feature_size": 8, "feature_components": {"audio": 9}},
-            "feature_components: got {'audio': 9}, wanted 1 to 8 of its features",
+            "feature_components: got {'audio': 9}, wanted at most its 8 features",
+        ),
+        (
+            {"audio_feature_size": 8, "feature_components": {"audio": 4}, "clip_statistics": ["audio"]},
+            "feature_components: got {'audio': 4} and clip_statistics, which reads all features, wanted one of them",
         ),
         ({"feature_noise": {"audio": -0.1}}, "feature_noise: got .* wanted .* >= 0"),
     ],

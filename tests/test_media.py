@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 from transformers.dynamic_module_utils import get_imports
 
 from egmf import media_egmf
-from egmf.media_egmf import MediaError, load_audio, load_video
+from egmf.media_egmf import MediaError, load_audio, load_video, media_length
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -305,6 +305,17 @@ def test_decord_aborts_on_a_corrupt_count_and_the_caller_does_not(intact, tmp_pa
     with pytest.raises(MediaError) as raised:
         media_egmf._decode("video_by_decord", path, str(path), 8, time.monotonic() + LIMIT, fresh=True)
     assert raised.value.kind == "crash"
+
+
+def test_the_length_of_aac_is_that_of_its_packets(tmp_path):
+    """FFmpeg would estimate it from the bit rate at the start, where nothing is said."""
+    sound = np.concatenate([np.zeros(3 * RATE), np.random.default_rng(0).uniform(-0.5, 0.5, 6 * RATE)])
+    with av.open(tmp_path / "a.aac", "w", format="adts") as container:
+        track = container.add_stream("aac", rate=RATE, layout="mono")
+        frame = av.AudioFrame.from_ndarray(sound.astype(np.float32)[None], "fltp", "mono")
+        frame.rate = RATE
+        container.mux([*track.encode(frame), *track.encode(None)])
+    assert media_length(tmp_path / "a.aac") == pytest.approx(9.0, abs=0.2)
 
 
 def test_decord_opens_no_playlist(tmp_path):

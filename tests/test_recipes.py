@@ -197,6 +197,19 @@ def test_a_named_modality_that_no_row_has_is_refused(modality, message, tmp_path
         check_corpora(recipe, corpora, processor)
 
 
+def test_settings_name_the_weights_of_local_folders(tmp_path, monkeypatch):
+    for name in ("one", "two"):
+        (tmp_path / name / "tower").mkdir(parents=True)
+        (tmp_path / name / "tower" / "model.safetensors").write_bytes(name.encode())
+    found = [
+        load_recipe([written(tmp_path, audio_tower=str(tmp_path / name / "tower"))]).settings()["audio_tower"]
+        for name in ("one", "two", "one")
+    ]
+    assert found[0] == found[2] != found[1] and found[0].startswith("tower, weights ")
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe([written(tmp_path)]).settings()["audio_tower"] == ""
+
+
 def test_every_field_of_the_fusion_can_be_set(tmp_path):
     fusion = {"fusion_num_attention_heads": 2, "semantic_num_stretches": 2, "global_num_components": 3}
     fusion |= {"global_num_layers": 1, "gating": "mean", "fusion_hidden_size": 8, "num_pseudo_tokens": 2}
@@ -244,7 +257,11 @@ def test_every_field_of_the_fusion_can_be_set(tmp_path):
         ({"corpora": {"meld": None}, "corpus": "", "tasks": []}, "corpora: meld: got None, wanted `tasks`"),
         (
             {"train_audio_tower": True, "fusion": {"clip_statistics": ["audio"]}},
-            "train_audio_tower: got true with clip_statistics of audio, wanted false",
+            "clip_statistics: got audio with train_audio_tower, wanted features or a frozen tower",
+        ),
+        (
+            {"audio_tower": {"model_type": "whisper"}, "tower_epochs": 2, "fusion": {"clip_statistics": ["audio"]}},
+            "clip_statistics: got audio with tower_epochs, wanted features or a frozen tower",
         ),
         ({"fusion_without_prior": True}, "fusion_without_prior: got true without fusion_epochs, wanted both"),
         (

@@ -343,7 +343,7 @@ def test_what_is_missing_is_said(recognize, talk, tmp_path):
         ({"segments": [{"start": None, "end": 1}]}, "got None to 1, wanted seconds"),
         (
             {"segments": [{"timestamp": (99, None)}]},
-            "got no end of the one from 99 seconds, wanted one, as .* states 20.0",
+            "got no end of the one from 99 seconds, wanted one, as .* has 20.0 seconds",
         ),
         ({"window": 0}, "window: got 0, wanted seconds from 0.05"),
         ({"hop": "1"}, "hop: got '1', wanted seconds from 0.05"),

@@ -324,7 +324,8 @@ print(processor.summarize(scores.log_probs, "{task.name}")[0])"""
     note += "Loading runs the Python files of this repository: read them first, and pin a `revision`."
     if adapter_only:
         return f"{_load_adapter(run, repo_id)}\n{ask}\n```\n\n{note}"
-    note += " On Inference Endpoints, choose the task `custom`; `handler.py` then returns the pipeline's answers."
+    note += " On Inference Endpoints, choose the task `custom` and a container that supports transformers 5; "
+    note += "`handler.py` then returns the pipeline's answers."
     sample = f'"{file[1]}", text="{words}"' if file else f'{{"text": "{words}"}}'
     return f"""\
 ```python

@@ -217,7 +217,7 @@ def feature_components(
     Raises:
         ValueError: If fewer features vary independently.
     """
-    mean, std = norm.mean.double().numpy(force=True), norm.std.double().numpy(force=True)
+    mean, std = (value.numpy(force=True).astype(np.float64) for value in (norm.mean, norm.std))
     total, products, number = np.zeros_like(mean), np.zeros((len(mean), len(mean))), 0
     for frames in _frames(rows, column, centers):
         standard = ((frames - mean) / std).clip(-norm.LIMIT, norm.LIMIT)

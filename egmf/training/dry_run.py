@@ -94,7 +94,9 @@ def describe_model(recipe: Recipe, model, rows: Dataset, collator: AffectCollato
     batch = {name: value.to(device) for name, value in collator([rows[longest]]).items()}
     half = training.mixed_precision == "bf16"
     if training.activation_checkpointing:
-        model.activation_checkpointing_enable(training.activation_checkpointing_kwargs)
+        options = dict(training.activation_checkpointing_kwargs or {})
+        own = {name: options.pop(name) for name in ("every_n_layers", "offload") if name in options}
+        model.activation_checkpointing_enable(options or None, **own)
     with kept_tensors(model) as kept, disable_input_dtype_casting(model, active=half):
         with torch.autocast(device.type, torch.bfloat16, enabled=half):
             model.to(device).train()(**batch)

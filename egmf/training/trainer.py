@@ -143,8 +143,8 @@ class RunTrainer(MixtureTrainer):
             finished = done >= asked
         else:
             name, done, asked = "num_train_epochs", state.epoch, self.args.num_train_epochs
-            finished = state.global_step >= state.max_steps and state.num_train_epochs >= math.ceil(asked)
-        if done > asked:
+            finished = state.global_step >= state.max_steps and done > asked - 1e-3
+        if done > math.ceil(asked):  # a part of an epoch is rounded up to steps
             wanted = f"at least the {done:g} of {checkpoint}, or another output_dir"
             raise ValueError(f"{name}: got {asked:g}, wanted {wanted}")
         if finished and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
