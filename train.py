@@ -49,12 +49,9 @@ from egmf.training.assembly import (
     build_model,
     build_processor,
     build_towers,
-    check_clip_statistics,
     describes_new_tower,
     gather_trained_model,
     merge_lora,
-    set_clip_statistics,
-    set_feature_statistics,
     set_trainable_towers,
     start_speech_tower,
     trained_towers,
@@ -66,6 +63,7 @@ from egmf.training.language_models import resolve_language_model
 from egmf.training.preemption import run_training
 from egmf.training.pretraining import FusionPretraining, TowerPretraining, answer_prior
 from egmf.training.shrinking import shrink
+from egmf.training.statistics import check_clip_statistics, set_clip_statistics, set_feature_statistics
 from egmf.training.trainer import RunTrainer
 from egmf.training.validation import AffectTrainer, check_best_metric, validation_metrics
 

@@ -55,10 +55,10 @@ from egmf.training.assembly import (
     build_model,
     build_processor,
     build_towers,
-    clip_statistics,
     describes_new_tower,
 )
 from egmf.training.language_models import resolve_language_model
+from egmf.training.statistics import clip_statistics
 from train import autocast_of
 
 

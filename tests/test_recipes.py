@@ -27,10 +27,10 @@ from corpora.schema import build_split
 from egmf.data.mixture import MixtureSampler, check_corpora
 from egmf.fusion_egmf import FeatureNorm
 from egmf.recipe import load_recipe
-from egmf.training.assembly import feature_components, feature_statistics
 from egmf.training.batches import MixtureTrainer
 from egmf.training.language_models import build_tiny_language_model
 from egmf.training.shrinking import published_config, shrunk
+from egmf.training.statistics import feature_components, feature_statistics
 
 
 ROOT = Path(__file__).resolve().parents[1]
