@@ -6,13 +6,14 @@
 """
 
 import base64
+import contextlib
 import ipaddress
 import logging
 import math
 import os
 import socket
 import tempfile
-import time
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ FILE = "a file as base64 or as a URL"
 LARGEST_DOWNLOAD = 256 << 20  # bytes
 LARGEST_REQUEST = 1 << 30  # bytes of all files of a request
 DOWNLOAD_SECONDS = 60.0
+TOO_MUCH = f"it exceeds {LARGEST_DOWNLOAD >> 20} MB in {DOWNLOAD_SECONDS:.0f} seconds"
 MOST_LABELS, LONGEST_LABELS = 50, 1000  # memory grows with the cube of their number
 MOST = {"inputs": 100, "segments": 5000, "speaker_clips": 100, "context": 1000}  # entries of a list
 SHORTEST_WINDOW = 0.5  # seconds
@@ -172,31 +174,50 @@ class _File(os.PathLike):
         return str(self.path)
 
     def _fetch(self) -> None:
-        deadline, url = time.monotonic() + DOWNLOAD_SECONDS, self.url
-        with httpx.Client(transport=_PublicTransport(), timeout=DOWNLOAD_SECONDS) as client:
-            for _ in range(REDIRECTS + 1):
-                # httpx would read the whole body of a redirect into memory.
-                with client.stream("GET", url, follow_redirects=False) as response:
-                    if response.has_redirect_location:
-                        if response.next_request is None:
-                            raise OSError("it redirects to no valid address")
-                        url = response.next_request.url
-                        continue
-                    if not response.is_success:
-                        raise OSError(f"the server answers with status {response.status_code}")
-                    self._write(response.iter_bytes(), deadline)
-                    return
+        """Downloads the URL in a thread: a server that sends a byte now and then would never run into a timeout."""
+        client, failed = httpx.Client(transport=_PublicTransport(), timeout=DOWNLOAD_SECONDS), []
+
+        def fetch() -> None:
+            try:
+                self._follow(client)
+            except Exception as error:
+                failed.append(error)
+
+        thread = threading.Thread(target=fetch, daemon=True)
+        thread.start()
+        thread.join(DOWNLOAD_SECONDS)
+        is_late = thread.is_alive()
+        with contextlib.suppress(RuntimeError):  # a request is in flight; without its connection, the thread ends
+            client.close()
+        if is_late:
+            raise OSError(TOO_MUCH)
+        if failed:
+            raise failed[0]
+
+    def _follow(self, client: httpx.Client) -> None:
+        url = self.url
+        for _ in range(REDIRECTS + 1):
+            # httpx would read the whole body of a redirect into memory.
+            with client.stream("GET", url, follow_redirects=False) as response:
+                if response.has_redirect_location:
+                    if response.next_request is None:
+                        raise OSError("it redirects to no valid address")
+                    url = response.next_request.url
+                    continue
+                if not response.is_success:
+                    raise OSError(f"the server answers with status {response.status_code}")
+                self._write(response.iter_bytes())
+                return
         raise OSError(f"it redirects more than {REDIRECTS} times")
 
-    def _write(self, parts: Iterator[bytes], deadline: float) -> None:
+    def _write(self, parts: Iterator[bytes]) -> None:
         """Writes the file, part by part as they arrive."""
         left = LARGEST_REQUEST - sum(other.stat().st_size for other in self.path.parent.iterdir())
         with self.path.open("wb") as file:
             for part in parts:
                 file.write(part)
-                if file.tell() > LARGEST_DOWNLOAD or time.monotonic() > deadline:
-                    most = f"{LARGEST_DOWNLOAD >> 20} MB in {DOWNLOAD_SECONDS:.0f} seconds"
-                    raise OSError(f"it exceeds {most}")
+                if file.tell() > LARGEST_DOWNLOAD:
+                    raise OSError(TOO_MUCH)
                 if file.tell() > left:
                     raise OSError(f"the files of the request exceed {LARGEST_REQUEST >> 20} MB")
 

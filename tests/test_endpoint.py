@@ -5,9 +5,11 @@ import contextlib
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import threading
+import time
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -17,6 +19,9 @@ import pytest
 import soundfile
 from clips import tone, write_clip
 from models import save_model_with_towers
+
+import handler
+from egmf.media_egmf import MediaError
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -276,6 +281,30 @@ def test_labels_are_few(endpoint, place):
 def test_a_url_without_end_is_given_up(endpoint, place, web):
     message = refusal(endpoint, {"inputs": f"http://localhost:{web[0]}/endless"}, place)
     assert message == "Cannot read 'inputs': its URL cannot be fetched: it exceeds 256 MB in 60 seconds."
+
+
+def test_a_server_that_sends_a_byte_now_and_then_is_given_up(monkeypatch, tmp_path):
+    """No single wait is long enough for a timeout."""
+    monkeypatch.setattr(handler, "DOWNLOAD_SECONDS", 1.0)
+    monkeypatch.setenv("EGMF_PRIVATE_HOSTS", "localhost")
+    over = threading.Event()
+
+    def drip() -> None:
+        connection, _ = listening.accept()
+        with connection, contextlib.suppress(OSError):
+            connection.sendall(b"HTTP/1.1 200 OK\r\nX-Slow: ")
+            while not over.wait(0.1):
+                connection.sendall(b"a")
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        threading.Thread(target=drip, daemon=True).start()
+        file = handler._File(tmp_path / "file", "inputs", MediaError)
+        file.url = f"http://localhost:{listening.getsockname()[1]}/"
+        began = time.monotonic()
+        with pytest.raises(MediaError, match="its URL cannot be fetched: it exceeds 256 MB in"):
+            os.fspath(file)
+        assert time.monotonic() - began < 10 and not file.path.exists()
+        over.set()
 
 
 def test_the_documented_client(endpoint, place):
