@@ -44,7 +44,7 @@ class Experiment:
         recipe: Name of the recipe.
         folds: Number of folds.
         shown: The metrics of its table.
-        published: What others measured, one line.
+        note: What others measured, or what a reader must know; may be empty.
         single: Variants with one modality, which the README's table shows.
     """
 
@@ -52,7 +52,7 @@ class Experiment:
     recipe: str
     folds: int
     shown: tuple[str, ...]
-    published: str
+    note: str
     single: tuple[str, ...] = ()
 
 
@@ -78,7 +78,8 @@ EXPERIMENTS = {
         "mvsa_smollm2",
         5,
         ("accuracy", "weighted_f1"),
-        "",
+        "The experts read the picture, and the language model reads the words and the pseudo tokens. *Text* is a "
+        "language model that reads the words alone.",
         ("text", "vision"),
     ),
     "casia": Experiment(
@@ -327,7 +328,7 @@ def render(data: dict) -> str:
     ]
     for name, part in data.items():
         one = EXPERIMENTS[name]
-        parts += [f"## {one.title}", *([one.published] if one.published else []), main_table(name, part)]
+        parts += [f"## {one.title}", *([one.note] if one.note else []), main_table(name, part)]
         if any(part["mcnemar"].values()):
             rows = [
                 [name_of(one, other), str(test["seed"]), str(test["first_only"]), str(test["second_only"])]
