@@ -160,6 +160,10 @@ def test_two_processes_evaluate_what_one_evaluates(halves, tmp_path, protocol):
     if protocol:
         assert two["conditions"] == one["conditions"] and len(one["conditions"]) == 7
         return
+    # Probabilities depend on the batch by rounding, and so does what is computed from them.
+    for name in ("before", "after"):
+        rounded = one["calibration"].pop(name)
+        assert two["calibration"].pop(name) == pytest.approx(rounded, abs=1e-5)
     assert two == one and one["samples"] == 16
     one, two = (read_lines(tmp_path / name / "predictions.jsonl") for name in ("one", "two"))
     assert [row["id"] for row in two] == load_corpus("generated", size=96)["test"]["id"][:]
