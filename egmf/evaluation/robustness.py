@@ -211,9 +211,9 @@ def spoil_clip(names: set[str], seed: int, modality: str, row_id: str, clip: Any
 def spoil_features(
     predict: Predictor, names: set[str], seed: int, inputs: dict[str, torch.Tensor], ids: list[str]
 ) -> dict[str, torch.Tensor]:
-    """Adds white noise to audio features, and averages neighbouring frames of vision features, in training's units.
+    """Adds white noise to audio features, in units of their deviation in training, and blurs vision features.
 
-    Tower outputs are skipped, because their clips are already changed.
+    Blurring averages neighbouring frames. Tower outputs are skipped, because their clips are already changed.
     """
     changed = dict(inputs)
     for name in names:
