@@ -27,7 +27,7 @@ from corpora import CORPORA
 from egmf.arguments import mapping
 from egmf.configuration_egmf import ARCHITECTURE, EGMFConfig
 from egmf.files import weights_digest
-from egmf.processes import LONGEST_WAIT
+from egmf.processes import LONGEST_WAIT, has_fast_bfloat16
 from egmf.tasks_egmf import BUILTIN_TASKS, AffectTask
 
 
@@ -371,6 +371,10 @@ def load_recipe(arguments: list[str]) -> Recipe:
     machine = {} if torch.accelerator.is_available() else {"use_cpu": True}
     merged = machine | said | {name: value for name, value in given.items() if name not in FUSION_FIELDS}
     merged = {name: _checked(name, value, *hints[name]) for name, value in merged.items()}
+    slow = merged.get("bf16") and merged.get("use_cpu") and not has_fast_bfloat16()
+    if slow and not merged.get("fp16"):  # both are refused below
+        logging.warning("bf16: got true on a CPU that is slow in bfloat16 (no AVX-512); the run computes in float32")
+        merged["bf16"] = False
     if "corpus_options" in given and merged.get("corpus") == said.get("corpus"):  # otherwise they are another corpus's
         merged["corpus_options"] = (said.get("corpus_options") or {}) | merged["corpus_options"]
     merged = {"ddp_timeout": int(LONGEST_WAIT.total_seconds())} | merged

@@ -11,6 +11,7 @@ import pytest
 import torch
 from commands import REPO, Outcome, read_lines, run, start
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 import train as train_script
 from corpora import load_corpus
@@ -18,6 +19,8 @@ from egmf.data.collator import AffectCollator, expand_by_task, gold_answer
 from egmf.evaluation.measures import classification_metrics, regression_metrics
 from egmf.processing_egmf import BUILTIN_TASKS
 from egmf.recipe import load_recipe
+from egmf.training.assembly import load_language_model
+from egmf.training.language_models import build_tiny_language_model
 from train import build_model, build_processor, build_towers, main, resolve_language_model, set_clip_statistics
 
 
@@ -61,6 +64,24 @@ def test_settings_of_the_last_phase_do_not_concern_the_others(tmp_path):
     scheduler = ["--lr_scheduler_type", "cosine_with_min_lr", "--lr_scheduler_kwargs", '{"min_lr": 1e-4}']
     train(tmp_path / "run", "--fusion_epochs", "1", "--max_steps", "2", "--eval_on_start", "true", *scheduler)
     assert (tmp_path / "run/model/model.safetensors").is_file()
+
+
+def test_a_cpu_that_is_slow_in_bfloat16_computes_in_float32(tmp_path, caplog):
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        left, right = torch.randn(2, 512, 512).to(dtype)
+        torch.mm(left, right)  # the first product also sets things up
+        start = time.perf_counter()
+        torch.mm(left, right)
+        seconds[dtype] = time.perf_counter() - start
+    is_slow = seconds[torch.bfloat16] > 10 * seconds[torch.float32]
+
+    recipe = load_recipe([str(REPO / "recipes/mosi_smollm2.yaml"), "--use_cpu", "true"])
+    assert recipe.training.mixed_precision == ("no" if is_slow else "bf16")
+    assert ("the run computes in float32" in caplog.text) == is_slow
+    build_tiny_language_model(tmp_path)
+    AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    assert load_language_model(recipe, str(tmp_path)).dtype == (torch.float32 if is_slow else torch.bfloat16)
 
 
 def test_command_line_overrides_the_recipe():

@@ -29,7 +29,7 @@ from egmf.data.lengths import clip_seconds
 from egmf.data.tower_cache import PREPROCESSORS
 from egmf.media_inputs_egmf import TowerInput
 from egmf.modeling_egmf import EGMFForConditionalGeneration, undivided
-from egmf.processes import are_sharded
+from egmf.processes import are_sharded, has_fast_bfloat16
 from egmf.processing_egmf import EGMFProcessor
 from egmf.recipe import Recipe
 from egmf.towers_egmf import encoder_of, load_tower
@@ -157,6 +157,8 @@ def load_language_model(recipe: Recipe, folder: str) -> PreTrainedModel:
     if attention == "auto":
         attention = "eager" if recipe.training.device.type == "cpu" else "sdpa"
     options: dict[str, Any] = {"attn_implementation": attention}
+    if recipe.training.device.type == "cpu" and not has_fast_bfloat16():
+        options["dtype"] = torch.float32
     if recipe.model.load_in_4bit:
         if not is_bitsandbytes_available():
             wanted = "the package bitsandbytes beside it (pip install bitsandbytes)"
@@ -165,7 +167,7 @@ def load_language_model(recipe: Recipe, folder: str) -> PreTrainedModel:
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=AutoConfig.from_pretrained(folder).dtype or torch.float32,
+            bnb_4bit_compute_dtype=options.get("dtype") or AutoConfig.from_pretrained(folder).dtype or torch.float32,
         )
     model = AutoModelForCausalLM.from_pretrained(folder, **options)
     for module in model.modules():
