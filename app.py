@@ -14,6 +14,7 @@ from pathlib import Path
 
 from transformers import pipeline
 
+from egmf.arguments import positive
 from egmf.commands import add_model, check_model, loading_options, run_command
 from egmf.space.answering import Recognizer
 
@@ -28,8 +29,10 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         "--example", dest="examples", nargs=2, action="append", metavar=("FILE", "WORDS"), help="a clip to choose"
     )
     parser.add_argument("--transcriber", metavar="MODEL", help="speech recognition model for clips without words")
-    parser.add_argument("--max_megabytes", type=int, default=100, help="size of the largest upload; 100 by default")
-    parser.add_argument("--max_seconds", type=int, default=600, help="length of the longest clip; 600 by default")
+    parser.add_argument(
+        "--max_megabytes", type=positive, default=100, help="size of the largest upload; 100 by default"
+    )
+    parser.add_argument("--max_seconds", type=positive, default=600, help="length of the longest clip; 600 by default")
     parser.add_argument("--port", type=int, help="port of the page; by default a free one from 7860")
     if SETTINGS.is_file():
         settings = json.loads(SETTINGS.read_text(encoding="utf-8"))

@@ -42,7 +42,8 @@ class ChatsMixin:
         # Other chats' options, as long as they are off.
         off = {"continue_final_message", "return_assistant_tokens_mask", "tools", "documents"}
         kwargs = {name: value for name, value in kwargs.items() if name not in off or value} | (processor_kwargs or {})
-        several = bool(conversation) and isinstance(conversation[0], list | tuple)
+        is_list = isinstance(conversation, list | tuple) and bool(conversation)
+        several = is_list and isinstance(conversation[0], list | tuple)
         columns: dict[str, list] = {"text": [], "speaker": [], "context": [], "audio": [], "video": []}
         for messages in conversation if several else [conversation]:
             for name, value in read_conversation(messages).items():

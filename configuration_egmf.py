@@ -12,6 +12,10 @@ from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 
+# The least values of fields that are counts.
+LEAST = dict.fromkeys(("num_pseudo_tokens", "fusion_hidden_size", "fusion_num_attention_heads"), 1)
+LEAST |= {"fusion_intermediate_size": 1, "semantic_num_stretches": 1, "global_num_components": 1}
+LEAST |= {"global_num_layers": 0}
 EXPERTS = ("local", "semantic", "global")
 # Registers the pipeline that is saved with the checkpoint, for `pipeline()`.
 PIPELINES = {
@@ -114,7 +118,11 @@ class EGMFConfig(PreTrainedConfig):
         for name in self.sub_configs:
             value = getattr(self, name)
             if isinstance(value, dict):
-                setattr(self, name, CONFIG_MAPPING[value["model_type"]](**value))
+                kind = value.get("model_type")
+                if kind not in CONFIG_MAPPING:
+                    wanted = "one that this version of transformers knows"
+                    raise ValueError(f"{name}: got the model_type {kind!r}, wanted {wanted}")
+                setattr(self, name, CONFIG_MAPPING[kind](**value))
         if self.text_config is None:
             self.text_config = CONFIG_MAPPING["llama"]()
         # transformers ties weights only if the top-level config says so. The LLM's config has the value.
@@ -138,6 +146,9 @@ class EGMFConfig(PreTrainedConfig):
             )
         if any(size < 1 or size % 2 == 0 for size in self.local_kernel_sizes) or not self.local_kernel_sizes:
             raise ValueError(f"local_kernel_sizes: got {self.local_kernel_sizes}, wanted odd positive numbers")
+        for name, least in LEAST.items():
+            if (value := getattr(self, name)) < least:
+                raise ValueError(f"{name}: got {value}, wanted at least {least}")
         if self.fusion_hidden_size % self.fusion_num_attention_heads:
             raise ValueError(
                 f"fusion_hidden_size: got {self.fusion_hidden_size}, wanted a multiple of "

@@ -58,7 +58,7 @@ from egmf.evaluation.plots import plot_conditions, plot_confusion, plot_gates, p
 from egmf.evaluation.predictor import Predictor
 from egmf.evaluation.reliability import calibration_of
 from egmf.evaluation.significance import ENOUGH, intervals, mcnemar, paired_differences, resample
-from egmf.files import weights_digest
+from egmf.files import read_json_lines, weights_digest, write_whole
 from egmf.pipeline_egmf import adaptation_warning
 from egmf.processes import LONGEST_WAIT, default_workers, in_turns, silence_other_ranks
 from egmf.tables import with_interval
@@ -112,7 +112,7 @@ def read_predictions(file: Path, rows, task) -> dict[str, dict]:
         ValueError: If its ids or gold labels differ from those of `rows`.
     """
     others = {}
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_json_lines(file), 1):
         try:
             row = json.loads(line)
             others[row["id"]] = {"gold": row["gold"], "answers": row["answers"]}
@@ -234,7 +234,7 @@ def evaluate_robustness(args: argparse.Namespace, predict: Predictor, rows, moda
 
 
 def write_report(path: Path, report: dict) -> None:
-    path.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
 
 
 def warn_of_other_splits(args: argparse.Namespace, trained: dict) -> None:

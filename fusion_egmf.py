@@ -298,7 +298,7 @@ class EGMFFusion(nn.Module):
         """Normalises and projects the frames of one modality: (B, T, width) and padding (B, T) -> (B, T, d)."""
         # Padding may contain NaN. It must not reach a sum, because 0 * NaN is NaN.
         features = self.input_norm[name](features.masked_fill(padding.unsqueeze(-1), 0.0))
-        if self.training and self.feature_noise.get(name):
+        if self.training and name not in self.layer_mix and self.feature_noise.get(name):
             features = features + self.feature_noise[name] * torch.randn_like(features)
         return self.input_proj[name](features)
 

@@ -13,6 +13,7 @@ from .configuration_egmf import EGMFConfig
 from .towers_egmf import (
     average_frames,
     check_positions,
+    check_times,
     is_trained,
     is_window,
     read_audio,
@@ -81,7 +82,7 @@ class MediaMixin:
         cached. Gradients flow through towers that are trained.
 
         Returns:
-            The batch with the hidden layers (B, T, layers + 1, size) as `audio_features` and `vision_features`, with
+            The batch with the hidden layers (B, T, layers, size) as `audio_features` and `vision_features`, with
             masks and times. A batch without tower inputs is returned unchanged.
         """
         encoded = dict(inputs)
@@ -135,7 +136,7 @@ class MediaMixin:
             batches: Batches of a processor that together have all clips of the speaker. Their own centers are ignored.
 
         Returns:
-            `audio_center` and `vision_center`, (1, 2, layers + 1, size) for a tower and (1, 2, feature size) for
+            `audio_center` and `vision_center`, (1, 2, layers, size) for a tower and (1, 2, feature size) for
             features: means, then deviations. A modality that no clip has is left out.
         """
         sums: dict[str, torch.Tensor] = {}  # of the clips' means and mean squares, in float64
@@ -178,6 +179,7 @@ class MediaMixin:
                 wanted = ", ".join(map(str, ("batch", "frames", *sizes)))
                 raise ValueError(f"{name}_features: got shape {tuple(features.shape)}, wanted ({wanted})")
             check_positions(name, features, mask)
+            check_times(name, times, mask)
             # A cache of hidden layers has 16 bits, which autocast to bfloat16 does not take.
             return features if tower is None else features.float().unbind(2), mask, times
         with torch.set_grad_enabled(torch.is_grad_enabled() and is_trained(tower)):
@@ -188,4 +190,5 @@ class MediaMixin:
                 wanted = "(batch, frames, 3, height, width)"
                 raise ValueError(f"pixel_values: got shape {tuple(tower_inputs.shape)}, wanted {wanted}")
             check_positions(name, tower_inputs, mask)
+            check_times(name, times, mask)
             return self.get_vision_features(tower_inputs, mask, times)

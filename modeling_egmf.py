@@ -465,13 +465,13 @@ class EGMFForConditionalGeneration(EGMFPreTrainedModel, ScoringMixin, Generation
             attention_mask: (B, L), 1 for a token and 0 for padding; 4-D with a static cache.
             utterance_mask: (B, L), 1 for the tokens of the utterance. Required with a prompt, absent in later steps.
             audio_features, vision_features: (B, T, feature size), or precomputed hidden layers of a model's tower,
-                (B, T, layers + 1, tower size). `*_mask` is (B, T), all 0 for an absent modality. `*_times` is (B, T),
-                seconds on a clock that the modalities share, NaN if unknown.
+                (B, T, layers, tower size), those of `config.tower_layers`. `*_mask` is (B, T), all 0 for an absent
+                modality. `*_times` is (B, T), seconds on a clock that the modalities share, NaN if unknown.
             input_features, input_values: The audio tower's input, with `audio_mask` (B, positions). A fixed window
                 (Whisper) is processed whole, including the padding of the tower's feature extractor.
             pixel_values: (B, F, 3, height, width) frames, with `vision_mask` and `vision_times` (B, F).
             audio_center, vision_center: Center of each sample's speaker ([`EGMFModel.speaker_center`]), to which the
-                features (B, 2, feature size) or the hidden layers (B, 2, layers + 1, tower size) are adapted.
+                features (B, 2, feature size) or the hidden layers (B, 2, layers, tower size) are adapted.
             padding_mask: (B, L), the 2-D mask if `attention_mask` is 4-D.
             labels: (B, L), -100 except on the answer's tokens and EOS. Loss and logits are computed only there.
             expert_states, answer_prefix: Used by `generate()` after the prompt: `expert_states` of the prompt's
@@ -506,6 +506,7 @@ class EGMFForConditionalGeneration(EGMFPreTrainedModel, ScoringMixin, Generation
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             expert_states=expert_states,
+            return_dict=True,
             **kwargs,
         )
         hidden, loss = outputs.last_hidden_state, None
@@ -552,6 +553,7 @@ class EGMFForConditionalGeneration(EGMFPreTrainedModel, ScoringMixin, Generation
         if prefixes is None:  # outside of `generate()`, prompts may be padded on the right
             prefixes = states.new_zeros(len(states), 1, self.model.readout.prefix.in_features)
             if mask is not None:
+                mask = mask[:, -hidden.shape[1] :]  # it also covers the tokens of a cache
                 last = (mask.long() * torch.arange(mask.shape[1], device=mask.device)).argmax(1)
         read = (self.model.readout.gain * self.model.readout(states, prefixes)).to(hidden)
         places = last.unsqueeze(1) + torch.arange(1 - read.shape[1], 1, device=hidden.device)
@@ -566,15 +568,16 @@ class EGMFForConditionalGeneration(EGMFPreTrainedModel, ScoringMixin, Generation
     def prepare_inputs_for_generation(
         self, input_ids, attention_mask=None, inputs_embeds=None, is_first_iteration=False, use_cache=True, **kwargs
     ):
-        cache = kwargs.get("past_key_values")
+        cache, states = kwargs.get("past_key_values"), kwargs.pop("expert_states", None)
         if isinstance(cache, StaticCache):
             check_static_cache(self.model.language_model)
         # After the prompt (or `score_labels()`) the cache contains the modalities. Without a cache every step
         # processes the prompt again.
-        cached = 0 if cache is None or not is_first_iteration else int(cache.get_seq_length())
-        is_prompt = (is_first_iteration and not cached) or not use_cache
+        begins = is_first_iteration or states is None  # an assistant model has no first iteration
+        cached = int(cache.get_seq_length()) if cache is not None and begins else 0
+        is_prompt = (begins and not cached) or not use_cache
         modalities = {name: kwargs.pop(name, None) for name in ("utterance_mask", *MEDIA_INPUTS)}
-        states, utterance_mask = kwargs.pop("expert_states", None), modalities["utterance_mask"]
+        utterance_mask = modalities["utterance_mask"]
         inputs = super().prepare_inputs_for_generation(
             input_ids,
             attention_mask=attention_mask,
@@ -592,6 +595,9 @@ class EGMFForConditionalGeneration(EGMFPreTrainedModel, ScoringMixin, Generation
         # transformers moves inputs to the device of the model before the call.
         modalities = {name: value.to(self.device) for name, value in modalities.items() if value is not None}
         if is_prompt:
+            if input_ids.shape[1] < length:
+                got = f"parts of {input_ids.shape[1]} of the prompt's {length} tokens"
+                raise ValueError(f"prefill_chunk_size: got {got}, wanted None: the fusion reads the whole prompt")
             modalities["utterance_mask"] = F.pad(modalities["utterance_mask"], (0, input_ids.shape[1] - length))
             inputs |= modalities | {"padding_mask": mask}
         elif states is None:  # a cache of an earlier call; that of `score_labels()` lacks the last token of the prompt

@@ -22,10 +22,11 @@ from .timeline_egmf import TimelineMixin, best_answers
 
 
 MEDIA = ("file", "audio", "video")
+WORDS = ("text", "speaker", "context")
 # Seconds. The memory of an encoder without a window, such as WavLM, grows with the square of the length.
 LONGEST_SOUND = 120.0
 DATASETS = {"datasets.arrow_dataset", "datasets.iterable_dataset"}
-SHARED = ("text", "speaker", "context", "speaker_clips")
+SHARED = (*WORDS, "speaker_clips")
 OPTIONS = (*SHARED, "task", "on_error", "top_k", "candidate_labels", "transcriber", "language")
 TIMES = ("return_timestamps", "segments", "window", "hop")
 
@@ -317,6 +318,8 @@ class AffectRecognitionPipeline(TimelineMixin, Pipeline):
         transcriber, language = given.pop("transcriber", None), given.pop("language", None)
         if language and not isinstance(transcriber, str | os.PathLike):
             raise ValueError(f"language: got {language!r} without a transcriber's name, wanted both")
+        if transcriber is not None and not self._reads_text:
+            raise ValueError("transcriber: got one, wanted none: the model was trained without words")
         if isinstance(transcriber, str | os.PathLike):
             key = os.fspath(transcriber), language
             if key not in self._transcribers:
@@ -377,12 +380,23 @@ class AffectRecognitionPipeline(TimelineMixin, Pipeline):
         return self.processor.feature_extractor is None and self.processor.image_processor is None
 
     @property
+    def _reads_text(self) -> bool:
+        return "text" in (self.processor.trained_modalities or ["text"])
+
+    @property
+    def _features(self) -> list[str]:
+        """The modalities that the model reads as precomputed features, which a sample cannot have."""
+        sizes = {name: getattr(self.model.config, f"{name}_feature_size") for name in ("audio", "vision")}
+        return [name for name, size in sizes.items() if size is not None]
+
+    @property
     def _sampling_rate(self) -> int | None:
         return getattr(self.processor.feature_extractor, "sampling_rate", None)
 
     def _collate(self, batch: list[dict], task: AffectTask, transcriber: Any = None) -> dict[str, Any]:
         """The model's inputs for prepared samples (None if all have an error), and their reports."""
         reports, columns = [], []
+        features = self._features
         centers: dict[int, Mapping] = {}  # by the identity of `speaker_clips`, which samples may share
         tasks = self.processor.tasks
         trained = {label for name in self.processor.trained_tasks or tasks for label in tasks[name].answers}
@@ -396,6 +410,11 @@ class AffectRecognitionPipeline(TimelineMixin, Pipeline):
                 words = self._recognized(transcriber, fields["source"])
                 words.pop("chunks", None)
                 fields, report = {**fields, **words}, {**words, **report}
+            if not self._reads_text and any(fields.get(name) for name in WORDS):
+                fields = {name: value for name, value in fields.items() if name not in WORDS}
+                report["warnings"].append("the model was trained without words: text, speaker and context are ignored")
+            if features:
+                report["warnings"].append(f"the model reads {' and '.join(features)} as features, which are missing")
             media, clips = fields["media"], fields.get("speaker_clips")
             if clips is not None and id(clips) not in centers:
                 centers[id(clips)] = self.speaker_center(clips)

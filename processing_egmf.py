@@ -9,6 +9,7 @@ layout and the wording.
 """
 
 import inspect
+import math
 from collections.abc import Sequence
 from itertools import takewhile
 from typing import Any
@@ -81,6 +82,7 @@ class EGMFProcessor(ChatsMixin, MediaInputsMixin, RecordingsMixin, ProcessorMixi
             starting with the oldest.
         default_task: The task that is used if a call names none: the first one that the model was trained on.
         trained_tasks: The tasks that the model was trained on, or None if that is not known.
+        trained_modalities: The modalities that the model was trained with, or None if that is not known.
         temperatures: Temperature of the distribution over answers by task, fitted to validation data; otherwise 1.
         clip_seconds: Length that 95 % of the training clips do not exceed: by default that of windows of a recording.
         chat_template: Kept for the tokenizer; the sequences of EGMF do not use it.
@@ -104,6 +106,7 @@ class EGMFProcessor(ChatsMixin, MediaInputsMixin, RecordingsMixin, ProcessorMixi
         temperatures: dict[str, float] | None = None,
         clip_seconds: float | None = None,
         trained_tasks: list[str] | None = None,
+        trained_modalities: list[str] | None = None,
         chat_template=None,
     ):
         super().__init__(tokenizer, chat_template=chat_template or getattr(tokenizer, "chat_template", None))
@@ -128,10 +131,15 @@ class EGMFProcessor(ChatsMixin, MediaInputsMixin, RecordingsMixin, ProcessorMixi
             self.tasks[name] = task
         self.default_task = default_task
         self.temperatures = dict(temperatures or {})
+        for name, value in self.temperatures.items():
+            self._task(name)
+            if not 0 < value < math.inf:
+                raise ValueError(f"`temperatures[{name!r}]` got {value}, wanted a positive number.")
         self.clip_seconds = clip_seconds
         for name in (*filter(None, [default_task]), *(trained_tasks or ())):
             self._task(name)
         self.trained_tasks = trained_tasks
+        self.trained_modalities = trained_modalities
 
         self._special_ids = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._special_ids -= {tokenizer.unk_token_id} - {tokenizer.eos_token_id, self.pseudo_token_id}
@@ -224,7 +232,7 @@ class EGMFProcessor(ChatsMixin, MediaInputsMixin, RecordingsMixin, ProcessorMixi
                 height, width, 3), uint8, of which `num_frames` are read. The sound track of a video file is used as
                 the sample's audio if `audio` is None.
             audio_features, vision_features: Per sample an array `(T, D)` of finite numbers, `T` >= 1; for a model with
-                a tower the tower's hidden layers `(T, layers + 1, D)`.
+                a tower the tower's hidden layers `(T, layers, D)`.
             audio_times, vision_times: Per sample the times `(T,)` of the features' rows in seconds, NaN if unknown.
             task: Name of a task in `tasks`, or an `AffectTask`; by default `default_task`.
             answer: The label or score to learn; adds `labels`, and the answer and EOS to the sequence.
@@ -338,7 +346,8 @@ class EGMFProcessor(ChatsMixin, MediaInputsMixin, RecordingsMixin, ProcessorMixi
             task: One task, or a list with one task per generated row.
         """
         rows = generated_ids.tolist() if hasattr(generated_ids, "tolist") else generated_ids
-        ends = {self.tokenizer.eos_token_id, self.tokenizer.pad_token_id}
+        # An LLM may end at several tokens, such as Gemma's <end_of_turn>. No answer contains a special token.
+        ends = self._special_ids | {self.tokenizer.eos_token_id, self.tokenizer.pad_token_id}
         texts = [self._decode(list(takewhile(lambda token: token not in ends, ids))) for ids in rows]
         tasks = self._tasks(task, len(rows))
         return [AnswerText(text, one.parse(text)) for text, one in zip(texts, tasks, strict=True)]

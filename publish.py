@@ -24,6 +24,7 @@ for which the model is loaded from `--repo`. `hf upload OWNER/SPACE DIR --repo-t
 """
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
@@ -47,7 +48,9 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--private", action="store_true", help="a repository that only its owner sees")
     parser.add_argument("--license", help="the Hub's name of the licence that the weights are put under")
     parser.add_argument("--base_model", metavar="ID", help="Hub id of the LLM, if the run was given a local folder")
-    parser.add_argument("--max_shard_size", default="5GB", help="size of a file of weights; 5GB by default")
+    parser.add_argument(
+        "--max_shard_size", type=_shard_size, default="5GB", help="largest file of weights; 5GB by default"
+    )
     parser.add_argument("--space", type=Path, metavar="DIR", help="write a Space that shows the model, upload nothing")
     parser.add_argument(
         "--example",
@@ -62,7 +65,16 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     for name in ("example", "transcriber"):
         if getattr(args, name) and args.space is None:
             parser.error(f"--{name}: got a value without --space, wanted both")
+    for name in ("adapter_only", "private", "license", "max_shard_size", "dry_run"):
+        if args.space is not None and getattr(args, name) != parser.get_default(name):
+            parser.error(f"--{name}: got a value with --space, which writes a page and no model, wanted one of them")
     return args
+
+
+def _shard_size(text: str) -> str:
+    if not re.fullmatch(r"\d+(\.\d+)?[KMGT]B", text):
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted a number with KB, MB, GB or TB")
+    return text
 
 
 def main(arguments: list[str]) -> None:
@@ -94,6 +106,9 @@ def main(arguments: list[str]) -> None:
         try:
             ModelCard.load(folder / "README.md").validate()
             print("card: reads back as it was written, and the Hub finds it valid")
+        except ValueError as error:
+            said = " ".join(str(error).split())
+            raise ValueError(f"{folder / 'README.md'}: the Hub refuses its front matter: {said}") from None
         except UNREACHABLE as error:
             print(
                 f"card: reads back as it was written; the Hub, which could not be reached ({error}), has not seen it"

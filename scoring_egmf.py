@@ -339,6 +339,7 @@ class ScoringMixin:
             padding_mask=padding_mask,
             position_ids=positions,
             use_cache=use_cache,
+            return_dict=True,
             **inputs,
         )
         states = outputs.last_hidden_state
@@ -355,7 +356,9 @@ class ScoringMixin:
         input_ids, attention_mask = input_ids.gather(1, order), attention_mask.gather(1, order)
         if inputs.get("utterance_mask") is not None:
             inputs = inputs | {"utterance_mask": inputs["utterance_mask"].gather(1, order)}
-        prompt = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **inputs)
+        prompt = self.model(
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=False, return_dict=True, **inputs
+        )
         inner, root = trie.paths[1:], prompt.last_hidden_state[:, -1:]
         if not inner:
             return root, prompt
@@ -378,6 +381,7 @@ class ScoringMixin:
             input_ids=append_branches(input_ids, tokens),
             attention_mask=append_branches(attention_mask, branch_mask),
             use_cache=False,
+            return_dict=True,
             **repeated,
         )
         states = outputs.last_hidden_state[:, prompt_length:].unflatten(0, (batch_size, len(branches)))

@@ -106,7 +106,11 @@ class TimelineMixin:
         """
         if options.get("speaker_clips") is not None:
             options["speaker_clips"] = self.speaker_center(options["speaker_clips"])
-        before, _, after = self._parameters(**options)
+        before, timed, after = self._parameters(**options)
+        segments, window, hop = (
+            timed.get(name) if value is None else value
+            for name, value in (("segments", segments), ("window", window), ("hop", hop))
+        )
         for name, value in (("window", window), ("hop", hop)):
             if value is not None and (not isinstance(value, Real) or not SHORTEST <= value < math.inf):
                 raise ValueError(f"{name}: got {value!r}, wanted seconds from {SHORTEST}")
@@ -114,6 +118,10 @@ class TimelineMixin:
         lines = None if segments is None else self.processor.check_segments(segments)
         if lines is None and "transcriber" in after and (window or hop):
             raise ValueError("window: got a value with a transcriber, whose segments are used, wanted one of the two")
+        if lines and "transcriber" in after and self.processor.feature_extractor is None:
+            if not all(line["text"] for line in lines):
+                wanted = "text in each: it hears no sound, so the transcriber gets none"
+                raise ValueError(f"segments: got one without text for this model, wanted {wanted}")
         recording = self.processor.recording(fields, None, window or self.processor.window, hop, progress)
         return self._along(recording, lines, fields, self._size(batch_size), after)
 
@@ -126,6 +134,8 @@ class TimelineMixin:
                 recognized.pop("text", None)
                 chunks = recognized.pop("chunks", None)
                 lines = self.processor.check_segments(chunks) if chunks else None
+                if lines is None and self._is_deaf:
+                    lines = []  # there is nothing to read in windows
             recording.close(lines or [])
             recording.spans = None if lines is None else [(line["start"], line["end"]) for line in lines]
             for batch in _batches(self._prepared_spans(recording, lines, fields, "transcriber" in after), size):

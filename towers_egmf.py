@@ -22,11 +22,23 @@ MOST_LAYERS = 8  # hidden states that are read of a deep tower by default
 OPTIONS = {"output_hidden_states": True, "return_dict": True}
 
 
+def read_whole(config: PreTrainedConfig) -> None:
+    """Turns off what training hides at random: whole layers, all of which are read, and stretches of frames.
+
+    SpecAugment also fails on clips that are shorter than its stretches.
+    """
+    off = {"layerdrop": 0.0, "encoder_layerdrop": 0.0, "apply_spec_augment": False}
+    for name, value in off.items():
+        if hasattr(config, name):
+            setattr(config, name, value)
+
+
 def build_tower(config: PreTrainedConfig) -> PreTrainedModel:
     """Builds a tower with random weights from its config. For an encoder-decoder, returns the encoder.
 
     An attention implementation that the tower does not have was meant for the LLM: the tower uses its default.
     """
+    read_whole(config)
     family, asked = MODEL_MAPPING[type(config)], config._attn_implementation or ""
     has = {"sdpa": family._supports_sdpa, "flex_attention": family._supports_flex_attn}
     if not has.get(asked, "flash" not in asked or family._supports_flash_attn):
@@ -49,7 +61,15 @@ def load_tower(name: str) -> PreTrainedModel:
         if architecture.endswith("Encoder") and hasattr(family, architecture):
             loader = getattr(family, architecture)
     tower, report = loader.from_pretrained(name, output_loading_info=True)
-    unused = ("pooler", "masked_spec_embed", "decoder.", "text_model.", "logit_scale", "projection")
+    unused = (
+        "pooler",
+        "masked_spec_embed",
+        "decoder.",
+        "text_model.",
+        "logit_scale",
+        "visual_projection",
+        "text_projection",
+    )
     missing = sorted(key for key in report["missing_keys"] if not any(part in key for part in unused))
     if missing:
         raise ValueError(f"{name}: its weights lack {len(missing)} of {type(tower).__name__}'s, such as {missing[0]}")
@@ -59,7 +79,11 @@ def load_tower(name: str) -> PreTrainedModel:
 def encoder_of(tower: PreTrainedModel, modality: str) -> PreTrainedModel:
     """Selects the tower inside a model: the image model of a CLIP-like one, the encoder of an encoder-decoder."""
     tower = getattr(tower, f"{modality}_model", tower)
-    return tower.get_encoder() if tower.config.is_encoder_decoder and hasattr(tower, "decoder") else tower
+    tower = tower.get_encoder() if tower.config.is_encoder_decoder and hasattr(tower, "decoder") else tower
+    read_whole(tower.config)
+    if hasattr(tower, "layerdrop"):  # Whisper's own copy
+        tower.layerdrop = 0.0
+    return tower
 
 
 def is_pyramid(config: PreTrainedConfig) -> bool:
@@ -126,6 +150,12 @@ def check_positions(name: str, values: torch.Tensor, mask: torch.Tensor, window:
     sums = values.sum(list(dims), dtype=torch.float32) if len(dims) else values
     finite = torch.isfinite(sums)
     torch_compilable_check((finite | ~used).all(), f"{name}_features: got NaN or infinite values, wanted finite ones")
+
+
+def check_times(name: str, times: torch.Tensor | None, mask: torch.Tensor) -> None:
+    """Raises a ValueError if `times` have another shape than `mask`, (B, T)."""
+    if times is not None and times.shape != mask.shape:
+        raise ValueError(f"{name}_times: got {tuple(times.shape)}, wanted {tuple(mask.shape)}")
 
 
 def read_audio(

@@ -19,6 +19,7 @@ import copy
 import dataclasses
 import json
 import logging
+import math
 import os
 import platform
 import sys
@@ -325,6 +326,10 @@ def prepare(recipe: Recipe) -> Run:
     rows, mixture = mix_rows(data.parts, corpora, processor, data.balance_classes)
     with undivided():
         model = build_model(recipe, language_model, processor, towers, corpus["train"])
+    heard, seconds = processor.audio_window if "audio" in towers else math.inf, processor.clip_seconds or 0.0
+    if seconds > heard:
+        got = f"{heard:g} seconds; a twentieth of the training clips have more than {seconds:g}"
+        logging.warning("audio_window: got %s, and only the beginning of a clip is heard", got)
     training.remove_unused_columns = False  # the collator reads the corpus's columns
     return Run(recipe, output, corpora, corpus, towers, processor, model, rows, mixture)
 

@@ -39,6 +39,11 @@ def write_whole(path: Path, text: str) -> None:
     _sync_folder(path.parent)
 
 
+def read_json_lines(path: Path) -> list[str]:
+    """The lines of a file of JSON lines. Only line feeds end them: a text may contain others, such as U+2028."""
+    return [line for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
 def _sync_folder(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
     try:

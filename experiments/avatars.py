@@ -19,10 +19,11 @@ from pathlib import Path
 import numpy as np
 
 from corpora.avatars import KINDS, ceiling, group_of
+from egmf.commands import run_command
 from egmf.evaluation.robustness import summarize
 from egmf.tables import mean_and_deviation, table
 from experiments import running
-from experiments.pages import EARLIER, RESULTS, read_predictions, write_page
+from experiments.pages import EARLIER, RESULTS, check_version, read_predictions, write_page
 from experiments.running import VARIANTS, Step, evaluation, run_steps, training
 
 
@@ -130,7 +131,7 @@ def render(runs: list[dict]) -> str:
         "answers both tasks: SmolLM2-135M-Instruct with LoRA. The towers of a seed are trained once, with all experts "
         "and modalities, and every variant of that seed reads the same frozen ones. "
         f"Seeds {', '.join(map(str, seeds))}; mean ± standard deviation where there are several.",
-        EARLIER,
+        *([EARLIER] if any(entry.get("earlier") for entry in runs) else []),
         "## Emotion: accuracy in percent",
         "The most probable legal answer of `score_labels()`.",
         main_table(runs),
@@ -212,6 +213,7 @@ def main(arguments: list[str]) -> None:
         run(args.corpus_dir, args.runs_dir, args.variants, args.seeds)
     elif args.command == "collect":
         known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+        check_version(file, known)
         file.write_text(json.dumps(collect(args.runs_dir, known), indent=1) + "\n", encoding="utf-8")
     else:
         runs = json.loads(file.read_text(encoding="utf-8"))
@@ -219,4 +221,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_command(main, sys.argv[1:])

@@ -9,8 +9,7 @@
 resumes an interrupted one from its last checkpoint, and passes other arguments (`--language_model Qwen/Qwen3-8B`) to
 `train.py`. For a mixture, each corpus is tested in a folder with its name. `collect` adds tested runs to
 results/NAME.json, and every answer to results/NAME_answers.csv (one column per run and kind of answer; empty:
-unparsable); a run replaces an earlier one of its variant and seed. `render` reads only the JSON files and also fills
-the tables in README.md.
+unparsable); a run replaces an earlier one of its variant and seed. `render` reads only the JSON files.
 """
 
 import argparse
@@ -24,6 +23,7 @@ import numpy as np
 import yaml
 
 from corpora import clusters_of
+from egmf.commands import run_command
 from egmf.evaluation.significance import mcnemar, resample
 from egmf.tables import mean_and_deviation, table
 from experiments.bootstrap import METRICS, RESAMPLES, compare
@@ -31,11 +31,11 @@ from experiments.pages import (
     EARLIER,
     RESULTS,
     Predictions,
+    check_version,
     percent,
     read_answers,
     read_predictions,
     write_answers,
-    write_page,
 )
 from experiments.running import NAMES, VARIANTS, evaluation, run_steps, training
 
@@ -202,7 +202,7 @@ def render(name: str, data: dict) -> str:
             "are percent, mean ± standard deviation over seeds. *Greedy* is the text of plain `generate()`, and an "
             "unparsable text is a wrong answer; *distribution* is the most probable legal answer of `score_labels()`."
         )
-        parts.append(EARLIER)
+        parts += [EARLIER] if any(own.get("earlier") for own in runs) else []
     parts.append(main_table(name, data))
     parts += ["## Published", table(["model", "input", benchmark.measure, "source"], benchmark.published)]
     if tests:
@@ -281,7 +281,7 @@ def main(arguments: list[str]) -> None:
     collector = commands.add_parser("collect", help="runs -> results/NAME.json")
     collector.add_argument("name", choices=BENCHMARKS)
     collector.add_argument("runs_dir", type=Path)
-    commands.add_parser("render", help="results/*.json -> results/*.md and README.md")
+    commands.add_parser("render", help="results/NAME.json -> results/NAME.md")
     args, more = parser.parse_known_args(arguments)
     if more and args.command != "run":
         parser.error(f"unrecognized arguments: {' '.join(more)}")
@@ -291,6 +291,7 @@ def main(arguments: list[str]) -> None:
         file, answers, known = RESULTS / f"{args.name}.json", RESULTS / f"{args.name}_answers.csv", None
         if answers.is_file():
             known = json.loads(file.read_text(encoding="utf-8")), read_answers(answers)
+            check_version(file, known[0]["runs"])
         data, predictions = collect(args.name, args.runs_dir, known)
         file.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
         write_answers(answers, predictions)
@@ -298,8 +299,8 @@ def main(arguments: list[str]) -> None:
     else:
         for name in BENCHMARKS:
             data = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-            write_page(name, render(name, data), main_table(name, data))
+            (RESULTS / f"{name}.md").write_text(render(name, data), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_command(main, sys.argv[1:])

@@ -24,6 +24,7 @@ import numpy as np
 import yaml
 
 from corpora import clusters_of
+from egmf.commands import run_command
 from egmf.evaluation.significance import mcnemar, resample
 from egmf.tables import mean_and_deviation, table
 from experiments.bootstrap import METRICS, RESAMPLES, compare, interval, measure
@@ -393,4 +394,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_command(main, sys.argv[1:])

@@ -8,7 +8,7 @@ The speech of one corpus is the training split of a table, that of the other one
 no sentence and no language is in both. For training on both languages there are four tables: each tests one speaker of
 CASIA and one of the first four published folds of RAVDESS, and trains on all others. Models hear the speech and read
 no words. `run` skips finished runs and passes other arguments to `train.py`; `--variants` and `--tables` choose among
-the runs. `collect` adds runs to results/languages.json; `render` writes results/languages.md and the README's table.
+the runs. `collect` adds runs to results/languages.json; `render` writes results/languages.md.
 """
 
 import argparse
@@ -20,10 +20,11 @@ from pathlib import Path
 from corpora import load_corpus, speakers_of
 from corpora.casia import SPEAKERS
 from corpora.ravdess import FOLDS
+from egmf.commands import run_command
 from egmf.evaluation.significance import resample
 from egmf.tables import table
 from experiments.bootstrap import RESAMPLES, interval, measure
-from experiments.pages import RESULTS, percent, read_predictions, write_page
+from experiments.pages import RESULTS, percent, read_predictions
 from experiments.running import VARIANTS, evaluation, run_steps, training
 
 
@@ -131,16 +132,15 @@ def _answers(folder: Path, language: str) -> list[dict]:
     return [row for row in rows.values() if (language == "english") == row["id"].startswith(RAVDESS_IDS)]
 
 
-def render(found: list[dict]) -> tuple[str, str]:
-    """The page, and the README's table."""
-    rows, short = [], []
+def render(found: list[dict]) -> str:
+    """The page."""
+    rows = []
     for own in found:
         low, high = own["interval"]
         first = [own["direction"], NAMES[own["variant"]], str(own["seed"])]
         shown = f"{percent(own['distribution']['accuracy'])} ({percent(low)} to {percent(high)})"
         rows.append([*first, shown, percent(own["distribution"]["ua"])])
         rows[-1] += [percent(own[name]["accuracy"]) for name in ("experts", "llm", "probe")]
-        short.append([first[0], first[1], shown, percent(own["probe"]["accuracy"])])
     english = next((own["samples"] for own in found if own["direction"] == "Chinese to English"), 0)
     head = ["direction", "variant", "seed", "accuracy (95 % interval)", "UA", "experts alone", "LLM alone"]
     page = [
@@ -161,8 +161,7 @@ def render(found: list[dict]) -> tuple[str, str]:
         "```bash\n" + "\n".join(dict.fromkeys(own["command"] for own in found)) + "\n```",
         "Made from `results/languages.json` by `python -m experiments.languages render`.",
     ]
-    head = ["trained and tested on", "variant", "accuracy (95 % interval)", "linear probe"]
-    return "\n\n".join(filter(None, page)) + "\n", table(head, short)
+    return "\n\n".join(filter(None, page)) + "\n"
 
 
 def main(arguments: list[str]) -> None:
@@ -179,6 +178,8 @@ def main(arguments: list[str]) -> None:
     collector.add_argument("runs_dir", type=Path)
     commands.add_parser("render", help="results/languages.json -> results/languages.md")
     args, more = parser.parse_known_args(arguments)
+    if more and args.command != "run":
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
     file = RESULTS / "languages.json"
     if args.command == "run":
         run(args, more)
@@ -189,8 +190,9 @@ def main(arguments: list[str]) -> None:
         found = sorted(every.values(), key=lambda own: order[own["direction"]])
         file.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     else:
-        write_page("languages", *render(json.loads(file.read_text(encoding="utf-8"))))
+        page = render(json.loads(file.read_text(encoding="utf-8")))
+        file.with_suffix(".md").write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_command(main, sys.argv[1:])

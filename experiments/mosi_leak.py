@@ -9,12 +9,14 @@ labels of *all* train videos, including those of validation. The noise of `recip
 the validation column: with this noise the accuracy is near chance. The test column was not used for the choice.
 """
 
+import argparse
 import sys
 
 import numpy as np
 from sklearn.linear_model import LogisticRegression
 
 from corpora import load_corpus
+from egmf.commands import run_command
 
 
 NOISE = (0.0, 1.0, 2.0, 4.0, 8.0)
@@ -28,8 +30,10 @@ def target_vectors(split, modality: str) -> tuple[np.ndarray, np.ndarray]:
     return np.asarray(vectors), np.asarray(split["emotion"]) == "positive"
 
 
-def main(source: str) -> None:
-    corpus = load_corpus("mosi", source, context=0, validation_vision=True)
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("corpus_dir", help="folder of MOSI")
+    corpus = load_corpus("mosi", parser.parse_args(arguments).corpus_dir, context=0, validation_vision=True)
     rng = np.random.default_rng(SEED)
     print("# What a linear probe reads from MOSI's audio and vision vectors\n")
     print("Command: `python -m experiments.mosi_leak DIR > results/mosi_leak.md`. Accuracy in percent.\n")
@@ -55,4 +59,4 @@ def main(source: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    run_command(main, sys.argv[1:])

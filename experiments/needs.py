@@ -49,7 +49,7 @@ PEAK, SHARE = 312e12, 0.3  # operations per second of an A100 (dense bfloat16); 
 KERNEL = 1e-5  # seconds to launch a kernel
 OVERHEAD, SPARE = 1.5e9, 1.1  # bytes of CUDA and its libraries; factor for memory that the allocator loses
 SIZES = ("0.6B", "1.7B", "4B", "8B")
-# Rows of train and validation. CHERMA's are three and one fifth of the 28,717 that its paper names, not verified.
+# Rows of train and validation. CHERMA's are three fifths and one fifth of the 28,717 of its paper, not verified.
 ROWS = {"meld": (9989, 1109), "cherma": (17230, 5743), "mosei": (16326, 1871), "simsv2": (2722, 647)}
 SECONDS = {"meld": 3.6, "mosei": 7.3, "simsv2": 3.6}  # mean length of a clip
 TOKENS = {"features": 90, "clips": 200}  # mean tokens of prompt and answer, including MELD's dialogue
@@ -262,9 +262,10 @@ Every process reads {rates} per second.
 `python -m bench.reading` measured 139 to 167 million of clips and 6.6 to 9.7 million of features, with files in
 memory, on one core of a Xeon. For clips, half of the slowest rate is assumed, because their files come from a disk.
 If a tower has more than 8 hidden states, 8 are read, and four frames of its sound are averaged. A batch of MOSEI's
-clips then has 14 million numbers in 16 bits; all 25 states of every frame would be 156 million, at the measured rate
-read in 1.0 instead of 0.1 CPU seconds. The recipes' `dataloader_num_workers` is {workers}. With 0, the process that
-trains reads between its steps, and both times add up. With 4, others read beside it, in a quarter of the time.
+clips then has 14 million numbers in 16 bits, which take 0.1 CPU seconds to read. All 25 states of every frame would be
+156 million numbers and take 1.0 CPU seconds. The recipes'
+`dataloader_num_workers` is {workers}. With 0, the process that trains
+reads between its steps, and both times add up. With 4, others read beside it, in a quarter of the time.
 
 """
 

@@ -5,8 +5,10 @@ import json
 import re
 from pathlib import Path
 
+from egmf.files import read_json_lines
 
-# The runs of MOSI, MELD and Avatars are older than these parts of the model.
+
+# Of pages with runs that are marked as `earlier`: they are older than these parts of the model.
 EARLIER = (
     "Measured with earlier code, before the expert readout, and with merged weights rounded to bfloat16. Today's code "
     "gives other figures; the commands are those of that code ([code versions](README.md#code-versions))."
@@ -16,6 +18,12 @@ README = RESULTS.parent / "README.md"
 Predictions = dict[tuple[str, int], dict[str, dict]]  # (variant, seed) -> id -> {"gold", "answers": {answer: label}}
 
 
+def check_version(file: Path, runs: list[dict]) -> None:
+    """Raises a ValueError if runs of today's code would be averaged with earlier ones."""
+    if any(run.get("earlier") for run in runs):
+        raise ValueError(f"{file}: got runs of earlier code, wanted the file moved away before new runs are collected")
+
+
 def percent(share: float) -> str:
     """A share in percent, with two decimals."""
     return f"{100 * share:.2f}"
@@ -23,7 +31,7 @@ def percent(share: float) -> str:
 
 def read_predictions(file: Path) -> dict[str, dict]:
     """The rows of a `predictions.jsonl` by id."""
-    return {row["id"]: row for row in map(json.loads, file.read_text(encoding="utf-8").splitlines())}
+    return {row["id"]: row for row in map(json.loads, read_json_lines(file))}
 
 
 def write_answers(path: Path, predictions: Predictions) -> None:

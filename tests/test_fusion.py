@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from models import hubert
 from torch import nn
 from transformers import CLIPVisionConfig, LlamaConfig, MobileNetV2Config
 
@@ -283,6 +284,17 @@ def test_feature_noise_is_for_training_only():
         assert torch.equal(quiet(inputs, prompt)[0], quiet(inputs, prompt)[0])
 
 
+def test_feature_noise_is_for_precomputed_features(assemble):
+    """Not for the frames of a tower."""
+    model = assemble(audio_tower=hubert(), audio_input_rate=16000, feature_noise={"audio": 9.0}, fusion_dropout=0.0)
+    model.train()
+    layers, mask, times = model.model.get_audio_features(torch.randn(1, 800), torch.ones(1, 800, dtype=torch.long))
+    inputs = {"text": (None, None, None), "audio": (layers, mask, times), "vision": (None, None, None)}
+    prompt = torch.zeros(1, model.config.text_embedding_size)
+    with torch.no_grad():
+        assert torch.equal(*(model.model.fusion(inputs, prompt)[0] for _ in range(2)))
+
+
 # Components
 
 
@@ -419,6 +431,11 @@ def test_fusion_reads_pooled_frames_as_if_they_were_given_pooled():
             "feature_components: got {'audio': 4} and clip_statistics, which reads all features, wanted one of them",
         ),
         ({"feature_noise": {"audio": -0.1}}, "feature_noise: got .* wanted .* >= 0"),
+        ({"fusion_num_attention_heads": 0}, "fusion_num_attention_heads: got 0, wanted at least 1"),
+        ({"num_pseudo_tokens": -1}, "num_pseudo_tokens: got -1, wanted at least 1"),
+        ({"semantic_num_stretches": 0}, "semantic_num_stretches: got 0, wanted at least 1"),
+        ({"global_num_components": 0}, "global_num_components: got 0, wanted at least 1"),
+        ({"audio_config": {"hidden_size": 64}}, "audio_config: got the model_type None, wanted one that this version"),
     ],
 )
 def test_bad_config(fields, message):

@@ -6,7 +6,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from egmf import readme
-from egmf.processing_egmf import BUILTIN_TASKS
+from egmf.processing_egmf import BUILTIN_TASKS, AffectTask
 from egmf.publishing.model_card import FinishedRun, card_data, eval_results, write_card
 from egmf.readme import section
 from egmf.recipe import default_record
@@ -135,6 +135,24 @@ def test_languages_and_modalities(card_of):
     heard = run_of("ravdess", "ravdess", config={"audio_config": {"hidden_size": 4}})
     data = card_data(heard, "me/model", None, False)
     assert (data.language, data.pipeline_tag, data.base_model_relation) == (["en"], "audio-text-to-text", "finetune")
+
+
+def test_a_model_without_words(card_of):
+    heard = {"audio_config": {"hidden_size": 4}}
+    alone = report("casia", CLASSES, modalities=["audio"])
+    card = card_of(run_of("casia", "casia", alone, config=heard, audio_tower="me/w", modalities=["audio"]))
+    assert "A model that reads sound and answers with an emotion" in card.text
+    assert 'recognize("clip.wav"))' in card.text and 'processor(audio="clip.wav", task="casia")' in card.text
+    assert "was trained without words" in card.text and "sees audio alone" not in card.text
+
+
+def test_a_task_of_ones_own_has_no_subject(card_of):
+    run = run_of("table", "mosei", report("table", SCORES, task="pain"))
+    task = {"name": "pain", "kind": "regression", "low": 0, "high": 10, "step": 1, "prompt": "?", "cue": "P:"}
+    run.tasks[:] = [AffectTask.from_dict(task)]
+    card = card_of(run)
+    assert "answers with a score, in text" in card.text and "sentiment" not in " ".join(card.data.tags)
+    assert {result.task_name for result in eval_results(run)} == {"Pain"}
 
 
 def test_limits_by_what_was_used(card_of):

@@ -125,6 +125,38 @@ def test_beams_with_and_without_a_cache_agree(any_egmf, samples, make_batch):
     assert torch.equal(beams, greedy(model, batch, num_beams=3, num_return_sequences=2, use_cache=False))
 
 
+def test_another_egmf_may_assist(egmf, assemble, samples, make_batch):
+    """Assisted decoding drafts tokens with the other model, and the answer stays the same."""
+    batch = make_batch(samples[:1])
+    wanted, other = greedy(egmf, batch), assemble(seed=9)
+    assert torch.equal(greedy(egmf, batch, assistant_model=other), wanted)
+    assert not torch.equal(greedy(other, batch), wanted)
+
+
+def test_a_prompt_is_read_whole(egmf, samples, make_batch):
+    with pytest.raises(ValueError, match=r"prefill_chunk_size: got parts of 8 of the prompt.s \d+ tokens"):
+        greedy(egmf, make_batch(samples), prefill_chunk_size=8)
+
+
+@torch.no_grad()
+def test_a_step_by_hand_after_the_scored_prompt(egmf, samples, make_batch, processor):
+    """The mask of all tokens is longer than the step."""
+    batch = make_batch(samples)
+    wanted = egmf(**batch, logits_to_keep=1).logits
+    scores = egmf.score_labels(processor.candidates("meld"), **batch, use_cache=True)
+    read = {"past_key_values": scores.past_key_values, "expert_states": scores.expert_states}
+    found = egmf(input_ids=batch["input_ids"][:, -1:], attention_mask=batch["attention_mask"], **read).logits
+    torch.testing.assert_close(found, wanted, atol=TOLERANCE, rtol=0)
+
+
+def test_a_config_that_returns_tuples(fresh_egmf, samples, make_batch, processor):
+    batch, candidates = make_batch(samples), processor.candidates("meld")
+    wanted = fresh_egmf(**batch).logits, greedy(fresh_egmf, batch), fresh_egmf.score_labels(candidates, **batch)
+    fresh_egmf.config.return_dict = False
+    assert torch.equal(fresh_egmf(**batch)[0], wanted[0]) and torch.equal(greedy(fresh_egmf, batch), wanted[1])
+    assert torch.equal(fresh_egmf.score_labels(candidates, **batch).log_probs, wanted[2].log_probs)
+
+
 def test_generation_is_greedy_whatever_the_llm_does_by_default(llm_folder, assemble, samples, make_batch):
     """Qwen and other instruct models name a temperature, cut-offs and penalties in their generation config."""
     llm = AutoModelForCausalLM.from_pretrained(llm_folder())
@@ -307,6 +339,14 @@ def test_nan_in_features(egmf, processor, value):
     features[1, 2] = value
     with pytest.raises(ValueError, match=r"`vision_features\[0\]` has .* NaN and .* infinite .* wanted finite"):
         processor(text="so", vision_features=features, task="mosi")
+
+
+@pytest.mark.parametrize("name", ["audio", "vision"])
+def test_times_of_another_length(egmf, samples, make_batch, name):
+    batch = make_batch(samples)
+    batch[f"{name}_times"] = batch[f"{name}_times"][:, :-1]
+    with pytest.raises(ValueError, match=rf"{name}_times: got \(\d+, \d+\), wanted \(\d+, \d+\)"):
+        egmf(**batch)
 
 
 def test_placeholders_that_do_not_match(egmf, llm_folder):

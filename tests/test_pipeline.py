@@ -1,6 +1,7 @@
 """The pipeline and the processor as users of transformers call them: every form of input, streams, labels, chats."""
 
 import base64
+import copy
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -210,6 +211,30 @@ def test_top_k(recognize, voices):
         recognize(voices[0][0], top_k=0)
 
 
+@pytest.fixture
+def without_words(recognize):
+    """The same model, as if it had been trained on sound alone."""
+    processor = copy.copy(recognize.processor)
+    processor.trained_modalities = ["audio"]
+    return type(recognize)(model=recognize.model, processor=processor, task="affect-recognition")
+
+
+def test_a_model_that_was_trained_without_words_ignores_them(without_words, voices):
+    said = {"file": voices[0][0], "text": "so it is", "speaker": "Ann", "context": ["no"]}
+    answer, alone = without_words(said), voices[1][0]
+    assert answer["probabilities"] == pytest.approx(alone["probabilities"], abs=1e-5)
+    assert answer["warnings"] == ["the model was trained without words: text, speaker and context are ignored"]
+    assert without_words(voices[0][0])["warnings"] == []
+    with pytest.raises(ValueError, match="transcriber: got one, wanted none: the model was trained without words"):
+        without_words(voices[0][0], transcriber="openai/whisper-tiny")
+
+
+def test_a_model_of_features_says_that_files_have_none(egmf, processor):
+    recognize = AffectRecognitionPipeline(model=egmf, processor=processor, task="affect-recognition")
+    answer = recognize({"text": "so it is"}, task="meld")
+    assert answer["warnings"] == ["the model reads audio and vision as features, which are missing"]
+
+
 def test_candidate_labels(recognize, voices):
     some = ["joy", "anger", "fear"]
     answer = recognize(voices[0][0], candidate_labels=some)
@@ -380,6 +405,11 @@ def test_a_saved_pipeline_loads_again(recognize, tmp_path):
 def test_faulty_chats(recognize, chat, message, reason):
     with pytest.raises(ValueError, match=rf"conversation\[0\]: .*{reason}"):
         recognize.processor.apply_chat_template([message, *chat])
+
+
+def test_one_message_is_no_chat(recognize):
+    with pytest.raises(ValueError, match="conversation: got .*wanted a list"):
+        recognize.processor.apply_chat_template({"role": "user", "content": "hi"})
 
 
 def test_the_multimodal_auto_class_loads_the_checkpoint_as_auto_model_does(place, tmp_path, chat):

@@ -456,6 +456,10 @@ def test_an_illegal_answer_is_kept_as_text_without_value(small):
     ids = small.tokenizer([" joyful", " joy</s>x", "</s>"])["input_ids"]
     answers = small.decode_answers(ids, "meld")
     assert answers == [("joyful", None), ("joy", "joy"), ("", None)]
+    # Gemma and Llama also end their answers with tokens of their chat templates.
+    small.tokenizer.add_tokens(["<end_of_turn>"], special_tokens=True)
+    again = EGMFProcessor(small.tokenizer, pseudo_token=small.pseudo_token)
+    assert again.decode_answers(small.tokenizer([" joy<end_of_turn>x"])["input_ids"], "meld") == [("joy", "joy")]
     with pytest.raises(ValueError, match="`task` has 2 entries, wanted one, or one per row of 3"):
         small.decode_answers(ids, ["meld", "meld"])
 
@@ -511,6 +515,11 @@ def test_unfit_tokenizers_and_tasks():
         EGMFProcessor(tokenizer)
     with pytest.raises(ValueError, match="`tasks\\['mine'\\]` holds a task of another name, 'calm'"):
         EGMFProcessor(byte_tokenizer(), tasks={"mine": CALM})
+    for value in (0, -1.0, float("inf")):
+        with pytest.raises(ValueError, match=rf"`temperatures\['meld'\]` got {value}, wanted a positive number"):
+            EGMFProcessor(byte_tokenizer(), temperatures={"meld": value})
+    with pytest.raises(ValueError, match="`task` got 'melt', wanted"):
+        EGMFProcessor(byte_tokenizer(), temperatures={"melt": 2.0})
 
 
 MINE = {"kind": "classification", "labels": ["bored", "定"], "prompt": "Bored?", "cue": "Says:"}

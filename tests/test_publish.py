@@ -218,7 +218,8 @@ def test_the_folder_has_what_an_inference_endpoint_needs(run, monkeypatch):
     hub = build_folder(read_run(run, BASE), REPO, None, False, "5GB")
     answers = load_handler(str(hub))({"inputs": SAMPLES, "parameters": {"top_k": 1}})
     assert [len(answer["probabilities"]) for answer in answers] == [1] * len(SAMPLES)
-    assert all(answer["error"] is None and not answer["warnings"] for answer in answers)
+    missing = ["the model reads audio and vision as features, which are missing"]
+    assert all(answer["error"] is None and answer["warnings"] == missing for answer in answers)
 
     imported = set()
     for path in hub.glob("*.py"):
@@ -469,6 +470,26 @@ def test_a_run_older_than_a_field_of_recipes_is_published(run):
     (run / "model" / "recipe.json").write_text(json.dumps(recipe))
     card = ModelCard.load(build_folder(read_run(run), REPO, None, False, "5GB") / "README.md")
     assert "fusion:\n  num_pseudo_tokens: 4\n" in card.text and "speaker_mixing" not in card.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--max_shard_size", "5"], "--max_shard_size: got '5', wanted a number with KB, MB, GB or TB"),
+        (["--space", "page", "--private"], "--private: got a value with --space, which writes a page and no model"),
+    ],
+)
+def test_arguments_that_do_not_fit(run, arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        publish_script.main([str(run), "--repo", "me/x", *arguments])
+    assert message in capsys.readouterr().err
+
+
+def test_half_an_evaluation_is_left_out_and_named(run):
+    file = run / "test" / "metrics.json"
+    file.write_text(file.read_text()[:100])
+    state = read_run(run)
+    assert [*state.evaluations] == ["validation"] and state.left_out == [f"{file}: it is not by eval.py"]
 
 
 def test_half_a_line_of_the_log_is_left_out_and_named(run):

@@ -42,6 +42,8 @@ PARAMETERS = {
     "Qwen/Qwen3-4B": 4_022_468_096,
     "Qwen/Qwen3-8B": 8_190_735_360,
     "openai/clip-vit-large-patch14": 427_616_513,
+    "openai/whisper-base": 72_593_920,
+    "HuggingFaceTB/SmolLM2-135M-Instruct": 134_515_008,
 }
 SIZES = [name for name in PARAMETERS if "Qwen" in name]
 
@@ -134,6 +136,10 @@ def test_shrinking_divides_layers_widths_and_heads():
     assert small.vocab_size == 151936 and len(small.layer_types) == 9
     clip = shrunk(published_config("openai/clip-vit-large-patch14"), 16)
     assert (clip.vision_config.hidden_size, clip.vision_config.image_size) == (64, 224)
+    whisper = shrunk(published_config("openai/whisper-base"), 8)
+    assert (whisper.d_model, whisper.encoder_layers, whisper.max_source_positions) == (64, 1, 1500)
+    small = shrunk(published_config("HuggingFaceTB/SmolLM2-135M-Instruct"), 2)
+    assert (small.num_attention_heads, small.num_key_value_heads) == (6, 2)  # each of two serves three
 
 
 @pytest.mark.parametrize(

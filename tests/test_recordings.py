@@ -357,6 +357,13 @@ def test_wrong_plans(recognize, talk, options, message):
         recognize(talk[0], **options)
 
 
+def test_plans_given_to_the_pipeline(recognize, talk):
+    own = type(recognize)(model=recognize.model, processor=recognize.processor, task="affect-recognition", window=0.5)
+    *parts, _ = own.answer_segments(talk[0])
+    wanted = recognize(talk[0], return_timestamps=True, window=0.5)["chunks"]
+    assert [one["timestamp"] for one in parts] == [one["timestamp"] for one in wanted]
+
+
 def test_a_trained_model_knows_how_long_its_clips_were(recognize, tmp_path):
     for place in range(20):
         soundfile.write(tmp_path / f"{place}.wav", tone(0.5 + 0.1 * place), RATE)

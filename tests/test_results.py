@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from egmf.evaluation.significance import mcnemar
-from experiments import benchmarks, pages
-from experiments.benchmarks import BENCHMARKS, collect, main, main_table, render
-from experiments.pages import README, RESULTS, fill_readme
+from experiments import benchmarks
+from experiments.benchmarks import BENCHMARKS, collect, main, render
+from experiments.pages import RESULTS, check_version
 
 
 IDS = [f"video{number // 3}$_${number}" for number in range(9)]  # three videos of three clips
@@ -41,6 +41,12 @@ def runs(tmp_path) -> Path:
     write_run(folder / "no_local_1111", right * 4 + wrong * 5, wrong * 9, (0.4, 0.0))
     (folder / "flat_1111").mkdir()  # still training
     return folder
+
+
+def test_runs_of_two_versions_are_not_averaged(tmp_path):
+    with pytest.raises(ValueError, match="mosi.json: got runs of earlier code, wanted the file moved away"):
+        check_version(tmp_path / "mosi.json", [{"seed": 1}, {"seed": 2, "earlier": True}])
+    check_version(tmp_path / "mosi.json", [{"seed": 1}])
 
 
 def test_collect(runs, capsys):
@@ -87,21 +93,13 @@ def test_render(runs):
 
 
 def test_commands(runs, tmp_path, monkeypatch):
-    for module in (benchmarks, pages):
-        monkeypatch.setattr(module, "RESULTS", tmp_path)
-    monkeypatch.setattr(pages, "README", tmp_path / "README.md")
+    monkeypatch.setattr(benchmarks, "RESULTS", tmp_path)
     monkeypatch.setattr(benchmarks, "_paired_tests", lambda *_: [])
-    markers = "".join(f"<!-- results/{name}.md -->\n<!-- end of results/{name}.md -->\n" for name in BENCHMARKS)
-    (tmp_path / "README.md").write_text(markers)
     (tmp_path / "meld.json").write_text(json.dumps({"test_set": None, "runs": [], "paired_tests": []}))
     main(["collect", "mosi", str(runs)])
     main(["render"])
     assert "| text only | 2 |" in (tmp_path / "mosi.md").read_text()
     assert "No run has been collected yet." in (tmp_path / "meld.md").read_text()
-    readme = (tmp_path / "README.md").read_text()
-    assert readme.count("| text only | 2 |") == 1 and readme.count("No run has been collected yet.") == 1
-    main(["render"])
-    assert (tmp_path / "README.md").read_text() == readme
 
 
 def test_runs_are_added_to_those_collected_before(runs, tmp_path, monkeypatch):
@@ -149,5 +147,3 @@ def test_collect_refuses_unknown_names(runs, tmp_path):
 def test_tables_in_the_repository_are_what_render_makes(name):
     data = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
     assert (RESULTS / f"{name}.md").read_text(encoding="utf-8") == render(name, data)
-    readme = README.read_text(encoding="utf-8")
-    assert readme == fill_readme(readme, name, main_table(name, data))

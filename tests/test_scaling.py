@@ -332,6 +332,7 @@ def test_phases_are_not_for_divided_models(monkeypatch, tmp_path):
         train(tmp_path, "--fusion_epochs", 1)
     with pytest.raises(ValueError, match="load_in_4bit: got true .* wanted false"):
         train(tmp_path, "--load_in_4bit", "true")
+    monkeypatch.setattr("egmf.recipe.has_fast_bfloat16", lambda: True)
     with pytest.raises(ValueError, match="bf16: got true .* wanted false: the inputs of the fusion"):
         train(tmp_path, "--bf16", "true")
 

@@ -123,6 +123,8 @@ def test_the_length_is_checked_while_a_recording_is_read(tmp_path, recognize):
     file = write_recorded(tmp_path / "endless.webm", 25.0)
     *_, answers = Recognizer(recognize, max_seconds=5)(Question(file))
     assert answers[-1]["error"].startswith("The clip is too long") and answers[-2]["end"] < 20
+    [[answer]] = Recognizer(recognize, max_seconds=5)(Question(file, words="so it is"))
+    assert answer["error"].startswith("The clip is too long")
 
 
 def test_uploads_are_deleted_after_their_answer(tmp_path, place):

@@ -34,6 +34,7 @@ from egmf.data.tower_cache import TowerCache
 from egmf.media_inputs_egmf import TowerInput
 from egmf.modeling_egmf import EGMFForConditionalGeneration
 from egmf.processing_egmf import EGMFProcessor
+from egmf.towers_egmf import build_tower
 from egmf.training.assembly import cut_window, start_speech_tower
 
 
@@ -361,7 +362,6 @@ def test_a_batch_without_clips_trains_every_parameter_of_a_trained_tower(assembl
     processor = EGMFProcessor(AutoTokenizer.from_pretrained(llm_folder()), extractor, num_pseudo_tokens=3)
     model = assemble(audio_tower=TOWERS["hubert"][0](), audio_input_rate=16000).train()
     model.model.audio_tower.requires_grad_()
-    model.model.audio_tower.config.layerdrop = 0.0
     cache = TowerCache(model, processor, frozen=(), trained=["audio"], folder=tmp_path)
     tasks = [processor.tasks["meld"]]
     collate = partial(AffectCollator, processor, tasks, ["text", "audio"], True, cache=cache)
@@ -377,6 +377,20 @@ def test_a_batch_without_clips_trains_every_parameter_of_a_trained_tower(assembl
     model.train()(**batch).loss.backward()
     unused = [name for name, value in model.model.audio_tower.named_parameters() if value.grad is None]
     assert unused in ([], ["masked_spec_embed"])
+
+
+def test_a_trained_tower_drops_no_layer_and_takes_short_clips(assemble):
+    """All layers are read, and SpecAugment would refuse a clip that is shorter than its stretches."""
+    hidden = WAVE | {"layerdrop": 0.9, "apply_spec_augment": True, "mask_time_prob": 0.5}
+    tower = HubertModel(HubertConfig(**hidden))
+    model = assemble(audio_tower=tower, audio_input_rate=16000)
+    again = build_tower(HubertConfig(**hidden))
+    model.model.audio_tower.requires_grad_()
+    model.train(), again.train()
+    waves, mask = torch.randn(2, 800), torch.ones(2, 800, dtype=torch.long)
+    for _ in range(5):
+        assert len(model.model.get_audio_features(waves, mask)[0]) == 3
+        assert len(again(waves, output_hidden_states=True).hidden_states) == 3
 
 
 def test_few_layers_of_a_deep_tower_are_read_and_kept_in_half_precision(assemble, llm_folder, tmp_path):

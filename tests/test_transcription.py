@@ -160,6 +160,11 @@ def test_a_model_of_words_hears_with_a_transcriber(place):
     assert answer["probabilities"] == pytest.approx(recognize({"text": answer["text"]})["probabilities"], abs=1e-6)
     whole = recognize(str(place / "long.wav"), return_timestamps=True, **options)
     assert len(whole["chunks"]) >= 2 and all(chunk["warnings"] == [] for chunk in whole["chunks"])
+    silent = recognize(str(place / "silent.wav"), return_timestamps=True, on_error="report", **options)
+    assert silent["error"] == "no segment could be answered" and silent["chunks"] == []
+    spans = [{"start": 1.0, "end": 2.0}, {"start": 3.0, "end": 4.0, "text": "so"}]
+    with pytest.raises(ValueError, match="segments: got one without text for this model, wanted text in each"):
+        recognize(str(place / "long.wav"), return_timestamps=True, segments=spans, **options)
 
 
 def test_predict_marks_recognised_words(place, monkeypatch, capsys):

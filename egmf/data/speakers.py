@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # the collator imports this file
 
 
 SPEAKER = "adapted_speaker"  # the column with the speaker, unique over corpora and splits
-# Center by modality, and by speaker (column `SPEAKER`) and speed of the audio: (1, 2, layers + 1, size) for a tower,
+# Center by modality, and by speaker (column `SPEAKER`) and speed of the audio: (1, 2, layers, size) for a tower,
 # (1, 2, feature size) for features.
 Centers = dict[str, dict[tuple[str, float], torch.Tensor]]
 

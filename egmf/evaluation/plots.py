@@ -13,6 +13,7 @@ import numpy as np  # noqa: E402
 from matplotlib import font_manager  # noqa: E402
 
 from egmf.evaluation.reliability import reliability, top_answers  # noqa: E402
+from egmf.files import read_json_lines  # noqa: E402
 from egmf.processing_egmf import AffectTask  # noqa: E402
 
 
@@ -135,8 +136,7 @@ def plot_training(log: Path, path: Path) -> None:
         path: The PNG file.
     """
     phases: dict[str, list[dict]] = {}
-    for line in log.read_text(encoding="utf-8").splitlines():
-        entry = json.loads(line)
+    for entry in map(json.loads, read_json_lines(log)):
         phases.setdefault(entry.get("phase", "training"), []).append(entry)
     figure, all_axes = plt.subplots(2, len(phases), figsize=(4.5 * len(phases), 6), squeeze=False)
     for (phase, entries), (losses, metrics) in zip(phases.items(), all_axes.T, strict=True):

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from egmf.processing_egmf import AffectTask
+from egmf.processing_egmf import BUILTIN_TASKS, AffectTask
 from egmf.readme import section
 from egmf.recipe import default_record
 from egmf.tables import table, with_interval
@@ -164,7 +164,7 @@ def eval_results(run: FinishedRun) -> list[EvalResult]:
                 results.append(
                     EvalResult(
                         task_type="text-classification" if kind == "classification" else "text-regression",
-                        task_name=(subject or SUBJECTS[kind == "regression"]).replace("-", " ").capitalize(),
+                        task_name=(subject or report["task"]).replace("-", " ").capitalize(),
                         dataset_type=corpus.dataset or report["corpus"],
                         dataset_name=corpus.name,
                         dataset_split=report["split"],
@@ -178,8 +178,10 @@ def eval_results(run: FinishedRun) -> list[EvalResult]:
     return results
 
 
-def subject_of(task: AffectTask) -> str:
-    """Whether a task is about emotions or about sentiment, as a tag of the Hub."""
+def subject_of(task: AffectTask) -> str | None:
+    """Whether a task is about emotions or sentiment, as a tag of the Hub; None for a task of the recipe's own."""
+    if task != BUILTIN_TASKS.get(task.name):
+        return None
     return SUBJECTS[task.kind == "regression" or set(task.labels) <= POLARITIES]
 
 
@@ -209,14 +211,15 @@ def conditions(report: dict[str, Any], run: FinishedRun) -> list[str]:
     options = report.get("corpus_options", learned)
     if report["corpus"] in run.corpora and options != learned:
         said.append(f"corpus_options {json.dumps(options)}, other than those of the training")
-    limited = len(report["modalities"]) < len(modalities(run.config))
+    limited = len(report["modalities"]) < len(modalities(run))
     return said + ([f"sees {' and '.join(report['modalities'])} alone"] if limited else [])
 
 
-def modalities(config: dict[str, Any]) -> list[str]:
-    """The modalities that a model takes, according to its `config.json`."""
+def modalities(run: FinishedRun) -> list[str]:
+    """The modalities that a model was trained with and takes."""
     given = ("_config", "_feature_size")
-    return ["text", *(name for name in ("audio", "vision") if any(config.get(name + part) for part in given))]
+    taken = ["text", *(name for name in ("audio", "vision") if any(run.config.get(name + part) for part in given))]
+    return [name for name in taken if name in run.recipe["modalities"]]
 
 
 def card_data(run: FinishedRun, repo_id: str, license: str | None, adapter_only: bool) -> ModelCardData:
@@ -229,7 +232,7 @@ def card_data(run: FinishedRun, repo_id: str, license: str | None, adapter_only:
     relation: dict[str, Any] = (
         {"base_model_relation": "adapter" if adapter_only else "finetune"} if run.base_model else {}
     )
-    tags = ["egmf", "multimodal", *dict.fromkeys(map(subject_of, run.tasks)), "custom_code", "lora"]
+    tags = ["egmf", "multimodal", *dict.fromkeys(filter(None, map(subject_of, run.tasks))), "custom_code", "lora"]
     return ModelCardData(
         library_name="peft" if adapter_only else "transformers",
         pipeline_tag=pipeline_tag(run.towers),
@@ -280,17 +283,17 @@ def check_card(path: Path, data: ModelCardData) -> ModelCard:
 
 def _inputs(run: FinishedRun) -> str:
     """The model's inputs as an enumeration in words."""
-    inputs = ["words"]
-    for name, medium in (("audio", "sound"), ("vision", "pictures")):
-        if name in modalities(run.config):
-            inputs.append(medium if name in run.towers else f"{name} features")
+    media = {"text": "words"} | {name: f"{name} features" for name in ("audio", "vision")}
+    media |= {name: {"audio": "sound", "vision": "pictures"}[name] for name in run.towers}
+    inputs = [media[name] for name in modalities(run)]
     return " and ".join([", ".join(inputs[:-1]), inputs[-1]] if len(inputs) > 1 else inputs)
 
 
 def _kind_of_answer(task: AffectTask) -> str:
-    if task.kind == "regression":
-        return "a sentiment score"
-    return "an emotion" if subject_of(task) == SUBJECTS[0] else "a sentiment"
+    kinds = {SUBJECTS[0]: "an emotion", SUBJECTS[1]: "a sentiment", None: "a label"}
+    if task.kind == "classification":
+        return kinds[subject_of(task)]
+    return "a sentiment score" if subject_of(task) else "a score"
 
 
 def _answers(task: AffectTask) -> str:
@@ -303,16 +306,18 @@ def _use(run: FinishedRun, repo_id: str, adapter_only: bool) -> str:
     task = run.tasks[0]
     words = "That is just great." if task.language == "en" else "真是太好了。"
     file = {"vision": ("video", "clip.mp4"), "audio": ("audio", "clip.wav")}.get((["", *run.towers])[-1])
-    media = f', {file[0]}="{file[1]}"' if file else ""
+    given = [f'text="{words}"'] * ("text" in modalities(run)) + ([f'{file[0]}="{file[1]}"'] if file else [])
     ask = f"""\
-inputs = processor(text="{words}"{media}, task="{task.name}")
+inputs = processor({", ".join([*given, f'task="{task.name}"'])})
 scores = model.score_labels(processor.candidates("{task.name}"), **inputs)
 print(processor.summarize(scores.log_probs, "{task.name}")[0])"""
-    note = "Any modality may be missing. "
+    note = "Any modality may be missing. " if len(modalities(run)) > 1 else ""
+    if "text" not in modalities(run):
+        note += "The model was trained without words; the pipeline ignores them, with a warning. "
     features = [
         f"`{name}_features` (frames, {run.config[f'{name}_feature_size']})"
-        for name in modalities(run.config)[1:]
-        if name not in run.towers
+        for name in modalities(run)
+        if name not in ("text", *run.towers)
     ]
     if features:
         note += f"The processor also takes {' and '.join(features)}, extracted and scaled as in training. "
@@ -324,9 +329,12 @@ print(processor.summarize(scores.log_probs, "{task.name}")[0])"""
     note += "Loading runs the Python files of this repository: read them first, and pin a `revision`."
     if adapter_only:
         return f"{_load_adapter(run, repo_id)}\n{ask}\n```\n\n{note}"
+    note += " The packages that it imports are in [`requirements.txt`](requirements.txt)."
     note += " On Inference Endpoints, choose the task `custom` and a container that supports transformers 5; "
     note += "`handler.py` then returns the pipeline's answers."
-    sample = f'"{file[1]}", text="{words}"' if file else f'{{"text": "{words}"}}'
+    sample = f'{{"text": "{words}"}}'
+    if file:
+        sample = ", ".join([f'"{file[1]}"', *[one for one in given if one.startswith("text")]])
     return f"""\
 ```python
 from transformers import AutoModel, AutoProcessor, pipeline
@@ -451,7 +459,7 @@ def _limits(run: FinishedRun) -> str:
             "**Its language model began with random weights. The model only shows that the code runs; its answers "
             "mean nothing.**"
         )
-    features = [name for name in modalities(run.config)[1:] if name not in run.towers]
+    features = [name for name in modalities(run) if name not in ("text", *run.towers)]
     if features:
         limits.append(
             f"It reads {' and '.join(features)} as precomputed arrays, not as files. Features of another kind or on "

@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM
 
 from egmf.commands import check_model
 from egmf.configuration_egmf import EGMFConfig
-from egmf.files import weights_digest
+from egmf.files import read_json_lines, weights_digest
 from egmf.modeling_egmf import EGMFForConditionalGeneration
 from egmf.processing_egmf import AffectTask
 from egmf.publishing.model_card import FinishedRun, recipe_yaml, write_card
@@ -119,7 +119,7 @@ def _is_on_hub(modality: str, recipe: dict[str, Any]) -> bool:
 def read_log(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
     """The entries of a run's log, and a message for each line that a killed run left incomplete."""
     lines, unreadable = [], []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else (), 1):
+    for number, line in enumerate(read_json_lines(path) if path.exists() else (), 1):
         try:
             lines.append(json.loads(line))
         except json.JSONDecodeError:
@@ -131,8 +131,12 @@ def read_evaluations(folder: Path) -> tuple[dict[str, dict[str, Any]], list[str]
     """The `metrics.json` files below a run's folder that measure its current weights, and why others are left out."""
     weights, found, left_out = weights_digest(folder / "model"), {}, []
     for path in sorted(folder.rglob("metrics.json")):
-        report = _read(path)
-        if not {"corpus", "split", "samples", "answers", "intervals"} <= report.keys():
+        try:
+            report = _read(path)
+        except ValueError:
+            report = None
+        wanted = {"corpus", "split", "samples", "answers", "intervals"}
+        if not isinstance(report, dict) or not wanted <= report.keys():
             left_out.append(f"{path}: it is not by eval.py")
         elif report.get("weights") != weights:
             left_out.append(f"{path}: it does not measure the weights that are in model/; evaluate them again")

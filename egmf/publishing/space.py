@@ -14,8 +14,8 @@ from egmf.readme import section
 
 TEMPLATE = Path(__file__).with_name("space.md")
 # The code of the page. That of the model comes with the model.
-COPIED = ("app.py", "LICENSE", "configuration_egmf.py", "egmf/__init__.py", "egmf/commands.py", "egmf/readme.py")
-COPIED += ("egmf/prediction/__init__.py", "egmf/prediction/outputs.py", "egmf/space")
+COPIED = ("app.py", "LICENSE", "configuration_egmf.py", "egmf/__init__.py", "egmf/arguments.py", "egmf/commands.py")
+COPIED += ("egmf/readme.py", "egmf/prediction/__init__.py", "egmf/prediction/outputs.py", "egmf/space")
 # What the page and the model's code import, in the versions of requirements.txt.
 PACKAGES = ("av", "decord2", "huggingface-hub", "numpy", "pillow", "safetensors", "soundfile", "soxr", "tokenizers")
 PACKAGES += ("torch", "transformers")

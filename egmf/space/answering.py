@@ -152,6 +152,11 @@ class Recognizer:
         parts = {"audio": processor.feature_extractor, "video": processor.image_processor}
         return [name for name, part in parts.items() if part is not None]
 
+    @property
+    def reads_text(self) -> bool:
+        """Whether the model was trained with words."""
+        return "text" in (self.recognize.processor.trained_modalities or ["text"])
+
     def __call__(self, question: Question) -> Iterator[list[dict[str, Any]]]:
         """Yields the answers so far, in the form of those of predict.py, while a recording is read.
 
@@ -190,7 +195,9 @@ class Recognizer:
                 self.transcriber.cache = Path(cache)  # what was said is not kept either
                 options["transcriber"] = self.transcriber
             if words is not None or not processor.is_long(file):
-                yield self.recognize(sample, **options)
+                answer = self.recognize(sample, **options)
+                self._check_length(answer["seconds"] or 0.0)
+                yield answer
             else:
                 yield from self.recognize.answer_segments(sample, progress=self._check_length, **options)
 

@@ -74,6 +74,7 @@ def build_page(
                     info="Left empty, the words are recognised." if heard else "May stay empty.",
                     max_length=LONGEST_WORDS,
                     lines=2,
+                    visible=recognizer.reads_text,
                 )
                 choices = [(_described(recognizer, name), name) for name in tasks]
                 task = gr.Dropdown(choices, value=tasks[0], label="Task", visible=len(tasks) > 1)

@@ -111,6 +111,7 @@ def build_processor(recipe: Recipe, language_model: str, towers: dict[str, tuple
         tasks=recipe.data.task_definitions,
         default_task=recipe.data.tasks[0],
         trained_tasks=recipe.data.tasks,
+        trained_modalities=recipe.data.modalities,
     )
     processor.limit_length(AutoConfig.from_pretrained(language_model))
     return processor

@@ -38,6 +38,9 @@ PUBLISHED = Path(__file__).resolve().parents[2] / "recipes" / "published_configs
 
 _DIVIDED = {"hidden_size", "intermediate_size", "projection_dim", "conv_dim", "num_hidden_layers"}
 _DIVIDED |= {"num_attention_heads", "num_key_value_heads"}
+# Whisper's own names.
+_DIVIDED |= {"d_model", "encoder_layers", "encoder_attention_heads", "encoder_ffn_dim"}
+_DIVIDED |= {"decoder_layers", "decoder_attention_heads", "decoder_ffn_dim"}
 _PREPROCESSORS = {"audio_tower": "feature_extractor", "vision_tower": "image_processor"}
 
 
@@ -64,17 +67,20 @@ def shrunk(config: PreTrainedConfig, divisor: int) -> PreTrainedConfig:
     """A configuration with layers, widths and heads divided, rounded up; for CLIP, those of both parts.
 
     Raises:
-        ValueError: If it has no `hidden_size` and `num_hidden_layers` of its own, nor parts that have.
+        ValueError: If neither it nor a part of it has a width and a number of layers under a known name.
     """
     fields = config.to_dict()
     parts = [fields, *(fields[name] for name in config.sub_configs)]
-    if not any({"hidden_size", "num_hidden_layers"} <= part.keys() for part in parts):
+    if not any({"hidden_size", "num_hidden_layers"} <= part.keys() or "d_model" in part for part in parts):
         wanted = "a model with hidden_size and num_hidden_layers in its configuration"
         raise ValueError(f"shrink: got a model of type {config.model_type!r}, wanted {wanted}")
     for part in parts:
         for name in _DIVIDED & part.keys():
             value = part[name]
             part[name] = [_up(size, divisor) for size in value] if isinstance(value, list) else _up(value, divisor)
+        heads = part.get("num_attention_heads", 0)
+        if part.get("num_key_value_heads"):  # each is shared by the same number of heads
+            part["num_attention_heads"] = part["num_key_value_heads"] * _up(heads, part["num_key_value_heads"])
         if part.get("layer_types"):
             part["layer_types"] = part["layer_types"][: part["num_hidden_layers"]]
     return type(config).from_dict(fields)
