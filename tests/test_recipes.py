@@ -10,9 +10,10 @@ from pathlib import Path
 import formats
 import numpy as np
 import pytest
+import soundfile
 import torch
 import yaml
-from clips import write_pattern
+from clips import tone, write_pattern
 from commands import read_lines
 from corpus_files import write_meld_clips
 from datasets import DatasetDict
@@ -119,6 +120,21 @@ def test_a_dry_run_builds_steps_saves_and_evaluates(recipe, sources, offline, tm
             assert any(key.startswith(f"eval_{name}_{name}_") for row in log for key in row)
     if mixed:
         assert any("cherma: its audio features are not read" in record.message for record in caplog.records)
+
+
+@pytest.mark.slow
+def test_a_rehearsal_of_your_own_clips(offline, tmp_path, caplog):
+    """With Whisper's configuration; the recipe hears ten seconds, and a clip has twelve."""
+    lines = ["file,label,speaker,split"]
+    for number, split in enumerate(("train", "train", "validation", "test")):
+        soundfile.write(tmp_path / f"{number}.wav", tone(12.0, 200 + 100 * number), 16000)
+        lines.append(f"{number}.wav,{('calm', 'tense')[number % 2]},s{number},{split}")
+    (tmp_path / "clips.csv").write_text("\n".join(lines))
+    arguments = ["--corpus_dir", str(tmp_path / "clips.csv"), "--shrink", "16", "--output_dir", str(tmp_path / "run")]
+    train_script.main([str(ROOT / "recipes/own_clips.yaml"), *arguments, "--modalities", "audio", "--max_steps", "2"])
+    config = json.loads((tmp_path / "run/model/config.json").read_text())
+    assert (config["audio_config"]["d_model"], config["text_config"]["hidden_size"]) == (32, 36)
+    assert "a twentieth of the training clips have more than 12" in caplog.text
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
