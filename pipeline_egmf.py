@@ -113,8 +113,8 @@ class AffectRecognitionPipeline(TimelineMixin, Pipeline):
     - `probabilities` of all legal answers; `median` and `interval` (5 to 95 %) of a score, otherwise None;
     - `gate_weights`: the weights of the gate, by expert and modality, and by expert;
     - `seconds`: the length of the decoded sound or pictures, whichever is longer (None without media);
-    - `warnings`: missing input, such as parts of a file, parts of a long text, or all modalities; speaker adaptation
-      or labels other than in training;
+    - `warnings`: missing input, such as parts of a file, parts of a long text, or all modalities; words for a model
+      that was trained without; speaker adaptation or labels other than in training;
     - `error`: the reason if a sample could not be answered with `on_error="report"`. The other values are then None or
       empty.
     """
@@ -414,7 +414,8 @@ class AffectRecognitionPipeline(TimelineMixin, Pipeline):
                 fields = {name: value for name, value in fields.items() if name not in WORDS}
                 report["warnings"].append("the model was trained without words: text, speaker and context are ignored")
             if features:
-                report["warnings"].append(f"the model reads {' and '.join(features)} as features, which are missing")
+                known = f"the model reads {' and '.join(features)} as precomputed features"
+                report["warnings"].append(f"{known}, and none were given")
             media, clips = fields["media"], fields.get("speaker_clips")
             if clips is not None and id(clips) not in centers:
                 centers[id(clips)] = self.speaker_center(clips)

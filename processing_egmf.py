@@ -82,7 +82,7 @@ class EGMFProcessor(ChatsMixin, MediaInputsMixin, RecordingsMixin, ProcessorMixi
             starting with the oldest.
         default_task: The task that is used if a call names none: the first one that the model was trained on.
         trained_tasks: The tasks that the model was trained on, or None if that is not known.
-        trained_modalities: The modalities that the model was trained with, or None if that is not known.
+        trained_modalities: The modalities that training let the model see, or None if that is not known.
         temperatures: Temperature of the distribution over answers by task, fitted to validation data; otherwise 1.
         clip_seconds: Length that 95 % of the training clips do not exceed: by default that of windows of a recording.
         chat_template: Kept for the tokenizer; the sequences of EGMF do not use it.

@@ -72,7 +72,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 
 
 def _shard_size(text: str) -> str:
-    if not re.fullmatch(r"\d+(\.\d+)?[KMGT]B", text):
+    if not re.fullmatch(r"\d+(\.\d+)? *[KMGT]B", text, re.IGNORECASE):
         raise argparse.ArgumentTypeError(f"got {text!r}, wanted a number with KB, MB, GB or TB")
     return text
 
@@ -81,7 +81,9 @@ def main(arguments: list[str]) -> None:
     args = parse_arguments(arguments)
     check_repo_id(args.repo)
     if args.space is not None:
-        read_run(args.run, args.base_model)  # there is a model to show
+        run = read_run(args.run, args.base_model)  # there is a model to show
+        if args.transcriber and "text" not in run.recipe["modalities"]:
+            raise ValueError("transcriber: got one, wanted none: the model was trained without words")
         card = write_space(args.space, args.repo, args.example or [], args.transcriber)
         print(f"space: {args.space}, a page of Gradio {card.data.sdk_version} for {args.repo}")
         print(f"upload: hf upload OWNER/SPACE {args.space} --repo-type space")

@@ -80,8 +80,9 @@ class AffectTask:
             clean = all(isinstance(label, str) and label and label == label.strip() for label in labels)
             legal = clean and len(set(labels)) == len(labels) > 1 and scale == (None, None, None)
             wanted = (
-                "two or more different `labels` (numbers in quotes) without outer spaces, no `low`, `high`, `step`"
+                "two or more different `labels` without outer spaces (in YAML with numbers, yes, no, on and off in "
             )
+            wanted += "quotes), no `low`, `high`, `step`"
         else:
             low, high, step = map(_tenths, scale)
             legal = None not in (low, high, step) and low < high and 0 < step and not (low % step or high % step)

@@ -119,9 +119,9 @@ class TimelineMixin:
         if lines is None and "transcriber" in after and (window or hop):
             raise ValueError("window: got a value with a transcriber, whose segments are used, wanted one of the two")
         if lines and "transcriber" in after and self.processor.feature_extractor is None:
-            if not all(line["text"] for line in lines):
-                wanted = "text in each: it hears no sound, so the transcriber gets none"
-                raise ValueError(f"segments: got one without text for this model, wanted {wanted}")
+            if wordless := [place for place, line in enumerate(lines) if not line["text"]]:
+                wanted = "some: the model hears no sound, so the transcriber gets none"
+                raise ValueError(f"segments[{wordless[0]}]: got no text, wanted {wanted}")
         recording = self.processor.recording(fields, None, window or self.processor.window, hop, progress)
         return self._along(recording, lines, fields, self._size(batch_size), after)
 

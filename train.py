@@ -310,6 +310,12 @@ def prepare(recipe: Recipe) -> Run:
         language_model = resolve_language_model(recipe.model.language_model)
     if PartialState().is_main_process:
         report_corpora(recipe, corpora, output)
+    if "modalities" not in recipe.fields and not any(text for part in corpora for text in part["train"]["text"][:]):
+        logging.warning("modalities: no training row has words; the model learns without them")
+        data.modalities = [name for name in data.modalities if name != "text"]
+    open_fields = None in (recipe.phases.expert_gain, recipe.phases.temperature)
+    if open_fields and training.num_train_epochs and not any(len(part["validation"]) for part in corpora):
+        logging.warning("no validation rows: expert_gain and temperature are not fitted; what the recipe lacks is 1")
     if data.by_speaker:
         for split in ("train", "validation") if data.speaker_adaptation else ("train",):
             for part, splits in zip(data.parts, corpora, strict=True):
@@ -328,8 +334,8 @@ def prepare(recipe: Recipe) -> Run:
         model = build_model(recipe, language_model, processor, towers, corpus["train"])
     heard, seconds = processor.audio_window if "audio" in towers else math.inf, processor.clip_seconds or 0.0
     if seconds > heard:
-        got = f"{heard:g} seconds; a twentieth of the training clips have more than {seconds:g}"
-        logging.warning("audio_window: got %s, and only the beginning of a clip is heard", got)
+        why = "a twentieth or more of the training clips are longer, and only their beginning is heard"
+        logging.warning("audio_window: got %g seconds, wanted up to %g: %s", heard, seconds, why)
     training.remove_unused_columns = False  # the collator reads the corpus's columns
     return Run(recipe, output, corpora, corpus, towers, processor, model, rows, mixture)
 

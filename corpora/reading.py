@@ -173,7 +173,10 @@ def read_csv(file: Path) -> tuple[list[str], Iterator[tuple[int, dict[str, str] 
     named = re.fullmatch(r'"?sep=(.)"?', first)
     counted = max(DELIMITERS, key=lambda mark: len(next(csv.reader([first], delimiter=mark), [])))
     delimiter = named.group(1) if named else counted
-    lines = csv.reader(io.StringIO(content, newline=""), delimiter=delimiter, strict=True)
+    form: dict[str, Any] = {"delimiter": delimiter, "strict": True}
+    if delimiter == "\t" and '"' in content and not _is_quoted(content):
+        form["quoting"] = csv.QUOTE_NONE
+    lines = csv.reader(io.StringIO(content, newline=""), **form)
     if named:
         next(lines)
     header = [name.strip() for name in _next_cells(file, lines) or ()]
@@ -181,6 +184,21 @@ def read_csv(file: Path) -> tuple[list[str], Iterator[tuple[int, dict[str, str] 
         if name and header.count(name) > 1:
             raise ValueError(f"{file}: line 1: got the column {name} twice, wanted each column once")
     return header, _csv_rows(file, lines, header, delimiter)
+
+
+def _is_quoted(content: str) -> bool:
+    """Whether quotes in tab-separated text enclose cells.
+
+    They do not if every line has a cell for each column, but quotes cannot be read so or would join lines.
+    """
+    lines = [line for line in content.splitlines() if line.strip()]
+    if any(line.count("\t") != lines[0].count("\t") for line in lines):
+        return True
+    try:
+        rows = list(csv.reader(io.StringIO(content, newline=""), delimiter="\t", strict=True))
+    except csv.Error:
+        return False
+    return sum(map(any, rows)) == len(lines)
 
 
 def read_rows(path: Path, required: tuple[str, ...]) -> Iterator[tuple[int, dict[str, str]]]:
@@ -211,7 +229,9 @@ def _csv_rows(file: Path, lines: Any, header: list[str], delimiter: str) -> Iter
         if cells is None:
             return
         if len(cells) != len(header) and any(cells):
-            wanted = f"{len(header)}, as in the header: put a text that contains {delimiter!r} into double quotes"
+            wanted = f"{len(header)}, as in the header: a cell is missing"
+            if len(cells) > len(header):
+                wanted = f"{len(header)}, as in the header: put a text that contains {delimiter!r} into double quotes"
             yield line, f"got {len(cells)} cells, wanted {wanted}"
         elif any(cell.strip() for cell in cells):
             yield line, dict(zip(header, cells, strict=True))

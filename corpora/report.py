@@ -2,7 +2,8 @@
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from statistics import median
@@ -17,6 +18,7 @@ from corpora.schema import FEATURE_COLUMNS
 
 
 LABELS_SHOWN = 20
+MISSING = {"NA", "N/A", "NaN", "nan", "NULL", "null", "None"}
 
 
 def describe_corpus(corpus: DatasetDict) -> list[str]:
@@ -51,7 +53,7 @@ def describe_corpus(corpus: DatasetDict) -> list[str]:
 
 def find_doubts(corpus: DatasetDict) -> list[str]:
     """Lines about what is legal but often a mistake; each names its rows."""
-    doubts = [*_copies(corpus), *_lengths(corpus), *_rare_labels(corpus)]
+    doubts = [*_copies(corpus), *_lengths(corpus), *_silent(corpus), *_nothing(corpus), *_rare_labels(corpus)]
     return doubts + [
         *_similar("labels", corpus, "emotion"),
         *_similar("speakers", corpus, "speaker"),
@@ -75,10 +77,33 @@ def _file_seconds(path: str) -> float | None:
     except (RuntimeError, OSError):
         pass
     try:
-        with open(path, "rb") as file, av.open(file, options={"protocol_whitelist": "none"}) as container:
+        with _opened(path) as container:
             return container.duration / 1e6 if container.duration else None
     except (av.FFmpegError, OSError):
         return None
+
+
+@lru_cache(maxsize=1 << 16)
+def _has_sound(path: str) -> bool:
+    """Whether a file has a sound track, or cannot be opened, which is said elsewhere."""
+    try:
+        soundfile.info(path)
+        return True
+    except (RuntimeError, OSError):
+        pass
+    try:
+        with _opened(path) as container:
+            return bool(container.streams.audio)
+    except (av.FFmpegError, OSError):
+        return True
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[Any]:
+    """A media file, of which only the header is read."""
+    options: dict[str, Any] = {"options": {"protocol_whitelist": "none"}, "metadata_errors": "replace"}
+    with open(path, "rb") as file, av.open(file, **options) as container:
+        yield container
 
 
 def _spread(values: Iterable[float]) -> str:
@@ -124,6 +149,27 @@ def _lengths(corpus: DatasetDict) -> list[str]:
     ]
     what = "clips without sound, or with a start behind the end of their file"
     return [f"{what}: {len(empty)}, such as {empty[0]}"] if empty else []
+
+
+def _silent(corpus: DatasetDict) -> list[str]:
+    """Files that should have sound and have no sound track."""
+    files = [file for rows in corpus.values() for file in rows["audio"][:] if file is not None]
+    silent = [file for file in files if not _has_sound(split_part(file)[0])]
+    return [f"files without a sound track: {len(silent)} of {len(files)}, such as {silent[0]}"] if silent else []
+
+
+def _nothing(corpus: DatasetDict) -> list[str]:
+    """Cells that programs write for a missing value, and that are words here."""
+    found: dict[tuple[str, str], int] = Counter()
+    for rows in corpus.values():
+        for column, ours in (("text", "text"), ("speaker", "speaker"), ("emotion", "label")):
+            for value in rows[column][:]:
+                if value in MISSING:
+                    found[ours, value] += 1
+    return [
+        f"{column}: got {value!r} in {count} rows; a cell without a value must be empty"
+        for (column, value), count in found.items()
+    ]
 
 
 def _shared(corpus: DatasetDict) -> list[str]:

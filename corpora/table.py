@@ -182,7 +182,8 @@ def _folder(folder: Path) -> list[_Part]:
     tables = [file for file in files if file.name in AudioFolder.METADATA_FILENAMES]
     tables = tables or [file for file in files if file.suffix.lower() in TABLES]
     words = {
-        file: [word for part in file.relative_to(folder).parts for word in re.split("[^a-z]+", part.lower())]
+        # The name of a file says more than that of a folder around it.
+        file: [word for part in file.relative_to(folder).parts[::-1] for word in re.split("[^a-z]+", part.lower())]
         for file in tables
     }
     splits = {file: next((SPLIT_NAMES[word] for word in words[file] if word in SPLIT_NAMES), None) for file in tables}
@@ -219,7 +220,7 @@ def _loaded(source: str, *arguments, **options) -> Any:
     datasets.disable_progress_bars()
     try:
         return datasets.load_dataset(*arguments, **options)
-    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
+    except (ValueError, OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error.__cause__ or error).split())[:300]
         raise ValueError(f"{source}: got no dataset that can be read ({type(error).__name__}: {reason})") from error
     finally:
@@ -439,10 +440,12 @@ def _file(name: str, value: Any, folder: Path | None) -> str:
 
 
 def _media_columns(name: str, file: str) -> tuple[str, ...]:
-    """The columns of the schema that a file fills."""
-    if name != "file":
+    """The columns of the schema that a file fills; a video also has the sound of a row without `audio`."""
+    if name in ("audio", "image"):
         return ("audio",) if name == "audio" else ("video",)
     columns = _kind(file)
+    if name == "video":
+        return columns or ("video",)
     if not columns:
         wanted = "the suffix of sound, video or an image, or the column audio, video or image"
         raise WrongRow(f"file: got {Path(file).name}, wanted {wanted}")
@@ -518,12 +521,10 @@ def _assign_splits(
 
 
 def _unify_accents(rows: list[dict]) -> None:
-    """Give names that differ only in how an accent is encoded, as macOS does it, the spelling of the first one."""
-    for column in ("emotion", "speaker", "dialogue"):
-        spelled: dict[str, str] = {}
-        for row in rows:
-            if row[column] is not None:
-                row[column] = spelled.setdefault(normalize("NFC", row[column]), row[column])
+    """Names that differ only in how an accent is encoded, as macOS does it, become one (NFC)."""
+    for row in rows:
+        for column in ("emotion", "speaker", "dialogue"):
+            row[column] = row[column] and normalize("NFC", row[column])
 
 
 def _number_labels(rows: list[dict]) -> bool:

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 
 # Texts of torch's RuntimeErrors and tokenizers' Exceptions for a file that cannot be written.
 OF_WRITERS = ("PytorchStreamWriter", "inline_container", "unexpected pos", "(os error ")
+SETTINGS = "settings.json"  # of a run, in its folder
 FULL = {errno.ENOSPC: "no space left", errno.EDQUOT: "quota used up", errno.EFBIG: "file larger than is allowed"}
 
 
@@ -41,7 +42,8 @@ def write_whole(path: Path, text: str) -> None:
 
 def read_json_lines(path: Path) -> list[str]:
     """The lines of a file of JSON lines. Only line feeds end them: a text may contain others, such as U+2028."""
-    return [line for line in path.read_text(encoding="utf-8").split("\n") if line]
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return lines if lines[-1] else lines[:-1]
 
 
 def _sync_folder(folder: Path) -> None:

@@ -8,6 +8,7 @@ command line overrides any field; there, mappings are written in JSON:
 """
 
 import argparse
+import json
 import logging
 import math
 import re
@@ -26,7 +27,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from corpora import CORPORA
 from egmf.arguments import mapping
 from egmf.configuration_egmf import ARCHITECTURE, EGMFConfig
-from egmf.files import weights_digest
+from egmf.files import SETTINGS, weights_digest
 from egmf.processes import LONGEST_WAIT, has_fast_bfloat16
 from egmf.tasks_egmf import BUILTIN_TASKS, AffectTask
 
@@ -373,8 +374,9 @@ def load_recipe(arguments: list[str]) -> Recipe:
     merged = {name: _checked(name, value, *hints[name]) for name, value in merged.items()}
     slow = merged.get("bf16") and merged.get("use_cpu") and not has_fast_bfloat16()
     if slow and not merged.get("fp16"):  # both are refused below
-        logging.warning("bf16: got true on a CPU that is slow in bfloat16 (no AVX-512); the run computes in float32")
-        merged["bf16"] = False
+        merged["bf16"] = _began_in_bfloat16(merged.get("output_dir"))
+        computes = "as it began, in bfloat16" if merged["bf16"] else "in float32"
+        logging.warning("bf16: this CPU is slow in bfloat16 (no AVX-512); the run computes %s", computes)
     if "corpus_options" in given and merged.get("corpus") == said.get("corpus"):  # otherwise they are another corpus's
         merged["corpus_options"] = (said.get("corpus_options") or {}) | merged["corpus_options"]
     merged = {"ddp_timeout": int(LONGEST_WAIT.total_seconds())} | merged
@@ -399,6 +401,10 @@ def load_recipe(arguments: list[str]) -> Recipe:
         training._n_gpu = 1  # Trainer would copy the model to all of them in every step (DataParallel)
     dry_run = "dry_run" in namespace
     recipe = Recipe(model, fusion, data, phases, training, said.keys() | given.keys(), dry_run)
+    for name in ("feature_noise", "feature_components"):
+        for modality in set(fusion[name] or ()) & {"audio", "vision"}:
+            if getattr(model, f"{modality}_tower"):
+                logging.warning("%s: %s has an encoder; this field is for precomputed features", name, modality)
     if data.corpora and phases.tower_epochs:
         wanted = "0 in a mixture: towers from scratch learn one task alone"
         raise ValueError(f"tower_epochs: got {phases.tower_epochs}, wanted {wanted}")
@@ -481,6 +487,12 @@ def _default(part: Any) -> Any:
 def _fusion_defaults() -> dict[str, Any]:
     config = EGMFConfig()
     return {name: getattr(config, name) for name in FUSION_FIELDS}
+
+
+def _began_in_bfloat16(output_dir: str | None) -> bool:
+    """Whether the folder has a run that began in bfloat16, on another machine or with earlier code."""
+    settings = Path(output_dir or "") / SETTINGS
+    return settings.is_file() and json.loads(settings.read_text(encoding="utf-8")).get("bf16", False)
 
 
 def _check_fusion(fusion: dict[str, Any]) -> None:

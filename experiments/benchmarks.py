@@ -289,7 +289,7 @@ def main(arguments: list[str]) -> None:
         run(args, more)
     elif args.command == "collect":
         file, answers, known = RESULTS / f"{args.name}.json", RESULTS / f"{args.name}_answers.csv", None
-        if answers.is_file():
+        if file.is_file() and answers.is_file():
             known = json.loads(file.read_text(encoding="utf-8")), read_answers(answers)
             check_version(file, known[0]["runs"])
         data, predictions = collect(args.name, args.runs_dir, known)

@@ -27,10 +27,13 @@ def interval(gold: list[str], given: Answers, samples: list[np.ndarray]) -> dict
     return {metric: [round(bound, 6) for bound in bounds] for metric, bounds in found.items()}
 
 
-def compare(gold: list[str], first: Answers, second: Answers, samples: list[np.ndarray]) -> dict[str, float]:
-    """The paired bootstrap of the difference in accuracy, first minus second."""
+def compare(
+    gold: list[str], first: Answers, second: Answers, samples: list[np.ndarray], metric: str = "accuracy"
+) -> dict[str, float]:
+    """The paired bootstrap of the difference in one of `METRICS`, first minus second."""
     runs = ([*zip(*answers, strict=True)] for answers in (first, second))
-    found = paired_differences(_accuracy, gold, *runs, samples)["accuracy"]
+    measured = _accuracy if metric == "accuracy" else lambda gold, rows: measure(gold, *rows.T)
+    found = paired_differences(measured, gold, *runs, samples)[metric]
     rounded = {name: round(found[name], 6) for name in ("difference", "low", "high")}
     return found | rounded | {"resamples": len(samples)}
 

@@ -200,7 +200,7 @@ def add_runs(name: str, runs_dir: Path, earlier: dict, known: Predictions) -> tu
     full = runs.get("full", {})
     tests = {
         other: [
-            {"seed": seed} | _paired_tests(labels, rows, by_seed[seed], samples)
+            {"seed": seed} | _paired_tests(name, labels, rows, by_seed[seed], samples)
             for seed, rows in full.items()
             if seed in by_seed
         ]
@@ -211,11 +211,15 @@ def add_runs(name: str, runs_dir: Path, earlier: dict, known: Predictions) -> tu
     return earlier | {"test_set": sizes, "variants": variants, "mcnemar": tests}, answers
 
 
-def _paired_tests(gold: list[str], first: dict[str, dict], second: dict[str, dict], samples: list[np.ndarray]) -> dict:
-    """McNemar's test of two runs' most probable answers, and the bootstrap of the difference in accuracy."""
+def _paired_tests(
+    name: str, gold: list[str], first: dict[str, dict], second: dict[str, dict], samples: list[np.ndarray]
+) -> dict:
+    """McNemar's test of two runs' most probable answers, and the bootstraps of the differences in what is shown."""
     given = [[row["distribution"] for row in rows.values()] for rows in (first, second)]
     right = [[answer == label for answer, label in zip(run, gold, strict=True)] for run in given]
-    return mcnemar(*right) | {"bootstrap": compare(gold, given[:1], given[1:], samples)}
+    shown = EXPERIMENTS[name].shown
+    bootstrap = {metric: compare(gold, given[:1], given[1:], samples, metric) for metric in shown}
+    return mcnemar(*right) | {"bootstrap": bootstrap}
 
 
 def _figures(
@@ -333,25 +337,31 @@ def render(data: dict) -> str:
         if any(part["mcnemar"].values()):
             rows = [
                 [name_of(one, other), str(test["seed"]), str(test["first_only"]), str(test["second_only"])]
-                + [f"{test['p_value']:.1e}", f"{100 * test['bootstrap']['difference']:+.2f}"]
-                + [" to ".join(f"{100 * test['bootstrap'][bound]:+.2f}" for bound in ("low", "high"))]
+                + [f"{test['p_value']:.1e}", *(_difference(test["bootstrap"][metric]) for metric in one.shown)]
                 for other, tests in part["mcnemar"].items()
                 for test in tests
             ]
             whole = name_of(one, "full")
             unit = part["test_set"]["unit"]
             parts.append(
-                f"{whole[0].upper()}{whole[1:]} against the other models: McNemar's exact test, and the difference of "
-                f"the accuracies. The test takes all samples for independent; the interval draws whole {unit}."
+                f"{whole[0].upper()}{whole[1:]} against the other models: McNemar's exact test of the accuracy, and "
+                "the differences with their 95 % intervals. The test takes all samples for independent; the intervals "
+                f"draw whole {unit}."
             )
-            head = ["against", "seed", f"only {whole} correct", "only the other correct", "p", "difference"]
-            parts.append(table([*head, "95 % interval"], rows))
+            head = ["against", "seed", f"only {whole} correct", "only the other correct", "p"]
+            parts.append(table([*head, *(METRICS[metric] for metric in one.shown)], rows))
         nll = [[name_of(one, variant), f"{np.mean(own['nll']):.3f}"] for variant, own in part["variants"].items()]
         parts.append(table(["model", "negative log-likelihood of the gold answer"], nll))
         parts.append("Commands of the first fold of one seed; others differ in `fold` and in `--seed`:")
         parts.append("```bash\n" + "\n".join(own["command"] for own in part["variants"].values()) + "\n```")
     parts.append("Made from `results/folds.json` by `python -m experiments.folds render`.")
     return "\n\n".join(parts) + "\n"
+
+
+def _difference(test: dict[str, float]) -> str:
+    """A difference in points with its interval."""
+    low, high = (f"{100 * test[bound]:+.2f}" for bound in ("low", "high"))
+    return f"{100 * test['difference']:+.2f} ({low} to {high})"
 
 
 def main(arguments: list[str]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from egmf.files import read_json_lines
 
 
-# Of pages with runs that are marked as `earlier`: they are older than these parts of the model.
+# Printed on pages whose runs are marked `earlier`: they were made before the model had these parts.
 EARLIER = (
     "Measured with earlier code, before the expert readout, and with merged weights rounded to bfloat16. Today's code "
     "gives other figures; the commands are those of that code ([code versions](README.md#code-versions))."
@@ -21,7 +21,8 @@ Predictions = dict[tuple[str, int], dict[str, dict]]  # (variant, seed) -> id ->
 def check_version(file: Path, runs: list[dict]) -> None:
     """Raises a ValueError if runs of today's code would be averaged with earlier ones."""
     if any(run.get("earlier") for run in runs):
-        raise ValueError(f"{file}: got runs of earlier code, wanted the file moved away before new runs are collected")
+        wanted = f"it and {file.stem}_answers.csv moved away: runs of two versions are not averaged"
+        raise ValueError(f"{file}: got runs of earlier code, wanted {wanted}")
 
 
 def percent(share: float) -> str:

@@ -144,6 +144,8 @@ def test_a_model_without_words(card_of):
     assert "A model that reads sound and answers with an emotion" in card.text
     assert 'recognize("clip.wav"))' in card.text and 'processor(audio="clip.wav", task="casia")' in card.text
     assert "was trained without words" in card.text and "sees audio alone" not in card.text
+    seen = card_of(run_of("ravdess", "ravdess", config={"vision_feature_size": 35}, modalities=["vision"])).text
+    assert 'processor(vision_features=vision_features, task="ravdess")' in seen and "recognize(" not in seen
 
 
 def test_a_task_of_ones_own_has_no_subject(card_of):

@@ -232,7 +232,7 @@ def test_a_model_that_was_trained_without_words_ignores_them(without_words, voic
 def test_a_model_of_features_says_that_files_have_none(egmf, processor):
     recognize = AffectRecognitionPipeline(model=egmf, processor=processor, task="affect-recognition")
     answer = recognize({"text": "so it is"}, task="meld")
-    assert answer["warnings"] == ["the model reads audio and vision as features, which are missing"]
+    assert answer["warnings"] == ["the model reads audio and vision as precomputed features, and none were given"]
 
 
 def test_candidate_labels(recognize, voices):

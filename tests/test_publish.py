@@ -218,7 +218,7 @@ def test_the_folder_has_what_an_inference_endpoint_needs(run, monkeypatch):
     hub = build_folder(read_run(run, BASE), REPO, None, False, "5GB")
     answers = load_handler(str(hub))({"inputs": SAMPLES, "parameters": {"top_k": 1}})
     assert [len(answer["probabilities"]) for answer in answers] == [1] * len(SAMPLES)
-    missing = ["the model reads audio and vision as features, which are missing"]
+    missing = ["the model reads audio and vision as precomputed features, and none were given"]
     assert all(answer["error"] is None and answer["warnings"] == missing for answer in answers)
 
     imported = set()
@@ -489,7 +489,7 @@ def test_half_an_evaluation_is_left_out_and_named(run):
     file = run / "test" / "metrics.json"
     file.write_text(file.read_text()[:100])
     state = read_run(run)
-    assert [*state.evaluations] == ["validation"] and state.left_out == [f"{file}: it is not by eval.py"]
+    assert [*state.evaluations] == ["validation"] and state.left_out == [f"{file}: it is not JSON; evaluate again"]
 
 
 def test_half_a_line_of_the_log_is_left_out_and_named(run):

@@ -30,6 +30,7 @@ from egmf.data.collator import AffectCollator, expand_by_task
 from egmf.data.mixture import MixtureSampler, mix_rows
 from egmf.data.tasks import infer_tasks
 from egmf.media_egmf import load_video
+from egmf.processing_egmf import EGMFProcessor
 from egmf.recipe import load_recipe
 from egmf.training.dry_run import describe_prompt
 
@@ -174,9 +175,33 @@ def test_a_file_fills_what_it_holds(tmp_path):
     found = load_corpus("table", write_csv(tmp_path / "t.csv", rows))["train"]
     names = [[row[column] and Path(row[column]).name for column in ("audio", "video")] for row in found]
     assert names == [["talk.mp4", "talk.mp4"], ["talk.flac", None], [None, "face.JPG"]]
+    seen = [
+        {"video": "talk.mp4", "audio": "", "label": "x"},
+        {"video": "talk.mp4", "audio": "talk.flac", "label": "x"},
+    ]
+    seen = write_csv(tmp_path / "v.csv", [row | {"id": n, "split": "train"} for n, row in enumerate(seen)])
+    assert [Path(row["audio"]).name for row in load_corpus("table", seen)["train"]] == ["talk.mp4", "talk.flac"]
     beside = [{"audio": "talk.flac", "image": "face.JPG", "label": "x", "split": "train"}]
     (row,) = load_corpus("table", write_csv(tmp_path / "t.csv", beside))["train"]
     assert (Path(row["audio"]).name, Path(row["video"]).name) == ("talk.flac", "face.JPG")
+
+
+def test_tab_separated_text_may_have_quotes_that_enclose_nothing(tmp_path):
+    lines = ["text\tlabel\tsplit", '"I see," he said\tcalm\ttrain', 'so "it" is\tcalm\ttrain', '"Why\ttense\ttrain']
+    (tmp_path / "t.tsv").write_text("\n".join([*lines, 'he asked"\tcalm\ttrain']))
+    texts = load_corpus("table", tmp_path / "t.tsv")["train"]["text"][:]
+    assert texts == ['"I see," he said', 'so "it" is', '"Why', 'he asked"']
+    (tmp_path / "t.tsv").write_text("\n".join([lines[0], '"a ""word"""\tcalm\ttrain', '"two\tcells"\ttense\ttrain']))
+    assert load_corpus("table", tmp_path / "t.tsv")["train"]["text"][:] == ['a "word"', "two\tcells"]
+
+
+def test_the_name_of_a_file_says_more_than_that_of_its_folder(tmp_path):
+    (tmp_path / "training_data").mkdir()
+    for split in ("train", "test"):
+        rows = [{"text": f"{split} words", "label": "ab"[split == "test"]}]
+        write_csv(tmp_path / "training_data" / f"{split}.csv", rows)
+    found = load_corpus("table", tmp_path)
+    assert {split: len(rows) for split, rows in found.items()} == {"train": 1, "validation": 0, "test": 1}
 
 
 def test_other_names_are_mapped(tmp_path, caplog):
@@ -318,6 +343,11 @@ def test_doubts_name_their_rows(tmp_path):
         "label 'tense' has one clip: copy.wav in test",
         "labels 'Calm', 'calm' look like one",
     ]
+    write_clip(tmp_path / "mute.mp4", sound=False)
+    rows = [{"file": "mute.mp4", "text": "NA", "label": "a"}, {"file": "b.wav", "text": "so", "label": "b"}]
+    doubts = find_doubts(load_corpus("table", write_csv(tmp_path / "m.csv", rows)))
+    assert f"files without a sound track: 1 of 2, such as {tmp_path / 'mute.mp4'}" in doubts
+    assert "text: got 'NA' in 1 rows; a cell without a value must be empty" in doubts
     soundfile.write(tmp_path / "empty.wav", np.zeros(0), 16000)
     rows = [("a.wav", "Ann", "train", "0"), ("b.wav", "Bob", "train", "0"), ("b.wav", "Bob", "test", "300")]
     rows += [("empty.wav", "ann", "train", "0")]
@@ -546,6 +576,10 @@ def test_labels_and_scores_make_two_tasks(tmp_path):
     assert (first.name, first.labels, second.name) == ("table", ("calm", "tense"), "table_score")
     with pytest.raises(ValueError, match="label: got 'calm' in every row, wanted two or more"):
         infer_tasks(load_corpus("table", write_words(tmp_path, [("yes", "calm"), ("no", "calm")], "text label")))
+    with pytest.raises(ValueError, match=r"label: got '3,5', wanted a decimal point \(3.5\), or `tasks`"):
+        infer_tasks(load_corpus("table", write_words(tmp_path, [("yes", "3,5"), ("no", "2")], "text label")))
+    with pytest.raises(ValueError, match="score: got 2 in every row, wanted two or more different scores"):
+        infer_tasks(load_corpus("table", write_words(tmp_path, [("yes", "2"), ("no", "2")], "text score")))
     with pytest.raises(ValueError, match="score: got scores from 0.01 to 0.05, wanted a range of at least 0.2"):
         infer_tasks(load_corpus("table", write_words(tmp_path, [("yes", "0.01"), ("no", "0.05")], "text score")))
 
@@ -692,6 +726,8 @@ def test_a_table_without_validation_rows_trains_a_model_that_hears_its_experts(t
     said = run("train", "recipes/own_clips.yaml", *small(tower), *fields).said
     assert "no validation rows: expert_gain and temperature are not fitted" in said
     assert load_file(tmp_path / "run/model/model.safetensors")["model.readout.gain"].item() == 1.0
+    assert "no training row has words" in said  # and a user's words would be ignored
+    assert EGMFProcessor.from_pretrained(tmp_path / "run/model").trained_modalities == ["audio", "vision"]
 
 
 def test_a_table_without_sound_can_be_corrected(tower, tmp_path):

@@ -71,17 +71,24 @@ def test_a_cpu_that_is_slow_in_bfloat16_computes_in_float32(tmp_path, caplog):
     for dtype in (torch.float32, torch.bfloat16):
         left, right = torch.randn(2, 512, 512).to(dtype)
         torch.mm(left, right)  # the first product also sets things up
-        start = time.perf_counter()
-        torch.mm(left, right)
-        seconds[dtype] = time.perf_counter() - start
+        taken = []
+        for _ in range(3):
+            start = time.perf_counter()
+            torch.mm(left, right)
+            taken.append(time.perf_counter() - start)
+        seconds[dtype] = min(taken)
     is_slow = seconds[torch.bfloat16] > 10 * seconds[torch.float32]
 
     recipe = load_recipe([str(REPO / "recipes/mosi_smollm2.yaml"), "--use_cpu", "true"])
     assert recipe.training.mixed_precision == ("no" if is_slow else "bf16")
     assert ("the run computes in float32" in caplog.text) == is_slow
-    build_tiny_language_model(tmp_path)
-    AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).save_pretrained(tmp_path)
-    assert load_language_model(recipe, str(tmp_path)).dtype == (torch.float32 if is_slow else torch.bfloat16)
+    build_tiny_language_model(tmp_path / "llm")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "llm", dtype=torch.bfloat16).save_pretrained(tmp_path / "llm")
+    assert load_language_model(recipe, str(tmp_path / "llm")).dtype == (torch.float32 if is_slow else torch.bfloat16)
+
+    (tmp_path / "settings.json").write_text(json.dumps({"bf16": True}))  # a run that began on another machine
+    arguments = ["--use_cpu", "true", "--output_dir", str(tmp_path)]
+    assert load_recipe([str(REPO / "recipes/mosi_smollm2.yaml"), *arguments]).training.mixed_precision == "bf16"
 
 
 def test_command_line_overrides_the_recipe():

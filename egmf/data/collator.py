@@ -26,6 +26,7 @@ HIDDEN_COLUMNS = {  # what a row loses with a modality
     "vision": ("video", "vision_features", "vision_times"),
 }
 LABEL_COLUMNS = {"classification": "emotion", "regression": "sentiment"}
+CALLED = {"classification": "label", "regression": "score"}  # in messages
 
 
 def check_labels(name: str, rows: Dataset, task: AffectTask) -> None:
@@ -39,7 +40,7 @@ def check_labels(name: str, rows: Dataset, task: AffectTask) -> None:
     if wrong:
         wanted = list(task.labels) if task.labels else f"a score from {task.low} to {task.high}"
         got = ", ".join(wrong[:10]) + (", ..." if len(wrong) > 10 else "")
-        raise ValueError(f"{name}: {column}: got {got}, wanted a label of task {task.name!r}: {wanted}")
+        raise ValueError(f"{name}: {CALLED[task.kind]}: got {got}, wanted one of task {task.name!r}: {wanted}")
 
 
 def gold_answer(row: dict, task: AffectTask) -> str | float:

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import re
 from decimal import Decimal
 
 from datasets import DatasetDict
@@ -11,6 +12,8 @@ from egmf.processing_egmf import AffectTask
 
 STEPS = tuple(Decimal(step) * 10**power for power in range(4) for step in ("0.1", "0.2", "0.5"))
 NAME = "table"  # of the task
+DECIMAL = re.compile(r"[-+]?\d+([.,]\d+)?")
+MANY_CLASSES = 50
 MOST_ANSWERS = 61  # of a score, as from -3 to 3 in tenths
 
 
@@ -32,6 +35,14 @@ def infer_tasks(corpus: DatasetDict) -> list[AffectTask]:
     language = "zh" if set(languages) == {"zh"} else "en"
     tasks = []
     if named and not numbers_as_labels:
+        if any("," in label for label in labels) and all(map(DECIMAL.fullmatch, labels)):
+            label = next(label for label in labels if "," in label)
+            wanted = (
+                f"a decimal point ({label.replace(',', '.')}), or `tasks` in the recipe if the labels name classes"
+            )
+            raise ValueError(f"label: got {label!r}, wanted {wanted}")
+        if len(set(labels)) > MANY_CLASSES:
+            logging.warning("label: got %d different labels; is it the right column?", len(set(labels)))
         if len(set(labels)) < 2:
             raise ValueError(f"label: got {labels[0]!r} in every row, wanted two or more different labels")
         others = sorted({label for label in labels if not _is_number(label)})
@@ -70,6 +81,8 @@ def _score_task(name: str, scores: list[float], language: str) -> AffectTask:
     """The range of the scores, widened to multiples of the smallest of `STEPS` that gives at most `MOST_ANSWERS`."""
     # Six digits undo float32, in which corpora keep scores.
     lowest, highest = (Decimal(f"{value:.6g}") for value in (min(scores), max(scores)))
+    if highest == lowest:
+        raise ValueError(f"score: got {lowest} in every row, wanted two or more different scores")
     if highest - lowest < Decimal("0.2"):
         wanted = "a range of at least 0.2, as answers have one decimal: multiply them"
         raise ValueError(f"score: got scores from {lowest} to {highest}, wanted {wanted}")

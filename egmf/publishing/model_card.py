@@ -307,6 +307,7 @@ def _use(run: FinishedRun, repo_id: str, adapter_only: bool) -> str:
     words = "That is just great." if task.language == "en" else "真是太好了。"
     file = {"vision": ("video", "clip.mp4"), "audio": ("audio", "clip.wav")}.get((["", *run.towers])[-1])
     given = [f'text="{words}"'] * ("text" in modalities(run)) + ([f'{file[0]}="{file[1]}"'] if file else [])
+    given = given or [f"{name}_features={name}_features" for name in modalities(run)]
     ask = f"""\
 inputs = processor({", ".join([*given, f'task="{task.name}"'])})
 scores = model.score_labels(processor.candidates("{task.name}"), **inputs)
@@ -335,15 +336,19 @@ print(processor.summarize(scores.log_probs, "{task.name}")[0])"""
     sample = f'{{"text": "{words}"}}'
     if file:
         sample = ", ".join([f'"{file[1]}"', *[one for one in given if one.startswith("text")]])
-    return f"""\
-```python
-from transformers import AutoModel, AutoProcessor, pipeline
-
+    in_one_call = f"""\
 recognize = pipeline("affect-recognition", model="{repo_id}", trust_remote_code=True)
 print(recognize({sample}))
 
 # Or, step by step,
-model = AutoModel.from_pretrained("{repo_id}", trust_remote_code=True)
+"""
+    if not file and "text" not in modalities(run):  # the pipeline reads no features
+        in_one_call = ""
+    return f"""\
+```python
+from transformers import AutoModel, AutoProcessor{", pipeline" if in_one_call else ""}
+
+{in_one_call}model = AutoModel.from_pretrained("{repo_id}", trust_remote_code=True)
 processor = AutoProcessor.from_pretrained("{repo_id}", trust_remote_code=True)
 {ask}
 ```

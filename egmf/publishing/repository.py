@@ -134,7 +134,8 @@ def read_evaluations(folder: Path) -> tuple[dict[str, dict[str, Any]], list[str]
         try:
             report = _read(path)
         except ValueError:
-            report = None
+            left_out.append(f"{path}: it is not JSON; evaluate again")
+            continue
         wanted = {"corpus", "split", "samples", "answers", "intervals"}
         if not isinstance(report, dict) or not wanted <= report.keys():
             left_out.append(f"{path}: it is not by eval.py")

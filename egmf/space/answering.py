@@ -141,6 +141,8 @@ class Recognizer:
     def __init__(self, recognize: Any, max_seconds: float, transcriber: str | None = None):
         self.recognize, self.max_seconds = recognize, max_seconds
         self.transcriber: Any = None
+        if transcriber is not None and not self.reads_text:
+            raise ValueError("transcriber: got one, wanted none: the model was trained without words")
         if transcriber is not None:
             self.transcriber = recognize.processor.transcriber_class(transcriber, device=recognize.device)
             self.transcriber.load()
@@ -155,7 +157,8 @@ class Recognizer:
     @property
     def reads_text(self) -> bool:
         """Whether the model was trained with words."""
-        return "text" in (self.recognize.processor.trained_modalities or ["text"])
+        # The processor's code is the model's own, which may be older.
+        return "text" in (getattr(self.recognize.processor, "trained_modalities", None) or ["text"])
 
     def __call__(self, question: Question) -> Iterator[list[dict[str, Any]]]:
         """Yields the answers so far, in the form of those of predict.py, while a recording is read.

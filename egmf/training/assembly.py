@@ -149,7 +149,9 @@ def trained_towers(recipe: Recipe, towers: dict[str, tuple]) -> list[str]:
 
 
 def load_language_model(recipe: Recipe, folder: str) -> PreTrainedModel:
-    """Loads the recipe's LLM; with `load_in_4bit`, its layers are quantised to 4 bits (NF4).
+    """Loads the recipe's LLM: in float32 on a CPU that is slow in bfloat16, otherwise as it was saved.
+
+    With `load_in_4bit`, its layers are quantised to 4 bits (NF4).
 
     Raises:
         ValueError: If the recipe sets `load_in_4bit` and bitsandbytes is not installed.
@@ -158,7 +160,7 @@ def load_language_model(recipe: Recipe, folder: str) -> PreTrainedModel:
     if attention == "auto":
         attention = "eager" if recipe.training.device.type == "cpu" else "sdpa"
     options: dict[str, Any] = {"attn_implementation": attention}
-    if recipe.training.device.type == "cpu" and not has_fast_bfloat16():
+    if recipe.training.device.type == "cpu" and not recipe.training.bf16 and not has_fast_bfloat16():
         options["dtype"] = torch.float32
     if recipe.model.load_in_4bit:
         if not is_bitsandbytes_available():

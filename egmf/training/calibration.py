@@ -62,7 +62,7 @@ def calibrate(
     """Sets the gain of the trained model and the temperatures of the processor, and logs them.
 
     The recipe's `expert_gain` and `temperature` are used as they are. What it leaves open is fitted to the validation
-    split; without one, both are 1, with a warning. The gain of a readout that was trained with the LLM is 1 as well:
+    split; without one, both are 1. The gain of a readout that was trained with the LLM is 1 as well:
     the sum of both is what `generate()` has learned.
 
     Args:
@@ -73,8 +73,6 @@ def calibrate(
         phases: The recipe's fields.
     """
     gain, figures, validation = phases.expert_gain, {}, list(validation)
-    if not validation and None in (gain, phases.temperature):
-        logging.warning("no validation rows: expert_gain and temperature are not fitted; what the recipe lacks is 1")
     if gain is None and not (phases.fusion_epochs and validation):
         gain = 1.0
     temperatures = dict.fromkeys(tasks, phases.temperature) if phases.temperature is not None else {}

@@ -15,11 +15,10 @@ from typing import Any
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from egmf.files import RunStopped, _sync_folder, write_whole
+from egmf.files import SETTINGS, RunStopped, _sync_folder, write_whole
 
 
 MANIFEST = "manifest.json"
-SETTINGS = "settings.json"  # of the run, in its folder
 
 
 def has_begun(run: Path) -> bool:

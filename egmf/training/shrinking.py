@@ -71,7 +71,10 @@ def shrunk(config: PreTrainedConfig, divisor: int) -> PreTrainedConfig:
     """
     fields = config.to_dict()
     parts = [fields, *(fields[name] for name in config.sub_configs)]
-    if not any({"hidden_size", "num_hidden_layers"} <= part.keys() or "d_model" in part for part in parts):
+    if not any(
+        {"hidden_size", "num_hidden_layers"} <= part.keys() or {"d_model", "encoder_layers"} <= part.keys()
+        for part in parts
+    ):
         wanted = "a model with hidden_size and num_hidden_layers in its configuration"
         raise ValueError(f"shrink: got a model of type {config.model_type!r}, wanted {wanted}")
     for part in parts:

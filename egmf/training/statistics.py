@@ -173,8 +173,13 @@ def set_clip_statistics(
     """
     for modality in model.model.fusion.clip_statistics:
         measured = clip_statistics(corpus["train"], modality, cache, centers)
-        clips = [clip.double() for clip in measured if clip is not None]
-        if not clips:
-            raise ValueError(f"clip_statistics: got {modality}, wanted one with clips, and features or a frozen tower")
-        std, mean = torch.std_mean(torch.stack(clips), 0, correction=0)
-        model.model.fusion.set_clip_statistics(modality, mean, std)
+        count, mean, squares = 0, torch.zeros(()), torch.zeros(())
+        # One by one (Welford 1962), because all together may not fit into memory.
+        for clip in (clip.double() for clip in measured if clip is not None):
+            count, before = count + 1, mean
+            mean = mean + (clip - mean) / count
+            squares = squares + (clip - before) * (clip - mean)
+        if not count:
+            wanted = "one of which a training clip can be read, and features or a frozen tower"
+            raise ValueError(f"clip_statistics: got {modality}, wanted {wanted}; or `modalities` without {modality}")
+        model.model.fusion.set_clip_statistics(modality, mean, (squares / count).sqrt())
