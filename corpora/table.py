@@ -78,7 +78,7 @@ class _Part:
         rows: Pairs of a place, such as "line 3", and the cells of the row; the cells are a string with the reason if
             the row could not be read.
         folder: Where relative paths begin; None if the rows must not name files (datasets of the Hub).
-        split: The split of all rows, if the source names it.
+        split: The name of the split of all rows, one of `SPLIT_NAMES`, if the source has one.
         within: The folder within the source, if several folders have tables: equal names are different clips and
             dialogues.
     """
@@ -150,6 +150,7 @@ def load(
     if not found.rows:
         raise ValueError(f"{source}: got no rows, wanted at least one utterance")
     _unify_accents(found.rows)
+    _name_splits(str(source), found.rows)
     are_scores = _number_labels(found.rows)
     _assign_splits(str(source), found.rows, seed, splits, spread_labels=not are_scores)
     _add_context(found.rows, context)
@@ -186,8 +187,8 @@ def _folder(folder: Path) -> list[_Part]:
         file: [word for part in file.relative_to(folder).parts[::-1] for word in re.split("[^a-z]+", part.lower())]
         for file in tables
     }
-    splits = {file: next((SPLIT_NAMES[word] for word in words[file] if word in SPLIT_NAMES), None) for file in tables}
-    one = len(set(splits.values())) == 1  # then it is no division
+    splits = {file: next((word for word in words[file] if word in SPLIT_NAMES), None) for file in tables}
+    one = len({name and SPLIT_NAMES[name] for name in splits.values()}) == 1  # then it is no division
     if tables:
         several = len({file.parent for file in tables}) > 1
         within = [file.parent.relative_to(folder).as_posix() if several else "" for file in tables]
@@ -234,8 +235,7 @@ def _splits_of(loaded: Dataset | DatasetDict, folder: Path | None) -> Iterator[_
     for name, rows in parts.items():
         if len(parts) > 1 and name not in SPLIT_NAMES:
             raise ValueError(f"split: got {name!r} in the dataset, wanted some of {', '.join(SPLIT_NAMES)}")
-        split = SPLIT_NAMES[name] if len(parts) > 1 else None
-        yield _Part(name or "dataset", _dataset_rows(rows), folder, split)
+        yield _Part(name or "dataset", _dataset_rows(rows), folder, name if len(parts) > 1 else None)
 
 
 def _dataset_rows(rows: Dataset) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -386,10 +386,9 @@ def _row(where: str, cells: dict[str, Any], part: _Part) -> dict[str, Any]:
     row["sentiment"] = _number("score", text["score"]) if text.get("score") else None
     row["split"] = part.split
     if part.split is None and "split" in cells:
-        row["split"] = SPLIT_NAMES.get(str(text["split"]).lower())
-        if row["split"] is None:
+        row["split"] = str(text["split"]).lower()
+        if row["split"] not in SPLIT_NAMES:
             raise WrongRow(f"split: got {text['split'] or 'nothing'}, wanted one of {', '.join(SPLITS)}")
-    row["named_split"] = row["split"]
     return row
 
 
@@ -485,6 +484,18 @@ def _seconds(name: str, text: str | None) -> float | None:
 
 
 # --- over all rows ---------------------------------------------------------------------------------------------------
+
+
+def _name_splits(source: str, rows: list[dict]) -> None:
+    """Replaces the names of splits by those of the schema, and keeps them as `named_split`."""
+    used, meant = {row["split"] for row in rows} - {None}, dict(SPLIT_NAMES)
+    mapped = {SPLIT_NAMES[name] for name in used}
+    if evaluations := {name for name in used if name.startswith("eval")}:
+        if "validation" not in mapped and {SPLIT_NAMES[name] for name in used - evaluations} >= {"test"}:
+            meant |= dict.fromkeys(evaluations, "validation")
+            logger.warning("%s: split: %s beside test is taken for validation", source, ", ".join(evaluations))
+    for row in rows:
+        row["split"] = row["named_split"] = row["split"] and meant[row["split"]]
 
 
 def _assign_splits(

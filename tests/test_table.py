@@ -204,6 +204,14 @@ def test_the_name_of_a_file_says_more_than_that_of_its_folder(tmp_path):
     assert {split: len(rows) for split, rows in found.items()} == {"train": 1, "validation": 0, "test": 1}
 
 
+@pytest.mark.parametrize(("names", "sizes"), [("train eval test", [1, 1, 1]), ("train eval", [1, 0, 1])])
+def test_eval_is_validation_beside_a_test_split(names, sizes, tmp_path, caplog):
+    rows = [(f"words {name}", "ab"[name == "train"], name) for name in names.split()]
+    found = load_corpus("table", write_words(tmp_path, rows, "text label split"))
+    assert [len(part) for part in found.values()] == sizes
+    assert ("eval beside test is taken for validation" in caplog.text) == (sizes[1] == 1)
+
+
 def test_other_names_are_mapped(tmp_path, caplog):
     caplog.set_level("INFO")
     file = write_words(tmp_path, [("yes", "calm", "1", "x"), ("no", "tense", "2", "y")], "Words Emotion Actor Note")
