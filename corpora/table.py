@@ -92,15 +92,29 @@ class _Part:
 
 @dataclass
 class _Found:
-    """Rows that were read, and one line for each row that is wrong."""
+    """Rows that were read, those of them that are context alone, and one line for each row that is wrong."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
+    unlabelled: list[dict[str, Any]] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
     seen: dict[str, str] = field(default_factory=dict)  # id -> place
 
 
 class WrongRow(Exception):
     """A cell that cannot be used; the message names the column, what came and what was wanted."""
+
+
+class Unlabelled(WrongRow):
+    """A row without a label, whose words may still be the context of others.
+
+    Args:
+        message: As of a [`WrongRow`].
+        row: The row.
+    """
+
+    def __init__(self, message: str, row: dict[str, Any]):
+        super().__init__(message)
+        self.row = row
 
 
 def load(
@@ -142,20 +156,23 @@ def load(
     if found.wrong:
         more = [f"and {len(found.wrong) - SHOWN} more"] if len(found.wrong) > SHOWN else []
         lines = "\n".join([*found.wrong[:SHOWN], *more])
-        count = f"{len(found.wrong)} of {len(found.rows) + len(found.wrong)} rows are wrong"
+        total = len(found.rows) - len(found.unlabelled) + len(found.wrong)
+        count = f"{len(found.wrong)} of {total} rows are wrong"
         if not drop_wrong_rows:
             wanted = "--corpus_options '{\"drop_wrong_rows\": true}' leaves them out"
             raise ValueError(f"{source}: {count}; correct them ({wanted}):\n{lines}")
         logger.warning("%s: %s and left out:\n%s", source, count, lines)
-    if not found.rows:
-        raise ValueError(f"{source}: got no rows, wanted at least one utterance")
     _unify_accents(found.rows)
     _name_splits(str(source), found.rows)
-    are_scores = _number_labels(found.rows)
-    _assign_splits(str(source), found.rows, seed, splits, spread_labels=not are_scores)
     _add_context(found.rows, context)
+    context_only = set(map(id, found.unlabelled))
+    rows = [row for row in found.rows if id(row) not in context_only]
+    if not rows:
+        raise ValueError(f"{source}: got no rows, wanted at least one utterance")
+    are_scores = _number_labels(rows)
+    _assign_splits(str(source), rows, seed, splits, spread_labels=not are_scores)
     return DatasetDict(
-        {split: build_split(_schema_row(row) for row in found.rows if row["split"] == split) for split in SPLITS}
+        {split: build_split(_schema_row(row) for row in rows if row["split"] == split) for split in SPLITS}
     )
 
 
@@ -314,6 +331,9 @@ def _read_part(part: _Part, columns: dict[str, str], found: _Found) -> None:
                 raise WrongRow(f"got {row['id']!r} again ({found.seen[key]}), wanted each clip or id once")
         except WrongRow as error:
             found.wrong.append(f"{where}: {error}")
+            if isinstance(error, Unlabelled) and error.row["text"] and error.row["dialogue"]:
+                found.rows.append(error.row)
+                found.unlabelled.append(error.row)
             continue
         found.seen[key] = where
         found.rows.append(row)
@@ -379,9 +399,6 @@ def _row(where: str, cells: dict[str, Any], part: _Part) -> dict[str, Any]:
         named = ("id", "audio", "video")
         row |= {name: name_part(row[name], start, end) for name in named if row[name] is not None}
     row["id"] = text.get("id") or row["id"]
-    for name in ("label", "score"):
-        if name in cells and not text[name]:
-            raise WrongRow(f"{name}: got nothing, wanted the {name} of the row")
     row["emotion"] = text.get("label")
     row["sentiment"] = _number("score", text["score"]) if text.get("score") else None
     row["split"] = part.split
@@ -389,6 +406,9 @@ def _row(where: str, cells: dict[str, Any], part: _Part) -> dict[str, Any]:
         row["split"] = str(text["split"]).lower()
         if row["split"] not in SPLIT_NAMES:
             raise WrongRow(f"split: got {text['split'] or 'nothing'}, wanted one of {', '.join(SPLITS)}")
+    for name in ("label", "score"):
+        if name in cells and not text[name]:
+            raise Unlabelled(f"{name}: got nothing, wanted the {name} of the row", row)
     return row
 
 

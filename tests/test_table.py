@@ -522,6 +522,18 @@ def test_dialogues_give_context(tmp_path):
     assert found["three"] == [{"speaker": "Ann", "text": "one"}, {"speaker": "Bob", "text": "two"}]
 
 
+def test_words_without_a_label_stay_context(tmp_path):
+    """Of an interview, often only one side is labelled."""
+    file = write_words(
+        tmp_path, [("How are you?", "", "Ann", "1"), ("Fine", "calm", "Bob", "1"), ("I see", "b", "", "")]
+    )
+    with pytest.raises(ValueError, match="1 of 3 rows are wrong.*\n.*line 2: label: got nothing"):
+        load_corpus("table", file)
+    corpus = load_corpus("table", file, drop_wrong_rows=True)
+    found = {row["text"]: row["context"] for part in corpus.values() for row in part}
+    assert found == {"Fine": [{"speaker": "Ann", "text": "How are you?"}], "I see": []}
+
+
 def test_a_part_of_a_recording_is_heard_as_the_same_part_in_a_file(tmp_path, llm_folder):
     sound = np.concatenate([tone(0.5, 200.0), tone(0.5, 400.0), tone(0.5, 800.0)])
     soundfile.write(tmp_path / "long.wav", sound, 16000)
