@@ -4,7 +4,7 @@ import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -70,7 +70,7 @@ def seconds_of(name: str) -> float | None:
     return max(0.0, min(whole, whole if end is None else end) - start)
 
 
-@lru_cache(maxsize=1 << 16)
+@cache
 def _file_seconds(path: str) -> float | None:
     try:
         return soundfile.info(path).duration
@@ -83,7 +83,7 @@ def _file_seconds(path: str) -> float | None:
         return None
 
 
-@lru_cache(maxsize=1 << 16)
+@cache
 def _has_sound(path: str) -> bool:
     """Whether a file has a sound track, or cannot be opened, which is said elsewhere."""
     try:

@@ -148,9 +148,9 @@ def render(found: list[dict]) -> str:
         f"Trained on the speech of one corpus, tested on the other one, over the {len(SHARED)} emotions that both "
         f"have: {', '.join(SHARED)}. In percent; a guess gives {percent(1 / len(SHARED))}. Intervals are 95 % "
         "percentile intervals of a bootstrap over speakers (CASIA has four, so that its interval is rough). *Linear "
-        "probe* reads the same features and learns from the same rows. *Speaker adaptation* subtracts the mean of the "
-        "speaker's own clips, without labels; since `25aa4bc`, after these runs, it also divides by their deviation. "
-        "Nothing was chosen on these figures; the commands below have the settings.",
+        "probe* reads the same features and learns from the same rows. *Speaker adaptation* normalises by the mean "
+        "and the deviation of the speaker's own clips, without labels. Nothing was chosen on these figures; the "
+        "commands below have the settings.",
         "*Both*: trained on both corpora; each of four runs is tested on one speaker of CASIA and on one published "
         "fold of RAVDESS's actors. The fifth fold is never tested.",
         table([*head, "linear probe"], rows),

@@ -186,11 +186,11 @@ def test_scores_across_corpora_are_in_the_corpus_s_range(ask):
             "emotion",
             ["joy", "joy", "高兴"],
             "cherma",
-            r"emotion: got 'joy' in 2 rows, wanted a label of task 'cherma'",
+            r"label: got 'joy' in 2 rows, wanted one of task 'cherma'",
         ),
         ("emotion", ["高兴"], "meld", "got '高兴' in 1 rows, wanted a label of task 'meld'"),
         ("emotion", [None, "joy"], "meld", "got None in 1 rows"),
-        ("sentiment", [0.5, 2.0], "simsv2", r"sentiment: got 2.0 in 1 rows, wanted .* from -1.0 to 1.0"),
+        ("sentiment", [0.5, 2.0], "simsv2", r"score: got 2.0 in 1 rows, wanted .* from -1.0 to 1.0"),
     ],
 )
 def test_labels_of_another_corpus_are_refused(column, labels, task, message):
@@ -203,12 +203,12 @@ def test_a_meld_label_reaches_no_cherma_run(model_folder, tmp_path, monkeypatch)
     corpus = rows_with("emotion", ["joy", "anger"])
     for reader in (mixture, eval_script):
         monkeypatch.setattr(reader, "load_corpus", lambda *args, **options: corpus)
-    with pytest.raises(ValueError, match="generated / train: emotion: got 'joy' in 1 rows, wanted .*'cherma'"):
+    with pytest.raises(ValueError, match="generated / train: label: got 'joy' in 1 rows, wanted .*'cherma'"):
         train_script.main(["recipes/tiny.yaml", "--tasks", "cherma", "--output_dir", str(tmp_path / "run")])
     arguments = [model_folder, "--corpus", "generated", "--output", str(tmp_path / "out")]
-    with pytest.raises(ValueError, match="generated / test: emotion: got .*, wanted .*'cherma'"):
+    with pytest.raises(ValueError, match="generated / test: label: got .*, wanted .*'cherma'"):
         eval_script.main([*arguments, "--task", "cherma"])
-    with pytest.raises(ValueError, match="generated / test: emotion: got .*, wanted .*'cherma'"):
+    with pytest.raises(ValueError, match="generated / test: label: got .*, wanted .*'cherma'"):
         eval_script.main([*arguments, "--task", "meld", "--label_map", "meld-cherma"])
     with pytest.raises(ValueError, match="label_map 'cherma-meld': got answers of task 'meld'"):
         eval_script.main([*arguments, "--task", "meld", "--label_map", "cherma-meld"])

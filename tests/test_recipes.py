@@ -407,7 +407,7 @@ def test_labels_are_checked_by_each_corpus_own_tasks(tmp_path):
     mixture = json.dumps({"generated": {"tasks": ["meld"], "weight": 1}})
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text((ROOT / "recipes/tiny.yaml").read_text().replace("corpus: generated\ntasks: [mosi]\n", ""))
-    with pytest.raises(ValueError, match="generated / train: emotion: got 'positive'.*wanted a label of task 'meld'"):
+    with pytest.raises(ValueError, match="generated / train: label: got 'positive'.*wanted one of task 'meld'"):
         train_script.main([str(recipe), "--corpora", mixture, "--output_dir", str(tmp_path / "run")])
 
 

@@ -36,6 +36,8 @@ def check_corpora(recipe: Recipe, corpora: list[DatasetDict], processor: EGMFPro
     for part, corpus in zip(parts, corpora, strict=True):
         if not len(corpus["train"]):
             raise ValueError(f"{part.name} / train: got no rows, wanted some to learn from")
+        for name in part.tasks:
+            processor.candidates(processor.tasks[name])  # that the tokenizer can spell them is known before training
         # The splits of a table are seen at once; a corpus may publish a test split with labels of another task.
         for split in ("train", "validation", "test") if part.name == "table" else ("train", "validation"):
             for name in part.tasks:
