@@ -188,7 +188,7 @@ def test_scores_across_corpora_are_in_the_corpus_s_range(ask):
             "cherma",
             r"label: got 'joy' in 2 rows, wanted one of task 'cherma'",
         ),
-        ("emotion", ["高兴"], "meld", "got '高兴' in 1 rows, wanted a label of task 'meld'"),
+        ("emotion", ["高兴"], "meld", "got '高兴' in 1 rows, wanted one of task 'meld'"),
         ("emotion", [None, "joy"], "meld", "got None in 1 rows"),
         ("sentiment", [0.5, 2.0], "simsv2", r"score: got 2.0 in 1 rows, wanted .* from -1.0 to 1.0"),
     ],
