@@ -37,10 +37,10 @@ from transformers import TrainingArguments, set_seed
 from corpora.report import describe_corpus, find_doubts
 from corpora.splits import SPLITS_FILE, write_splits
 from egmf.data.collator import AffectCollator, expand_by_task, prompt_lengths
-from egmf.data.mixture import check_corpora, load_corpora, mix_rows
+from egmf.data.mixture import check_corpora, has_words, load_corpora, mix_rows
 from egmf.data.speakers import Centers, name_speakers, speaker_centers
 from egmf.data.tower_cache import COLUMNS, TowerCache
-from egmf.files import writing
+from egmf.files import has_begun, writing
 from egmf.modeling_egmf import EGMFForConditionalGeneration, undivided
 from egmf.processes import are_sharded, in_turns, silence_other_ranks
 from egmf.processing_egmf import AffectTask, EGMFProcessor
@@ -58,7 +58,7 @@ from egmf.training.assembly import (
     trained_towers,
 )
 from egmf.training.calibration import calibrate
-from egmf.training.checkpoints import check_media, has_begun, keep_settings
+from egmf.training.checkpoints import check_media, keep_settings
 from egmf.training.dry_run import describe_model, describe_prompt
 from egmf.training.language_models import resolve_language_model
 from egmf.training.preemption import run_training
@@ -299,20 +299,21 @@ def prepare(recipe: Recipe) -> Run:
         raise ValueError(f"output_dir: got {output}, a file, wanted a folder")
     if not recipe.dry_run:
         output.mkdir(parents=True, exist_ok=True)
-        if PartialState().is_main_process:
-            keep_settings(output, recipe.settings())
+    with in_turns():  # creates generated corpora
+        corpora = load_corpora(data)
+    if "modalities" not in recipe.fields and not any(has_words(part["train"]) for part in corpora):
+        logging.warning("modalities: no training row has words; the model learns without them")
+        data.modalities = [name for name in data.modalities if name != "text"]
+    if PartialState().is_main_process and not recipe.dry_run:
+        keep_settings(output, recipe.settings())
     set_seed(training.seed)
 
-    with in_turns():  # creates generated corpora, shrunk models and the converted LLM
-        corpora = load_corpora(data)
+    with in_turns():  # creates shrunk models and the converted LLM
         if recipe.model.shrink != 1:
             recipe = dataclasses.replace(recipe, model=shrink(recipe.model, output / "shrunk"))
         language_model = resolve_language_model(recipe.model.language_model)
     if PartialState().is_main_process:
         report_corpora(recipe, corpora, output)
-    if "modalities" not in recipe.fields and not any(text for part in corpora for text in part["train"]["text"][:]):
-        logging.warning("modalities: no training row has words; the model learns without them")
-        data.modalities = [name for name in data.modalities if name != "text"]
     open_fields = None in (recipe.phases.expert_gain, recipe.phases.temperature)
     if open_fields and training.num_train_epochs and not any(len(part["validation"]) for part in corpora):
         logging.warning("no validation rows: expert_gain and temperature are not fitted; what the recipe lacks is 1")

@@ -175,6 +175,7 @@ def read_csv(file: Path) -> tuple[list[str], Iterator[tuple[int, dict[str, str] 
     delimiter = named.group(1) if named else counted
     form: dict[str, Any] = {"delimiter": delimiter, "strict": True}
     if delimiter == "\t" and '"' in content and not _is_quoted(content):
+        logging.warning("%s: quotes are read as part of the text: they enclose no cells", file)
         form["quoting"] = csv.QUOTE_NONE
     lines = csv.reader(io.StringIO(content, newline=""), **form)
     if named:
@@ -189,16 +190,19 @@ def read_csv(file: Path) -> tuple[list[str], Iterator[tuple[int, dict[str, str] 
 def _is_quoted(content: str) -> bool:
     """Whether quotes in tab-separated text enclose cells.
 
-    They do not if every line has a cell for each column, but quotes cannot be read so or would join lines.
+    They do not if every line has a cell for each column, no quote is doubled inside of quotes, and quotes cannot be
+    read as enclosing or would join lines.
     """
     lines = [line for line in content.splitlines() if line.strip()]
     if any(line.count("\t") != lines[0].count("\t") for line in lines):
+        return True
+    if re.search(r'(?m)(^|\t)"[^\t\n]*""[^\t\n]*"($|\t)', content):
         return True
     try:
         rows = list(csv.reader(io.StringIO(content, newline=""), delimiter="\t", strict=True))
     except csv.Error:
         return False
-    return sum(map(any, rows)) == len(lines)
+    return sum(any(cell.strip() for cell in row) for row in rows) == len(lines)
 
 
 def read_rows(path: Path, required: tuple[str, ...]) -> Iterator[tuple[int, dict[str, str]]]:

@@ -2,8 +2,7 @@
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from statistics import median
@@ -64,46 +63,30 @@ def find_doubts(corpus: DatasetDict) -> list[str]:
 def seconds_of(name: str) -> float | None:
     """The length of a file, or of a part of one, as its header states it; None if it states none."""
     path, start, end = split_part(name)
-    whole = _file_seconds(path)
+    whole = _header(path)[0]
     if whole is None:
         return None if end is None else end - start
     return max(0.0, min(whole, whole if end is None else end) - start)
 
 
-@cache
-def _file_seconds(path: str) -> float | None:
-    try:
-        return soundfile.info(path).duration
-    except (RuntimeError, OSError):
-        pass
-    try:
-        with _opened(path) as container:
-            return container.duration / 1e6 if container.duration else None
-    except (av.FFmpegError, OSError):
-        return None
-
-
-@cache
-def _has_sound(path: str) -> bool:
+def has_sound(name: str) -> bool:
     """Whether a file has a sound track, or cannot be opened, which is said elsewhere."""
+    return _header(split_part(name)[0])[1]
+
+
+@cache
+def _header(path: str) -> tuple[float | None, bool]:
+    """The length in seconds that a file states, and whether it has a sound track."""
     try:
-        soundfile.info(path)
-        return True
+        return soundfile.info(path).duration, True
     except (RuntimeError, OSError):
         pass
-    try:
-        with _opened(path) as container:
-            return bool(container.streams.audio)
-    except (av.FFmpegError, OSError):
-        return True
-
-
-@contextmanager
-def _opened(path: str) -> Iterator[Any]:
-    """A media file, of which only the header is read."""
     options: dict[str, Any] = {"options": {"protocol_whitelist": "none"}, "metadata_errors": "replace"}
-    with open(path, "rb") as file, av.open(file, **options) as container:
-        yield container
+    try:
+        with open(path, "rb") as file, av.open(file, **options) as container:
+            return container.duration / 1e6 if container.duration else None, bool(container.streams.audio)
+    except (av.FFmpegError, OSError):
+        return None, True
 
 
 def _spread(values: Iterable[float]) -> str:
@@ -153,8 +136,9 @@ def _lengths(corpus: DatasetDict) -> list[str]:
 
 def _silent(corpus: DatasetDict) -> list[str]:
     """Files that should have sound and have no sound track."""
-    files = [file for rows in corpus.values() for file in rows["audio"][:] if file is not None]
-    silent = [file for file in files if not _has_sound(split_part(file)[0])]
+    named = (file for rows in corpus.values() for file in rows["audio"][:] if file is not None)
+    files = sorted({split_part(file)[0] for file in named})
+    silent = [file for file in files if not has_sound(file)]
     return [f"files without a sound track: {len(silent)} of {len(files)}, such as {silent[0]}"] if silent else []
 
 

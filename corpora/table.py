@@ -95,9 +95,17 @@ class _Found:
     """Rows that were read, those of them that are context alone, and one line for each row that is wrong."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
-    unlabelled: list[dict[str, Any]] = field(default_factory=list)
+    unlabelled: dict[str, dict[str, Any]] = field(default_factory=dict)  # by id
     wrong: list[str] = field(default_factory=list)
     seen: dict[str, str] = field(default_factory=dict)  # id -> place
+
+    def add_context(self, row: dict[str, Any]) -> None:
+        """Adds a row without a label, unless its clip has been read."""
+        key = row["where"] if row["id"] is None else os.path.normpath(row["id"])
+        if key not in self.seen and key not in self.unlabelled:
+            self.unlabelled[key] = row
+            row["is_context"] = True
+            self.rows.append(row)
 
 
 class WrongRow(Exception):
@@ -156,7 +164,7 @@ def load(
     if found.wrong:
         more = [f"and {len(found.wrong) - SHOWN} more"] if len(found.wrong) > SHOWN else []
         lines = "\n".join([*found.wrong[:SHOWN], *more])
-        total = len(found.rows) - len(found.unlabelled) + len(found.wrong)
+        total = sum("is_context" not in row for row in found.rows) + len(found.wrong)
         count = f"{len(found.wrong)} of {total} rows are wrong"
         if not drop_wrong_rows:
             wanted = "--corpus_options '{\"drop_wrong_rows\": true}' leaves them out"
@@ -165,8 +173,7 @@ def load(
     _unify_accents(found.rows)
     _name_splits(str(source), found.rows)
     _add_context(found.rows, context)
-    context_only = set(map(id, found.unlabelled))
-    rows = [row for row in found.rows if id(row) not in context_only]
+    rows = [row for row in found.rows if "is_context" not in row]
     if not rows:
         raise ValueError(f"{source}: got no rows, wanted at least one utterance")
     are_scores = _number_labels(rows)
@@ -332,10 +339,11 @@ def _read_part(part: _Part, columns: dict[str, str], found: _Found) -> None:
         except WrongRow as error:
             found.wrong.append(f"{where}: {error}")
             if isinstance(error, Unlabelled) and error.row["text"] and error.row["dialogue"]:
-                found.rows.append(error.row)
-                found.unlabelled.append(error.row)
+                found.add_context(error.row)
             continue
         found.seen[key] = where
+        if again := found.unlabelled.pop(key, None):  # another annotator has labelled it
+            again["text"] = None
         found.rows.append(row)
 
 
@@ -464,7 +472,7 @@ def _media_columns(name: str, file: str) -> tuple[str, ...]:
         return ("audio",) if name == "audio" else ("video",)
     columns = _kind(file)
     if name == "video":
-        return columns or ("video",)
+        return tuple(dict.fromkeys((*columns, "video")))
     if not columns:
         wanted = "the suffix of sound, video or an image, or the column audio, video or image"
         raise WrongRow(f"file: got {Path(file).name}, wanted {wanted}")
@@ -508,7 +516,7 @@ def _seconds(name: str, text: str | None) -> float | None:
 
 def _name_splits(source: str, rows: list[dict]) -> None:
     """Replaces the names of splits by those of the schema, and keeps them as `named_split`."""
-    used, meant = {row["split"] for row in rows} - {None}, dict(SPLIT_NAMES)
+    used, meant = {row["split"] for row in rows if "is_context" not in row} - {None}, dict(SPLIT_NAMES)
     mapped = {SPLIT_NAMES[name] for name in used}
     if evaluations := {name for name in used if name.startswith("eval")}:
         if "validation" not in mapped and {SPLIT_NAMES[name] for name in used - evaluations} >= {"test"}:
@@ -552,10 +560,12 @@ def _assign_splits(
 
 
 def _unify_accents(rows: list[dict]) -> None:
-    """Names that differ only in how an accent is encoded, as macOS does it, become one (NFC)."""
-    for row in rows:
-        for column in ("emotion", "speaker", "dialogue"):
-            row[column] = row[column] and normalize("NFC", row[column])
+    """Give names that differ only in how an accent is encoded, as macOS does it, the spelling of the first one."""
+    for column in ("emotion", "speaker", "dialogue"):
+        spelled: dict[str, str] = {}
+        for row in rows:
+            if row[column] is not None:
+                row[column] = spelled.setdefault(normalize("NFC", row[column]), row[column])
 
 
 def _number_labels(rows: list[dict]) -> bool:

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 # Texts of torch's RuntimeErrors and tokenizers' Exceptions for a file that cannot be written.
 OF_WRITERS = ("PytorchStreamWriter", "inline_container", "unexpected pos", "(os error ")
 SETTINGS = "settings.json"  # of a run, in its folder
+CHECKPOINTS = "checkpoint-*"
 FULL = {errno.ENOSPC: "no space left", errno.EDQUOT: "quota used up", errno.EFBIG: "file larger than is allowed"}
 
 
@@ -27,6 +28,11 @@ class RunStopped(RuntimeError):
     def __init__(self, message: str, status: int = 1):
         super().__init__(message)
         self.status = status
+
+
+def has_begun(run: Path) -> bool:
+    """Whether a run has a checkpoint of any phase."""
+    return any(run.glob(CHECKPOINTS)) or any(run.glob(f"*/{CHECKPOINTS}"))
 
 
 def write_whole(path: Path, text: str) -> None:

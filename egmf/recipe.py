@@ -27,7 +27,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from corpora import CORPORA
 from egmf.arguments import mapping
 from egmf.configuration_egmf import ARCHITECTURE, EGMFConfig
-from egmf.files import SETTINGS, weights_digest
+from egmf.files import SETTINGS, has_begun, weights_digest
 from egmf.processes import LONGEST_WAIT, has_fast_bfloat16
 from egmf.tasks_egmf import BUILTIN_TASKS, AffectTask
 
@@ -491,7 +491,9 @@ def _fusion_defaults() -> dict[str, Any]:
 
 def _began_in_bfloat16(output_dir: str | None) -> bool:
     """Whether the folder has a run that began in bfloat16, on another machine or with earlier code."""
-    settings = Path(output_dir or "") / SETTINGS
+    if output_dir is None or not has_begun(Path(output_dir)):
+        return False
+    settings = Path(output_dir) / SETTINGS
     return settings.is_file() and json.loads(settings.read_text(encoding="utf-8")).get("bf16", False)
 
 

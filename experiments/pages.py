@@ -32,7 +32,7 @@ def percent(share: float) -> str:
 
 def read_predictions(file: Path) -> dict[str, dict]:
     """The rows of a `predictions.jsonl` by id."""
-    return {row["id"]: row for row in map(json.loads, read_json_lines(file))}
+    return {row["id"]: row for row in map(json.loads, filter(None, read_json_lines(file)))}
 
 
 def write_answers(path: Path, predictions: Predictions) -> None:

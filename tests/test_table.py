@@ -532,6 +532,12 @@ def test_words_without_a_label_stay_context(tmp_path):
     corpus = load_corpus("table", file, drop_wrong_rows=True)
     found = {row["text"]: row["context"] for part in corpus.values() for row in part}
     assert found == {"Fine": [{"speaker": "Ann", "text": "How are you?"}], "I see": []}
+    write_sounds(tmp_path, ["a.wav"])  # which two annotators have heard
+    rows = [("a.wav", "one", "", 1), ("a.wav", "one", "calm", 1), ("", "two", "tense", 1)]
+    cells = [dict(zip(("file", "text", "label", "dialogue"), row, strict=True)) for row in rows]
+    corpus = load_corpus("table", write_csv(tmp_path / "both.csv", cells), drop_wrong_rows=True)
+    found = {row["text"]: [turn["text"] for turn in row["context"]] for part in corpus.values() for row in part}
+    assert found == {"one": [], "two": ["one"]}
 
 
 def test_a_part_of_a_recording_is_heard_as_the_same_part_in_a_file(tmp_path, llm_folder):

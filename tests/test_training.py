@@ -86,9 +86,19 @@ def test_a_cpu_that_is_slow_in_bfloat16_computes_in_float32(tmp_path, caplog):
     AutoModelForCausalLM.from_pretrained(tmp_path / "llm", dtype=torch.bfloat16).save_pretrained(tmp_path / "llm")
     assert load_language_model(recipe, str(tmp_path / "llm")).dtype == (torch.float32 if is_slow else torch.bfloat16)
 
-    (tmp_path / "settings.json").write_text(json.dumps({"bf16": True}))  # a run that began on another machine
-    arguments = ["--use_cpu", "true", "--output_dir", str(tmp_path)]
-    assert load_recipe([str(REPO / "recipes/mosi_smollm2.yaml"), *arguments]).training.mixed_precision == "bf16"
+
+def test_a_run_that_began_in_bfloat16_resumes_in_it(tmp_path, monkeypatch):
+    for module in ("recipe", "training.assembly"):
+        monkeypatch.setattr(f"egmf.{module}.has_fast_bfloat16", lambda: False)
+    build_tiny_language_model(tmp_path / "llm")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "llm", dtype=torch.bfloat16).save_pretrained(tmp_path / "llm")
+    (tmp_path / "settings.json").write_text(json.dumps({"bf16": True}))  # written on another machine
+    arguments = [str(REPO / "recipes/mosi_smollm2.yaml"), "--use_cpu", "true", "--output_dir", str(tmp_path)]
+    for wanted, dtype in (("no", torch.float32), ("bf16", torch.bfloat16)):
+        recipe = load_recipe(arguments)
+        assert recipe.training.mixed_precision == wanted
+        assert load_language_model(recipe, str(tmp_path / "llm")).dtype == dtype
+        (tmp_path / "fusion/checkpoint-1").mkdir(parents=True, exist_ok=True)  # now it has begun
 
 
 def test_command_line_overrides_the_recipe():
@@ -139,7 +149,7 @@ def test_unknown_task_ends_training_with_its_name(tmp_path):
 
 def test_a_label_outside_the_task_names_row_and_label():
     row = load_corpus("generated", None)["train"][0]
-    with pytest.raises(ValueError, match=f"{row['id']}: emotion is null"):
+    with pytest.raises(ValueError, match=f"{row['id']}: label: got nothing"):
         gold_answer({**row, "emotion": None}, BUILTIN_TASKS["mosi"])
     with pytest.raises(ValueError, match=f"{row['id']}: .*got the label '{row['emotion']}'"):
         gold_answer(row, BUILTIN_TASKS["meld"])

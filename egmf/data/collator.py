@@ -51,7 +51,7 @@ def gold_answer(row: dict, task: AffectTask) -> str | float:
     """
     column = LABEL_COLUMNS[task.kind]
     if row[column] is None:
-        raise ValueError(f"{row['id']}: {column} is null, wanted a label of task {task.name!r}")
+        raise ValueError(f"{row['id']}: {CALLED[task.kind]}: got nothing, wanted one of task {task.name!r}")
     try:
         task.format(row[column])
     except ValueError as error:

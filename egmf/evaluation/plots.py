@@ -136,7 +136,7 @@ def plot_training(log: Path, path: Path) -> None:
         path: The PNG file.
     """
     phases: dict[str, list[dict]] = {}
-    for entry in map(json.loads, read_json_lines(log)):
+    for entry in map(json.loads, filter(None, read_json_lines(log))):
         phases.setdefault(entry.get("phase", "training"), []).append(entry)
     figure, all_axes = plt.subplots(2, len(phases), figsize=(4.5 * len(phases), 6), squeeze=False)
     for (phase, entries), (losses, metrics) in zip(phases.items(), all_axes.T, strict=True):

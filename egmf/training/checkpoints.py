@@ -15,15 +15,10 @@ from typing import Any
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from egmf.files import SETTINGS, RunStopped, _sync_folder, write_whole
+from egmf.files import SETTINGS, RunStopped, _sync_folder, has_begun, write_whole
 
 
 MANIFEST = "manifest.json"
-
-
-def has_begun(run: Path) -> bool:
-    """Whether a run has a checkpoint of any phase."""
-    return any(run.glob(f"{PREFIX_CHECKPOINT_DIR}-*")) or any(run.glob(f"*/{PREFIX_CHECKPOINT_DIR}-*"))
 
 
 def keep_settings(run: Path, settings: dict[str, Any]) -> None:

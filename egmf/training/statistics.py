@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 
+from corpora.report import has_sound
 from egmf.data.mixture import has_any
 from egmf.data.speakers import SPEAKER, Centers, stack_centers
 from egmf.data.tower_cache import COLUMNS, TowerCache
@@ -158,7 +159,10 @@ def check_clip_statistics(recipe: Recipe, rows: Dataset) -> None:
     """Raises a ValueError if the recipe names a modality of which no training row has a clip."""
     for modality in recipe.fusion["clip_statistics"] or ():
         column = COLUMNS[modality] if getattr(recipe.model, f"{modality}_tower") else f"{modality}_features"
-        if modality in recipe.data.modalities and not has_any(rows, column):
+        heard = has_any(rows, column)
+        if column == "audio" and heard:  # a video may be mute
+            heard = any(has_sound(file) for file in rows["audio"][:] if file is not None)
+        if modality in recipe.data.modalities and not heard:
             wanted = f"one with {column} in a training row, or `modalities` without {modality}"
             raise ValueError(f"clip_statistics: got {modality}, of which no row has a clip, wanted {wanted}")
 
