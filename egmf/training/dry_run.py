@@ -92,7 +92,7 @@ def describe_model(recipe: Recipe, model, rows: Dataset, collator: AffectCollato
     longest = max(range(len(rows)), key=lengths.__getitem__)
     training, device = recipe.training, model.device  # weights in 4 bits are on a GPU
     batch = {name: value.to(device) for name, value in collator([rows[longest]]).items()}
-    half = training.mixed_precision == "bf16"
+    tokens, half = batch["input_ids"].shape[1], training.mixed_precision == "bf16"
     if training.activation_checkpointing:
         options = dict(training.activation_checkpointing_kwargs or {})
         own = {name: options.pop(name) for name in ("every_n_layers", "offload") if name in options}
@@ -104,7 +104,7 @@ def describe_model(recipe: Recipe, model, rows: Dataset, collator: AffectCollato
     frozen = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
     learned = TRAINED_BYTES * count_parameters(model, trained=True)
     lines += [
-        f"memory of a step of {training.per_device_train_batch_size} rows of {lengths[longest]} tokens, the longest:",
+        f"memory of a step of {training.per_device_train_batch_size} rows of {tokens} tokens, the longest:",
         f"  {_size(frozen)} frozen weights, {_size(learned)} trained weights with gradients and Adam, "
         f"{_size(activations)} activations: about {_size(frozen + learned + activations)}; CUDA takes 1.5 GB more",
     ]
