@@ -39,7 +39,7 @@ def available_cores() -> int:
 def has_fast_bfloat16() -> bool:
     """Whether the CPU multiplies matrices in bfloat16 about as fast as in float32, or faster.
 
-    oneDNN does so from AVX-512 on. Without it, as on many laptops, torch's own products are up to 100 times slower.
+    oneDNN does so from AVX-512 on. Without it, as on many laptops, torch's own products are many times slower.
     """
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
