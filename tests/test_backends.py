@@ -127,9 +127,6 @@ def test_bfloat16(with_attention, processor, samples, make_batch, tmp_path, arch
     best = exact.topk(2).values
     certain = best[:, 0] - best[:, 1] > 0.2
     assert torch.equal(exact.argmax(1)[certain], rounded.argmax(1)[certain])
-    wanted = greedy(half, batch)
-    for options in CACHES.values():
-        assert greedy(half, batch, **options).shape == wanted.shape
 
 
 def test_bfloat16_learns(with_attention, samples, make_batch):
@@ -151,6 +148,7 @@ def test_bfloat16_learns(with_attention, samples, make_batch):
 @pytest.fixture
 def compiled_once():
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()  # which `reset` keeps
     yield
     torch._dynamo.reset()
 

@@ -16,7 +16,7 @@ from egmf.commands import is_mistake
             ["recipes/tiny.yaml", "--lora_rank", "8"],
             r"unknown ['--lora_rank', '8'], wanted fields of a recipe",
         ),
-        ("train", ["recipes/tiny.yaml", "--tasks", "stress"], "task"),
+        ("train", ["recipes/tiny.yaml", "--tasks", "moud"], "`task` got 'moud', wanted an AffectTask or one of"),
         ("train", ["recipes/tiny.yaml", "--temperature", "0"], "temperature: got 0.0, wanted a positive number"),
         ("train", ["recipes/mosi_smollm2.yaml", "--corpus_dir", "/nowhere"], "/nowhere: no such file, wanted MOSI"),
         (

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from models import hubert
 from torch import nn
 from transformers import CLIPVisionConfig, LlamaConfig, MobileNetV2Config
@@ -445,7 +446,7 @@ def test_bad_config(fields, message):
 
 @pytest.mark.parametrize("fields", [{"gating": "loud"}, {"num_pseudo_tokens": "many"}, {"fusion_hidden_size": 1.5}])
 def test_config_fields_are_typed(fields):
-    with pytest.raises(Exception, match=next(iter(fields))):
+    with pytest.raises(StrictDataclassFieldValidationError, match=next(iter(fields))):
         EGMFConfig(text_config=TEXT, **fields)
 
 

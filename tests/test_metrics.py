@@ -19,7 +19,7 @@ from metrics.sentiment.measures import mosei_metrics, sims_metrics
 
 
 REPO = Path(__file__).resolve().parents[1]
-CASES = 10_000
+CASES = 2_000
 LABELS = ("neutral", "surprise", "fear", "sadness", "joy", "disgust", "anger")
 
 

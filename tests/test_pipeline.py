@@ -252,7 +252,7 @@ def test_candidate_labels(recognize, voices):
     for wrong in ("joy", ["joy"], ["joy", 3]):
         with pytest.raises(ValueError, match="candidate_labels: got .*, wanted a list of two or more labels"):
             recognize(voices[0][0], candidate_labels=wrong)
-    with pytest.raises(ValueError, match="labels"):
+    with pytest.raises(ValueError, match="wanted two or more different `labels`"):
         recognize(voices[0][0], candidate_labels=["joy", "joy", "fear"])
 
 

@@ -1,18 +1,14 @@
 """Phases before the LLM, several tasks in one run, and the output of runs on raw media, with a few small clips."""
 
-import contextlib
 import json
 import math
-import os
-import signal
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from clips import AVATARS
-from commands import REPO, read_lines, run, start
+from commands import REPO, read_lines, run
 from datasets import Dataset
 from safetensors.torch import load_file
 
@@ -106,22 +102,6 @@ def test_one_model_answers_both_tasks_from_files(trained, avatars, tmp_path):
             assert (tmp_path / task / name).read_bytes()[:4] == b"\x89PNG"
         rows = read_lines(tmp_path / task / "predictions.jsonl")
         assert {tuple(row["distribution"]) for row in rows} == {BUILTIN_TASKS[task].answers}
-
-
-def test_a_run_killed_between_and_in_its_phases_ends_alike(command, trained, tmp_path):
-    own = [*command, "--output_dir", tmp_path / "run"]
-    for phase in ("audio_tower/checkpoint-*", "fusion/checkpoint-*", "checkpoint-2", "checkpoint-4"):
-        killed_at = f"{phase}/trainer_state.json"
-        process = start("train", *own, said=tmp_path / "said.txt", hub=tmp_path / "hub")
-        while process.is_alive() and not list((tmp_path / "run").glob(killed_at)):
-            time.sleep(0.02)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.join()
-    train(command, tmp_path / "run", folder=tmp_path)
-    wanted, got = (load_file(folder / "model" / "model.safetensors") for folder in (trained, tmp_path / "run"))
-    assert wanted.keys() == got.keys()
-    assert all(torch.equal(wanted[name], got[name]) for name in wanted)
 
 
 def first_phase(command: list[str], avatars: Path, *fields: str, **options) -> tuple[FusionPretraining, list, dict]:

@@ -1,9 +1,6 @@
 """The processor: layout and masks, answers as tokens, constraints, distributions, errors, saving and loading."""
 
 import json
-import os
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -11,7 +8,7 @@ import pytest
 import torch
 from models import CALM
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from egmf.processing_egmf import BUILTIN_TASKS, AffectTask, EGMFProcessor
 
@@ -31,14 +28,11 @@ def byte_tokenizer(spare: str | None = None, bos: bool = False, pad: str | None 
 
 
 def tokenizers() -> list:
-    cases = [
+    return [
         pytest.param(lambda: byte_tokenizer(), id="bytes"),
         pytest.param(lambda: byte_tokenizer(spare="<|reserved_0|>", bos=True), id="bytes-spare-bos"),
         pytest.param(lambda: byte_tokenizer(pad=None), id="bytes-no-pad"),
     ]
-    folder = os.environ.get("EGMF_SMOLLM2")
-    missing = pytest.mark.skipif(not folder, reason="EGMF_SMOLLM2 names no SmolLM2 folder")
-    return [*cases, pytest.param(lambda: AutoTokenizer.from_pretrained(folder), id="smollm2", marks=missing)]
 
 
 @pytest.fixture(params=tokenizers())
@@ -539,27 +533,3 @@ def test_round_trip(processor, tmp_path):
     again.save_pretrained(tmp_path / "twice")
     for file in ("processor_config.json", "tokenizer.json", "processing_egmf.py"):
         assert (tmp_path / "twice" / file).read_bytes() == (tmp_path / file).read_bytes(), file
-
-
-def test_a_fresh_process_loads_it_from_the_folder_alone(small, tmp_path):
-    processor = small
-    processor.tasks["mine"] = AffectTask.from_dict({"name": "mine", **MINE})
-    processor.save_pretrained(tmp_path / "model")
-    script = """
-import json, sys
-from transformers import AutoProcessor
-processor = AutoProcessor.from_pretrained("model", trust_remote_code=True)
-inputs = processor(["Yes.", None], speaker=["A", None], task="mine", answer=["bored", "定"])
-processor.save_pretrained("again")
-print(json.dumps([inputs["input_ids"].tolist(), "processing_egmf" in sys.modules]))
-"""
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
-    command = [sys.executable, "-c", script]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    ids, sibling = json.loads(done.stdout.splitlines()[-1])
-    here = processor(["Yes.", None], speaker=["A", None], task="mine", answer=["bored", "定"])
-    assert ids == here["input_ids"].tolist()
-    for file in ("processor_config.json", "tokenizer.json", "processing_egmf.py"):
-        assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "model" / file).read_bytes(), file
-    assert not sibling

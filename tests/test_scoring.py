@@ -200,31 +200,6 @@ def test_candidates_that_cannot_be_told_apart(egmf, samples, make_batch, candida
 # generate() among the legal answers
 
 
-@pytest.mark.parametrize("task", ["meld", "mosei", "calm"])
-def test_random_models_never_leave_the_legal_set(fresh_egmf, processor, samples, make_batch, task):
-    """25 sets of random weights with 40 samples each at a high temperature."""
-    batch = make_batch(samples, task=task)
-    answers = set()
-    for seed in range(25):
-        torch.manual_seed(seed)
-        with torch.no_grad():
-            for parameter in fresh_egmf.parameters():
-                parameter.normal_(std=0.3)
-        generated = fresh_egmf.generate(
-            **batch,
-            logits_processor=processor.logits_processor(task, batch),
-            max_new_tokens=processor.max_answer_tokens(task),
-            do_sample=True,
-            temperature=3.0,
-            num_return_sequences=10,
-        )
-        decoded = processor.decode_answers(generated[:, batch["input_ids"].shape[1] :], task)
-        assert len(decoded) == 40 and all(answer.value is not None for answer in decoded)
-        answers |= {answer.text for answer in decoded}
-    # Hot samples of random models reach most of the answers, else the test would show little.
-    assert len(answers) > 0.8 * len(processor.tasks[task].answers)
-
-
 @pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"num_beams": 3}], ids=["greedy", "uncached", "beams"])
 @pytest.mark.parametrize("task", ["meld", "mosei"])
 def test_greedy_and_beams_stay_legal_too(egmf, processor, samples, make_batch, task, options):

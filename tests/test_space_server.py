@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx2
 import pytest
 import soundfile
-from clips import tone, write_clip
+from clips import tone, write_clip, write_pattern
 from models import save_model_with_towers
 from page_server import running_page
 from recognizers import build_whisper
@@ -33,6 +33,7 @@ def place(tmp_path_factory, llm_folder, assemble) -> Path:
     save_model_with_towers(folder, llm_folder(), assemble)
     write_clip(folder / "one.mp4")
     write_clip(folder / "long.mp4", 3.0, seed=1)
+    write_pattern(folder / "large.mp4", size=(640, 480))  # tens of megabytes when it is decoded
     soundfile.write(folder / f"{SECRET}.wav", tone(0.3), 16000)
     soundfile.write(folder / "endless.wav", tone(SECONDS + 5.0), 16000)
     return folder
@@ -170,15 +171,15 @@ def children_of(pid: int) -> list[str]:
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no /proc")
 def test_ten_uploads_leak_no_memory_and_no_process(page, place):
     for _ in range(5):  # the first ones load and compile
-        ask(page, place / "long.mp4")
+        ask(page, place / "large.mp4")
     before = page.uploads()
     memory, children, handles = memory_of(page.pid), children_of(page.pid), len(os.listdir(f"/proc/{page.pid}/fd"))
     for number in range(10):
-        name = "broken" if number % 5 == 4 else "long"
-        content = b"\0" * 500 if name == "broken" else (place / "long.mp4").read_bytes()
+        name = "broken" if number % 5 == 4 else "large"
+        content = b"\0" * 500 if name == "broken" else (place / "large.mp4").read_bytes()
         (place / f"upload{number}.mp4").write_bytes(content)
         *_, whole = ask(page, place / f"upload{number}.mp4")
-        assert (whole["error"] is None) == (name == "long")
+        assert (whole["error"] is None) == (name == "large")
     time.sleep(1)
     grown = memory_of(page.pid) - memory
     print(f"{grown / 1e6:.1f} MB")

@@ -48,7 +48,7 @@ from egmf.training.validation import AffectTrainer
 # 2 epochs of 6 steps. Neither the log's steps nor the epochs' ends fall on those of the checkpoints.
 TINY = ["recipes/tiny.yaml", "--corpus_options", '{"size": 72}', "--per_device_train_batch_size", "8"]
 TINY += ["--num_train_epochs", "2", "--logging_steps", "5", "--save_strategy", "steps", "--save_steps", "2"]
-TINY += ["--load_best_model_at_end", "False", "--lora_r", "4"]
+TINY += ["--load_best_model_at_end", "False", "--lora_r", "4", "--train_sampling_strategy", "group_by_length"]
 PHASES = ["recipes/avatars_towers.yaml", "--language_model", "tiny-random", "--corpus_options", json.dumps(AVATARS)]
 PHASES += [
     "--tower_epochs",
@@ -148,12 +148,20 @@ def whole(tmp_path_factory) -> Run:
     return run
 
 
-@pytest.fixture
-def half(whole, tmp_path) -> Run:
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory) -> Run:
     """A run that was killed after its second checkpoint, at step 4 of 12."""
-    run = Run(tmp_path, TINY)
+    run = Run(tmp_path_factory.mktemp("killed"), TINY)
     status, _ = run(At(RunTrainer, "training_step", 6, kill))
     assert status == -signal.SIGKILL and run.checkpoints() == ["checkpoint-2", "checkpoint-4"]
+    return run
+
+
+@pytest.fixture
+def half(killed, tmp_path) -> Run:
+    """A copy of the killed run."""
+    run = Run(tmp_path, TINY)
+    shutil.copytree(killed.folder, run.folder)
     return run
 
 
@@ -175,22 +183,23 @@ def test_a_run_killed_at_any_moment_ends_like_one_that_was_not(whole, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("owner", "method", "count"), [(RunTrainer, "_save_rng_state", 3), (JsonLinesLog, "on_log", 3)], ids=str
+    ("owner", "method", "count"),
+    [(RunTrainer, "_save_rng_state", 3), (JsonLinesLog, "on_log", 3), (RunTrainer, "training_step", 10)],
+    ids=lambda value: str(getattr(value, "__name__", value)),
 )
 def test_a_run_killed_at_a_bad_moment_ends_like_one_that_was_not(whole, tmp_path, owner, method, count):
-    """The run is killed in the middle of a checkpoint, and at the end of an epoch before validation is logged."""
+    """In the middle of a checkpoint, before validation is logged, and in the middle of the second epoch."""
     run = Run(tmp_path, TINY)
     assert run(At(owner, method, count, kill))[0] == -signal.SIGKILL
     unfinished = [name for name in run.checkpoints() if not (run.folder / name / MANIFEST).exists()]
-    assert unfinished == (["checkpoint-6"] if owner is RunTrainer else [])
+    assert unfinished == (["checkpoint-6"] if method == "_save_rng_state" else [])
     said = run.finish()
     assert all(f"{name} was not written to its end" in said for name in unfinished)
     assert_alike(run, whole)
 
 
-def test_a_run_that_groups_by_length_goes_on_as_one_that_was_not_killed(tmp_path):
-    """The run is killed in the middle of its second epoch; the recipes group rows by length."""
-    arguments = [*TINY, "--train_sampling_strategy", "group_by_length", "--eval_strategy", "no"]
+def test_the_best_checkpoint_of_a_killed_run_becomes_its_model(tmp_path):
+    arguments = [*TINY, "--save_strategy", "epoch", "--load_best_model_at_end", "true"]
     one, other = Run(tmp_path / "one", arguments), Run(tmp_path / "other", arguments)
     one.finish()
     assert other(At(RunTrainer, "training_step", 10, kill))[0] == -signal.SIGKILL
@@ -387,15 +396,13 @@ def test_sigterm_saves_and_ends_a_run_that_then_ends_as_if_nothing_was(whole, tm
     assert_alike(run, whole)
 
 
-def test_processes_that_read_batches_let_the_step_be_finished(tmp_path):
+def test_processes_that_read_batches_let_the_step_be_finished(whole, tmp_path):
     """A scheduler signals every process of a job, including those of the data loader."""
-    arguments = [*TINY, "--dataloader_num_workers", "1"]
-    one, other = Run(tmp_path / "one", arguments), Run(tmp_path / "other", arguments)
-    one.finish()
-    status, said = other(At(RunTrainer, "training_step", 3, terminate))
+    run = Run(tmp_path, [*TINY, "--dataloader_num_workers", "1"])
+    status, said = run(At(RunTrainer, "training_step", 3, terminate))
     assert status == 143 and "checkpoint-3 was written" in said
-    other.finish()
-    assert_alike(other, one)
+    run.finish()
+    assert_alike(run, whole)  # batches do not depend on the number of workers
 
 
 def test_the_command_ends_with_143(tmp_path):
@@ -480,6 +487,16 @@ def phases(avatars, tmp_path_factory) -> Run:
     run = Run(folder, [*PHASES, "--corpus_dir", str(avatars)], hub=folder / "hub")
     run.finish()
     return run
+
+
+@pytest.mark.slow
+def test_a_run_killed_in_each_of_its_phases_ends_alike(phases, avatars, tmp_path):
+    """Towers, fusion and LLM; the counts are those of the steps since the run was resumed."""
+    run = Run(tmp_path, [*PHASES, "--corpus_dir", str(avatars)], hub=tmp_path / "hub")
+    for step in (2, 4, 10, 6):
+        assert run(At(RunTrainer, "training_step", step, kill))[0] == -signal.SIGKILL
+    run.finish()
+    assert_alike(run, phases)
 
 
 @pytest.mark.slow

@@ -1,27 +1,25 @@
-"""Recipes, train.py and eval.py with the tiny recipe: the files they write, and resuming a killed run."""
+"""Recipes, train.py and eval.py with the tiny recipe: the files they write, and what a finished run refuses."""
 
 import json
+import re
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from commands import REPO, Outcome, read_lines, run, start
+from commands import REPO, Outcome, read_lines, run
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-import train as train_script
 from corpora import load_corpus
 from egmf.data.collator import AffectCollator, expand_by_task, gold_answer
-from egmf.evaluation.measures import classification_metrics, regression_metrics
+from egmf.processes import has_fast_bfloat16
 from egmf.processing_egmf import BUILTIN_TASKS
 from egmf.recipe import load_recipe
 from egmf.training.assembly import load_language_model
 from egmf.training.language_models import build_tiny_language_model
-from train import build_model, build_processor, build_towers, main, resolve_language_model, set_clip_statistics
+from train import build_model, build_processor, build_towers, resolve_language_model, set_clip_statistics
 
 
 SHORT = ["--num_train_epochs", "2", "--corpus_options", '{"size": 96}', "--per_device_train_batch_size", "8"]
@@ -51,34 +49,32 @@ def test_every_recipe_parses_and_names_a_task_of_its_corpus_kind(recipe):
     assert parsed.training.output_dir.startswith("runs/")
 
 
-def test_an_unknown_metric_is_refused_before_training(tmp_path):
-    outcome = train(tmp_path / "run", "--metric_for_best_model", "weighted_f", check=False)
-    assert outcome.status == 2 and "step" not in outcome.said
-    assert (
-        "metric_for_best_model: got 'weighted_f', wanted one of loss, accuracy, weighted_f1, unparsable"
-        in outcome.said
-    )
-
-
 def test_settings_of_the_last_phase_do_not_concern_the_others(tmp_path):
     scheduler = ["--lr_scheduler_type", "cosine_with_min_lr", "--lr_scheduler_kwargs", '{"min_lr": 1e-4}']
     train(tmp_path / "run", "--fusion_epochs", "1", "--max_steps", "2", "--eval_on_start", "true", *scheduler)
     assert (tmp_path / "run/model/model.safetensors").is_file()
 
 
-def test_a_cpu_that_is_slow_in_bfloat16_computes_in_float32(tmp_path, caplog):
+def test_bfloat16_is_fast_where_its_products_are():
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
         left, right = torch.randn(2, 512, 512).to(dtype)
         torch.mm(left, right)  # the first product also sets things up
         taken = []
-        for _ in range(3):
+        for _ in range(5):
             start = time.perf_counter()
             torch.mm(left, right)
             taken.append(time.perf_counter() - start)
         seconds[dtype] = min(taken)
-    is_slow = seconds[torch.bfloat16] > 10 * seconds[torch.float32]
+    ratio = seconds[torch.bfloat16] / seconds[torch.float32]
+    if not 3 < ratio < 30:  # otherwise other work on the machine may decide
+        assert has_fast_bfloat16() == (ratio <= 3)
 
+
+@pytest.mark.parametrize("is_slow", [True, False])
+def test_a_cpu_that_is_slow_in_bfloat16_computes_in_float32(tmp_path, monkeypatch, caplog, is_slow):
+    for module in ("recipe", "training.assembly"):
+        monkeypatch.setattr(f"egmf.{module}.has_fast_bfloat16", lambda: not is_slow)
     recipe = load_recipe([str(REPO / "recipes/mosi_smollm2.yaml"), "--use_cpu", "true"])
     assert recipe.training.mixed_precision == ("no" if is_slow else "bf16")
     assert ("the run computes in float32" in caplog.text) == is_slow
@@ -101,11 +97,27 @@ def test_a_run_that_began_in_bfloat16_resumes_in_it(tmp_path, monkeypatch):
         (tmp_path / "fusion/checkpoint-1").mkdir(parents=True, exist_ok=True)  # now it has begun
 
 
+def test_lora_trains_the_layers_that_the_recipe_names(tmp_path, llm_folder):
+    """With the expression that docs/training.md gives for GPT-2."""
+    (names,) = re.findall(r"`(\S+)` for GPT-2", (REPO / "docs/training.md").read_text())
+    train(tmp_path, "--language_model", llm_folder("gpt2"), "--lora_target_modules", names, "--max_steps", "2")
+    adapter = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    trained = {name.split(".")[-3] for name, value in adapter.items() if "lora_B" in name and value.any()}
+    assert trained == {"c_attn", "c_proj", "c_fc"}
+
+
 def test_command_line_overrides_the_recipe():
     recipe = load_recipe(
         [str(REPO / "recipes/tiny.yaml"), "--seed", "7", "--experts", "local", "--learning_rate", "1e-2"]
     )
     assert (recipe.training.seed, recipe.fusion["experts"], recipe.training.learning_rate) == (7, ["local"], 0.01)
+
+
+def test_epochs_on_the_command_line_replace_steps_in_the_recipe(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text((REPO / "recipes/tiny.yaml").read_text() + "max_steps: 7\n")
+    assert load_recipe([str(file)]).training.max_steps == 7
+    assert load_recipe([str(file), "--num_train_epochs", "2"]).training.max_steps == -1
 
 
 @pytest.mark.parametrize(
@@ -130,21 +142,6 @@ def test_a_wrong_recipe_is_named(arguments, message, monkeypatch):
 def test_what_only_a_tower_can_do_needs_one(fields):
     with pytest.raises(ValueError, match=f"{fields[0][2:]}: got .* wanted an audio_tower"):
         build_towers(load_recipe([str(REPO / "recipes/tiny.yaml"), *fields]))
-
-
-def test_the_phases_without_the_llm_use_as_many_gpus_as_the_recipe(tmp_path, monkeypatch):
-    """Without a launcher one; Trainer's arguments count the GPUs again whenever they are built."""
-    seen, recipe = [], load_recipe([str(REPO / "recipes/tiny.yaml"), "--output_dir", str(tmp_path)])
-    recipe.training._n_gpu = 3
-    monkeypatch.setattr(train_script.RunTrainer, "train_or_resume", lambda trainer: seen.append(trainer.args.n_gpu))
-    rows = load_corpus("generated")["train"]
-    train_script.pretrain(recipe, torch.nn.Linear(1, 1), None, rows, tmp_path / "fusion", 1, 0.1)
-    assert seen == [3]
-
-
-def test_unknown_task_ends_training_with_its_name(tmp_path):
-    with pytest.raises(ValueError, match="`task` got 'moud', wanted an AffectTask or one of"):
-        main([str(REPO / "recipes/tiny.yaml"), "--output_dir", str(tmp_path), "--tasks", "moud"])
 
 
 def test_a_label_outside_the_task_names_row_and_label():
@@ -224,38 +221,6 @@ def test_comparison_with_itself_finds_nothing_and_other_samples_are_refused(trai
     assert outcome.status != 0 and "wanted the same samples" in outcome.said
 
 
-def test_a_killed_run_goes_on_as_if_nothing_was(trained, tmp_path):
-    """SIGKILL after the first checkpoint, the same command again: bit-equal weights and the same validation log."""
-    arguments = ["recipes/tiny.yaml", "--output_dir", tmp_path, *SHORT]
-    process = start("train", *arguments, said=tmp_path / "said.txt")
-    first = tmp_path / "checkpoint-8" / "trainer_state.json"
-    while not (first.exists() and first.read_text().endswith("}\n")) and process.is_alive():
-        time.sleep(0.01)
-    process.kill()
-    process.join()
-    # As if it had been killed while it wrote another one: the last whole checkpoint counts.
-    shutil.copytree(first.parent, tmp_path / "checkpoint-12")
-    (tmp_path / "checkpoint-12" / "trainer_state.json").write_text("")
-    assert first.exists() and not (tmp_path / "model").exists(), "the run was to be killed between its checkpoints"
-
-    assert "model:" in train(tmp_path).said
-    whole, resumed = (load_file(folder / "model" / "model.safetensors") for folder in (trained, tmp_path))
-    assert whole.keys() == resumed.keys()
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-    losses = [
-        [row["eval_loss"] for row in read_lines(folder / "log.jsonl") if "eval_loss" in row]
-        for folder in (trained, tmp_path)
-    ]
-    assert losses[0] == losses[1]
-
-
-def test_a_finished_run_stays_what_it_is(trained):
-    before = load_file(trained / "model" / "model.safetensors")
-    train(trained)
-    after = load_file(trained / "model" / "model.safetensors")
-    assert all(torch.equal(before[name], after[name]) for name in before)
-
-
 def test_other_settings_want_another_folder(trained):
     """Finished phases would keep what they learned with the old settings, under the name of the new ones."""
     changes = {"seed": 5, "learning_rate": 1e-2, "lora_r": 2, "fusion_dropout": 0.4, "adam_beta2": 0.9}
@@ -276,9 +241,10 @@ def test_a_shorter_run_wants_another_folder(trained):
 
 
 def test_a_metric_that_no_validation_has_is_refused_at_once(trained, tmp_path):
-    for fields in (["--metric_for_best_model", "weighted_f"], ["--metric_for_best_model", "eval_corr"]):
-        outcome = train(tmp_path / "run", *fields, check=False)
-        assert outcome.status == 2 and f"metric_for_best_model: got '{fields[1]}', wanted one of " in outcome.said
+    for name in ("weighted_f", "eval_corr"):
+        outcome = train(tmp_path / "run", "--metric_for_best_model", name, check=False)
+        wanted = "wanted one of loss, accuracy, weighted_f1, unparsable"
+        assert outcome.status == 2 and f"metric_for_best_model: got '{name}', {wanted}" in outcome.said
         assert not (tmp_path / "run" / "log.jsonl").exists()
 
 
@@ -309,41 +275,10 @@ def test_modalities_that_a_run_may_not_see_do_not_reach_the_model(processor):
 
 @pytest.mark.slow
 def test_the_tiny_recipe_learns_what_words_voice_and_face_say(tmp_path):
-    """As `make quickstart` runs it: a third of the rows can be told from the words, from audio, from vision alone."""
+    """A third of the rows can be told from the words, from audio, from vision alone."""
     run("train", "recipes/tiny.yaml", "--output_dir", tmp_path)
     run("eval", tmp_path / "model", "--corpus", "generated", "--output", tmp_path / "test")
     metrics = json.loads((tmp_path / "test" / "metrics.json").read_text())
     for answer in ("greedy", "distribution"):
         figures = metrics["answers"][answer]
         assert figures["accuracy"] > 0.9 and figures["unparsable"] == 0
-
-
-@pytest.mark.slow
-def test_accelerate_launch(tmp_path):
-    command = [
-        "launch",
-        "--cpu",
-        "--num_processes",
-        "1",
-        "train.py",
-        "recipes/tiny.yaml",
-        "--output_dir",
-        str(tmp_path),
-    ]
-    launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *command, *SHORT, "--max_steps", "2"]
-    process = subprocess.run(launcher, cwd=REPO, capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr
-    assert (tmp_path / "model" / "model.safetensors").exists()
-
-
-def test_classification_metrics_count_unparsable_answers_as_wrong():
-    gold = ["joy", "joy", "anger", "neutral"]
-    metrics = classification_metrics(gold, ["joy", None, "anger", "joy"])
-    # F1 of joy 2 * 1 / (2 + 2) = 0.5, of anger 1, of neutral 0; weighted 2, 1, 1.
-    assert metrics == {"accuracy": 0.5, "weighted_f1": pytest.approx((2 * 0.5 + 1 + 0) / 4), "unparsable": 1}
-
-
-def test_regression_metrics_leave_unparsable_answers_out_and_say_so():
-    metrics = regression_metrics([1.0, -1.0, 2.0], [0.5, -0.5, None])
-    assert metrics == {"mae": pytest.approx(0.5), "corr": pytest.approx(1.0), "unparsable": 1}
-    assert regression_metrics([1.0, 2.0], [0.5, 0.5])["corr"] is None

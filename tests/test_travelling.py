@@ -51,6 +51,7 @@ for folder in sorted(path for path in pathlib.Path("checkpoints").iterdir() if p
         "module": type(model).__module__,
     }
     torch.save(found, folder / "found.pt")
+    processor.save_pretrained(pathlib.Path("saved again") / folder.name)
 print([path for path in sys.path if path.rstrip("/").endswith("REPO")])
 """
 MINE = {"kind": "classification", "labels": ["dull", "bright", "bright red"]}
@@ -183,6 +184,13 @@ def test_checkpoint_holds_its_own_code(travelled):
         "towers".split()
     } <= files
     assert {"config.json", "generation_config.json", "processor_config.json", "model.safetensors"} <= files
+
+
+def test_a_new_process_saves_the_processor_as_it_was(travelled):
+    root, _, _ = travelled
+    for folder in (root / "saved again").iterdir():
+        for file in ("processor_config.json", "tokenizer.json", "processing_egmf.py"):
+            assert (folder / file).read_bytes() == (root / "checkpoints" / folder.name / file).read_bytes(), file
 
 
 def test_bf16_checkpoint_keeps_its_fusion_in_float32(tmp_path, llm_folder, assemble):
