@@ -41,12 +41,11 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 from transformers import AutoModel, AutoProcessor, PreTrainedConfig
-from transformers.utils import cached_file
 
 from corpora import CORPORA, clusters_of, group_of, load_corpus
 from corpora.splits import SPLITS_FILE, read_splits
 from egmf.arguments import mapping, positive
-from egmf.commands import add_model, check_model, loading_options, run_command
+from egmf.commands import add_model, check_model, load_training_fields, loading_options, run_command
 from egmf.data.collator import LABEL_COLUMNS, AffectCollator, check_labels, expand_by_task
 from egmf.data.mixture import has_any
 from egmf.data.speakers import name_speakers, speaker_centers
@@ -86,12 +85,6 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     if parsed.compare and parsed.robustness:
         parser.error("--compare: not together with --robustness, which writes no predictions")
     return parsed
-
-
-def load_training_fields(model: str, revision: str | None) -> dict:
-    """The recipe that a model was trained with, from `recipe.json` next to its weights; empty if there is none."""
-    file = cached_file(model, "recipe.json", revision=revision, _raise_exceptions_for_missing_entries=False)
-    return json.loads(Path(file).read_text(encoding="utf-8")) if file else {}
 
 
 def write_plots(predictions: list[dict], groups: list[str | None], task, folder: Path) -> None:

@@ -246,10 +246,10 @@ class AffectRecognitionPipeline(TimelineMixin, Pipeline):
                 return [self._failed(error, after["task"])]
             return [answer for one in batch for answer in self._answer([one], **after)]
 
-    def speaker_center(self, clips: Sequence | Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    def speaker_center(self, clips: Iterable | Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
         """Computes a speaker's center from `speaker_clips`: the fields of [`EGMFModel.speaker_center`].
 
-        A result of this method is returned unchanged.
+        `clips` may also be an iterator of them. A result of this method is returned unchanged.
 
         Raises:
             ValueError: If `clips` is no list of clips, or none of them has sound or pictures.
@@ -257,7 +257,7 @@ class AffectRecognitionPipeline(TimelineMixin, Pipeline):
         """
         if isinstance(clips, Mapping) and clips and clips.keys() <= {"audio_center", "vision_center"}:
             return clips
-        if not isinstance(clips, list | tuple) or not clips:
+        if not isinstance(clips, list | tuple | Iterator) or not clips:
             raise ValueError(f"speaker_clips: got {clips!r}, wanted a list of files or clips of the speaker")
         center = self.model.model.speaker_center(map(self._speaker_batch, clips))
         if not center:

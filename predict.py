@@ -2,7 +2,8 @@
 
     python predict.py MODEL clip.mp4 --text "That is just great."
     python predict.py MODEL --text "That is just great."
-    python predict.py MODEL clips/ --recursive --transcripts transcripts.csv --output answers.csv
+    python predict.py MODEL clips/ --recursive --output answers.csv
+    python predict.py MODEL clips.csv --output answers.csv
     python predict.py MODEL talk.mp4 --segments talk.srt --output talk.vtt --plot talk.png
     python predict.py MODEL talk.mp4 --transcriber openai/whisper-small
     python predict.py MODEL clip.mp4 --speaker_clips clip.mp4 others/*.mp4
@@ -12,15 +13,15 @@ An input is a file, a folder, a pattern or a URL. A recording that is longer tha
 divided into windows that end at pauses; each gets an answer, and so does the whole. `--segments` divides it as
 subtitles, a transcript of Whisper or a table with the columns start, end, text and speaker do.
 
+The input may also be one table as for training (`corpora/table.py`), without labels. Each row gets an answer, with its
+words, its speaker and the dialogue before it.
+
 On a terminal it prints a table, to a file or a pipe one JSON line for each answer: label or score, probabilities,
 median and interval of a score, gate weights, seconds decoded and warnings. `--output` writes a file. If a file cannot
 be read, its `error` says why; the other files are still answered, and the exit status is 1.
 
 A model trained with speaker adaptation needs `--speaker_clips`, clips of the one speaker of all files; the voice and
-the pictures are normalised by their mean and deviation.
-
-A transcripts file has the columns `file` (name or path), `text` and optionally `speaker`; see
-`egmf/data/transcripts.py` for its formats.
+the pictures are normalised by their mean and deviation. For a table, these are the clips of each speaker in it.
 """
 
 import argparse
@@ -36,12 +37,12 @@ from tqdm.auto import tqdm
 from transformers import pipeline
 
 from egmf.arguments import positive, positive_seconds
-from egmf.commands import add_model, check_model, loading_options, run_command
-from egmf.data.transcripts import match_transcripts
+from egmf.commands import add_model, check_model, load_training_fields, loading_options, run_command
 from egmf.prediction.answers import Answerer
 from egmf.prediction.inputs import find_files
 from egmf.prediction.outputs import SUFFIXES, Output
 from egmf.prediction.segments import read_segments
+from egmf.prediction.tables import fit_to_model, is_table, read_samples
 from egmf.processes import LONGEST_WAIT, default_workers, in_turns, silence_other_ranks
 
 
@@ -51,11 +52,12 @@ PLOTS = {".png", ".pdf", ".svg"}
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add_model(parser)
-    parser.add_argument("inputs", nargs="*", metavar="INPUT", help="audio or video file, folder, pattern or URL")
+    parser.add_argument(
+        "inputs", nargs="*", metavar="INPUT", help="audio or video file, folder, pattern, URL or table"
+    )
     parser.add_argument("--recursive", action="store_true", help="also take the files in folders below a folder")
     words = parser.add_mutually_exclusive_group()
     words.add_argument("--text", help="what is said in the one file, or without any")
-    words.add_argument("--transcripts", type=Path, metavar="FILE.csv", help="what is said, by file")
     words.add_argument("--segments", type=Path, metavar="FILE", help="parts of the recording: .srt, .vtt, .json, .csv")
     parser.add_argument("--speaker", help="who speaks in all files, if training named the speakers")
     parser.add_argument("--transcriber", metavar="MODEL", help="speech recognition model for files without words")
@@ -90,13 +92,21 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
             if getattr(args, name):
                 parser.error(f"--{name}: got a value without a file, wanted both")
     args.files = find_files(args.inputs, args.recursive)
-    read = [*args.files, *(args.speaker_clips or ()), *filter(None, (args.transcripts, args.segments))]
+    if tables := [name for name in args.files if is_table(name)]:
+        if len(args.files) > 1:
+            parser.error(f"INPUT: got {tables[0]} and {len(args.files) - 1} more, wanted a table alone, or files")
+        for name in ("text", "segments", "window", "hop", "speaker_clips", "plot"):
+            if getattr(args, name) is not None:
+                parser.error(f"--{name}: got a value with the table {tables[0]}, wanted one of them")
+        if args.output and args.output.suffix.lower() == ".vtt":
+            parser.error(f"--output: got subtitles for the table {tables[0]}, wanted .jsonl or .csv")
+    read = [*args.files, *(args.speaker_clips or ()), *filter(None, [args.segments])]
     for name in ("output", "plot"):
         if (file := getattr(args, name)) and file.exists() and any(_is_same(file, other) for other in read):
             parser.error(f"--{name}: got {file}, which is read, wanted another file")
     for name in ("text", "segments", "plot"):
         if getattr(args, name) is not None and len(args.files) > 1:
-            hint = "; see --transcripts" if name == "text" else ""
+            hint = ", or a table with the words of each" if name == "text" else ""
             parser.error(f"--{name}: got {len(args.files)} files, wanted one{hint}")
     if args.output and args.output.suffix.lower() == ".vtt" and len(args.files) > 1:
         parser.error(f"--output: got {len(args.files)} files for subtitles, wanted one")
@@ -108,16 +118,17 @@ def _is_same(file: Path, other: str | Path) -> bool:
 
 
 def samples_of(args: argparse.Namespace) -> list[dict]:
-    """One sample per file, with its transcript; without files, one of `--text` alone.
+    """One sample per file or per row of a table; without files, one of `--text` alone.
 
     Raises:
-        ValueError: If the transcripts cannot be read or a file has none.
+        ValueError: If the table cannot be read.
     """
+    if args.files and is_table(args.files[0]):
+        trained = load_training_fields(args.model, args.revision)
+        options = trained.get("corpus_options") or {} if trained.get("corpus") == "table" else {}
+        return read_samples(args.files[0], options, args.speaker)
     named = {} if args.speaker is None else {"speaker": args.speaker}
-    if args.transcripts is None:
-        return [{"file": file, "text": args.text, **named} for file in args.files or [None]]
-    words = match_transcripts(args.transcripts, args.files)
-    return [{"file": file, **named, **said} for file, said in zip(args.files, words, strict=True)]
+    return [{"file": file, "text": args.text, **named} for file in args.files or [None]]
 
 
 def share_files(answer: Answerer, samples: list[dict]) -> Iterator[dict]:
@@ -136,9 +147,9 @@ def share_files(answer: Answerer, samples: list[dict]) -> Iterator[dict]:
 
 def main(arguments: list[str]) -> int:
     args = parse_arguments(arguments)
-    samples = samples_of(args)
     segments = read_segments(args.segments) if args.segments else None
     check_model(args.model, args.revision)
+    samples = samples_of(args)
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=LONGEST_WAIT)
     silence_other_ranks()
     with in_turns():  # transformers copies the model's code into its cache
@@ -152,6 +163,8 @@ def main(arguments: list[str]) -> int:
             options["speaker_clips"] = recognize.speaker_center(args.speaker_clips)
         except (recognize.processor.media_error, ValueError) as error:
             raise ValueError(f"--speaker_clips: {error}") from None
+    if "named" in samples[0]:
+        fit_to_model(recognize, samples)
     plan = {"segments": segments, "window": args.window, "hop": args.hop}
     # On a CPU, decoding beside the model would only compete with it for the cores.
     workers = default_workers() * (state.device.type != "cpu") if args.num_workers is None else args.num_workers

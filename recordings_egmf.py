@@ -15,16 +15,17 @@ from .spans_egmf import spans_at_pauses, windows
 
 WINDOW = 10.0  # seconds of a window if neither the checkpoint nor its encoder says how long clips are
 PICTURES = "video: got pictures without times, wanted a file"
-SEGMENT_FIELDS = {"start", "end", "text", "speaker", "language"}
+SEGMENT_FIELDS = {"start", "end", "text", "speaker", "language", "context", "speaker_clips"}
 
 
 def check_segments(segments: Any) -> list[dict[str, Any]]:
     """Checks a recording's segments and sorts them by their starts.
 
     Args:
-        segments: Dicts with `start` and `end` in seconds, and optionally `text` and `speaker`; or with `timestamp`
-            (start, end) in their place, as speech recognition returns. An end of None is the start of the next one;
-            the last one keeps it. A segment without length is left out, and `language` is not read.
+        segments: Dicts with `start` and `end` in seconds, and optionally `text`, `speaker`, `context` and
+            `speaker_clips`; or with `timestamp` (start, end) in the place of start and end, as speech recognition
+            returns. An end of None is the start of the next one; the last one keeps it. A segment without length is
+            left out, and `language` is not read.
 
     Raises:
         ValueError: If a segment has other fields or ends before it starts.
@@ -46,6 +47,7 @@ def check_segments(segments: Any) -> list[dict[str, Any]]:
             raise ValueError(f"segments[{place}]: got {start!r} to {end!r}, wanted seconds with 0 <= start < end")
         if is_open or start < end:
             said = {name: segment.get(name) for name in ("text", "speaker")}
+            said |= {name: segment[name] for name in ("context", "speaker_clips") if name in segment}
             checked.append({**said, "start": float(start), "end": None if is_open else float(end)})
     if not checked:
         raise ValueError("segments: got only segments without length, wanted some with seconds between start and end")

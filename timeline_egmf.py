@@ -14,6 +14,7 @@ from .tasks_egmf import AffectTask, AnswerDistribution
 
 TOLERANCE = 0.1  # seconds that a segment may lack without a warning
 SHORTEST = 0.05  # seconds of a window or hop
+OWN = ("context", "speaker_clips")  # of a segment, if it has them
 CONTEXT_LINES = 64  # preceding segments that are given as context; the processor keeps as many as fit
 
 
@@ -91,9 +92,9 @@ class TimelineMixin:
 
         Args:
             sample: A sample with one recording: a file, or sound.
-            segments: Dicts with `start` and `end` in seconds, and optionally `text` and `speaker`; or the `chunks` of
-                speech recognition, of which the last may lack its end. The context of a segment is those before it.
-                Without segments the recording is divided into windows that end at pauses.
+            segments: Dicts with `start` and `end` in seconds, and optionally `text`, `speaker`, `context` (by default
+                the segments before it) and `speaker_clips`; or the `chunks` of speech recognition, of which the last
+                may lack its end. Without segments the recording is divided into windows that end at pauses.
             window: Length of the longest window in seconds; by default the length of the training clips.
             hop: Distance of the starts of windows in seconds; all then have the same length, wherever pauses are.
             batch_size: Number of segments that the model processes at a time; 8 by default.
@@ -180,7 +181,8 @@ class TimelineMixin:
         for place, span in enumerate(recording):
             line = {} if lines is None else lines[place]
             said = {"text": line.get("text"), "speaker": line.get("speaker") or shared["speaker"]}
-            sample = {**shared, **said, "context": context[-CONTEXT_LINES:], "audio": span.audio, "video": span.video}
+            own = {"context": context[-CONTEXT_LINES:]} | {name: line[name] for name in OWN if name in line}
+            sample = {**shared, **said, **own, "audio": span.audio, "video": span.video}
             prepared = self.preprocess(sample, is_transcribed=is_transcribed)
             if line and prepared["error"] is None and (missing := self._missing(span)):
                 prepared["report"]["warnings"].append(missing)

@@ -183,6 +183,38 @@ def load(
     )
 
 
+def load_unlabelled(
+    table: str | os.PathLike, columns: Mapping[str, str] | None = None, context: int = 8
+) -> list[dict[str, Any] | str]:
+    """The rows of a table to be answered; labels and splits are not read.
+
+    Args:
+        table: a file as for `load`.
+        columns: as for `load`; those that the table lacks are left out.
+        context: maximum number of preceding utterances of the dialogue in each row.
+
+    Returns:
+        For each row its `id` (of words alone by default the place, such as "line 3"), `audio`, `video`, `text`,
+        `speaker` and `context` as `load` returns them; for a row that cannot be used the reason, with its place.
+
+    Raises:
+        ValueError: if the table cannot be read or has no rows.
+    """
+    header = next((cells for _, cells in _table(Path(table), None).rows), {})
+    named = {ours: own for ours, own in (columns or {}).items() if own in header}
+    found: list[dict[str, Any] | str] = []
+    for where, _, row in read_cells(Path(table), named):
+        if not isinstance(row, WrongRow):
+            row["id"], row["named_split"] = row["id"] or where.removeprefix(f"{table}: "), None
+        found.append(f"{where}: {row}" if isinstance(row, WrongRow) else row)
+    if not found:
+        raise ValueError(f"{table}: got no rows, wanted at least one utterance")
+    rows = [row for row in found if not isinstance(row, str)]
+    _unify_accents(rows)
+    _add_context(rows, context)
+    return found
+
+
 # --- where rows come from --------------------------------------------------------------------------------------------
 
 

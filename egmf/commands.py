@@ -1,6 +1,7 @@
 """How a command ends: with one line for a mistake of its user, with a traceback only for a fault of this project."""
 
 import argparse
+import json
 import sys
 import traceback
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedConfig
+from transformers.utils import cached_file
 
 from egmf.configuration_egmf import ARCHITECTURE
 
@@ -83,6 +85,12 @@ def check_model(name: str, revision: str | None = None) -> None:
     if (version := config.get("architecture", 1)) != ARCHITECTURE:
         wanted = f"one of {ARCHITECTURE}, or this project at the commit that trained it"
         raise ValueError(f"model: got {name}, a model of architecture {version}, wanted {wanted}")
+
+
+def load_training_fields(model: str, revision: str | None) -> dict[str, Any]:
+    """The recipe that a model was trained with, from `recipe.json` next to its weights; empty if there is none."""
+    file = cached_file(model, "recipe.json", revision=revision, _raise_exceptions_for_missing_entries=False)
+    return json.loads(Path(file).read_text(encoding="utf-8")) if file else {}
 
 
 def check_name(field: str, name: str, wanted: str) -> None:

@@ -15,13 +15,13 @@ import torch
 from clips import tone, write_clip
 from models import save_model_with_towers
 from PIL import Image
+from transformers import AutoModelForCausalLM
 
-from egmf.commands import is_mistake
+from egmf.data.clips import load_row_media
 from egmf.data.collator import AffectCollator
-from egmf.data.transcripts import match_transcripts
 from egmf.prediction.answers import Answerer
 from egmf.prediction.outputs import table_row
-from predict import main, parse_arguments, samples_of
+from predict import main
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -134,6 +134,9 @@ def test_words_alone(recognize, place, capsys):
     for arguments, message in (
         (["model"], "INPUT: got nothing, wanted files, or --text without a file"),
         (["model", "--text", "so", "--plot", "a.png"], "--plot: got a value without a file, wanted both"),
+        (["model", "a.csv", "b.wav"], "INPUT: got a.csv and 1 more, wanted a table alone, or files"),
+        (["model", "a.csv", "--hop", "2"], "--hop: got a value with the table a.csv, wanted one of them"),
+        (["model", "a.csv", "--output", "a.vtt"], "--output: got subtitles for the table a.csv, wanted .jsonl or"),
     ):
         with pytest.raises(SystemExit):
             main(arguments)
@@ -170,16 +173,10 @@ def test_the_pipelines_model_can_be_saved(recognize, tmp_path):
 
 
 def test_predict_answers_as_the_pipeline_and_goes_on_past_a_bad_file(place, recognize):
-    lines = [
-        "file,text,speaker",
-        "one.mp4,that is just great,",
-        f"{place / 'two.mp4'},no,",
-        "voice.wav,so,",
-        "broken.mp4,,",
-    ]
-    (place / "words.csv").write_text("\n".join(lines), encoding="utf-8")
     names = ["one.mp4", "broken.mp4", str(place / "two.mp4"), "voice.wav"]
-    outcome = predict(place, *names, "--transcripts", "words.csv", "--batch_size", "2", "--num_workers", "2")
+    rows = zip(names, ["that is just great", "", "no", "so"], strict=True)
+    (place / "words.csv").write_text("\n".join(["file,text", *map(",".join, rows)]))
+    outcome = predict(place, "words.csv", "--batch_size", "2", "--num_workers", "2")
     assert outcome.returncode == 1, outcome.stderr
     assert outcome.stdout, outcome.stderr
     answers = {Path(answer["file"]).name: answer for answer in map(json.loads, outcome.stdout.splitlines())}
@@ -211,9 +208,8 @@ def test_two_processes_share_the_files(place):
     launch = ["-m", "accelerate.commands.launch", "--config_file", str(config), str(ROOT / "predict.py"), "model"]
     names = ["one.mp4", "broken.mp4", "two.mp4", "voice.wav"]
     environment = os.environ | {"HF_MODULES_CACHE": str(place / "modules"), "HF_HUB_OFFLINE": "1"}
-    # Without words, they would be divided as recordings.
-    (place / "all.csv").write_text("\n".join(["file,text", *(f"{name},well" for name in sorted({*names}))]))
-    command = [sys.executable, *launch, *names, "--transcripts", "all.csv", "--batch_size", "1"]
+    (place / "all.csv").write_text("\n".join(["file,text", *(f"{name},well" for name in names)]))
+    command = [sys.executable, *launch, "all.csv", "--batch_size", "1"]
     outcome = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, check=False)
     answers = list(map(json.loads, outcome.stdout.splitlines()))
     assert [answer["file"] for answer in answers] == names, outcome.stderr
@@ -230,59 +226,58 @@ def test_predict_one_file(place):
     assert -3 <= answer["score"] <= 3 and answer["interval"][0] <= answer["interval"][1]
 
 
-TEXTS = {"one.mp4": "so, so", "two.mp4": "no"}
-ROWS = 'file,text\none.mp4,"so, so"\ntwo.mp4,no\n'
+def test_rows_of_a_table_are_answered_as_training_reads_them(place, recognize, capsys):
+    lines = [
+        "file,text,speaker,dialogue,start,end,id",
+        "one.mp4,I won,Ann,1,0,0.4,",
+        "two.mp4,no,,1,,,",
+        "one.mp4,again,Ann,1,0.7,,last",
+        "one.mp4,so,,1,0.4,0.7,",
+        "gone.wav,what,Ann,1,,,",
+        "one.mp4,what,Ann,1,7,,",
+        ",well,Ann,2,,,",
+    ]
+    (place / "parts.csv").write_text("\n".join(lines))
+    assert main([str(place / "model"), str(place / "parts.csv"), "--speaker", "Bob", "--batch_size", "2"]) == 1
+    answers = {answer["id"]: answer for answer in map(json.loads, capsys.readouterr().out.splitlines())}
+    one, two = str(place / "one.mp4"), str(place / "two.mp4")
+    end = answers["last"]["end"]  # as the file states its length
+    assert answers["last"]["file"] == one and answers["last"]["start"] == 0.7 and end == pytest.approx(1.0, abs=0.1)
+    spoken = [
+        {"speaker": "Ann", "text": "I won"},
+        {"speaker": None, "text": "no"},
+        {"speaker": "Ann", "text": "again"},
+    ]
+    wanted = {
+        "one.mp4#t=0,0.4": (f"{one}#t=0,0.4", "I won", "Ann", []),
+        "two.mp4": (two, "no", "Bob", spoken[:1]),
+        "one.mp4#t=0.4,0.7": (f"{one}#t=0.4,0.7", "so", "Bob", spoken),
+        "last": (f"{one}#t=0.7,{end}", "again", "Ann", spoken[:2]),
+    }
+    for row_id, (clip, text, speaker, context) in wanted.items():
+        sample = {"text": text, "speaker": speaker, "context": context}
+        for name in ("audio", "video") if clip != two else ("video",):
+            sample[name] = getattr(load_row_media(recognize.processor, name, clip), name)
+        answer, expected = answers[row_id], recognize(sample)
+        assert answer["error"] is None and (answer["text"], answer["speaker"]) == (text, speaker)
+        assert answer["probabilities"] == pytest.approx(expected["probabilities"], abs=1e-4), row_id
+    assert answers["line 8"]["probabilities"] == pytest.approx(
+        recognize({"text": "well", "speaker": "Ann"})["probabilities"], abs=1e-4
+    )
+    assert "line 6: file: got gone.wav, which does not exist" in answers[None]["error"]
+    assert "start: got 7, wanted less than the recording's 1.1 seconds" in answers["one.mp4#t=7"]["error"]
+    assert len(answers) == 7
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        ROWS.encode(),
-        ROWS.encode("utf-8-sig"),
-        ROWS.encode("utf-16"),
-        ROWS.replace("file,text", " File ,TEXT").encode(),
-        ROWS.replace(",no", ";no").replace("mp4,", "mp4;").replace("file,", "file;").encode(),
-        ROWS.replace('"so, so"', "so, so").replace("mp4,", "mp4\t").replace("file,", "file\t").encode(),
-        ROWS.replace("\n", "\r\n").encode(),
-        b"\n".join([ROWS.encode(), b"", b""]),
-        ROWS.replace("file", "file_name").replace("mp4,", "mp4 ,").encode(),
-    ],
-    ids=["plain", "mark", "utf-16", "capitals", "semicolons", "tabs", "windows", "blank", "spaces"],
-)
-def test_transcripts_as_spreadsheets_save_them(tmp_path, content):
-    (tmp_path / "words.csv").write_bytes(content)
-    found = match_transcripts(tmp_path / "words.csv", ["clips/one.mp4", "two.mp4"])
-    assert [one["text"] for one in found] == list(TEXTS.values())
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"name,text\none.mp4,so", "line 1: got 'name,text', wanted a header with the columns file and text"),
-        (b"file,text\ntwo.mp4,so", "got no line for one.mp4"),
-        (b"file,text\none.mp4,so\none.mp4,no", "line 3: one.mp4 is there twice"),
-        (b"file,text\none.mp4,so, so\ntwo.mp4,no", "line 2: got 3 cells, wanted 2, as in the header"),
-        (b'file,text\none.mp4,"so\ntwo.mp4,no\n', "line 2: got a faulty quote"),
-        (b'file,text\ntwo.mp4,no\none.mp4,"so\nvoice.wav,"no"\n', "line 3: got a faulty quote"),
-        ("file,text\none.mp4,caf\u00e9".encode("cp1252"), "line 2: got a byte 0xe9 that is not UTF-8"),
-        (b"file,text\n,so", "line 2: got no file"),
-        (b"", "line 1: got '', wanted a header"),
-    ],
-)
-def test_faulty_transcripts(tmp_path, content, message):
-    (tmp_path / "words.csv").write_bytes(content)
-    with pytest.raises(ValueError) as error:
-        main(["model", "one.mp4", "--transcripts", str(tmp_path / "words.csv")])
-    said = str(error.value)
-    assert "words.csv: " + message in said and len(said.splitlines()) == 1 and is_mistake(error.value)
-
-
-def test_one_speaker_speaks_in_all_files_but_those_of_the_transcripts(tmp_path):
-    (tmp_path / "words.csv").write_text("file,text,speaker\na.wav,so,Bob\nb.wav,no,\n")
-    arguments = ["model", "a.wav", "--speaker", "Ann", "b.wav"]  # files may stand behind an option
-    assert [one["speaker"] for one in samples_of(parse_arguments(arguments))] == ["Ann", "Ann"]
-    samples = samples_of(parse_arguments([*arguments, "--transcripts", str(tmp_path / "words.csv")]))
-    assert [(one["text"], one["speaker"]) for one in samples] == [("so", "Bob"), ("no", "Ann")]
+def test_a_model_of_words_answers_the_words_of_a_table(place, llm_folder, assemble, processor, tmp_path, capsys):
+    model = assemble(AutoModelForCausalLM.from_pretrained(llm_folder()))
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    lines = ["file,text,start,end", f"{place / 'voice.wav'},so,0,0.2", f"{place / 'one.mp4'},so,,", ",so,,"]
+    (tmp_path / "words.csv").write_text("\n".join(lines))
+    assert main([str(tmp_path / "model"), str(tmp_path / "words.csv"), "--task", "meld"]) == 0
+    answers = list(map(json.loads, capsys.readouterr().out.splitlines()))
+    assert len(answers) == 3 and all(answer["probabilities"] == answers[2]["probabilities"] for answer in answers)
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.gif", "a.webp"])
@@ -290,12 +285,6 @@ def test_a_picture_is_a_clip_and_no_recording(recognize, tmp_path, name):
     Image.new("RGB", (20, 20)).save(tmp_path / name)
     [(_, answer)] = Answerer(recognize, 1, {}, {})([{"file": str(tmp_path / name)}])
     assert answer["error"] is None and "segments" not in answer
-
-
-def test_one_line_serves_no_two_files(tmp_path):
-    (tmp_path / "words.csv").write_text("file,text\none.mp4,so")
-    with pytest.raises(ValueError, match=r"words.csv: got one line one.mp4 for a/one.mp4 and b/one.mp4, wanted"):
-        match_transcripts(tmp_path / "words.csv", ["a/one.mp4", "b/one.mp4"])
 
 
 @pytest.mark.parametrize("size", ["0", "-1", "two"])

@@ -396,10 +396,16 @@ def test_training_evaluation_and_pipeline_agree(adapted, ravdess):
     assert json.loads((adapted / "model" / "recipe.json").read_text())["speaker_adaptation"] is True
     recognize = pipeline("affect-recognition", model=str(adapted / "model"), trust_remote_code=True)
     assert recognize.model.config.speaker_adaptation is True
+    table = ravdess / "clips.csv"
+    rows = [f"clips/{row['id']}.wav,{row['id'][-2:]}" for row in predictions]
+    table.write_text("\n".join(["file,speaker", *rows]))
+    assert predict_main([str(adapted / "model"), str(table), "--output", str(ravdess / "answers.jsonl")]) == 0
+    by_table = {Path(answer["file"]).stem: answer for answer in read_lines(ravdess / "answers.jsonl")}
     for row in predictions:
         own = sorted(str(path) for path in (ravdess / "clips").glob(f"*-{row['id'][-2:]}.wav"))
         answer = recognize(str(ravdess / "clips" / f"{row['id']}.wav"), speaker_clips=own)
-        assert answer["warnings"] == []
+        assert answer["warnings"] == by_table[row["id"]]["warnings"] == []
+        assert by_table[row["id"]]["probabilities"] == pytest.approx(answer["probabilities"], abs=1e-5)
         # The cache that `eval.py` reads keeps 16 bits; a random tower's clips differ little from their center.
         assert answer["probabilities"] == pytest.approx(row["distribution"], abs=0.05)
     # The validation split is centred in training as in evaluation.

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,23 @@ from tqdm.auto import tqdm
 
 from egmf.media_egmf import MediaError
 from egmf.samples_egmf import is_url, on_disk
+
+
+def _fields(sample: dict[str, Any]) -> dict[str, Any]:
+    """What the pipeline gets of a sample."""
+    said = {name: sample[name] for name in ("text", "speaker", "context", "speaker_clips") if name in sample}
+    return sample.get("media", {"file": sample["file"]}) | said
+
+
+def _named(sample: dict[str, Any]) -> dict[str, Any]:
+    """What an answer repeats of its sample; of a row of a table also its id, words and speaker."""
+    return sample.get("named", {}) | {"file": None if sample["file"] is None else str(sample["file"])}
+
+
+def _recording_of(sample: dict[str, Any]) -> tuple[Any, bool]:
+    """The recording that a row of a table is a part of; rows of one recording follow each other."""
+    is_part = "start" in sample and "error" not in sample
+    return (sample["media"] if is_part else None), is_part
 
 
 @dataclass
@@ -48,9 +66,11 @@ class Answerer:
         """Yields the place of a file in `samples` and an answer to it, which has its `file`.
 
         Answers to a recording have `start` and `end`. The last one is for the whole and has `segments`, their number.
+        Each row of a table has one answer; those to parts of a recording are sorted by their starts.
 
         Args:
-            samples: Have a `file`, which is None for words alone, and may have `text` and `speaker`.
+            samples: Have a `file`, which is None for words alone, and may have `text` and `speaker`; or rows of
+                [`read_samples`].
         """
         clips: list[int] = []
         together = self.batch_size * max(1, self.AHEAD * self.num_workers)
@@ -62,33 +82,65 @@ class Answerer:
                     yield place, answer
                 clips.clear()
 
-            for place, sample in enumerate(samples):
-                is_clip = sample["file"] is None or not is_url(sample["file"]) and not self._is_recording(sample)
-                if is_clip:
-                    clips.append(place)
-                if not is_clip or len(clips) == together:
+            for (_, is_part), group in groupby(enumerate(samples), lambda pair: _recording_of(pair[1])):
+                if is_part:
                     yield from answered()
-                if not is_clip:
-                    for answer in self._alone(sample):
+                    rows = dict(group)
+                    for place, answer in self._parts(rows):
+                        progress.update()
                         yield place, answer
-                    progress.update()
+                    continue
+                for place, sample in group:
+                    is_clip = sample["file"] is None or not is_url(sample["file"]) and not self._is_recording(sample)
+                    if is_clip and "error" not in sample:
+                        clips.append(place)
+                    if not is_clip or "error" in sample or len(clips) == together:
+                        yield from answered()
+                    if "error" in sample:
+                        progress.update()
+                        yield place, _named(sample) | self._failed(sample["error"])
+                    elif not is_clip:
+                        for answer in self._alone(sample):
+                            yield place, answer
+                        progress.update()
             yield from answered()
 
+    def _failed(self, reason: str) -> dict[str, Any]:
+        """The answer to a row that the pipeline never sees."""
+        processor = self.recognize.processor
+        kind = processor.tasks[self.options.get("task") or processor.default_task].kind
+        value = "label" if kind == "classification" else "score"
+        empty = dict.fromkeys((value, "probabilities", "median", "interval", "gate_weights", "seconds"))
+        return {**empty, "warnings": [], "error": reason}
+
+    def _parts(self, rows: dict[int, dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
+        """The answers to rows of a table that are parts of one recording, by their place in the table."""
+        places = sorted(rows, key=lambda place: rows[place]["start"])
+        names = ("start", "end", "text", "speaker", "context", "speaker_clips")
+        segments = [{name: rows[place][name] for name in names if name in rows[place]} for place in places]
+        options = {"batch_size": self.batch_size, "segments": segments, **self.options}
+        *answers, whole = self.recognize.answer_segments(rows[places[0]]["media"], **options)
+        for number, place in enumerate(places):
+            named = _named(rows[place]) | {name: rows[place][name] for name in ("start", "end")}
+            answer = answers[number] if number < len(answers) else self._failed(whole["error"])
+            yield place, named | {name: value for name, value in answer.items() if name != "timestamp"}
+
     def _is_recording(self, sample: dict[str, Any]) -> bool:
-        """Whether to divide a file. Words without times belong to a file as a whole."""
-        if sample.get("text") and not self.plan:
+        """Whether to divide a file. Words without times belong to a file as a whole, as a row of a table does."""
+        if "named" in sample or sample.get("text") and not self.plan:
             return False
         return bool(self.plan) or not is_url(sample["file"]) and self.recognize.processor.is_long(sample["file"])
 
     def _clips(self, samples: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         if not samples:
             return
-        inputs, options = samples, {**self.options, "batch_size": self.batch_size}
+        inputs: Any = [_fields(sample) for sample in samples]
+        options = {**self.options, "batch_size": self.batch_size}
         if self.num_workers and len(samples) > self.batch_size:
-            inputs = _Clips(samples)  # a data set is answered as it is read, a list as a whole
+            inputs = _Clips(inputs)  # a data set is answered as it is read, a list as a whole
             options["num_workers"] = self.num_workers
         for sample, answer in zip(samples, self.recognize(inputs, **options), strict=True):
-            yield {"file": None if sample["file"] is None else str(sample["file"]), **answer}
+            yield _named(sample) | answer
 
     def _alone(self, sample: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """The answers to a recording, or to a URL, which is downloaded once."""

@@ -70,6 +70,7 @@ class Output:
             return
         if self.columns is None:
             front = ["file", "start", "end", "segments", "speaker", "text", "language", "recognized_by"]
+            front = ["id"] * ("id" in row) + front
             self.columns = [*front, *(name for name in row if name not in front)]
             csv.writer(self.file).writerow(self.columns)
             for earlier in self.waiting:
@@ -125,7 +126,9 @@ def cue(answer: dict[str, Any]) -> str:
 def table_row(answer: dict[str, Any]) -> str:
     """An answer as one line of the table for people."""
     name = answer["file"] or "-"
-    if "segments" in answer:
+    if "id" in answer:
+        name = answer["id"] or name  # names a part as well
+    elif "segments" in answer:
         name = f"{name}: mean of {answer['segments']}"
     elif "start" in answer:
         name = f"{clock(answer['start'], hours=False)} to {clock(answer['end'], hours=False)}"
