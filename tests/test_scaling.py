@@ -5,8 +5,10 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +31,7 @@ from egmf.modeling_egmf import EGMFForConditionalGeneration
 from egmf.processes import available_cores
 from egmf.processing_egmf import EGMFProcessor
 from egmf.recipe import load_recipe
+from egmf.training.checkpoints import damage_of, steps_of
 from egmf.training.language_models import build_tiny_language_model
 
 
@@ -376,3 +379,22 @@ def test_a_process_that_may_use_one_core_counts_one():
         assert available_cores() == 1
     finally:
         os.sched_setaffinity(0, cores)
+
+
+@pytest.mark.slow
+def test_sigterm_stops_two_processes_at_the_same_step(tmp_path):
+    """Schedulers signal every process of a job."""
+    fields = [*FIELDS, "--max_steps", "2000", "--logging_steps", "1", "--save_strategy", "no", "--eval_strategy", "no"]
+    command = ["recipes/tiny.yaml", "--output_dir", str(tmp_path), *fields, "--load_best_model_at_end", "false"]
+    launch = [sys.executable, "-m", *ON_TWO, "train.py", *command]
+    process = subprocess.Popen(launch, cwd=REPO, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not (tmp_path / "log.jsonl").exists() and process.poll() is None:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, said = process.communicate(timeout=120)
+    (checkpoint,) = tmp_path.glob("checkpoint-*")
+    assert f"Stopped by SIGTERM: {checkpoint} was written" in said, said[-3000:]
+    assert process.returncode != 0 and damage_of(checkpoint) is None
+    assert {path.name for path in checkpoint.glob("rng_state_*")} == {"rng_state_0.pth", "rng_state_1.pth"}
+    start(*ON_TWO, "train.py", *command, "--max_steps", steps_of(checkpoint.name) + 2)
+    assert (tmp_path / "model" / "model.safetensors").exists()
