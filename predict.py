@@ -28,6 +28,7 @@ import argparse
 import os
 import sys
 from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -42,7 +43,7 @@ from egmf.prediction.answers import Answerer
 from egmf.prediction.inputs import find_files
 from egmf.prediction.outputs import SUFFIXES, Output
 from egmf.prediction.segments import read_segments
-from egmf.prediction.tables import fit_to_model, is_table, read_samples
+from egmf.prediction.tables import fit_to_model, is_table, read_samples, recording_of
 from egmf.processes import LONGEST_WAIT, default_workers, in_turns, silence_other_ranks
 
 
@@ -125,21 +126,28 @@ def samples_of(args: argparse.Namespace) -> list[dict]:
     """
     if args.files and is_table(args.files[0]):
         trained = load_training_fields(args.model, args.revision)
-        options = trained.get("corpus_options") or {} if trained.get("corpus") == "table" else {}
-        return read_samples(args.files[0], options, args.speaker)
+        mixed = (trained.get("corpora") or {}).get("table") or {}
+        options = trained.get("corpus_options") if trained.get("corpus") == "table" else mixed.get("options")
+        return read_samples(args.files[0], options or {}, args.speaker)
     named = {} if args.speaker is None else {"speaker": args.speaker}
     return [{"file": file, "text": args.text, **named} for file in args.files or [None]]
 
 
 def share_files(answer: Answerer, samples: list[dict]) -> Iterator[dict]:
-    """Yields the answers to all files in their order; each of several processes answers its share of the files."""
+    """Yields the answers to all samples in their order; each of several processes answers its share.
+
+    The parts of a recording are in one share.
+    """
     state = PartialState()
     if state.num_processes == 1:
         yield from (said for _, said in answer(samples))
         return
+    groups = groupby(range(len(samples)), lambda place: recording_of(samples[place]) or place)
+    shares = [list(group) for _, group in groups][state.process_index :: state.num_processes]
+    places = [place for share in shares for place in share]
     own: dict[int, list[dict]] = {}
-    for place, said in answer(samples[state.process_index :: state.num_processes]):
-        own.setdefault(state.process_index + place * state.num_processes, []).append(said)
+    for number, said in answer([samples[place] for place in places]):
+        own.setdefault(places[number], []).append(said)
     found = {place: answers for share in gather_object([own]) for place, answers in share.items()}
     for place in range(len(samples)):
         yield from found[place]
@@ -149,9 +157,9 @@ def main(arguments: list[str]) -> int:
     args = parse_arguments(arguments)
     segments = read_segments(args.segments) if args.segments else None
     check_model(args.model, args.revision)
-    samples = samples_of(args)
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=LONGEST_WAIT)
     silence_other_ranks()
+    samples = samples_of(args)
     with in_turns():  # transformers copies the model's code into its cache
         loaded = {"device": state.device, "trust_remote_code": True, **loading_options(args)}
         recognize = pipeline("affect-recognition", model=args.model, **loaded)
@@ -163,8 +171,10 @@ def main(arguments: list[str]) -> int:
             options["speaker_clips"] = recognize.speaker_center(args.speaker_clips)
         except (recognize.processor.media_error, ValueError) as error:
             raise ValueError(f"--speaker_clips: {error}") from None
+    if args.task is not None and args.task not in recognize.processor.tasks:
+        raise ValueError(f"task: got {args.task!r}, wanted one of {', '.join(recognize.processor.tasks)}")
     if "named" in samples[0]:
-        fit_to_model(recognize, samples)
+        samples = fit_to_model(recognize, samples, is_transcribed=bool(args.transcriber))
     plan = {"segments": segments, "window": args.window, "hop": args.hop}
     # On a CPU, decoding beside the model would only compete with it for the cores.
     workers = default_workers() * (state.device.type != "cpu") if args.num_workers is None else args.num_workers

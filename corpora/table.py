@@ -184,32 +184,38 @@ def load(
 
 
 def load_unlabelled(
-    table: str | os.PathLike, columns: Mapping[str, str] | None = None, context: int = 8
-) -> list[dict[str, Any] | str]:
-    """The rows of a table to be answered; labels and splits are not read.
+    table: str | os.PathLike,
+    columns: Mapping[str, str] | None = None,
+    context: int = 8,
+    speaker: str | None = None,
+) -> list[dict[str, Any]]:
+    """The rows of a table to be answered; labels are not read.
 
     Args:
         table: a file as for `load`.
         columns: as for `load`; those that the table lacks are left out.
         context: maximum number of preceding utterances of the dialogue in each row.
+        speaker: who speaks in rows that name nobody.
 
     Returns:
         For each row its `id` (of words alone by default the place, such as "line 3"), `audio`, `video`, `text`,
-        `speaker` and `context` as `load` returns them; for a row that cannot be used the reason, with its place.
+        `speaker` and `context` as `load` returns them; for a row that cannot be used its place as `id`, and `error`.
 
     Raises:
         ValueError: if the table cannot be read or has no rows.
     """
-    header = next((cells for _, cells in _table(Path(table), None).rows), {})
-    named = {ours: own for ours, own in (columns or {}).items() if own in header}
-    found: list[dict[str, Any] | str] = []
-    for where, _, row in read_cells(Path(table), named):
-        if not isinstance(row, WrongRow):
-            row["id"], row["named_split"] = row["id"] or where.removeprefix(f"{table}: "), None
-        found.append(f"{where}: {row}" if isinstance(row, WrongRow) else row)
+    found, rows = [], []
+    for where, cells, row in read_cells(Path(table), dict(columns or {}), all_columns=False):
+        place = where.rpartition(": ")[2]
+        if isinstance(row, WrongRow):
+            found.append({"id": place, "error": f"{where}: {row}"})
+            continue
+        split = next((value for own, value in cells.items() if own in ((columns or {}).get("split"), "split")), None)
+        row |= {"id": row["id"] or place, "speaker": row["speaker"] or speaker, "named_split": split}
+        found.append(row)
+        rows.append(row)
     if not found:
         raise ValueError(f"{table}: got no rows, wanted at least one utterance")
-    rows = [row for row in found if not isinstance(row, str)]
     _unify_accents(rows)
     _add_context(rows, context)
     return found
@@ -325,21 +331,29 @@ def _table(file: Path, split: str | None) -> _Part:
 
 
 def read_cells(
-    table: Path, columns: dict[str, str]
+    table: Path, columns: dict[str, str], all_columns: bool = True
 ) -> Iterator[tuple[str, dict[str, Any], dict[str, Any] | WrongRow]]:
     """The place, the cells and the fields of each row of a table; the fields of a wrong row are its error.
 
-    Labels and splits are not read; the table may have none yet.
+    Labels and splits are not read; the table may have none yet. A row whose cells cannot be told apart has none.
+
+    Args:
+        table: the file.
+        columns: as for `load`.
+        all_columns: whether the table must have all of `columns`.
 
     Raises:
-        ValueError: If the table lacks a column, or the cells of a row cannot be told apart.
+        ValueError: If the table lacks a column.
     """
     part, places = _table(table, None), {}
     for place, cells in part.rows:
         where = f"{part.name}: {place}"
         if isinstance(cells, str):
-            raise ValueError(f"{where}: {cells}")
+            yield where, {}, WrongRow(cells)
+            continue
         if not places:
+            if not all_columns:
+                columns = {ours: own for ours, own in columns.items() if own in cells}
             found = _places(part, cells, columns, with_labels=False)
             places = {ours: own for ours, own in found.items() if ours not in ("label", "score", "split")}
         row: dict[str, Any] | WrongRow
@@ -389,15 +403,15 @@ def _places(part: _Part, cells: dict[str, Any], columns: dict[str, str], with_la
     by_name.setdefault("file", by_name.get("file_name"))
     places = {ours: by_name[ours] for ours in COLUMNS if by_name.get(ours)} | columns
     got = f"{name}: got the columns {', '.join(header)}"
-    hint = "; other names go into corpus_options: {columns: {label: NAME}}"
+    hint = "; other names go into corpus_options: {columns: {label: NAME}}" if with_labels else ""
     if not {"text", *MEDIA} & places.keys():
         raise ValueError(f"{got}, wanted file, audio, video, image or text{hint}")
     if with_labels and not {"label", "score"} & places.keys():
         raise ValueError(f"{got}, wanted label or score{hint}")
     ignored = [own for own in header if own not in places.values()]
-    if ignored:
+    if ignored and with_labels:
         logger.info("%s: not read: %s", name, ", ".join(ignored))
-    for own in ignored:  # a column of another name may be meant
+    for own in ignored if with_labels else ():  # a column of another name may be meant
         meant = _meaning(cells[own], part)
         if meant and meant not in places:
             hint = f'--corpus_options \'{{"columns": {{"{meant}": "{own}"}}}}\' reads it as {meant}'
@@ -463,7 +477,7 @@ def _part_of_file(text: dict[str, str | None], row: dict[str, Any]) -> tuple[flo
     start, end = (_seconds(name, text.get(name)) for name in ("start", "end"))
     if not row["recording"]:
         raise WrongRow(f"start: got {text.get('start') or 0} without a file, wanted the file that the part is in")
-    if end is not None and end <= (start or 0.0):
+    if end is not None and round(end, 3) <= round(start or 0.0, 3):
         raise WrongRow(f"end: got {text['end']}, wanted more than start ({text.get('start') or 0})")
     return start, end
 

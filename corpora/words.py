@@ -51,6 +51,8 @@ def add_words(
         raise ValueError(f"out: got {out}, wanted a file *.csv in {source.parent}: paths in it are relative to it")
     done, rows, column = Words(), [], (columns or {}).get("text")
     for where, cells, row in tqdm(list(read_cells(source, dict(columns or {}))), desc="recognising", unit="row"):
+        if not cells:
+            raise ValueError(f"{where}: {row}")
         column = column or next((name for name in cells if name.lower() == "text"), "text")
         if inside := [name for name, value in cells.items() if isinstance(value, bytes | dict | list)]:
             raise ValueError(f"{where}: {inside[0]}: got content that CSV cannot hold, wanted the path of a file")

@@ -1,8 +1,10 @@
 """Answers for files: the pipeline that is part of a checkpoint, and predict.py, which uses it."""
 
+import csv
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -21,6 +23,7 @@ from egmf.data.clips import load_row_media
 from egmf.data.collator import AffectCollator
 from egmf.prediction.answers import Answerer
 from egmf.prediction.outputs import table_row
+from egmf.prediction.tables import read_samples
 from predict import main
 
 
@@ -208,12 +211,14 @@ def test_two_processes_share_the_files(place):
     launch = ["-m", "accelerate.commands.launch", "--config_file", str(config), str(ROOT / "predict.py"), "model"]
     names = ["one.mp4", "broken.mp4", "two.mp4", "voice.wav"]
     environment = os.environ | {"HF_MODULES_CACHE": str(place / "modules"), "HF_HUB_OFFLINE": "1"}
-    (place / "all.csv").write_text("\n".join(["file,text", *(f"{name},well" for name in names)]))
+    rows = [*(f"{name},well,," for name in names), "one.mp4,so,0.5,0.8", "two.mp4,no,0,0.2", "one.mp4,so,0,0.4"]
+    (place / "all.csv").write_text("\n".join(["file,text,start,end", *rows]))
     command = [sys.executable, *launch, "all.csv", "--batch_size", "1"]
     outcome = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, check=False)
     answers = list(map(json.loads, outcome.stdout.splitlines()))
-    assert [answer["file"] for answer in answers] == names, outcome.stderr
-    assert [answer["error"] is None for answer in answers] == [True, False, True, True]
+    parts = ["one.mp4#t=0,0.4", "one.mp4#t=0.5,0.8", "two.mp4#t=0,0.2"]
+    assert [answer["id"] for answer in answers] == [*names, *parts], outcome.stderr
+    assert [answer["error"] is None for answer in answers] == [True, False, True, True, True, True, True]
 
 
 def test_predict_one_file(place):
@@ -245,7 +250,7 @@ def test_rows_of_a_table_are_answered_as_training_reads_them(place, recognize, c
     assert answers["last"]["file"] == one and answers["last"]["start"] == 0.7 and end == pytest.approx(1.0, abs=0.1)
     spoken = [
         {"speaker": "Ann", "text": "I won"},
-        {"speaker": None, "text": "no"},
+        {"speaker": "Bob", "text": "no"},
         {"speaker": "Ann", "text": "again"},
     ]
     wanted = {
@@ -264,20 +269,41 @@ def test_rows_of_a_table_are_answered_as_training_reads_them(place, recognize, c
     assert answers["line 8"]["probabilities"] == pytest.approx(
         recognize({"text": "well", "speaker": "Ann"})["probabilities"], abs=1e-4
     )
-    assert "line 6: file: got gone.wav, which does not exist" in answers[None]["error"]
+    assert "line 6: file: got gone.wav, which does not exist" in answers["line 6"]["error"]
     assert "start: got 7, wanted less than the recording's 1.1 seconds" in answers["one.mp4#t=7"]["error"]
     assert len(answers) == 7
+
+
+def test_a_table_of_other_columns_gets_a_table(place, tmp_path):
+    """As in training: the columns' names, and dialogues that begin anew in each split. A malformed row is answered."""
+    model = shutil.copytree(place / "model", tmp_path / "model")
+    options = {"columns": {"text": "words", "label": "emotion"}, "context": 1}
+    (model / "recipe.json").write_text(json.dumps({"corpus": "table", "corpus_options": options}))
+    rows = ["train,1,it works", "test,1,no", "test,1,so, so", "test,1,well"]
+    (tmp_path / "words.csv").write_text("\n".join(["split,dialogue,words", *rows]))
+    contexts = [sample.get("context") for sample in read_samples(tmp_path / "words.csv", options)]
+    assert contexts == [[], [], None, [{"speaker": None, "text": "no"}]]
+    arguments = [str(model), str(tmp_path / "words.csv"), "--task", "meld", "--output", str(tmp_path / "answers.csv")]
+    assert main(arguments) == 1
+    with (tmp_path / "answers.csv").open(newline="") as file:
+        answers = list(csv.DictReader(file))
+    assert [answer["id"] for answer in answers] == ["line 2", "line 3", "line 4", "line 5"]
+    assert [answer["text"] for answer in answers] == ["it works", "no", "", "well"]
+    assert "line 4: got 4 cells, wanted 3" in answers[2]["error"] and answers[3]["probabilities.joy"]
+    with pytest.raises(ValueError, match="task: got 'joy', wanted one of mosi, "):
+        main([str(model), str(tmp_path / "words.csv"), "--task", "joy"])
 
 
 def test_a_model_of_words_answers_the_words_of_a_table(place, llm_folder, assemble, processor, tmp_path, capsys):
     model = assemble(AutoModelForCausalLM.from_pretrained(llm_folder()))
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
-    lines = ["file,text,start,end", f"{place / 'voice.wav'},so,0,0.2", f"{place / 'one.mp4'},so,,", ",so,,"]
-    (tmp_path / "words.csv").write_text("\n".join(lines))
+    lines = [f"{place / 'voice.wav'},so,0,0.2", f"{place / 'one.mp4'},so,,", ",so,,", ",no,,"]
+    (tmp_path / "words.csv").write_text("\n".join(["file,text,start,end", *lines]))
     assert main([str(tmp_path / "model"), str(tmp_path / "words.csv"), "--task", "meld"]) == 0
     answers = list(map(json.loads, capsys.readouterr().out.splitlines()))
-    assert len(answers) == 3 and all(answer["probabilities"] == answers[2]["probabilities"] for answer in answers)
+    found = [answer["probabilities"] for answer in answers]
+    assert found[0] == found[1] == found[2] != found[3] and answers[0]["end"] == 0.2
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.gif", "a.webp"])

@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from egmf.media_egmf import MediaError
+from egmf.prediction.tables import recording_of
 from egmf.samples_egmf import is_url, on_disk
 
 
@@ -23,12 +24,6 @@ def _fields(sample: dict[str, Any]) -> dict[str, Any]:
 def _named(sample: dict[str, Any]) -> dict[str, Any]:
     """What an answer repeats of its sample; of a row of a table also its id, words and speaker."""
     return sample.get("named", {}) | {"file": None if sample["file"] is None else str(sample["file"])}
-
-
-def _recording_of(sample: dict[str, Any]) -> tuple[Any, bool]:
-    """The recording that a row of a table is a part of; rows of one recording follow each other."""
-    is_part = "start" in sample and "error" not in sample
-    return (sample["media"] if is_part else None), is_part
 
 
 @dataclass
@@ -66,11 +61,11 @@ class Answerer:
         """Yields the place of a file in `samples` and an answer to it, which has its `file`.
 
         Answers to a recording have `start` and `end`. The last one is for the whole and has `segments`, their number.
-        Each row of a table has one answer; those to parts of a recording are sorted by their starts.
+        Each row of a table has one answer.
 
         Args:
-            samples: Have a `file`, which is None for words alone, and may have `text` and `speaker`; or rows of
-                [`read_samples`].
+            samples: Have a `file`, which is None for words alone, and may have `text` and `speaker`; or results of
+                [`fit_to_model`].
         """
         clips: list[int] = []
         together = self.batch_size * max(1, self.AHEAD * self.num_workers)
@@ -82,8 +77,8 @@ class Answerer:
                     yield place, answer
                 clips.clear()
 
-            for (_, is_part), group in groupby(enumerate(samples), lambda pair: _recording_of(pair[1])):
-                if is_part:
+            for recording, group in groupby(enumerate(samples), lambda pair: recording_of(pair[1])):
+                if recording is not None:
                     yield from answered()
                     rows = dict(group)
                     for place, answer in self._parts(rows):
@@ -108,22 +103,28 @@ class Answerer:
     def _failed(self, reason: str) -> dict[str, Any]:
         """The answer to a row that the pipeline never sees."""
         processor = self.recognize.processor
-        kind = processor.tasks[self.options.get("task") or processor.default_task].kind
-        value = "label" if kind == "classification" else "score"
+        task = processor.tasks.get(self.options.get("task") or processor.default_task)
+        value = "score" if task is not None and task.kind == "regression" else "label"
         empty = dict.fromkeys((value, "probabilities", "median", "interval", "gate_weights", "seconds"))
         return {**empty, "warnings": [], "error": reason}
 
     def _parts(self, rows: dict[int, dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
-        """The answers to rows of a table that are parts of one recording, by their place in the table."""
-        places = sorted(rows, key=lambda place: rows[place]["start"])
+        """The answers to rows of a table that are parts of one recording, by their place."""
         names = ("start", "end", "text", "speaker", "context", "speaker_clips")
-        segments = [{name: rows[place][name] for name in names if name in rows[place]} for place in places]
+        segments = [{name: row[name] for name in names if name in row} for row in rows.values()]
         options = {"batch_size": self.batch_size, "segments": segments, **self.options}
-        *answers, whole = self.recognize.answer_segments(rows[places[0]]["media"], **options)
-        for number, place in enumerate(places):
-            named = _named(rows[place]) | {name: rows[place][name] for name in ("start", "end")}
-            answer = answers[number] if number < len(answers) else self._failed(whole["error"])
-            yield place, named | {name: value for name, value in answer.items() if name != "timestamp"}
+        waiting, reason = iter(rows.items()), ""
+        for answer in self.recognize.answer_segments(next(iter(rows.values()))["media"], **options):
+            if "segments" in answer:  # the one for the whole
+                reason = answer["error"]
+                break
+            place, row = next(waiting)
+            # A model without words answers parts without them.
+            answer = {name: value for name, value in answer.items() if value is not None or name not in row["named"]}
+            answer.pop("timestamp")
+            yield place, _named(row) | answer
+        for place, row in waiting:
+            yield place, _named(row) | self._failed(reason)
 
     def _is_recording(self, sample: dict[str, Any]) -> bool:
         """Whether to divide a file. Words without times belong to a file as a whole, as a row of a table does."""
