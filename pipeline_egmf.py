@@ -22,6 +22,7 @@ from .timeline_egmf import TimelineMixin, best_answers
 
 
 MEDIA = ("file", "audio", "video")
+NOTHING = ("no audio", "no video")  # kinds of MediaErrors of files that lack a modality
 WORDS = ("text", "speaker", "context")
 # Seconds. The memory of an encoder without a window, such as WavLM, grows with the square of the length.
 LONGEST_SOUND = 120.0
@@ -137,12 +138,12 @@ class AffectRecognitionPipeline(TimelineMixin, Pipeline):
         self.processor.save_pretrained(save_directory, **{name: kwargs[name] for name in hub if name in kwargs})
 
     def __call__(
-        self, inputs: Any, batch_size: int | None = None, num_workers: int | None = None, **kwargs
+        self, inputs: Any = None, batch_size: int | None = None, num_workers: int | None = None, **kwargs
     ) -> dict | list[dict] | Iterator[dict]:
         """Answers one sample, or each sample of a list, a data set or a generator.
 
         Args:
-            inputs: A sample, a list of samples, a data set or an iterator of samples.
+            inputs: A sample, a list of samples, a data set or an iterator of samples; nothing for the call's `text`.
             batch_size: Number of samples that the model processes at a time: by default 1 for an iterator, else 8.
             num_workers: Number of processes that read the samples; by default 0, this process. An iterator is read by
                 at most one.
@@ -162,6 +163,10 @@ class AffectRecognitionPipeline(TimelineMixin, Pipeline):
             on_error: `"raise"` (default) raises a MediaError for a file that cannot be read and a ValueError for an
                 invalid argument. `"report"` returns the reason as the sample's `error` and continues.
         """
+        if inputs is None:
+            if kwargs.get("text") is None:
+                raise ValueError("affect-recognition: a sample got nothing, wanted one, or `text`")
+            inputs = {"text": kwargs["text"]}
         if kwargs.get("speaker_clips") is not None:
             kwargs["speaker_clips"] = self.speaker_center(kwargs["speaker_clips"])  # once for all samples
         before, timed, after = self._parameters(**kwargs)
@@ -366,13 +371,22 @@ class AffectRecognitionPipeline(TimelineMixin, Pipeline):
                 sounds = (fields.get(name) for name in MEDIA if name != "video" or is_file(as_media(fields.get(name))))
                 fields["source"] = next((sound for sound in sounds if sound is not None), None)
             with self.processor.kept_warnings() as missing:
-                clips = self._load(fields, needs_media=not is_transcribed)
+                clips, lacking = self._load_beside_words(fields, needs_media=not is_transcribed)
                 media = self.processor.tower_inputs(clips)
         except Exception as error:
             return {"error": error}
         durations = [clip.duration for clip in clips if clip is not None and math.isfinite(clip.duration)]
-        report = {"seconds": max(durations, default=None), "warnings": list(map(str, missing))}
+        report = {"seconds": max(durations, default=None), "warnings": [*map(str, missing), *lacking]}
         return {"fields": {**fields, "media": media}, "report": report, "error": None}
+
+    def _load_beside_words(self, fields: dict, needs_media: bool) -> tuple[Media, list[str]]:
+        """A sample's media, and what to say if a file lacks what the model reads: beside words it may be missing."""
+        try:
+            return self._load(fields, needs_media), []
+        except self.processor.media_error as error:
+            if error.kind not in NOTHING or not str(fields.get("text") or "").strip():
+                raise
+            return Media(), [str(error)]
 
     @property
     def _is_deaf(self) -> bool:

@@ -152,7 +152,8 @@ def decode_text(file: Path) -> str:
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
         got = f"a byte 0x{content[error.start]:02x} that is not {encoding.upper()}"
-        raise ValueError(f"{file}: line {line}: got {got}, wanted the file saved as UTF-8") from None
+        wanted = "the file saved as UTF-8 (Excel: CSV UTF-8)"
+        raise ValueError(f"{file}: line {line}: got {got}, wanted {wanted}") from None
 
 
 def read_csv(file: Path) -> tuple[list[str], Iterator[tuple[int, dict[str, str] | str]]]:

@@ -1,6 +1,7 @@
 """What a corpus contains, in lines of text, and what its author should look at before training."""
 
 import hashlib
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from functools import cache
@@ -17,7 +18,8 @@ from corpora.schema import FEATURE_COLUMNS
 
 
 LABELS_SHOWN = 20
-MISSING = {"NA", "N/A", "NaN", "nan", "NULL", "null", "None"}
+MISSING = {"NA", "N/A", "#N/A", "NaN", "nan", "NULL", "null", "None", "-"}
+LATE = 1.0  # seconds by which a part may end behind its file
 
 
 def describe_corpus(corpus: DatasetDict) -> list[str]:
@@ -130,8 +132,20 @@ def _lengths(corpus: DatasetDict) -> list[str]:
         for row_id, file in zip(rows["id"][:], rows["audio"][:], strict=True)
         if file is not None and seconds_of(file) == 0
     ]
-    what = "clips without sound, or with a start behind the end of their file"
-    return [f"{what}: {len(empty)}, such as {empty[0]}"] if empty else []
+    late = [
+        row_id
+        for rows in corpus.values()
+        for row_id, audio, video in zip(rows["id"][:], rows["audio"][:], rows["video"][:], strict=True)
+        if _is_late(audio or video)
+    ]
+    found = {"clips without sound, or with a start behind the end of their file": empty}
+    found["clips with an end behind that of their file"] = [row_id for row_id in late if row_id not in set(empty)]
+    return [f"{what}: {len(rows)}, such as {rows[0]}" for what, rows in found.items() if rows]
+
+
+def _is_late(name: str | None) -> bool:
+    path, _, end = split_part(name) if name is not None else ("", 0.0, None)
+    return end is not None and end > (_header(path)[0] or math.inf) + LATE
 
 
 def _silent(corpus: DatasetDict) -> list[str]:
@@ -182,6 +196,10 @@ def _rare_labels(corpus: DatasetDict) -> list[str]:
             lines.append(f"label {label!r} has one clip: {row_id} in {split}")
         elif not by_split["train"]:
             lines.append(f"label {label!r} has {total} clips, none of them in train, such as {_first(by_split)}")
+    for split in ("validation", "test"):
+        there = [label for label, by_split in rows_of.items() if by_split[split]]
+        if len(there) == 1 < len(rows_of):
+            lines.append(f"{split}: all rows have the label {there[0]!r}")
     return lines
 
 

@@ -69,7 +69,7 @@ def clip_key(row: Mapping[str, Any]) -> str:
     """
     file = row["audio"] or row["video"]
     own = hashlib.sha256((row["text"] or "").encode(errors="surrogatepass")).hexdigest()[:10] if file is None else None
-    return f"{row['id']} {own or os.path.getsize(split_part(file)[0])}"
+    return f"{os.path.normpath(row['id'])} {own or os.path.getsize(split_part(file)[0])}"
 
 
 def write_splits(file: str | os.PathLike, corpus: DatasetDict) -> None:

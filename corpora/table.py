@@ -47,7 +47,7 @@ from datasets.packaged_modules.videofolder.videofolder import VideoFolder
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from corpora.clips import name_part, store_clip
+from corpora.clips import name_part, split_part, store_clip
 from corpora.reading import decode_text, read_csv, read_time, repair_text
 from corpora.schema import build_split, check_count, check_flag
 from corpora.splits import SPLITS, clip_key, make_splits
@@ -65,6 +65,15 @@ SPLIT_NAMES = {name: name for name in SPLITS} | {
 }
 BUILDERS = {".jsonl": "json", ".parquet": "parquet"}
 TABLES = (".csv", ".tsv", *BUILDERS)
+SHEETS = (".xlsx", ".xls", ".ods")
+# Other names of columns, in small letters alone.
+ALIASES = {
+    "speaker": {"actor", "actorid", "participant", "participantid", "person", "speakerid", "subject", "subjectid"},
+    "text": {"sentence", "transcript", "transcription", "utterance", "words"},
+    "label": {"category", "class", "emotion"},
+    "dialogue": {"conversation", "dialog", "dialogid", "dialogueid"},
+}
+FEW_NUMBERS = 10  # different labels that are numbers, and are spread over splits as classes are
 SHOWN = 100  # wrong rows that are listed
 _SAVED = ("dataset_dict.json", "state.json")  # of `save_to_disk`
 
@@ -177,7 +186,8 @@ def load(
     if not rows:
         raise ValueError(f"{source}: got no rows, wanted at least one utterance")
     are_scores = _number_labels(rows)
-    _assign_splits(str(source), rows, seed, splits, spread_labels=not are_scores)
+    few = len({row["emotion"] for row in rows}) <= FEW_NUMBERS
+    _assign_splits(str(source), rows, seed, splits, spread_labels=not are_scores or few)
     return DatasetDict(
         {split: build_split(_schema_row(row) for row in rows if row["split"] == split) for split in SPLITS}
     )
@@ -244,12 +254,9 @@ def _folder(folder: Path) -> list[_Part]:
     files = sorted(file for file in folder.rglob("*") if file.is_file() and not file.name.startswith("."))
     tables = [file for file in files if file.name in AudioFolder.METADATA_FILENAMES]
     tables = tables or [file for file in files if file.suffix.lower() in TABLES]
-    words = {
-        # The name of a file says more than that of a folder around it.
-        file: [word for part in file.relative_to(folder).parts[::-1] for word in re.split("[^a-z]+", part.lower())]
-        for file in tables
-    }
-    splits = {file: next((word for word in words[file] if word in SPLIT_NAMES), None) for file in tables}
+    if sheets := [file.name for file in files if file.suffix.lower() in SHEETS]:
+        logger.warning("%s: %s is not read; save it as CSV", folder, sheets[0])
+    splits = {file: _split_word(file.relative_to(folder).parts) for file in tables}
     one = len({name and SPLIT_NAMES[name] for name in splits.values()}) == 1  # then it is no division
     if tables:
         several = len({file.parent for file in tables}) > 1
@@ -262,11 +269,18 @@ def _folder(folder: Path) -> list[_Part]:
 def _clip_rows(folder: Path, files: list[Path]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Clips whose folder is their label, and the folder around it their split."""
     clips = [file.relative_to(folder) for file in files if _kind(file.name)]
-    divided = any(len(clip.parts) > 2 and clip.parts[0].lower() in SPLIT_NAMES for clip in clips)
+    splits = {clip: _split_word(clip.parts[:-2]) for clip in clips}
+    divided = len({name and SPLIT_NAMES[name] for name in splits.values()}) > 1
     for clip in clips:
         label = clip.parts[-2] if len(clip.parts) > 1 + divided else None
         cells = {"file": str(clip), "label": label}
-        yield str(clip), cells | ({"split": clip.parts[0]} if divided else {})
+        yield str(clip), cells | ({"split": splits[clip]} if divided else {})
+
+
+def _split_word(parts: Iterable[str]) -> str | None:
+    """The word in the names of nested folders and files that names a split; that of the innermost one counts."""
+    words = [word for part in list(parts)[::-1] for word in re.split("[^a-z]+", part.lower())]
+    return next((word for word in words if word in SPLIT_NAMES), None)
 
 
 def _is_id(source: str) -> bool:
@@ -376,7 +390,8 @@ def _read_part(part: _Part, columns: dict[str, str], found: _Found) -> None:
         try:
             row = _row(where, {name: cells[own] for name, own in places.items()}, part)
             if row["id"] is None:  # words alone
-                name = "text-" + hashlib.sha256(row["text"].encode()).hexdigest()[:10]
+                said = "\n".join(filter(None, (row["speaker"], row["text"])))
+                name = "text-" + hashlib.sha256(said.encode()).hexdigest()[:10]
                 again = (f"{name}-{number}" for number in count(2))
                 row["id"] = name if name not in found.seen else next(one for one in again if one not in found.seen)
             key = os.path.normpath(row["id"])  # a.wav and ./a.wav are one
@@ -411,16 +426,21 @@ def _places(part: _Part, cells: dict[str, Any], columns: dict[str, str], with_la
     ignored = [own for own in header if own not in places.values()]
     if ignored and with_labels:
         logger.info("%s: not read: %s", name, ", ".join(ignored))
-    for own in ignored if with_labels else ():  # a column of another name may be meant
-        meant = _meaning(cells[own], part)
-        if meant and meant not in places:
+    for own in ignored:  # a column of another name may be meant
+        meant = _meaning(own, cells[own], part)
+        if meant and meant not in places and (with_labels or meant not in ("label", "split")):
             hint = f'--corpus_options \'{{"columns": {{"{meant}": "{own}"}}}}\' reads it as {meant}'
+            hint = hint if with_labels else f"{meant} is the name that is read"
             logger.warning("%s: the column %s, with %r, is not read; %s", name, own, cells[own], hint)
     return places
 
 
-def _meaning(cell: Any, part: _Part) -> str | None:
-    """The column that a cell of another one may belong to: "file" or "split"."""
+def _meaning(name: str, cell: Any, part: _Part) -> str | None:
+    """The column that one of another name may be, by its name or by a cell."""
+    plain = "".join(filter(str.isalpha, name.lower()))
+    for ours, names in ALIASES.items():
+        if plain in names:
+            return ours
     value = cell.strip() if isinstance(cell, str) else ""
     if value.lower() in SPLIT_NAMES and part.split is None:
         return "split"
@@ -457,9 +477,9 @@ def _row(where: str, cells: dict[str, Any], part: _Part) -> dict[str, Any]:
     row["sentiment"] = _number("score", text["score"]) if text.get("score") else None
     row["split"] = part.split
     if part.split is None and "split" in cells:
-        row["split"] = str(text["split"]).lower()
-        if row["split"] not in SPLIT_NAMES:
-            raise WrongRow(f"split: got {text['split'] or 'nothing'}, wanted one of {', '.join(SPLITS)}")
+        row["split"] = text["split"] and text["split"].lower()
+        if row["split"] is not None and row["split"] not in SPLIT_NAMES:
+            raise WrongRow(f"split: got {text['split']}, wanted one of {', '.join(SPLITS)}")
     for name in ("label", "score"):
         if name in cells and not text[name]:
             raise Unlabelled(f"{name}: got nothing, wanted the {name} of the row", row)
@@ -588,9 +608,15 @@ def _assign_splits(
         row = next(row for row in rows if not row["split"])
         raise ValueError(f"{row['where']}: split: got nothing, wanted one as in {named[0]['where']}")
     if known is not None:
+        new = [row for row in rows if clip_key(row) not in known]
         for row in rows:
             row["split"] = known.get(clip_key(row), "test")
         learned = sum(row["split"] != "test" for row in rows)
+        for kind in ("speaker", "recording"):
+            heard = {row[kind] for row in rows if row["split"] != "test"} - {None}
+            if same := [row for row in new if row[kind] in heard]:
+                said = f"test rows are new, and have a {kind} of train or validation rows of this run, such as"
+                logger.warning("%s: %d %s %s", source, len(same), said, same[0]["where"])
         said = f"{learned} of {len(rows)} rows were train or validation rows of this run and are no test rows"
         if not learned:
             said = f"names no splits, and no splits.csv beside the model has its rows: all {len(rows)} are test rows, "
@@ -628,13 +654,23 @@ def _number_labels(rows: list[dict]) -> bool:
 def _add_context(rows: list[dict], context: int) -> None:
     """Fill `context` from the earlier rows of the same dialogue. A dialogue's number may repeat in another split."""
     turns: dict[tuple, list[dict]] = {}
+    latest: dict[tuple, float] = {}
+    early = []
     for row in rows:
         row["context"] = []
         if row["dialogue"] is not None:
+            clip = row["audio"] or row["video"]
+            if clip and clip != row["recording"]:  # a part
+                key, start = (row["named_split"], row["dialogue"], row["recording"]), split_part(clip)[1]
+                early += [row] if start < latest.get(key, 0.0) else []
+                latest[key] = max(start, latest.get(key, 0.0))
             said = turns.setdefault((row["named_split"], row["dialogue"]), [])
             row["context"] = said[max(0, len(said) - context) :]
             if row["text"]:
                 said.append({"speaker": row["speaker"], "text": row["text"]})
+    if early:
+        said = "rows of a dialogue start before an earlier row, which is taken for their context; sort the table"
+        logger.warning("%d %s (%s)", len(early), said, early[0]["where"])
 
 
 def _schema_row(row: dict[str, Any]) -> dict[str, Any]:

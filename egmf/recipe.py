@@ -15,6 +15,7 @@ import re
 from collections.abc import Container
 from dataclasses import MISSING, dataclass, field, fields
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -145,7 +146,8 @@ class DataArguments:
     )
 
     def __post_init__(self):
-        self.tasks = [self._name_of(task) for task in self.tasks]
+        lists = (task if isinstance(task, list) else [task] for task in self.tasks)  # a list in JSON is one word
+        self.tasks = [self._name_of(task) for task in chain(*lists)]
         for name, rate in self.modality_dropout.items():
             if name not in MODALITIES or not isinstance(rate, int | float) or not 0 <= rate < 1:
                 wanted = "text, audio or vision with a rate in [0, 1)"
@@ -595,7 +597,12 @@ def _add(group: Any, name: str, hint: Any, text: str, kind: type | None = None) 
         group.add_argument(*names, type=plain, **options)
 
 
-def _name_or_mapping(text: str) -> str | dict:
+def _name_or_mapping(text: str) -> str | dict | list:
+    if text.startswith("["):
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError:
+            raise argparse.ArgumentTypeError(f"got {text!r}, wanted a list as JSON") from None
     return mapping(text) if text.startswith("{") else text
 
 

@@ -190,6 +190,19 @@ def test_arrays(recognize, voices):
     assert with_words["probabilities"] != pytest.approx(voices[1][0]["probabilities"], abs=1e-5)
 
 
+def test_words_need_no_sample(recognize):
+    assert recognize(text="so") == recognize({"text": "so"})
+
+
+def test_beside_words_a_file_without_the_modality_is_a_missing_modality(recognize, voices, monkeypatch):
+    monkeypatch.setattr(recognize.processor, "feature_extractor", None)
+    wanted = recognize({"text": "so"})
+    answer = recognize({"file": voices[0][0], "text": "so"})
+    assert answer["probabilities"] == pytest.approx(wanted["probabilities"]) and "no video" in answer["warnings"][0]
+    with pytest.raises(recognize.processor.media_error, match="it has no video"):
+        recognize(voices[0][0])
+
+
 @pytest.mark.parametrize("value", [3, None, [], {}, {"sampling_rate": 8000}, [["a.wav"]]], ids=repr)
 def test_what_is_no_sample(recognize, value):
     if value == []:

@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 from corpora import clusters_of, load_corpus, speakers_of
 from corpora.report import describe_corpus, find_doubts
 from corpora.splits import make_splits, read_splits, write_splits
+from corpora.table import load_unlabelled
 from egmf.data.clips import load_row_media
 from egmf.data.collator import AffectCollator, expand_by_task
 from egmf.data.mixture import MixtureSampler, mix_rows
@@ -349,6 +350,7 @@ def test_doubts_name_their_rows(tmp_path):
         "label 'calm' has one clip: a.wav in train",
         "label 'Calm' has one clip: b.wav in train",
         "label 'tense' has one clip: copy.wav in test",
+        "test: all rows have the label 'tense'",
         "labels 'Calm', 'calm' look like one",
     ]
     write_clip(tmp_path / "mute.mp4", sound=False)
@@ -442,6 +444,74 @@ def test_columns_that_may_be_meant_are_named(tmp_path, caplog):
         in (caplog.text)
     )
     assert "the column set, with 'train', is not read" in caplog.text
+
+
+def test_a_speaker_column_of_another_name_is_named(tmp_path, caplog):
+    cells = [{"Transcript": name, "Emotion": name, "Speaker ID": "Ann", "text": name, "label": name} for name in "ab"]
+    load_corpus("table", write_csv(tmp_path / "t.csv", cells))
+    assert (
+        """the column Speaker ID, with 'Ann', is not read; --corpus_options '{"columns": {"speaker":""" in caplog.text
+    )
+    assert "column Transcript" not in caplog.text  # there is a column text
+    caplog.clear()
+    load_unlabelled(write_csv(tmp_path / "u.csv", [{"file": "", "Sentence": "a", "text_id": "1", "text": ""}]))
+    assert caplog.text == ""
+    with pytest.raises(ValueError, match="got the columns Sentence, wanted file, audio, video, image or text$"):
+        load_unlabelled(write_csv(tmp_path / "v.csv", [{"Sentence": "a"}]))
+    write_sounds(tmp_path, ["a.wav"])
+    load_unlabelled(write_csv(tmp_path / "w.csv", [{"file": "a.wav", "Sentence": "a", "emotion": "b"}]))
+    assert "the column Sentence, with 'a', is not read; text is the name that is read" in caplog.text
+    assert "emotion" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("Training set/{}", "Test set/{}"), ("data/train/{}", "data/test/{}"), ("train_data/all/{}", "test_data/all/{}")],
+)
+def test_folders_of_splits_around_those_of_classes(tmp_path, names):
+    files = [f"{name.format(label)}/{n}.wav" for name in names for label in ("calm", "tense") for n in range(4)]
+    for file in files:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    write_sounds(tmp_path, files)
+    corpus = load_corpus("table", tmp_path)
+    assert [len(corpus[split]) for split in ("train", "validation", "test")] == [8, 0, 8]
+    assert all(
+        "est" in Path(row["audio"]).relative_to(tmp_path).parts[names[0].startswith("data")] for row in corpus["test"]
+    )
+    assert {row["emotion"] for row in corpus["test"]} == {"calm", "tense"}
+
+
+def test_rows_that_a_run_did_not_have_are_named_if_their_speaker_is_known(tmp_path, caplog):
+    cells = [{"text": f"line {n}", "label": "ab"[n % 2], "speaker": f"s{n % 8}"} for n in range(40)]
+    cells += [{"text": "yes", "label": "ab"[n % 2], "speaker": f"s{n}"} for n in range(8)]
+    made = load_corpus("table", write_csv(tmp_path / "t.csv", cells))
+    write_splits(tmp_path / "splits.csv", made)
+    known = read_splits(tmp_path / "splits.csv")
+    again = load_corpus(
+        "table", write_csv(tmp_path / "t.csv", sorted(cells, key=lambda row: row["label"])), splits=known
+    )
+    for split, rows in made.items():  # the same words of other speakers keep their splits in any order
+        assert sorted(rows["id"]) == sorted(again[split]["id"])
+    speaker = made["train"]["speaker"][0]
+    more = [*cells, {"text": "something new", "label": "a", "speaker": speaker}]
+    caplog.clear()
+    assert (
+        len(load_corpus("table", write_csv(tmp_path / "t.csv", more), splits=known)["test"]) == len(made["test"]) + 1
+    )
+    assert "1 test rows are new, and have a speaker of train or validation rows of this run, such as" in caplog.text
+
+
+def test_a_dialogue_out_of_order_is_named(tmp_path, caplog):
+    write_sounds(tmp_path, ["a.wav"])
+    starts = (0, 0.2, 0.1, 0.3)
+    rows = [
+        {"file": "a.wav", "start": start, "end": start + 0.1, "label": f"{start}x", "dialogue": 1} for start in starts
+    ]
+    load_corpus("table", write_csv(tmp_path / "t.csv", rows))
+    assert "1 rows of a dialogue start before an earlier row" in caplog.text and "line 4" in caplog.text
+    rows[0]["end"] = 900
+    corpus = load_corpus("table", write_csv(tmp_path / "t.csv", rows))
+    assert "clips with an end behind that of their file: 1, such as a.wav#t=0,900" in find_doubts(corpus)
 
 
 def test_excel_may_name_the_delimiter_and_accents_have_one_spelling(tmp_path):
@@ -596,7 +666,7 @@ def test_numbers_make_a_score_task_with_the_range_seen(column, values, low, high
 
 
 def test_a_table_in_chinese_is_asked_in_chinese(tmp_path):
-    rows = [("好", "喜悦", "zh"), ("不", "愤怒", "zh")]
+    rows = [("好", "喜悦", "zh-CN"), ("不", "愤怒", "")]
     for more, language in (([], "zh"), ([("no", "愤怒", "en")], "en")):
         (task,) = infer_tasks(load_corpus("table", write_words(tmp_path, rows + more, "text label language")))
         assert task.language == language and ("情绪" in task.prompt) == (language == "zh")
@@ -619,8 +689,9 @@ def test_labels_and_scores_make_two_tasks(tmp_path):
 
 def test_a_recipe_defines_tasks_and_records_them(tmp_path):
     stress = {"name": "stress", "labels": ["calm", "tense"], "prompt": "Calm or tense?", "cue": "Answer:"}
-    recipe = load_recipe([str(ROOT / "recipes/own_clips.yaml"), "--tasks", json.dumps(stress), "meld"])
-    assert recipe.data.tasks == ["stress", "meld"]
+    for words in ([json.dumps(stress), "meld"], [json.dumps([stress, "meld"])]):
+        recipe = load_recipe([str(ROOT / "recipes/own_clips.yaml"), "--tasks", *words])
+        assert recipe.data.tasks == ["stress", "meld"]
     assert recipe.record()["task_definitions"]["stress"] == stress | {"kind": "classification", "language": "en"}
     for wrong, message in (
         ({"labels": ["a", "b"]}, "tasks: got .*, wanted a `name` in it"),
@@ -784,7 +855,8 @@ def test_the_section_of_the_readme_runs_as_printed(tower, tmp_path):
         said.append(run(script.removesuffix(".py"), *arguments).said)
         if len(said) == 1:
             assert not (tmp_path / "run").exists(), "a dry run writes nothing"
-    plan, _, evaluation, answer = said
+    plan, training, evaluation, answer = said
+    assert "1 validation rows of table: expert_gain and temperature are not fitted" in training
     for words in ("train: ", "speakers", "labels: ", "learned", "pseudo tokens", "parameters", "memory of a step"):
         assert words in plan
     assert "table / test: " in evaluation

@@ -32,7 +32,9 @@ def infer_tasks(corpus: DatasetDict) -> list[AffectTask]:
     )
     named, numbered = (None not in values and bool(values) for values in (labels, scores))
     numbers_as_labels = named and numbered and all(_is_number(label) for label in labels)
-    language = "zh" if set(languages) == {"zh"} else "en"
+    named_languages = [value.lower() for value in languages if value]
+    is_chinese = bool(named_languages) and all(value.startswith(("zh", "chinese")) for value in named_languages)
+    language = "zh" if is_chinese else "en"
     tasks = []
     if named and not numbers_as_labels:
         if any("," in label for label in labels) and all(map(DECIMAL.fullmatch, labels)):

@@ -12,6 +12,7 @@ from egmf.training.validation import AffectTrainer
 
 
 GAINS = torch.tensor([0.0, *(2.0 ** (step / 2) for step in range(-8, 13))])  # 1/16 to 64
+FEWEST = 5  # rows of each task; fewer would fit chance
 TEMPERATURES = torch.tensor([2.0 ** (step / 8) for step in range(-24, 49)])  # 1/8 to 64
 
 
@@ -62,8 +63,8 @@ def calibrate(
     """Sets the gain of the trained model and the temperatures of the processor, and logs them.
 
     The recipe's `expert_gain` and `temperature` are used as they are. What it leaves open is fitted to the validation
-    split; without one, both are 1. The gain of a readout that was trained with the LLM is 1 as well:
-    the sum of both is what `generate()` has learned.
+    split; without one, or if a task has fewer than 5 rows in it, both are 1. The gain of a readout that was trained
+    with the LLM is 1 as well: the sum of both is what `generate()` has learned.
 
     Args:
         trainer: The trainer of the finished last phase.
@@ -73,6 +74,11 @@ def calibrate(
         phases: The recipe's fields.
     """
     gain, figures, validation = phases.expert_gain, {}, list(validation)
+    few = [rows for rows in validation if len(rows) < FEWEST]
+    if few and None in (gain, phases.temperature):
+        got = f"{len(few[0])} validation rows of {few[0][0]['task']}"
+        logging.warning("%s: expert_gain and temperature are not fitted; what the recipe lacks is 1", got)
+        validation = []
     if gain is None and not (phases.fusion_epochs and validation):
         gain = 1.0
     temperatures = dict.fromkeys(tasks, phases.temperature) if phases.temperature is not None else {}
