@@ -220,7 +220,8 @@ def load_unlabelled(
         if isinstance(row, WrongRow):
             found.append({"id": place, "error": f"{where}: {row}"})
             continue
-        split = next((value for own, value in cells.items() if own in ((columns or {}).get("split"), "split")), None)
+        own = (columns or {}).get("split", "split").lower()
+        split = next((value for name, value in cells.items() if name.lower() == own), None)
         row |= {"id": row["id"] or place, "speaker": row["speaker"] or speaker, "named_split": split}
         found.append(row)
         rows.append(row)
