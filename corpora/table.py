@@ -368,7 +368,8 @@ def read_cells(
             continue
         if not places:
             if not all_columns:
-                columns = {ours: own for ours, own in columns.items() if own in cells}
+                there = {name.lower() for name in cells}
+                columns = {ours: own for ours, own in columns.items() if own.lower() in there}
             found = _places(part, cells, columns, with_labels=False)
             places = {ours: own for ours, own in found.items() if ours not in ("label", "score", "split")}
         row: dict[str, Any] | WrongRow
@@ -412,10 +413,11 @@ def _read_part(part: _Part, columns: dict[str, str], found: _Found) -> None:
 def _places(part: _Part, cells: dict[str, Any], columns: dict[str, str], with_labels: bool = True) -> dict[str, str]:
     """The table's column for each of `COLUMNS` that it has. Logs the columns that are not read."""
     name, header = part.name, list(cells)
-    for ours, own in columns.items():
-        if own not in header:
-            raise ValueError(f"{name}: columns: got {ours}: {own!r}, wanted one of its columns {', '.join(header)}")
     by_name = {own.lower(): own for own in reversed(header)}
+    for ours, own in columns.items():
+        if own not in header and own.lower() not in by_name:
+            raise ValueError(f"{name}: columns: got {ours}: {own!r}, wanted one of its columns {', '.join(header)}")
+    columns = {ours: own if own in header else by_name[own.lower()] for ours, own in columns.items()}
     by_name.setdefault("file", by_name.get("file_name"))
     places = {ours: by_name[ours] for ours in COLUMNS if by_name.get(ours)} | columns
     got = f"{name}: got the columns {', '.join(header)}"

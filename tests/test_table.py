@@ -446,6 +446,16 @@ def test_columns_that_may_be_meant_are_named(tmp_path, caplog):
     assert "the column set, with 'train', is not read" in caplog.text
 
 
+def test_names_of_columns_ignore_case(tmp_path):
+    table = write_csv(tmp_path / "t.csv", [{"Words": name, "Emotion": name} for name in "ab"])
+    corpus = load_corpus("table", table, columns={"text": "words", "label": "emotion"})
+    assert sorted((row["text"], row["emotion"]) for rows in corpus.values() for row in rows) == [
+        ("a", "a"),
+        ("b", "b"),
+    ]
+    assert [row["text"] for row in load_unlabelled(table, {"text": "words", "speaker": "who"})] == ["a", "b"]
+
+
 def test_a_speaker_column_of_another_name_is_named(tmp_path, caplog):
     cells = [{"Transcript": name, "Emotion": name, "Speaker ID": "Ann", "text": name, "label": name} for name in "ab"]
     load_corpus("table", write_csv(tmp_path / "t.csv", cells))
