@@ -22,7 +22,7 @@ from .timeline_egmf import TimelineMixin, best_answers
 
 
 MEDIA = ("file", "audio", "video")
-NOTHING = ("no audio", "no video")  # kinds of MediaErrors of files that lack a modality
+LACKING = {"no audio": "audio", "no video": "video"}  # what a file lacks, by the kind of its MediaError
 WORDS = ("text", "speaker", "context")
 # Seconds. The memory of an encoder without a window, such as WavLM, grows with the square of the length.
 LONGEST_SOUND = 120.0
@@ -381,12 +381,17 @@ class AffectRecognitionPipeline(TimelineMixin, Pipeline):
 
     def _load_beside_words(self, fields: dict, needs_media: bool) -> tuple[Media, list[str]]:
         """A sample's media, and what to say if a file lacks what the model reads: beside words it may be missing."""
-        try:
-            return self._load(fields, needs_media), []
-        except self.processor.media_error as error:
-            if error.kind not in NOTHING or not str(fields.get("text") or "").strip():
-                raise
-            return Media(), [str(error)]
+        given, lacking = {name: fields[name] for name in MEDIA if name in fields}, []
+        while True:
+            try:
+                return self._load(fields, needs_media), lacking
+            except self.processor.media_error as error:
+                lost = "file" if "file" in given else LACKING.get(error.kind)
+                if error.kind not in LACKING or lost not in given or not str(fields.get("text") or "").strip():
+                    raise
+                lacking.append(str(error))
+                del given[lost]
+                fields |= given
 
     @property
     def _is_deaf(self) -> bool:

@@ -104,7 +104,7 @@ def read_splits(file: str | os.PathLike) -> dict[str, str]:
 
 def _read(file: str | os.PathLike) -> dict[str, dict[str, str]]:
     with open(file, encoding="utf-8", newline="") as source:
-        return {row.pop("clip"): row for row in csv.DictReader(source)}
+        return {os.path.normpath(row.pop("clip")): row for row in csv.DictReader(source)}
 
 
 def _digest(row: Mapping[str, Any]) -> str:

@@ -20,18 +20,20 @@ One row is one utterance. These columns are read; `load` takes other names throu
 | `split` | train, validation or test |
 | `language` | "en", "zh" |
 | `start`, `end` | the part of the file in which the utterance is, in seconds or as 0:01:02.5 |
-| `id` | unique; by default the file with its part, or a digest of the words |
+| `id` | unique; by default the file with its part, or a digest of the words (of equal ones with the speaker) |
 
 Paths are relative to the table. Other columns are ignored. Every row is checked before anything is computed, and each
 wrong row gets one line. `corpora/splits.py` makes the splits of a table without the column.
 """
 
 import hashlib
+import json
 import logging
 import math
 import mimetypes
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import count
@@ -170,6 +172,8 @@ def load(
         raise ValueError(f"columns: got {name!r}, wanted some of {', '.join(COLUMNS)}")
     for part in _parts(str(source), config):
         _read_part(part, columns, found)
+    _name_words(found)
+    _refuse_unnamed_splits(found)
     if found.wrong:
         more = [f"and {len(found.wrong) - SHOWN} more"] if len(found.wrong) > SHOWN else []
         lines = "\n".join([*found.wrong[:SHOWN], *more])
@@ -391,11 +395,9 @@ def _read_part(part: _Part, columns: dict[str, str], found: _Found) -> None:
             places = _places(part, cells, columns)
         try:
             row = _row(where, {name: cells[own] for name, own in places.items()}, part)
-            if row["id"] is None:  # words alone
-                said = "\n".join(filter(None, (row["speaker"], row["text"])))
-                name = "text-" + hashlib.sha256(said.encode()).hexdigest()[:10]
-                again = (f"{name}-{number}" for number in count(2))
-                row["id"] = name if name not in found.seen else next(one for one in again if one not in found.seen)
+            if row["id"] is None:  # words alone, see `_name_words`
+                found.rows.append(row)
+                continue
             key = os.path.normpath(row["id"])  # a.wav and ./a.wav are one
             if key in found.seen:
                 raise WrongRow(f"got {row['id']!r} again ({found.seen[key]}), wanted each clip or id once")
@@ -408,6 +410,27 @@ def _read_part(part: _Part, columns: dict[str, str], found: _Found) -> None:
         if again := found.unlabelled.pop(key, None):  # another annotator has labelled it
             again["text"] = None
         found.rows.append(row)
+
+
+def _name_words(found: _Found) -> None:
+    """Fills the ids of words alone, whatever their order: a digest of the words; of equal ones also of the speaker."""
+    rows = [row for row in found.rows if row["id"] is None and "is_context" not in row]
+    times = Counter(row["text"] for row in rows)
+    for row in rows:
+        said = row["text"] if times[row["text"]] == 1 else "\n".join(filter(None, (row["speaker"], row["text"])))
+        name = "text-" + hashlib.sha256(said.encode()).hexdigest()[:10]
+        again = (f"{name}-{number}" for number in count(2))
+        row["id"] = name if name not in found.seen else next(one for one in again if one not in found.seen)
+        found.seen[row["id"]] = row["where"]
+
+
+def _refuse_unnamed_splits(found: _Found) -> None:
+    """If some rows name a split, those that name none are wrong."""
+    unnamed = [row for row in found.rows if row["split"] is None and "is_context" not in row]
+    if unnamed and len(unnamed) < sum("is_context" not in row for row in found.rows):
+        found.wrong += [f"{row['where']}: split: got nothing, wanted one of {', '.join(SPLITS)}" for row in unnamed]
+        left_out = {id(row) for row in unnamed}
+        found.rows = [row for row in found.rows if id(row) not in left_out]
 
 
 def _places(part: _Part, cells: dict[str, Any], columns: dict[str, str], with_labels: bool = True) -> dict[str, str]:
@@ -432,7 +455,8 @@ def _places(part: _Part, cells: dict[str, Any], columns: dict[str, str], with_la
     for own in ignored:  # a column of another name may be meant
         meant = _meaning(own, cells[own], part)
         if meant and meant not in places and (with_labels or meant not in ("label", "split")):
-            hint = f'--corpus_options \'{{"columns": {{"{meant}": "{own}"}}}}\' reads it as {meant}'
+            option = json.dumps({"columns": columns | {meant: own}}, ensure_ascii=False)
+            hint = f"--corpus_options '{option}' reads it as {meant}"
             hint = hint if with_labels else f"{meant} is the name that is read"
             logger.warning("%s: the column %s, with %r, is not read; %s", name, own, cells[own], hint)
     return places
@@ -599,17 +623,13 @@ def _assign_splits(
     source: str, rows: list[dict], seed: int, known: Mapping[str, str] | None, spread_labels: bool
 ) -> None:
     """Fill `split` in all rows."""
-    named = [row for row in rows if row["split"]]
-    if len(named) == len(rows):
+    if rows[0]["split"]:
         tested = (row for row in rows if row["split"] == "test") if known else ()
         learned = [row for row in tested if known.get(clip_key(row), "test") != "test"]
         if learned:
             said = "test rows were train or validation rows of this run, such as"
             logger.warning("%s: %d %s %s", source, len(learned), said, learned[0]["where"])
         return
-    if named:
-        row = next(row for row in rows if not row["split"])
-        raise ValueError(f"{row['where']}: split: got nothing, wanted one as in {named[0]['where']}")
     if known is not None:
         new = [row for row in rows if clip_key(row) not in known]
         for row in rows:

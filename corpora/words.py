@@ -49,11 +49,13 @@ def add_words(
         raise FileExistsError(f"{out}: is there already, wanted a new file")
     if out.suffix.lower() != ".csv" or out.resolve().parent != source.resolve().parent:
         raise ValueError(f"out: got {out}, wanted a file *.csv in {source.parent}: paths in it are relative to it")
-    done, rows, column = Words(), [], (columns or {}).get("text")
-    for where, cells, row in tqdm(list(read_cells(source, dict(columns or {}))), desc="recognising", unit="row"):
+    read = list(read_cells(source, dict(columns or {})))
+    for where, cells, row in read:
         if not cells:
             raise ValueError(f"{where}: {row}")
-        column = column or next((name for name in cells if name.lower() == "text"), "text")
+    done, rows, own = Words(), [], (columns or {}).get("text", "text")
+    for where, cells, row in tqdm(read, desc="recognising", unit="row"):
+        column = own if own in cells else next((name for name in cells if name.lower() == own.lower()), own)
         if inside := [name for name, value in cells.items() if isinstance(value, bytes | dict | list)]:
             raise ValueError(f"{where}: {inside[0]}: got content that CSV cannot hold, wanted the path of a file")
         cells = {name: "" if is_empty(value) else str(value) for name, value in cells.items()}

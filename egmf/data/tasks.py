@@ -21,7 +21,7 @@ def infer_tasks(corpus: DatasetDict) -> list[AffectTask]:
     """A task for the labels of a corpus, in all splits: scores if all labels are numbers, classes otherwise.
 
     A corpus with labels and scores gets two tasks, `table` and `table_score`. The question is in
-    Chinese if all rows are, otherwise in English.
+    Chinese if all rows that name a language are, otherwise in English.
 
     Raises:
         ValueError: If not all rows have a label or a score, there is only one label, or the scores span too little.

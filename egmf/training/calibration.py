@@ -1,6 +1,7 @@
 """Fits the power of the experts' own answer and a temperature per task to the validation split, after training."""
 
 import logging
+from collections import Counter
 from collections.abc import Iterable
 
 import torch
@@ -74,10 +75,12 @@ def calibrate(
         phases: The recipe's fields.
     """
     gain, figures, validation = phases.expert_gain, {}, list(validation)
-    few = [rows for rows in validation if len(rows) < FEWEST]
+    counts: Counter[str] = Counter()
+    for rows in validation:
+        counts[rows[0]["task"]] += len(rows)
+    few = [f"{count} validation rows of {name}" for name, count in counts.items() if count < FEWEST]
     if few and None in (gain, phases.temperature):
-        got = f"{len(few[0])} validation rows of {few[0][0]['task']}"
-        logging.warning("%s: expert_gain and temperature are not fitted; what the recipe lacks is 1", got)
+        logging.warning("%s: expert_gain and temperature are not fitted; what the recipe lacks is 1", few[0])
         validation = []
     if gain is None and not (phases.fusion_epochs and validation):
         gain = 1.0
