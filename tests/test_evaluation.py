@@ -255,7 +255,7 @@ def test_an_evaluation_across_corpora_is_written_whole(model_folder, tmp_path, m
     assert figures["accuracy"] == sum(a == b for a, b in zip(answers, labels, strict=True)) / 6
     low, high = report["intervals"]["distribution"]["accuracy"]
     assert low <= figures["accuracy"] <= high
-    assert {"confusion.png", "gates.png", "reliability.png"} <= {path.name for path in (tmp_path / "first").iterdir()}
+    assert {"confusion.png", "gates.png"} <= {path.name for path in (tmp_path / "first").iterdir()}
     assert "f1_by_class 高兴" in capsys.readouterr().out
 
     assert "| meld (meld-cherma) | WF1 " in table_of([tmp_path / "first/metrics.json"])

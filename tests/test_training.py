@@ -184,6 +184,7 @@ def test_evaluation_files_agree_with_each_other(evaluated):
     metrics, rows = json.loads((evaluated / "metrics.json").read_text()), read_lines(evaluated / "predictions.jsonl")
     test_split = load_corpus("generated", None, size=96)["test"]
     assert [(row["id"], row["gold"]) for row in rows] == [(row["id"], row["emotion"]) for row in test_split]
+    assert (evaluated / "reliability.png").read_bytes()[:4] == b"\x89PNG"
     assert metrics["samples"] == len(rows) and metrics["modalities"] == ["text", "audio", "vision"]
     for answer, figures in metrics["answers"].items():
         correct = [row["answers"][answer] == row["gold"] for row in rows]
