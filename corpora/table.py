@@ -30,28 +30,21 @@ import hashlib
 import json
 import logging
 import math
-import mimetypes
 import os
-import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import Any
 from unicodedata import normalize
 
-import datasets
-from datasets import Audio, ClassLabel, Dataset, DatasetDict, Image, Video
-from datasets.packaged_modules.audiofolder.audiofolder import AudioFolder
-from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
-from datasets.packaged_modules.videofolder.videofolder import VideoFolder
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from datasets import DatasetDict
 
 from corpora.clips import name_part, split_part, store_clip
-from corpora.reading import decode_text, read_csv, read_time, repair_text
+from corpora.reading import read_time, repair_text
 from corpora.schema import build_split, check_count, check_flag
+from corpora.sources import SPLIT_NAMES, Part, media_kind, parts_of, table_part
 from corpora.splits import SPLITS, clip_key, make_splits
 
 
@@ -60,14 +53,6 @@ logger = logging.getLogger(__name__)
 CLUSTERS = ("speakers", lambda row_id, speaker: speaker)
 MEDIA = ("file", "audio", "video", "image")
 COLUMNS = ("id", *MEDIA, "text", "label", "score", "speaker", "dialogue", "split", "language", "start", "end")
-SPLIT_NAMES = {name: name for name in SPLITS} | {
-    "training": "train",
-    **dict.fromkeys(("valid", "val", "dev", "development"), "validation"),
-    **dict.fromkeys(("testing", "eval", "evaluation"), "test"),
-}
-BUILDERS = {".jsonl": "json", ".parquet": "parquet"}
-TABLES = (".csv", ".tsv", *BUILDERS)
-SHEETS = (".xlsx", ".xls", ".ods")
 # Other names of columns, in small letters alone.
 ALIASES = {
     "speaker": {"actor", "actorid", "participant", "participantid", "person", "speakerid", "subject", "subjectid"},
@@ -77,28 +62,6 @@ ALIASES = {
 }
 FEW_NUMBERS = 10  # different labels that are numbers, and are spread over splits as classes are
 SHOWN = 100  # wrong rows that are listed
-_SAVED = ("dataset_dict.json", "state.json")  # of `save_to_disk`
-
-
-@dataclass
-class _Part:
-    """Rows of one file or one split.
-
-    Args:
-        name: The file or split, for messages.
-        rows: Pairs of a place, such as "line 3", and the cells of the row; the cells are a string with the reason if
-            the row could not be read.
-        folder: Where relative paths begin; None if the rows must not name files (datasets of the Hub).
-        split: The name of the split of all rows, one of `SPLIT_NAMES`, if the source has one.
-        within: The folder within the source, if several folders have tables: equal names are different clips and
-            dialogues.
-    """
-
-    name: str
-    rows: Iterator[tuple[str, dict[str, Any] | str]]
-    folder: Path | None
-    split: str | None = None
-    within: str = ""
 
 
 @dataclass
@@ -170,7 +133,7 @@ def load(
     columns, found = dict(columns or {}), _Found()
     for name in columns.keys() - set(COLUMNS):
         raise ValueError(f"columns: got {name!r}, wanted some of {', '.join(COLUMNS)}")
-    for part in _parts(str(source), config):
+    for part in parts_of(str(source), config):
         _read_part(part, columns, found)
     _name_words(found)
     _refuse_unnamed_splits(found)
@@ -236,116 +199,6 @@ def load_unlabelled(
     return found
 
 
-# --- where rows come from --------------------------------------------------------------------------------------------
-
-
-def _parts(source: str, config: str | None) -> Iterable[_Part]:
-    path = Path(source)
-    if path.is_file():
-        return [_table(path, None)]
-    if path.is_dir() and any((path / name).is_file() for name in _SAVED):
-        return _splits_of(datasets.load_from_disk(source), path)
-    if path.is_dir():
-        return _folder(path)
-    if path.suffix.lower() in TABLES or not _is_id(source):
-        wanted = f"a table ({', '.join(TABLES)}), a folder or the id of a dataset on the Hub"
-        raise FileNotFoundError(f"{source}: no such file or folder, wanted {wanted}")
-    where = f"{source} is no file or folder here, and on the Hub"
-    return _splits_of(_loaded(where, source, name=config), None)
-
-
-def _folder(folder: Path) -> list[_Part]:
-    """Tables or clips in a folder. Names of folders and of tables may say the split, as `datasets` reads them."""
-    files = sorted(file for file in folder.rglob("*") if file.is_file() and not file.name.startswith("."))
-    tables = [file for file in files if file.name in AudioFolder.METADATA_FILENAMES]
-    tables = tables or [file for file in files if file.suffix.lower() in TABLES]
-    if sheets := [file.name for file in files if file.suffix.lower() in SHEETS]:
-        logger.warning("%s: %s is not read; save it as CSV", folder, sheets[0])
-    splits = {file: _split_word(file.relative_to(folder).parts) for file in tables}
-    one = len({name and SPLIT_NAMES[name] for name in splits.values()}) == 1  # then it is no division
-    if tables:
-        several = len({file.parent for file in tables}) > 1
-        within = [file.parent.relative_to(folder).as_posix() if several else "" for file in tables]
-        pairs = zip(tables, within, strict=True)
-        return [replace(_table(file, None if one else splits[file]), within=own) for file, own in pairs]
-    return [_Part(str(folder), _clip_rows(folder, files), folder)]
-
-
-def _clip_rows(folder: Path, files: list[Path]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Clips whose folder is their label, and the folder around it their split."""
-    clips = [file.relative_to(folder) for file in files if _kind(file.name)]
-    splits = {clip: _split_word(clip.parts[:-2]) for clip in clips}
-    divided = len({name and SPLIT_NAMES[name] for name in splits.values()}) > 1
-    for clip in clips:
-        label = clip.parts[-2] if len(clip.parts) > 1 + divided else None
-        cells = {"file": str(clip), "label": label}
-        yield str(clip), cells | ({"split": splits[clip]} if divided else {})
-
-
-def _split_word(parts: Iterable[str]) -> str | None:
-    """The word in the names of nested folders and files that names a split; that of the innermost one counts."""
-    words = [word for part in list(parts)[::-1] for word in re.split("[^a-z]+", part.lower())]
-    return next((word for word in words if word in SPLIT_NAMES), None)
-
-
-def _is_id(source: str) -> bool:
-    try:
-        validate_repo_id(source)
-    except HFValidationError:
-        return False
-    return True
-
-
-def _loaded(source: str, *arguments, **options) -> Any:
-    """Call `datasets.load_dataset` without progress bars; its errors become one line that names the source."""
-    shown = datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        return datasets.load_dataset(*arguments, **options)
-    except (ValueError, OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = " ".join(str(error.__cause__ or error).split())[:300]
-        raise ValueError(f"{source}: got no dataset that can be read ({type(error).__name__}: {reason})") from error
-    finally:
-        if not shown:
-            datasets.enable_progress_bars()
-
-
-def _splits_of(loaded: Dataset | DatasetDict, folder: Path | None) -> Iterator[_Part]:
-    """The parts of what `datasets` loaded. The only split of a dataset is not taken as a split."""
-    parts = {"": loaded} if isinstance(loaded, Dataset) else dict(loaded)
-    for name, rows in parts.items():
-        if len(parts) > 1 and name not in SPLIT_NAMES:
-            raise ValueError(f"split: got {name!r} in the dataset, wanted some of {', '.join(SPLIT_NAMES)}")
-        yield _Part(name or "dataset", _dataset_rows(rows), folder, name if len(parts) > 1 else None)
-
-
-def _dataset_rows(rows: Dataset) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Rows with undecoded media; the numbers of a `ClassLabel` become its names."""
-    names = {}
-    for column, feature in rows.features.items():
-        if isinstance(feature, Audio | Image | Video):
-            rows = rows.cast_column(column, type(feature)(decode=False))
-        elif isinstance(feature, ClassLabel):
-            names[column] = feature.int2str
-    for number, row in enumerate(rows, 1):
-        for column, name_of in names.items():
-            row[column] = name_of(row[column]) if row[column] not in (None, -1) else None
-        yield f"row {number}", row
-
-
-def _table(file: Path, split: str | None) -> _Part:
-    suffix = file.suffix.lower()
-    if suffix in BUILDERS:
-        if suffix == ".jsonl" and not decode_text(file).strip():
-            raise ValueError(f"{file}: got an empty file, wanted one row in each line")
-        rows = _dataset_rows(_loaded(str(file), BUILDERS[suffix], data_files=str(file), split="train"))
-    elif suffix in (".csv", ".tsv"):
-        rows = ((f"line {line}", cells) for line, cells in read_csv(file)[1])
-    else:
-        raise ValueError(f"{file}: got a file *{suffix}, wanted a table ({', '.join(TABLES)})")
-    return _Part(str(file), rows, file.parent, split)
-
-
 # --- from cells to rows ----------------------------------------------------------------------------------------------
 
 
@@ -364,7 +217,7 @@ def read_cells(
     Raises:
         ValueError: If the table lacks a column.
     """
-    part, places = _table(table, None), {}
+    part, places = table_part(table, None), {}
     for place, cells in part.rows:
         where = f"{part.name}: {place}"
         if isinstance(cells, str):
@@ -384,7 +237,7 @@ def read_cells(
         yield where, cells, row
 
 
-def _read_part(part: _Part, columns: dict[str, str], found: _Found) -> None:
+def _read_part(part: Part, columns: dict[str, str], found: _Found) -> None:
     places: dict[str, str] = {}
     for place, cells in part.rows:
         where = f"{part.name}: {place}"
@@ -433,7 +286,7 @@ def _refuse_unnamed_splits(found: _Found) -> None:
         found.rows = [row for row in found.rows if id(row) not in left_out]
 
 
-def _places(part: _Part, cells: dict[str, Any], columns: dict[str, str], with_labels: bool = True) -> dict[str, str]:
+def _places(part: Part, cells: dict[str, Any], columns: dict[str, str], with_labels: bool = True) -> dict[str, str]:
     """The table's column for each of `COLUMNS` that it has. Logs the columns that are not read."""
     name, header = part.name, list(cells)
     by_name = {own.lower(): own for own in reversed(header)}
@@ -462,7 +315,7 @@ def _places(part: _Part, cells: dict[str, Any], columns: dict[str, str], with_la
     return places
 
 
-def _meaning(name: str, cell: Any, part: _Part) -> str | None:
+def _meaning(name: str, cell: Any, part: Part) -> str | None:
     """The column that one of another name may be, by its name or by a cell."""
     plain = "".join(filter(str.isalpha, name.lower()))
     for ours, names in ALIASES.items():
@@ -472,12 +325,12 @@ def _meaning(name: str, cell: Any, part: _Part) -> str | None:
     if value.lower() in SPLIT_NAMES and part.split is None:
         return "split"
     try:
-        return "file" if _kind(value) and part.folder is not None and (part.folder / value).is_file() else None
+        return "file" if media_kind(value) and part.folder is not None and (part.folder / value).is_file() else None
     except OSError:  # words that end like a file's name, and are too long for one
         return None
 
 
-def _row(where: str, cells: dict[str, Any], part: _Part) -> dict[str, Any]:
+def _row(where: str, cells: dict[str, Any], part: Part) -> dict[str, Any]:
     """A row with the names of the schema, and what `_schema_row` removes. Words alone get no id.
 
     Raises:
@@ -563,23 +416,13 @@ def _media_columns(name: str, file: str) -> tuple[str, ...]:
     """The columns of the schema that a file fills; a video also has the sound of a row without `audio`."""
     if name in ("audio", "image"):
         return ("audio",) if name == "audio" else ("video",)
-    columns = _kind(file)
+    columns = media_kind(file)
     if name == "video":
         return tuple(dict.fromkeys((*columns, "video")))
     if not columns:
         wanted = "the suffix of sound, video or an image, or the column audio, video or image"
         raise WrongRow(f"file: got {Path(file).name}, wanted {wanted}")
     return columns
-
-
-def _kind(file: str) -> tuple[str, ...]:
-    """The columns that a file fills, by its suffix; none if it is not media."""
-    suffix, kind = Path(file).suffix.lower(), (mimetypes.guess_type(file)[0] or "").partition("/")[0]
-    if kind == "video" or suffix in VideoFolder.EXTENSIONS:
-        return "audio", "video"
-    if kind == "audio" or suffix in AudioFolder.EXTENSIONS:
-        return ("audio",)
-    return ("video",) if kind == "image" or suffix in ImageFolder.EXTENSIONS else ()
 
 
 def _number(name: str, text: str) -> float:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from corpora.table import TABLES, WrongRow, is_empty, read_cells
+from corpora.sources import TABLES
+from corpora.table import WrongRow, is_empty, read_cells
 
 
 RECOGNIZED_BY = "recognized_by"  # the column that names the model

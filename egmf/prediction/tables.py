@@ -13,7 +13,8 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from corpora.clips import split_part
-from corpora.table import TABLES, load_unlabelled
+from corpora.sources import TABLES
+from corpora.table import load_unlabelled
 from egmf.data.clips import load_row_media
 from egmf.media_egmf import MediaError, media_length
 from egmf.samples_egmf import is_url
