@@ -35,7 +35,7 @@ CLIPS := --corpus_dir $(QUICK)/clips --corpus_options '{"train": 2880, "validati
 TOWERS := $(QUICK)/towers/towers
 EVAL := $(BIN)/python eval.py $(QUICK)/model --corpus avatars --corpus_dir $(QUICK)/clips --split test
 
-quickstart: $(QUICK)/emotion/metrics.json $(QUICK)/score/metrics.json ## generate clips, train, evaluate, predict: minutes on two CPU cores
+quickstart: $(QUICK)/emotion/metrics.json $(QUICK)/score/metrics.json ## generate clips, train, evaluate, predict: a quarter of an hour on two CPU cores
 	$(BIN)/python predict.py $(QUICK)/model $(QUICK)/clips/test/avatars_test_disagreement_0000.mp4 \
 		--text "when I think of the library, I am extremely glad"
 	@echo "$(QUICK)/model is the trained model, the one that the snippet in README.md loads, $(QUICK)/clips its clips;"

@@ -111,7 +111,8 @@ def _copies(corpus: DatasetDict) -> list[str]:
         for row_id, *files in zip(rows["id"][:], rows["audio"][:], rows["video"][:], strict=True):
             for name in {file for file in files if file is not None}:
                 path, start, end = split_part(name)
-                clips[Path(path).stat().st_size, start, end].append((split, row_id, path))
+                if Path(path).is_file():  # a clip of a converted corpus may be missing
+                    clips[Path(path).stat().st_size, start, end].append((split, row_id, path))
     lines = []
     for similar in clips.values():
         first: dict[str, tuple[str, str]] = {}

@@ -156,6 +156,7 @@ class DataArguments:
         for part in self.corpora.values():
             part["tasks"] = [self._name_of(task) for task in part["tasks"]]
         for part in self.parts:
+            self._check_kinds(part.tasks)
             self.tasks += [task for task in part.tasks if task not in self.tasks]
         if not self.modalities or set(self.modalities) - set(MODALITIES):
             raise ValueError(f"modalities: got {self.modalities}, wanted some of {', '.join(MODALITIES)}")
@@ -192,6 +193,16 @@ class DataArguments:
             raise ValueError(f"tasks: got {name!r} again, wanted a name that is neither built in nor used before")
         self.task_definitions[name] = AffectTask.from_dict({"kind": kind} | task).to_dict()
         return name
+
+    def _check_kinds(self, names: list[str]) -> None:
+        """Refuses two tasks of a corpus that would learn from the same column."""
+        kinds = {name: task.kind for name, task in BUILTIN_TASKS.items()}
+        kinds |= {name: definition["kind"] for name, definition in self.task_definitions.items()}
+        for kind, column in (("classification", "label"), ("regression", "score")):
+            alike = [name for name in dict.fromkeys(names) if kinds.get(name) == kind]
+            if len(alike) > 1:
+                got = f"{' and '.join(alike)}, which learn from the same column, `{column}`"
+                raise ValueError(f"tasks: got {got}, wanted one of them in each run")
 
     def _check_corpora(self) -> None:
         if not self.corpora:

@@ -3,13 +3,14 @@
 from pathlib import Path
 
 import pytest
+import yaml
 from huggingface_hub import ModelCard
 
 from egmf import readme
 from egmf.processing_egmf import BUILTIN_TASKS, AffectTask
 from egmf.publishing.model_card import FinishedRun, card_data, eval_results, write_card
 from egmf.readme import section
-from egmf.recipe import default_record
+from egmf.recipe import default_record, load_recipe
 
 
 LLM = "Qwen/Qwen3-0.6B"
@@ -175,6 +176,20 @@ def test_a_mixture_names_all_its_corpora(card_of):
     assert "tasks" not in run.recipe_fields and run.recipe_fields["corpora"] == mixture
     text = card_of(run).text
     assert "[MELD](https://github.com/declare-lab/MELD)" in text and "[CHERMA](" in text
+
+
+def test_the_recipe_of_a_mixture_defines_its_own_tasks_once(tmp_path):
+    """A second definition of a name would be refused."""
+    stress = {"name": "stress", "labels": ["calm", "tense"], "prompt": "Is the last speaker calm or tense?"}
+    parts = {"meld": {"tasks": [stress], "weight": 1}, "table": {"tasks": ["stress"], "weight": 2}}
+    recipe = {"language_model": "tiny-random", "corpora": parts, "output_dir": str(tmp_path)}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    data = load_recipe([str(tmp_path / "recipe.yaml")]).data
+    run = run_of("meld", "meld", corpora=data.corpora, task_definitions=data.task_definitions)
+    published = recipe | {"corpora": run.recipe_fields["corpora"]}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(published))
+    again = load_recipe([str(tmp_path / "recipe.yaml")]).data
+    assert (again.corpora, again.task_definitions) == (data.corpora, data.task_definitions)
 
 
 def test_losses_of_all_phases(card_of):

@@ -308,6 +308,10 @@ def test_every_field_of_the_fusion_can_be_set(tmp_path):
         ({"bf16": True, "fp16": True}, "recipe.yaml: At most one of fp16 and bf16"),
         ({"corpus": "moral"}, "corpus: got 'moral', wanted one of avatars, "),
         ({"tasks": [{"name": "stress", "label": ["a", "b"]}]}, "got the unknown field label, wanted some of name"),
+        (
+            {"tasks": [{"name": name, "low": 1, "high": 5, "step": 1} for name in ("valence", "arousal")]},
+            "tasks: got valence and arousal, which learn from the same column, `score`",
+        ),
     ],
 )
 def test_a_value_that_a_field_may_not_have_is_named(tmp_path, fields, message, monkeypatch):

@@ -119,8 +119,11 @@ class FinishedRun:
         defaults = default_record()
         own = {"language_model": self.recipe["language_model"]}
         set_fields = own | {name: self.recipe[name] for name, value in defaults.items() if self.recipe[name] != value}
-        definitions = set_fields.pop("task_definitions", {})
-        set_fields["tasks"] = [definitions.get(name, name) for name in self.recipe["tasks"]]
+        undefined = dict(set_fields.pop("task_definitions", {}))  # those that the recipe has not yet defined
+
+        def define(names: list[str]) -> list:
+            return [undefined.pop(name, name) for name in names]
+
         if "fusion" in set_fields:
             default = defaults["fusion"]
             set_fields["fusion"] = {
@@ -129,7 +132,11 @@ class FinishedRun:
                 if name in default and value != default[name]
             }
         if self.recipe["corpora"]:
-            del set_fields["tasks"]  # `corpora` contains them
+            set_fields.pop("tasks", None)  # `corpora` contains them
+            parts = self.recipe["corpora"].items()
+            set_fields["corpora"] = {name: part | {"tasks": define(part["tasks"])} for name, part in parts}
+        else:
+            set_fields["tasks"] = define(self.recipe["tasks"])
         return set_fields | self.recipe["training"]
 
     @property
@@ -324,8 +331,7 @@ print(processor.summarize(scores.log_probs, "{task.name}")[0])"""
         note += f"The processor also takes {' and '.join(features)}, extracted and scaled as in training. "
     if run.config.get("speaker_adaptation"):
         note += (
-            "The model was trained with speaker adaptation: give the pipeline other clips of the speaker "
-            "(`speaker_clips`). "
+            "The model was trained with speaker adaptation: give the pipeline clips of the speaker (`speaker_clips`). "
         )
     note += "Loading runs the Python files of this repository: read them first, and pin a `revision`."
     if adapter_only:
