@@ -8,12 +8,12 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import Pipeline, PreTrainedConfig
+from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 
 from .media_inputs_egmf import Media
 from .samples_egmf import as_media, as_sample, is_file
@@ -63,29 +63,6 @@ def adaptation_warning(config: PreTrainedConfig, modalities: Iterable[str], cent
         return None
     got, wanted = ("no center", "one") if trained else ("a center", "none")
     return f"speaker_adaptation: got {got} of the speaker for {wrong}, wanted {wanted}, as the model was trained"
-
-
-class _Prepared(Dataset):
-    """The prepared samples of a sequence."""
-
-    def __init__(self, samples: Sequence, prepare):
-        self.samples, self.prepare = samples, prepare
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.prepare(self.samples[index])
-
-
-class _PreparedStream(IterableDataset):
-    """The prepared samples of an iterator."""
-
-    def __init__(self, samples: Iterable, prepare):
-        self.samples, self.prepare = samples, prepare
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return map(self.prepare, self.samples)
 
 
 class AffectRecognitionPipeline(TimelineMixin, Pipeline):
@@ -189,8 +166,7 @@ class AffectRecognitionPipeline(TimelineMixin, Pipeline):
             )
         else:
             own = {"is_row": _is_dataset(inputs), "is_transcribed": "transcriber" in after}
-            prepare = partial(self.preprocess, **before, **own)
-            prepared = _PreparedStream(inputs, prepare) if is_stream else _Prepared(inputs, prepare)
+            prepared = (PipelineIterator if is_stream else PipelineDataset)(inputs, self.preprocess, before | own)
             workers = min(workers, 1 if is_stream else len(inputs))
             answers = self._answers(prepared, size, workers, after)
         if is_single:

@@ -2,12 +2,11 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import Dataset
+from torch.utils.data import Subset
 from tqdm.auto import tqdm
 
 from egmf.media_egmf import MediaError
@@ -24,17 +23,6 @@ def _fields(sample: dict[str, Any]) -> dict[str, Any]:
 def _named(sample: dict[str, Any]) -> dict[str, Any]:
     """What an answer repeats of its sample; of a row of a table also its id, words and speaker."""
     return sample.get("named", {}) | {"file": None if sample["file"] is None else str(sample["file"])}
-
-
-@dataclass
-class _Clips(Dataset):
-    samples: list[dict[str, Any]]
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.samples[index]
 
 
 class Answerer:
@@ -138,7 +126,7 @@ class Answerer:
         inputs: Any = [_fields(sample) for sample in samples]
         options = {**self.options, "batch_size": self.batch_size}
         if self.num_workers and len(samples) > self.batch_size:
-            inputs = _Clips(inputs)  # a data set is answered as it is read, a list as a whole
+            inputs = Subset(inputs, range(len(inputs)))  # a data set is answered as it is read, a list as a whole
             options["num_workers"] = self.num_workers
         for sample, answer in zip(samples, self.recognize(inputs, **options), strict=True):
             yield _named(sample) | answer
