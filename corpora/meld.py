@@ -54,7 +54,7 @@ def load(source: str | os.PathLike, context: int = 8, media: str | os.PathLike |
         source: the folder with the three CSV files or the three pickles.
         context: maximum number of preceding utterances of the dialogue in each row, with their speakers.
         media: the folder with the three clip folders. If given, `audio` and `video` contain the path of the clip, or
-            null if the file does not exist. The number of missing clips is logged for each split.
+            null if the file does not exist. The missing clips of each split are counted in the log.
 
     Raises:
         FileNotFoundError: if a CSV file, a pickle or the media folder does not exist.
@@ -64,8 +64,7 @@ def load(source: str | os.PathLike, context: int = 8, media: str | os.PathLike |
     """
     notes = Notes()
     reading = read(source, notes, context, media)
-    # For CSV files, `_rows` has already logged the missing clips.
-    return reading.load(notes if reading.widths else Notes(), logger)
+    return reading.load(notes, logger)
 
 
 def read(source: str | os.PathLike, notes: Notes, context: int = 8, media: str | os.PathLike | None = None) -> Reading:
@@ -92,7 +91,6 @@ def read(source: str | os.PathLike, notes: Notes, context: int = 8, media: str |
 
 
 def _rows(frame: pd.DataFrame, split: str, context: int, media: Path | None, notes: Notes) -> Iterator[dict]:
-    missing = []
     for dialogue_id, dialogue in frame.groupby("Dialogue_ID", sort=True):
         turns = [
             {"speaker": speaker, "text": text}
@@ -105,7 +103,6 @@ def _rows(frame: pd.DataFrame, split: str, context: int, media: Path | None, not
             if media is not None:
                 clip = _clip(media, split, dialogue_id, utterance_id)
                 if clip is None:
-                    missing.append(row_id)
                     notes.add(split, "clip: none", row_id)
             yield turns[position] | {
                 "id": row_id,
@@ -115,16 +112,6 @@ def _rows(frame: pd.DataFrame, split: str, context: int, media: Path | None, not
                 "video": clip,
                 "emotion": emotion,
             }
-    if media is not None:
-        logger.log(
-            logging.WARNING if missing else logging.INFO,
-            "MELD %s: %d of %d clips are missing in %s%s",
-            split,
-            len(missing),
-            len(frame),
-            media / CLIPS[split],
-            f" (first: {', '.join(missing[:3])})" if missing else "",
-        )
 
 
 def _clip(media: Path, split: str, dialogue_id: int, utterance_id: int) -> str | None:

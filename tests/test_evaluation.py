@@ -4,7 +4,6 @@ import argparse
 import json
 import shutil
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,7 +20,6 @@ from egmf.evaluation.label_maps import LABEL_MAPS, MELD_TO_CHERMA
 from egmf.evaluation.measures import measure_of, metrics_of
 from egmf.evaluation.predictor import Predictor
 from egmf.processing_egmf import BUILTIN_TASKS, AffectTask, EGMFProcessor
-from experiments.cross_corpus import table_of
 from metrics.sentiment.measures import EDGES, mosei_metrics, sims_metrics
 from predict import main as predict_main
 
@@ -258,8 +256,6 @@ def test_an_evaluation_across_corpora_is_written_whole(model_folder, tmp_path, m
     assert {"confusion.png", "gates.png"} <= {path.name for path in (tmp_path / "first").iterdir()}
     assert "f1_by_class 高兴" in capsys.readouterr().out
 
-    assert "| meld (meld-cherma) | WF1 " in table_of([tmp_path / "first/metrics.json"])
-
     others = tmp_path / "others.jsonl"
     others.write_text("".join(line.replace('"gold": "高兴"', '"gold": "恐惧"') + "\n" for line in lines), "utf-8")
     with pytest.raises(ValueError, match="its gold labels are not those of this evaluation"):
@@ -279,31 +275,6 @@ def test_an_evaluation_across_corpora_is_written_whole(model_folder, tmp_path, m
     eval_script.main([*arguments, str(tmp_path / "second"), "--compare", str(tmp_path / "first/predictions.jsonl")])
     tests = json.loads((tmp_path / "second/metrics.json").read_text(encoding="utf-8"))["compared_to"]["distribution"]
     assert tests["mcnemar"]["p_value"] == tests["differences"]["weighted_f1"]["p_value"] == 1.0
-
-
-def test_one_table_for_all_corpora(tmp_path):
-    """The table is made from reports in the format of `eval.py`."""
-
-    def written(name: str, **fields) -> Path:
-        answer = "expected" if "mae" in fields["figures"] else "distribution"
-        figures = fields.pop("figures")
-        report = {"split": "test", "label_map": None, "answers": {answer: figures}, **fields}
-        report["intervals"] = {answer: {key: value and [value - 0.01, value + 0.01] for key, value in figures.items()}}
-        (tmp_path / name).write_text(json.dumps(report), encoding="utf-8")
-        return tmp_path / name
-
-    files = [
-        written("a", model="en", task="meld", corpus="meld", figures={"weighted_f1": 0.62}),
-        written("b", model="en", task="meld", corpus="cherma", label_map="meld-cherma", figures={"weighted_f1": 0.4}),
-        written("c", model="en", task="mosei", corpus="mosei", figures={"mae": 0.5, "corr": None}),
-    ]
-    assert table_of(files).splitlines()[2:] == [
-        "| en | meld | WF1 62.00 [61.00, 63.00] |  |  |",
-        "| en | meld (meld-cherma) |  | WF1 40.00 [39.00, 41.00] |  |",
-        "| en | mosei |  |  | MAE 0.500 [0.490, 0.510], Corr - |",
-    ]
-    with pytest.raises(ValueError, match="en, meld, on meld / test again"):
-        table_of([*files, files[0]])
 
 
 def test_a_checkpoint_asks_in_its_own_words(model_folder):
