@@ -44,7 +44,8 @@ from egmf.files import has_begun, writing
 from egmf.modeling_egmf import EGMFForConditionalGeneration, undivided
 from egmf.processes import are_sharded, in_turns, silence_other_ranks
 from egmf.processing_egmf import AffectTask, EGMFProcessor
-from egmf.recipe import DataArguments, Recipe, load_recipe
+from egmf.recipe import DataArguments, Recipe
+from egmf.recipe_reading import load_recipe
 from egmf.training.assembly import (
     add_lora,
     build_model,

@@ -38,7 +38,7 @@ from transformers import Trainer, TrainerCallback
 
 from bench.measuring import SMOLLM2, build_llm, build_rows, clock, machine, peak_memory, record, take_turns
 from egmf.data.collator import AffectCollator, expand_by_task
-from egmf.recipe import load_recipe
+from egmf.recipe_reading import load_recipe
 from egmf.training.assembly import add_lora, build_model, build_processor
 from egmf.training.language_models import resolve_language_model
 from train import with_lengths

@@ -33,7 +33,8 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from egmf.modeling_egmf import EGMFForConditionalGeneration
 from egmf.processing_egmf import EGMFProcessor
-from egmf.recipe import Recipe, load_recipe
+from egmf.recipe import Recipe
+from egmf.recipe_reading import load_recipe
 from egmf.tables import table
 from egmf.towers_egmf import encoder_of, spread_layers, tower_size
 from egmf.training.assembly import add_lora

@@ -48,7 +48,8 @@ from egmf.evaluation.measures import measure_of
 from egmf.fusion_egmf import FeatureNorm
 from egmf.media_features_egmf import adapt_to_speaker
 from egmf.processing_egmf import EGMFProcessor
-from egmf.recipe import MODALITIES, Recipe, load_recipe
+from egmf.recipe import MODALITIES, Recipe
+from egmf.recipe_reading import load_recipe
 from egmf.tables import table
 from egmf.tasks_egmf import AffectTask
 from egmf.training.assembly import (

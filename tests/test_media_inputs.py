@@ -30,7 +30,7 @@ from egmf.data.tower_cache import TowerCache
 from egmf.media_egmf import AudioClip, MediaError, VideoClip, load_audio, load_video
 from egmf.media_inputs_egmf import MediaWarning
 from egmf.processing_egmf import EGMFProcessor
-from egmf.recipe import load_recipe
+from egmf.recipe_reading import load_recipe
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -489,7 +489,7 @@ def test_training_with_and_without_autocast_share_no_entries(media, files, tmp_p
     """Each cache equals what its training steps compute, and a tower left in training mode applies no dropout."""
     processor, model = media
     monkeypatch.setattr("egmf.data.tower_cache.constants.HF_HOME", str(tmp_path))
-    monkeypatch.setattr("egmf.recipe.has_fast_bfloat16", lambda: True)  # whatever this CPU has
+    monkeypatch.setattr("egmf.recipe_reading.has_fast_bfloat16", lambda: True)  # whatever this CPU has
     model = copy.deepcopy(model)
     row = {"audio": files["wav"], "video": files["short"]}
     corpus = {split: Dataset.from_list([row]) for split in ("train", "validation")}

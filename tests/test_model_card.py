@@ -10,7 +10,8 @@ from egmf import readme
 from egmf.processing_egmf import BUILTIN_TASKS, AffectTask
 from egmf.publishing.model_card import FinishedRun, card_data, eval_results, write_card
 from egmf.readme import section
-from egmf.recipe import default_record, load_recipe
+from egmf.recipe import default_record
+from egmf.recipe_reading import load_recipe
 
 
 LLM = "Qwen/Qwen3-0.6B"

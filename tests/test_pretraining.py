@@ -18,7 +18,7 @@ from egmf.data.augmentation import augment
 from egmf.data.collator import AffectCollator, expand_by_task
 from egmf.media_inputs_egmf import TowerInput
 from egmf.processing_egmf import BUILTIN_TASKS
-from egmf.recipe import load_recipe
+from egmf.recipe_reading import load_recipe
 from egmf.training.pretraining import FusionPretraining, answer_prior, score_targets
 from train import build_model, build_processor, build_towers, resolve_language_model, set_trainable_towers
 

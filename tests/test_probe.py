@@ -19,7 +19,7 @@ from models import save_whisper, whisper
 from corpora import load_corpus, ravdess
 from corpora.schema import build_split
 from egmf.data.tower_cache import TowerCache
-from egmf.recipe import load_recipe
+from egmf.recipe_reading import load_recipe
 from egmf.tasks_egmf import BUILTIN_TASKS
 from egmf.training.assembly import build_model, build_processor, build_towers
 from experiments import probe

@@ -32,7 +32,7 @@ import eval as eval_script
 import publish as publish_script
 import train as train_script
 from egmf.publishing.repository import build_folder, check_adapter, read_run, upload
-from egmf.recipe import load_recipe
+from egmf.recipe_reading import load_recipe
 from egmf.training.language_models import build_tiny_language_model
 
 

@@ -17,7 +17,7 @@ import eval as eval_script
 import train as train_script
 from corpora import load_corpus
 from egmf.processing_egmf import BUILTIN_TASKS
-from egmf.recipe import load_recipe
+from egmf.recipe_reading import load_recipe
 from egmf.training.language_models import build_tiny_language_model
 from experiments.benchmarks import BENCHMARKS
 

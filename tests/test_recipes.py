@@ -27,7 +27,7 @@ from corpora import cherma, load_corpus, meld
 from corpora.schema import build_split
 from egmf.data.mixture import MixtureSampler, check_corpora
 from egmf.fusion_egmf import FeatureNorm
-from egmf.recipe import load_recipe
+from egmf.recipe_reading import load_recipe
 from egmf.training.batches import MixtureTrainer
 from egmf.training.language_models import build_tiny_language_model
 from egmf.training.shrinking import published_config, shrunk

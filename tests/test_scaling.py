@@ -30,7 +30,7 @@ from egmf.evaluation.predictor import Predictor
 from egmf.modeling_egmf import EGMFForConditionalGeneration
 from egmf.processes import available_cores
 from egmf.processing_egmf import EGMFProcessor
-from egmf.recipe import load_recipe
+from egmf.recipe_reading import load_recipe
 from egmf.training.checkpoints import damage_of, steps_of
 from egmf.training.language_models import build_tiny_language_model
 
@@ -335,7 +335,7 @@ def test_phases_are_not_for_divided_models(monkeypatch, tmp_path):
         train(tmp_path, "--fusion_epochs", 1)
     with pytest.raises(ValueError, match="load_in_4bit: got true .* wanted false"):
         train(tmp_path, "--load_in_4bit", "true")
-    monkeypatch.setattr("egmf.recipe.has_fast_bfloat16", lambda: True)
+    monkeypatch.setattr("egmf.recipe_reading.has_fast_bfloat16", lambda: True)
     with pytest.raises(ValueError, match="bf16: got true .* wanted false: the inputs of the fusion"):
         train(tmp_path, "--bf16", "true")
 

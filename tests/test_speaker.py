@@ -25,7 +25,7 @@ from egmf.evaluation.robustness import lose_frames
 from egmf.media_features_egmf import adapt_to_speaker
 from egmf.pipeline_egmf import adaptation_warning
 from egmf.processing_egmf import BUILTIN_TASKS
-from egmf.recipe import load_recipe
+from egmf.recipe_reading import load_recipe
 from egmf.training.statistics import feature_statistics, set_clip_statistics, set_feature_statistics
 from predict import main as predict_main
 

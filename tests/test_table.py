@@ -32,7 +32,7 @@ from egmf.data.mixture import MixtureSampler, mix_rows
 from egmf.data.tasks import infer_tasks
 from egmf.media_egmf import load_video
 from egmf.processing_egmf import EGMFProcessor
-from egmf.recipe import load_recipe
+from egmf.recipe_reading import load_recipe
 from egmf.training.dry_run import describe_prompt
 
 
@@ -700,9 +700,9 @@ def test_labels_and_scores_make_two_tasks(tmp_path):
 
 def test_a_recipe_defines_tasks_and_records_them(tmp_path):
     stress = {"name": "stress", "labels": ["calm", "tense"], "prompt": "Calm or tense?", "cue": "Answer:"}
-    for words in ([json.dumps(stress), "meld"], [json.dumps([stress, "meld"])]):
+    for words in ([json.dumps(stress), "mosei"], [json.dumps([stress, "mosei"])]):
         recipe = load_recipe([str(ROOT / "recipes/own_clips.yaml"), "--tasks", *words])
-        assert recipe.data.tasks == ["stress", "meld"]
+        assert recipe.data.tasks == ["stress", "mosei"]
     assert recipe.record()["task_definitions"]["stress"] == stress | {"kind": "classification", "language": "en"}
     for wrong, message in (
         ({"labels": ["a", "b"]}, "tasks: got .*, wanted a `name` in it"),

@@ -16,7 +16,7 @@ from corpora import load_corpus
 from egmf.data.collator import AffectCollator, expand_by_task, gold_answer
 from egmf.processes import has_fast_bfloat16
 from egmf.processing_egmf import BUILTIN_TASKS
-from egmf.recipe import load_recipe
+from egmf.recipe_reading import load_recipe
 from egmf.training.assembly import load_language_model
 from egmf.training.language_models import build_tiny_language_model
 from train import build_model, build_processor, build_towers, resolve_language_model, set_clip_statistics
@@ -73,7 +73,7 @@ def test_bfloat16_is_fast_where_its_products_are():
 
 @pytest.mark.parametrize("is_slow", [True, False])
 def test_a_cpu_that_is_slow_in_bfloat16_computes_in_float32(tmp_path, monkeypatch, caplog, is_slow):
-    for module in ("recipe", "training.assembly"):
+    for module in ("recipe_reading", "training.assembly"):
         monkeypatch.setattr(f"egmf.{module}.has_fast_bfloat16", lambda: not is_slow)
     recipe = load_recipe([str(REPO / "recipes/mosi_smollm2.yaml"), "--use_cpu", "true"])
     assert recipe.training.mixed_precision == ("no" if is_slow else "bf16")
@@ -84,7 +84,7 @@ def test_a_cpu_that_is_slow_in_bfloat16_computes_in_float32(tmp_path, monkeypatc
 
 
 def test_a_run_that_began_in_bfloat16_resumes_in_it(tmp_path, monkeypatch):
-    for module in ("recipe", "training.assembly"):
+    for module in ("recipe_reading", "training.assembly"):
         monkeypatch.setattr(f"egmf.{module}.has_fast_bfloat16", lambda: False)
     build_tiny_language_model(tmp_path / "llm")
     AutoModelForCausalLM.from_pretrained(tmp_path / "llm", dtype=torch.bfloat16).save_pretrained(tmp_path / "llm")
