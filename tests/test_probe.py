@@ -253,7 +253,7 @@ def test_a_tower_is_read_from_the_cache_of_training(run, recipe_of, monkeypatch,
     computed, compute = [], TowerCache._compute
 
     def counted(cache, todo, device):
-        computed.extend(path for _, path, _ in todo)
+        computed.extend(path for group in todo for _, path, _ in group)
         compute(cache, todo, device)
 
     monkeypatch.setattr(TowerCache, "_compute", counted)

@@ -5,7 +5,7 @@ import inspect
 import json
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -21,12 +21,12 @@ from datasets import Dataset
 from huggingface_hub import constants
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from corpora.clips import split_part
-from egmf.data.clips import load_row_media
+from egmf.data.clips import load_together
 from egmf.files import writing
 from egmf.media_egmf import AudioClip
 from egmf.media_inputs_egmf import Media, TowerInput
@@ -41,6 +41,9 @@ COLUMNS = {"audio": "audio", "vision": "video"}  # of the corpus schema
 # The packages that decode and compute; the version of one that is not installed counts as None.
 PACKAGES = ("av", "decord2", "numpy", "pillow", "soundfile", "soxr", "torch", "torchaudio", "torchvision")
 PACKAGES += ("transformers",)
+
+
+Key = tuple[str, str, float]  # of an entry: modality, path and speed
 
 
 class TowerCache:
@@ -135,7 +138,7 @@ class TowerCache:
         Raises:
             FileNotFoundError: If an entry that another process wrote cannot be found here.
         """
-        wanted = {}
+        wanted: dict[Key, None] = {}
         for row in rows:
             for modality in self.folders:
                 path = row[COLUMNS[modality]]
@@ -143,33 +146,34 @@ class TowerCache:
                     if path is not None:
                         wanted[modality, path, speed] = None
         state = PartialState()
-        # Each process takes a share of all entries, because the set of missing ones changes while others fill. The
-        # entries are sorted by modality, because audio and vision take different times.
-        share = sorted(wanted, key=lambda key: key[0])[state.process_index :: state.num_processes]
-        self._compute([key for key in share if not self.has(*key)], device)
+        # Each process takes a share of all entries, because the set of missing ones changes while others fill.
+        share = _by_file(wanted)[state.process_index :: state.num_processes]
+        missing = ([key for key in group if not self.has(*key)] for group in share)
+        self._compute([group for group in missing if group], device)
         for errors, hashes in gather_object([(self.errors, self._hashes)]):
             self.errors |= errors
             self._hashes |= hashes
         there = (state.num_processes == 1 or key[:2] in self.errors or self.has(*key) for key in wanted)
-        if missing := sum(not found for found in there):
+        if absent := sum(not found for found in there):
             where = ", ".join(map(str, self.folders.values()))
             wanted_place = "a folder that all machines of the run share: set HF_HOME to one"
             raise FileNotFoundError(
-                f"tower cache: got {missing} of {len(wanted)} entries not in {where}, wanted {wanted_place}"
+                f"tower cache: got {absent} of {len(wanted)} entries not in {where}, wanted {wanted_place}"
             )
 
-    def _compute(self, todo: list[tuple[str, str, float]], device: torch.device) -> None:
-        """Computes and writes the entries of files (modality, path, speed)."""
-        if not todo:
+    def _compute(self, groups: list[list[Key]], device: torch.device) -> None:
+        """Computes and writes the entries of groups of [`_by_file`]."""
+        if not groups:
             return
-        workers = min(len(todo), default_workers())
+        workers = min(len(groups), default_workers())
         for modality in self.frozen:
             self._tower(modality).eval()  # without dropout
-        files = _Files(self.processor, todo, self.inputs)
+        files = _Files(self.processor, groups, self.inputs)
         reader = DataLoader(files, batch_size=None, num_workers=workers, collate_fn=_as_it_is)
         quiet = None if PartialState().is_main_process else True
-        made_of = zip(todo, tqdm(reader, desc="media", unit="clip", disable=quiet), strict=True)
-        for (modality, path, speed), made in made_of:
+        for (modality, path, speed), made in tqdm(
+            reader, desc="media", unit="clip", total=sum(map(len, groups)), disable=quiet
+        ):
             if isinstance(made, str):
                 self.errors[modality, path] = made
             else:
@@ -241,26 +245,58 @@ class TowerCache:
         return {COLUMNS[modality]: TowerInput(**made) if there else None}
 
 
+def _by_file(keys: Iterable[Key]) -> list[list[Key]]:
+    """Groups of keys that are read together: a file, or the parts of a recording in the order of their starts.
+
+    The groups are sorted by modality, because audio and vision take different times.
+    """
+    groups: dict[tuple[str, str, bool], list[tuple[float, Key]]] = {}
+    for key in keys:
+        path, start, _ = split_part(key[1])
+        groups.setdefault((key[0], path, path == key[1]), []).append((start, key))
+    by_modality = sorted(groups.items(), key=lambda item: item[0][0])
+    return [[key for _, key in sorted(group)] for _, group in by_modality]
+
+
 @dataclass
-class _Files(torch.utils.data.Dataset):
-    """For each of `files` (modality, path, speed): the fields of the tower's input, or the error as a string."""
+class _Files(IterableDataset):
+    """The keys of groups, each with the fields of its tower's input, or the error as a string."""
 
     processor: EGMFProcessor
-    files: list[tuple[str, str, float]]
+    groups: list[list[Key]]
     inputs: TowerCache | None
 
-    def __len__(self) -> int:
-        return len(self.files)
+    def __iter__(self) -> Iterator[tuple[Key, dict[str, np.ndarray | None] | str]]:
+        worker = get_worker_info()
+        for group in self.groups if worker is None else self.groups[worker.id :: worker.num_workers]:
+            modality, speeds = group[0][0], {}
+            for key in group:
+                known = self._known(key)
+                if known is None:
+                    speeds.setdefault(key[1], []).append(key[2])
+                else:
+                    yield key, known
+            if not speeds:
+                continue
+            read = load_together(self.processor, COLUMNS[modality], list(speeds))
+            for (path, own), clips in zip(speeds.items(), read, strict=True):
+                for speed in own:
+                    yield (modality, path, speed), self._made(modality, clips, speed)
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray | None] | str:
-        modality, path, speed = self.files[index]
-        if self.inputs is not None and modality in self.inputs.trained and speed == 1.0:
-            if (modality, path) in self.inputs.errors:
-                return self.inputs.errors[modality, path]
-            if self.inputs.has(modality, path):
-                return vars(self.inputs.load(modality, path)[COLUMNS[modality]])
+    def _known(self, key: Key) -> dict[str, np.ndarray | None] | str | None:
+        """What the cache of inputs has of a file."""
+        modality, path, speed = key
+        if self.inputs is None or modality not in self.inputs.trained or speed != 1.0:
+            return None
+        if (modality, path) in self.inputs.errors:
+            return self.inputs.errors[modality, path]
+        return vars(self.inputs.load(modality, path)[COLUMNS[modality]]) if self.inputs.has(modality, path) else None
+
+    def _made(self, modality: str, clips: Media | Exception, speed: float) -> dict[str, np.ndarray | None] | str:
+        """The tower's input of a clip at a speed."""
+        if isinstance(clips, Exception):
+            return str(clips)
         try:
-            clips = load_row_media(self.processor, COLUMNS[modality], path)
             if speed != 1.0:
                 rate = clips.audio.sampling_rate
                 clips = Media(AudioClip(soxr.resample(clips.audio.samples, speed * rate, rate), rate, []), None)

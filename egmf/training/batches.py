@@ -2,10 +2,12 @@
 
 import hashlib
 import json
+import multiprocessing
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing.util import Finalize
 
 import torch
 from accelerate.utils import set_seed
@@ -117,8 +119,18 @@ class SeededCollator:
 def ignoring_sigterm(loader: DataLoader) -> DataLoader:
     """Lets a loader's workers ignore SIGTERM: a step or a validation that is under way needs their batches."""
     if loader.num_workers:
-        loader.worker_init_fn = partial(_begin_worker, begin=loader.worker_init_fn)
+        # At the end of this process multiprocessing would end them by SIGTERM, and wait.
+        Finalize(None, _kill_workers, exitpriority=1)
+        begin = partial(_begin_worker, begin=loader.worker_init_fn)
+        # Accelerate's loader iterates the one inside, and is itself copied when batches are skipped.
+        for one in (loader, getattr(loader, "base_dataloader", loader)):
+            one.worker_init_fn = begin
     return loader
+
+
+def _kill_workers() -> None:
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 def _begin_worker(worker: int, begin: Callable[[int], None] | None) -> None:
