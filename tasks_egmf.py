@@ -124,7 +124,8 @@ class AffectTask:
             return value
         number = _number(value)
         # The tolerance accepts labels that float32 rounding moved slightly outside the scale.
-        if number is None or not self.low - 1e-6 <= number <= self.high + 1e-6:
+        tolerance = max(1e-6, 1e-7 * abs(self.low or 0.0), 1e-7 * abs(self.high or 0.0))
+        if number is None or not self.low - tolerance <= number <= self.high + tolerance:
             wanted = f"a finite number in [{self.low}, {self.high}]"
             raise ValueError(f"Task {self.name!r}: got the score {value!r}, wanted {wanted}.")
         steps = (number / Decimal(str(self.step))).to_integral_value(ROUND_HALF_EVEN)

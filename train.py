@@ -366,7 +366,14 @@ def read_clips(run: Run) -> None:
     if run.towers:
         run.inputs = fill_cache(recipe, model, run.processor, run.towers, run.trained_early, run.corpus, None)
         if recipe.training.process_index == 0:
-            check_media(run.output / "unreadable.json", run.inputs.errors)
+            parts = [run.corpus[split] for split in ("train", "validation")]
+            errors = {
+                (modality, row_id): error
+                for modality in run.towers
+                for rows in parts
+                for row_id, error in run.inputs.errors_of(rows, [modality]).items()
+            }
+            check_media(run.output / "unreadable.json", errors)
     if describes_new_tower(recipe.model.audio_tower) and "audio" in run.trained_early:
         set_seed(recipe.training.seed)
         heard = (run.inputs.load("audio", path)["audio"] for path in rows["audio"][:: max(1, len(rows) // 500)])

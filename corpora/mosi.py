@@ -133,6 +133,10 @@ def _read(file: Path) -> pd.DataFrame:
         video_id, clip_id = frame.loc[doubled, ["video_id", "clip_id"]].iloc[0]
         raise ValueError(f"{file}: columns 'video_id', 'clip_id': ({video_id!r}, {clip_id}) occurs more than once")
 
+    try:
+        frame["clip_id"] = frame["clip_id"].astype(int)  # texts would be sorted 1, 10, 2
+    except ValueError as error:
+        raise ValueError(f"{file}: column 'clip_id': {error}, wanted whole numbers") from error
     frame = frame.sort_values(["video_id", "clip_id"], ignore_index=True)
     frame["label"] = frame["label"].astype(int)
     frame["text"] = frame["text"].str.lower()  # upper-case words are split into many rare tokens

@@ -140,7 +140,8 @@ def _lengths(corpus: DatasetDict) -> list[str]:
         if _is_late(audio or video)
     ]
     found = {"clips without sound, or with a start behind the end of their file": empty}
-    found["clips with an end behind that of their file"] = [row_id for row_id in late if row_id not in set(empty)]
+    known = set(empty)
+    found["clips with an end behind that of their file"] = [row_id for row_id in late if row_id not in known]
     return [f"{what}: {len(rows)}, such as {rows[0]}" for what, rows in found.items() if rows]
 
 

@@ -18,6 +18,7 @@ SPLITS = ("train", "validation", "test")
 SHARES = (0.7, 0.15, 0.15)
 KINDS = ("speaker", "dialogue", "recording")  # of groups, by preference
 SPLITS_FILE = "splits.csv"  # in the folder of a run
+MOST_LABELS = 100  # that are spread; the table of groups and labels must fit into memory
 _LEARNED = ("text", "speaker", "language", "context", "emotion", "sentiment")  # beside the clip
 
 
@@ -33,7 +34,8 @@ def make_splits(rows: Sequence[dict[str, Any]], seed: int, spread_labels: bool =
     Args:
         rows: Rows with `speaker`, `dialogue` and `recording` (None if unknown) and `emotion` (None for scores).
         seed: Seed of the order of the groups.
-        spread_labels: Whether the labels are classes. If they are numbers, each would be a class of its own.
+        spread_labels: Whether the labels are classes. If they are numbers, each would be a class of its own. More than
+            `MOST_LABELS` labels are not spread.
 
     Returns:
         The kind of groups: "speaker", "dialogue", "recording" or "row".
@@ -44,6 +46,7 @@ def make_splits(rows: Sequence[dict[str, Any]], seed: int, spread_labels: bool =
         next(((kind, row[kind]) for kind in kinds if row[kind] is not None), _words_or(row, number))
         for number, row in enumerate(rows)
     ]
+    spread_labels = spread_labels and len({row["emotion"] for row in rows}) <= MOST_LABELS
     classes = [row["emotion"] if spread_labels else None for row in rows]
     groups = {key: place for place, key in enumerate(dict.fromkeys(keys))}
     labels = {label: place for place, label in enumerate(dict.fromkeys(classes))}
@@ -115,7 +118,7 @@ def _digest(row: Mapping[str, Any]) -> str:
 def _divide(counts: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """The split of each group (groups,), as an index into `SPLITS`, from its rows by label (groups, labels)."""
     order = rng.permutation(len(counts))
-    order = order[np.argsort(-counts[order].sum(1), kind="stable")]  # large groups first: small ones fill the gaps
+    order = order[np.argsort(-counts.sum(1)[order], kind="stable")]  # large groups first: small ones fill the gaps
     wanted = np.outer(SHARES, counts.sum(0))  # (splits, labels)
     chosen = np.zeros(len(counts), int)
     for group in order:

@@ -31,7 +31,7 @@ import json
 import logging
 import math
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import count
@@ -269,10 +269,11 @@ def _name_words(found: _Found) -> None:
     """Fills the ids of words alone, whatever their order: a digest of the words; of equal ones also of the speaker."""
     rows = [row for row in found.rows if row["id"] is None and "is_context" not in row]
     times = Counter(row["text"] for row in rows)
+    numbers: defaultdict[str, Iterator[int]] = defaultdict(lambda: count(2))
     for row in rows:
         said = row["text"] if times[row["text"]] == 1 else "\n".join(filter(None, (row["speaker"], row["text"])))
         name = "text-" + hashlib.sha256(said.encode()).hexdigest()[:10]
-        again = (f"{name}-{number}" for number in count(2))
+        again = (f"{name}-{number}" for number in numbers[name])
         row["id"] = name if name not in found.seen else next(one for one in again if one not in found.seen)
         found.seen[row["id"]] = row["where"]
 
@@ -433,8 +434,9 @@ def _number(name: str, text: str) -> float:
 
 
 def _finite(text: str) -> float | None:
+    """The number that a text is; None for other texts, also for 1_2, which Python would read as 12."""
     try:
-        number = float(text)
+        number = float("" if "_" in text else text)
     except ValueError:
         return None
     return number if math.isfinite(number) else None

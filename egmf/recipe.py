@@ -52,10 +52,6 @@ class ModelArguments:
     load_in_4bit: bool = field(default=False, metadata={"help": "the LLM in 4 bits while it trains, by bitsandbytes"})
     lora_r: int = field(default=16, metadata={"help": "rank of LoRA", "minimum": 1})
     lora_alpha: int = field(default=32, metadata={"help": "scale of LoRA", "minimum": 1})
-    lora_target_modules: str = field(
-        default=r"model\.language_model\..*\.(q|k|v|o|gate|up|down)_proj",
-        metadata={"help": "regex over full module names, anchored to the LLM so that it does not match the fusion"},
-    )
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,8 @@
 Answers are given by seed. `samples` are those of `egmf.evaluation.significance.resample`.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from egmf.evaluation.significance import intervals, paired_differences
@@ -21,14 +23,14 @@ def measure(gold: list[str], *given: list[str | None]) -> dict[str, float]:
     return {metric: float(np.mean([run[metric] for run in runs])) for metric in METRICS}
 
 
-def interval(gold: list[str], given: Answers, samples: list[np.ndarray]) -> dict[str, list[float]]:
+def interval(gold: list[str], given: Answers, samples: Sequence[np.ndarray]) -> dict[str, list[float]]:
     """The 95 % interval of each metric."""
     found = intervals(lambda gold, rows: measure(gold, *rows.T), gold, [*zip(*given, strict=True)], samples)
     return {metric: [round(bound, 6) for bound in bounds] for metric, bounds in found.items()}
 
 
 def compare(
-    gold: list[str], first: Answers, second: Answers, samples: list[np.ndarray], metric: str = "accuracy"
+    gold: list[str], first: Answers, second: Answers, samples: Sequence[np.ndarray], metric: str = "accuracy"
 ) -> dict[str, float]:
     """The paired bootstrap of the difference in one of `METRICS`, first minus second."""
     runs = ([*zip(*answers, strict=True)] for answers in (first, second))

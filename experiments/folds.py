@@ -17,6 +17,7 @@ import argparse
 import itertools
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -212,7 +213,7 @@ def add_runs(name: str, runs_dir: Path, earlier: dict, known: Predictions) -> tu
 
 
 def _paired_tests(
-    name: str, gold: list[str], first: dict[str, dict], second: dict[str, dict], samples: list[np.ndarray]
+    name: str, gold: list[str], first: dict[str, dict], second: dict[str, dict], samples: Sequence[np.ndarray]
 ) -> dict:
     """McNemar's test of two runs' most probable answers, and the bootstraps of the differences in what is shown."""
     given = [[row["distribution"] for row in rows.values()] for rows in (first, second)]
@@ -223,7 +224,7 @@ def _paired_tests(
 
 
 def _figures(
-    name: str, by_seed: dict[int, dict[str, dict]], gold: list[str], samples: list[np.ndarray]
+    name: str, by_seed: dict[int, dict[str, dict]], gold: list[str], samples: Sequence[np.ndarray]
 ) -> dict[str, dict]:
     """The metrics of each kind of answer, by seed; of the distribution also intervals."""
     figures: dict[str, dict] = {}

@@ -30,7 +30,7 @@ def test_whole_clusters_are_drawn():
     ids = [f"video{number % 5}" for number in range(23)]
     samples = resample(ids)
     assert len(samples) == RESAMPLES and len({tuple(rows) for rows in samples}) > 100
-    for rows in samples[:50]:
+    for rows in list(samples)[:50]:
         times = np.bincount(rows, minlength=len(ids))
         assert sum(times[:5]) == 5 and all(times[i] == times[i % 5] for i in range(len(ids)))
     assert all(np.array_equal(a, b) for a, b in zip(samples, resample(ids), strict=True))

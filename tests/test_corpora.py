@@ -141,6 +141,12 @@ def test_mosi_small_file(tmp_path):
     only = rows["video5$_$1"]
     assert only["context"] == [] and only["vision_times"] == [0.0]
     file = tmp_path / "mosi.parquet"
+    frame = mosi_frame()
+    frame["clip_id"] = [f"{2**number}" for number in frame["clip_id"]]  # as text, 16 would precede 2
+    write_mosi(tmp_path, frame)
+    last = mosi.load(file, context=2, validation_videos=1)["test"][-1]
+    assert last["id"] == "video8$_$16" and [turn["text"] for turn in last["context"]] == ["word 8 2", "word 8 3"]
+    write_mosi(tmp_path, mosi_frame())
     splits = mosi.load(file, neighbours=0, validation_videos=1)
     assert len(splits["test"]["audio_features"][0]) == len(splits["test"]["vision_features"][0]) == 1
     assert set(splits["validation"]["vision_features"][:]) == {None}  # they know their labels
@@ -193,6 +199,7 @@ def _set(column, value):
         (_set("text", None), "column 'text' has 1 nulls"),
         (_set("split", "dev"), "column 'split' has 'dev'"),
         (_set("label", 2), "column 'label' has 2"),
+        (lambda frame: frame.assign(clip_id=frame["clip_id"].map("n{}".format)), "'clip_id': .*'n.', wanted whole n"),
         (lambda frame: frame.replace({"video_id": {"video8": "video4"}}), "'video4' is in both splits"),
         (lambda frame: pd.concat([frame, frame.iloc[[0]]], ignore_index=True), "more than once"),
         (lambda frame: frame[frame["split"] == "train"], "no row of 'test'"),

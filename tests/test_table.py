@@ -26,11 +26,12 @@ from corpora import clusters_of, load_corpus, speakers_of
 from corpora.report import describe_corpus, find_doubts
 from corpora.splits import make_splits, read_splits, write_splits
 from corpora.table import load_unlabelled
-from egmf.data.clips import load_row_media
-from egmf.data.collator import AffectCollator, expand_by_task
+from egmf.data.clips import load_row_media, load_together
+from egmf.data.collator import AffectCollator, check_labels, expand_by_task
 from egmf.data.mixture import MixtureSampler, mix_rows
 from egmf.data.tasks import infer_tasks
-from egmf.media_egmf import load_video
+from egmf.data.tower_cache import _by_file
+from egmf.media_egmf import Recording, load_video
 from egmf.processing_egmf import EGMFProcessor
 from egmf.recipe_reading import load_recipe
 from egmf.training.dry_run import describe_prompt
@@ -655,6 +656,22 @@ def test_a_part_of_a_video_is_seen(tmp_path, llm_folder):
         load_row_media(processor, "video", str(tmp_path / "talk.mp4#t=7"))
 
 
+def test_the_parts_of_a_video_are_decoded_together(tmp_path, llm_folder, monkeypatch):
+    write_clip(tmp_path / "talk.mp4")
+    processor, talk = build_processor(llm_folder()), tmp_path / "talk.mp4"
+    parts = [f"{talk}#t={start},{end}" for start, end in ((0.6, 0.9), (0, 0.3), (0.1, 0.9), (8, 9))]
+    alone = {name: load_row_media(processor, "video", name).video for name in parts[:-1]}
+    whole, together = _by_file(("vision", name, 1.0) for name in (str(talk), *parts))
+    assert whole == [("vision", str(talk), 1.0)]
+    opened = []
+    monkeypatch.setattr(Recording, "__iter__", lambda self, read=Recording.__iter__: opened.append(1) or read(self))
+    names = [name for _, name, _ in together]
+    found = dict(zip(names, load_together(processor, "video", names), strict=True))
+    assert len(opened) == 1 and "no pictures after 8 seconds" in str(found.pop(parts[-1]))
+    assert found.keys() == alone.keys()
+    assert all(np.array_equal(found[name].video.frames, alone[name].frames) for name in alone)
+
+
 # --- tasks and balance -----------------------------------------------------------------------------------------------
 
 
@@ -665,15 +682,27 @@ def test_a_part_of_a_video_is_seen(tmp_path, llm_folder):
         (["0", "1", "10"], 0.0, 10.0, 1.0),
         (["0.5", "99"], 0.0, 100.0, 2.0),
         (["0.3", "0.9"], 0.3, 0.9, 0.1),
+        (["36.6", "40.1"], 36.6, 40.1, 0.1),  # 36.6 is 36.599998 in float32
+        (["1999.9996", "2001.5"], 1999.9, 2001.5, 0.1),
     ],
 )
 @pytest.mark.parametrize("column", ["score", "label"])
 def test_numbers_make_a_score_task_with_the_range_seen(column, values, low, high, step, tmp_path, caplog):
     caplog.set_level("INFO")
     rows = [(f"text {number}", value) for number, value in enumerate(values)]
-    (task,) = infer_tasks(load_corpus("table", write_words(tmp_path, rows, f"text {column}")))
+    corpus = load_corpus("table", write_words(tmp_path, rows, f"text {column}"))
+    (task,) = infer_tasks(corpus)
+    for split, part in corpus.items():
+        check_labels(split, part, task)
     assert (task.name, task.kind, task.low, task.high, task.step) == ("table", "regression", low, high, step)
     assert "task table: scores from" in caplog.text and len(task.answers) <= 61
+
+
+def test_classes_with_an_underscore_are_no_numbers(tmp_path):
+    """Python reads 18_25 as 1825."""
+    rows = [("yes", "18_25"), ("no", "26_40")]
+    (task,) = infer_tasks(load_corpus("table", write_words(tmp_path, rows, "text label")))
+    assert (task.kind, task.labels) == ("classification", ("18_25", "26_40"))
 
 
 def test_a_table_in_chinese_is_asked_in_chinese(tmp_path):

@@ -1,7 +1,6 @@
 """Recipes, train.py and eval.py with the tiny recipe: the files they write, and what a finished run refuses."""
 
 import json
-import re
 import shutil
 import time
 from pathlib import Path
@@ -97,13 +96,18 @@ def test_a_run_that_began_in_bfloat16_resumes_in_it(tmp_path, monkeypatch):
         (tmp_path / "fusion/checkpoint-1").mkdir(parents=True, exist_ok=True)  # now it has begun
 
 
-def test_lora_trains_the_layers_that_the_recipe_names(tmp_path, llm_folder):
-    """With the expression that docs/training.md gives for GPT-2."""
-    (names,) = re.findall(r"`(\S+)` for GPT-2", (REPO / "docs/training.md").read_text())
-    train(tmp_path, "--language_model", llm_folder("gpt2"), "--lora_target_modules", names, "--max_steps", "2")
+@pytest.mark.parametrize(
+    ("architecture", "layers"),
+    [
+        ("qwen3", {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
+        ("gpt2", {"c_attn", "c_proj", "c_fc"}),
+    ],
+)
+def test_lora_trains_the_linear_layers_of_the_llm(tmp_path, llm_folder, architecture, layers):
+    train(tmp_path, "--language_model", llm_folder(architecture), "--max_steps", "2")
     adapter = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     trained = {name.split(".")[-3] for name, value in adapter.items() if "lora_B" in name and value.any()}
-    assert trained == {"c_attn", "c_proj", "c_fc"}
+    assert trained == layers and all("language_model" in name for name in adapter if "lora_" in name)
 
 
 def test_command_line_overrides_the_recipe():

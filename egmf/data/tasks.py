@@ -5,6 +5,7 @@ import math
 import re
 from decimal import Decimal
 
+import numpy as np
 from datasets import DatasetDict
 
 from egmf.processing_egmf import AffectTask
@@ -81,8 +82,10 @@ def _is_number(label: str) -> bool:
 
 def _score_task(name: str, scores: list[float], language: str) -> AffectTask:
     """The range of the scores, widened to multiples of the smallest of `STEPS` that gives at most `MOST_ANSWERS`."""
-    # Six digits undo float32, in which corpora keep scores.
-    lowest, highest = (Decimal(f"{value:.6g}") for value in (min(scores), max(scores)))
+    # Corpora keep scores in float32: the shortest number that rounds to the same is the one in the table.
+    lowest, highest = (
+        Decimal(np.format_float_positional(np.float32(value), trim="-")) for value in (min(scores), max(scores))
+    )
     if highest == lowest:
         raise ValueError(f"score: got {lowest} in every row, wanted two or more different scores")
     if highest - lowest < Decimal("0.2"):

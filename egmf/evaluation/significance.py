@@ -17,7 +17,25 @@ ENOUGH = 10  # clusters; the percentile intervals of fewer are clearly too narro
 Measure = Callable[[Any, Any], dict[str, Any]]  # of arrays: gold labels or scores, and answers
 
 
-def resample(clusters: Sequence[str], resamples: int = RESAMPLES) -> list[np.ndarray]:
+class Resamples(Sequence):
+    """Row indices (N,) of each bootstrap sample. They are made when they are used: all together are large.
+
+    Args:
+        cluster: The cluster of each row, as a number, (rows,).
+        drawn: How often each cluster is drawn, (resamples, clusters).
+    """
+
+    def __init__(self, cluster: np.ndarray, drawn: np.ndarray):
+        self.cluster, self.drawn = cluster, drawn
+
+    def __len__(self) -> int:
+        return len(self.drawn)
+
+    def __getitem__(self, place):
+        return np.repeat(np.arange(len(self.cluster)), self.drawn[place][self.cluster])
+
+
+def resample(clusters: Sequence[str], resamples: int = RESAMPLES) -> Sequence[np.ndarray]:
     """Bootstrap samples with a fixed seed: row indices of whole clusters, drawn with replacement.
 
     Args:
@@ -25,18 +43,18 @@ def resample(clusters: Sequence[str], resamples: int = RESAMPLES) -> list[np.nda
         resamples: The number of samples.
 
     Returns:
-        An empty list if all rows are of one cluster, because one cluster does not show how much clusters differ.
+        Nothing if all rows are of one cluster, because one cluster does not show how much clusters differ.
     """
     names, index = np.unique(clusters, return_inverse=True)
     if len(names) == 1:
         return []
-    rng, rows = np.random.default_rng(SEED), np.arange(len(index))
-    drawn = rng.multinomial(len(names), [1 / len(names)] * len(names), size=resamples)
-    return [np.repeat(rows, times[index]) for times in drawn]
+    rng, shares = np.random.default_rng(SEED), [1 / len(names)] * len(names)
+    drawn = [rng.multinomial(len(names), shares).astype(np.uint16) for _ in range(resamples)]
+    return Resamples(index, np.stack(drawn))
 
 
 def intervals(
-    measure: Measure, gold: Sequence, predicted: Sequence, samples: list[np.ndarray]
+    measure: Measure, gold: Sequence, predicted: Sequence, samples: Sequence[np.ndarray]
 ) -> dict[str, list[float] | None]:
     """The 95 % percentile interval of every metric of a run (Efron and Tibshirani 1993, chapter 13).
 
@@ -50,7 +68,7 @@ def intervals(
 
 
 def paired_differences(
-    measure: Measure, gold: Sequence, first: Sequence, second: Sequence, samples: list[np.ndarray]
+    measure: Measure, gold: Sequence, first: Sequence, second: Sequence, samples: Sequence[np.ndarray]
 ) -> dict[str, dict[str, float] | None]:
     """For every metric, first run minus second: `difference`, its 95 % interval `low` to `high`, and `p_value`.
 

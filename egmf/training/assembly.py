@@ -22,6 +22,7 @@ from transformers import (
     Trainer,
 )
 from transformers import initialization as init
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import is_bitsandbytes_available
 
 from egmf.commands import check_name
@@ -226,8 +227,15 @@ def set_trainable_towers(model: EGMFForConditionalGeneration, towers: list[str])
     model.train()  # frozen towers stay in eval mode, without dropout and with fixed statistics
 
 
+def linear_layers(model: EGMFForConditionalGeneration) -> str:
+    """A regular expression for the names of all linear layers of the LLM, but for its head."""
+    layers = (name for name, part in model.named_modules() if isinstance(part, nn.Linear | Conv1D))
+    own = (re.escape(name) for name in layers if name.startswith("model.language_model."))
+    return "|".join(sorted({re.sub(r"\d+", r"\\d+", name) for name in own}))
+
+
 def add_lora(recipe: Recipe, model: EGMFForConditionalGeneration, trained: list[str]) -> PeftModel:
-    """Adds LoRA to the LLM's projections. The weights of the `trained` towers are trained as well.
+    """Adds LoRA to all linear layers of the LLM but its head. The weights of the `trained` towers are trained as well.
 
     Experts, gate and readout are trained with the LLM if they have had no phase of their own. Otherwise they stay as
     they are: with few clips the LLM's phase would only overfit them. The LLM then learns without the readout, and the
@@ -237,7 +245,7 @@ def add_lora(recipe: Recipe, model: EGMFForConditionalGeneration, trained: list[
         task_type="CAUSAL_LM",
         r=recipe.model.lora_r,
         lora_alpha=recipe.model.lora_alpha,
-        target_modules=recipe.model.lora_target_modules,
+        target_modules=linear_layers(model),
         modules_to_save=["fusion", "readout", *(f"{modality}_tower" for modality in trained)],
     )
     whole = get_peft_model(model, lora)

@@ -43,12 +43,12 @@ def keep_settings(run: Path, settings: dict[str, Any]) -> None:
 
 
 def check_media(record: Path, errors: dict[tuple[str, str], str]) -> None:
-    """Checks that a resumed run can read all files that it could read when it began.
+    """Checks that a resumed run can read the files of all rows that it could read when it began.
 
     Args:
-        record: JSON file in the run's folder with the files that were unreadable when the run began. It is written
-            anew until the run has a checkpoint.
-        errors: Why files are unreadable now, by modality and path.
+        record: JSON file in the run's folder with the rows whose files were unreadable when the run began. It is
+            written anew until the run has a checkpoint.
+        errors: Why files are unreadable now, by modality and id of the row: the files may have been moved.
 
     Raises:
         RunStopped: If a file was readable then and is not now: its rows would silently lose a modality.
@@ -56,7 +56,7 @@ def check_media(record: Path, errors: dict[tuple[str, str], str]) -> None:
     if not record.exists() or not has_begun(record.parent):
         write_whole(record, json.dumps([[*key, why] for key, why in errors.items()], indent=2) + "\n")
         return
-    known = {(modality, path) for modality, path, _ in json.loads(record.read_text(encoding="utf-8"))}
+    known = {(modality, row_id) for modality, row_id, _ in json.loads(record.read_text(encoding="utf-8"))}
     gone = [why for key, why in errors.items() if key not in known]
     if gone:
         raise RunStopped(
