@@ -145,7 +145,30 @@ class AffectCollator:
         return blanks
 
     def _batch(self, rows: list[dict]):
-        columns, drawn = {}, [1.0] * len(rows)
+        columns, drawn = self._media(rows)
+        columns["sound_track"] = False  # a row names its audio
+        text = [None] * len(rows)
+        if "text" in self.modalities:
+            text = [row["text"] for row in rows]
+            columns |= {name: [row[name] for row in rows] for name in ("context", "speaker")}
+        places = {task.name: index for index, task in enumerate(self.tasks)}
+        asked = [self.tasks[places[row["task"]]] for row in rows]
+        gold = []
+        if self.with_answers is not None:
+            gold = [gold_answer(row, task) for row, task in zip(rows, asked, strict=True)]
+        batch = self.processor(text=text, task=asked, answer=gold if self.with_answers else None, **columns)
+        if self.centers:
+            self._add_centers(batch, self.centers, rows, drawn)
+        if self.with_answers is False:
+            pairs = zip(gold, asked, strict=True)
+            batch["answer_index"] = torch.tensor([task.answers.index(task.format(answer)) for answer, task in pairs])
+            batch["task_index"] = torch.tensor([places[task.name] for task in asked])
+        return batch
+
+    def _media(self, rows: list[dict]) -> tuple[dict[str, Any], list[float]]:
+        """The processor's arguments for sound and pictures, and the speed of each row's sound."""
+        columns: dict[str, Any] = {}
+        drawn = [1.0] * len(rows)
         # In a fixed order, so that random draws are the same in every run.
         for modality in (name for name in self.modalities if name != "text"):
             if getattr(self.processor, PREPROCESSORS[modality]) is None:
@@ -162,17 +185,10 @@ class AffectCollator:
                         columns.setdefault(name, []).append(value)
             else:
                 columns[COLUMNS[modality]] = [self._load(modality, row) for row in rows]
-        columns["sound_track"] = False  # a row names its audio
-        text = [None] * len(rows)
-        if "text" in self.modalities:
-            text = [row["text"] for row in rows]
-            columns |= {name: [row[name] for row in rows] for name in ("context", "speaker")}
-        places = {task.name: index for index, task in enumerate(self.tasks)}
-        asked = [self.tasks[places[row["task"]]] for row in rows]
-        gold, centers = [], self.centers or {}
-        if self.with_answers is not None:
-            gold = [gold_answer(row, task) for row, task in zip(rows, asked, strict=True)]
-        batch = self.processor(text=text, task=asked, answer=gold if self.with_answers else None, **columns)
+        return columns, drawn
+
+    def _add_centers(self, batch: dict, centers: Centers, rows: list[dict], drawn: list[float]) -> None:
+        """Adds the speakers' centers of the modalities in a batch, at the speeds of the rows' sound."""
         if self.speaker_mixing:
             speakers = list(dict.fromkeys(speaker for known in centers.values() for speaker, _ in known))
             others = [speakers[index] for index in torch.randint(len(speakers), (len(rows),)).tolist()]
@@ -185,11 +201,6 @@ class AffectCollator:
                 if self.speaker_mixing:
                     center = mix_centers(centers, modality, keys, others, shares)
                 batch[f"{modality}_center"] = center
-        if self.with_answers is False:
-            pairs = zip(gold, asked, strict=True)
-            batch["answer_index"] = torch.tensor([task.answers.index(task.format(answer)) for answer, task in pairs])
-            batch["task_index"] = torch.tensor([places[task.name] for task in asked])
-        return batch
 
     def _load(self, modality: str, row: dict) -> AudioClip | VideoClip | None:
         """The row's clip; None if there is none or its file cannot be read."""
