@@ -373,7 +373,7 @@ def read_clips(run: Run) -> None:
                 for rows in parts
                 for row_id, error in run.inputs.errors_of(rows, [modality]).items()
             }
-            check_media(run.output / "unreadable.json", errors)
+            check_media(run.output / "unreadable_rows.json", errors)
     if describes_new_tower(recipe.model.audio_tower) and "audio" in run.trained_early:
         set_seed(recipe.training.seed)
         heard = (run.inputs.load("audio", path)["audio"] for path in rows["audio"][:: max(1, len(rows) // 500)])

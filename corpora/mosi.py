@@ -128,15 +128,15 @@ def _read(file: Path) -> pd.DataFrame:
     splits_of_video = frame.groupby("video_id")["split"].nunique()
     if (splits_of_video > 1).any():
         raise ValueError(f"{file}: column 'video_id': {splits_of_video.idxmax()!r} is in both splits, wanted one")
+    try:
+        frame["clip_id"] = pd.to_numeric(frame["clip_id"])  # texts would be sorted 1, 10, 2
+    except ValueError as error:
+        raise ValueError(f"{file}: column 'clip_id': {error}, wanted numbers") from error
     doubled = frame.duplicated(["video_id", "clip_id"])
     if doubled.any():
         video_id, clip_id = frame.loc[doubled, ["video_id", "clip_id"]].iloc[0]
         raise ValueError(f"{file}: columns 'video_id', 'clip_id': ({video_id!r}, {clip_id}) occurs more than once")
 
-    try:
-        frame["clip_id"] = frame["clip_id"].astype(int)  # texts would be sorted 1, 10, 2
-    except ValueError as error:
-        raise ValueError(f"{file}: column 'clip_id': {error}, wanted whole numbers") from error
     frame = frame.sort_values(["video_id", "clip_id"], ignore_index=True)
     frame["label"] = frame["label"].astype(int)
     frame["text"] = frame["text"].str.lower()  # upper-case words are split into many rare tokens

@@ -181,7 +181,7 @@ class DataArguments:
             alike = [name for name in dict.fromkeys(names) if kinds.get(name) == kind]
             if len(alike) > 1:
                 got = f"{' and '.join(alike)}, which learn from the same column, `{column}`"
-                raise ValueError(f"tasks: got {got}, wanted one of them in each run")
+                raise ValueError(f"tasks: got {got}, wanted one of them for a corpus")
 
     def _check_corpora(self) -> None:
         if not self.corpora:

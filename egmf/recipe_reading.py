@@ -103,7 +103,7 @@ def _merge(said: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     hints = _hints()
     values = {name: _checked(name, value, *hints[name]) for name, value in (machine | said | given).items()}
     slow = values.get("bf16") and values.get("use_cpu") and not has_fast_bfloat16()
-    if slow and not values.get("fp16"):  # both are refused below
+    if slow and not values.get("fp16"):  # both are refused by `load_recipe`
         values["bf16"] = _began_in_bfloat16(values.get("output_dir"))
         computes = "as it began, in bfloat16" if values["bf16"] else "in float32"
         logging.warning("bf16: this CPU is slow in bfloat16 (no AVX-512); the run computes %s", computes)

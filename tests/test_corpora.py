@@ -199,7 +199,7 @@ def _set(column, value):
         (_set("text", None), "column 'text' has 1 nulls"),
         (_set("split", "dev"), "column 'split' has 'dev'"),
         (_set("label", 2), "column 'label' has 2"),
-        (lambda frame: frame.assign(clip_id=frame["clip_id"].map("n{}".format)), "'clip_id': .*'n.', wanted whole n"),
+        (lambda frame: frame.assign(clip_id=frame["clip_id"].map("n{}".format)), "'clip_id': .*, wanted numbers"),
         (lambda frame: frame.replace({"video_id": {"video8": "video4"}}), "'video4' is in both splits"),
         (lambda frame: pd.concat([frame, frame.iloc[[0]]], ignore_index=True), "more than once"),
         (lambda frame: frame[frame["split"] == "train"], "no row of 'test'"),

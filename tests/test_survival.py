@@ -382,7 +382,7 @@ def test_a_run_goes_on_when_a_full_disk_has_room_again(half, whole, tmp_path):
 @pytest.mark.parametrize(
     ("owner", "method", "count", "step", "workers"),
     [
-        (RunTrainer, "training_step", 3, 3, 1),  # whose batches another process reads
+        (RunTrainer, "training_step", 3, 3, 2),  # whose batches other processes read
         (RunTrainer, "training_step", 6, 6, 0),  # the last one of an epoch
         (AffectTrainer, "prediction_step", 1, 6, 1),  # validation at its end
         (RunTrainer, "_save_rng_state", 2, 4, 0),  # a checkpoint that is written anyway
@@ -640,13 +640,13 @@ class _Gone:
 
 
 def test_files_are_compared_only_once_a_run_has_a_checkpoint(tmp_path):
-    record, new = tmp_path / "unreadable.json", {("vision", "b.mp4"): "Cannot read 'b.mp4'."}
+    record, new = tmp_path / "unreadable_rows.json", {("vision", "b.mp4"): "Cannot read 'b.mp4'."}
     check_media(record, {})
     check_media(record, new)  # the first try ended before it had learned anything
     assert json.loads(record.read_text()) == [["vision", "b.mp4", "Cannot read 'b.mp4'."]]
     (tmp_path / "fusion" / "checkpoint-2").mkdir(parents=True)
     check_media(record, new)
-    with pytest.raises(RunStopped, match="1 files were readable when this run began and are not now: Cannot read 'c"):
+    with pytest.raises(RunStopped, match="1 rows could be read when this run began and cannot now: Cannot read 'c"):
         check_media(record, new | {("audio", "c.wav"): "Cannot read 'c.wav'."})
 
 

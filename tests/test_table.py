@@ -698,11 +698,12 @@ def test_numbers_make_a_score_task_with_the_range_seen(column, values, low, high
     assert "task table: scores from" in caplog.text and len(task.answers) <= 61
 
 
-def test_classes_with_an_underscore_are_no_numbers(tmp_path):
+def test_classes_with_an_underscore_are_no_numbers(tmp_path, caplog):
     """Python reads 18_25 as 1825."""
     rows = [("yes", "18_25"), ("no", "26_40")]
     (task,) = infer_tasks(load_corpus("table", write_words(tmp_path, rows, "text label")))
     assert (task.kind, task.labels) == ("classification", ("18_25", "26_40"))
+    assert "numbers" not in caplog.text
 
 
 def test_a_table_in_chinese_is_asked_in_chinese(tmp_path):

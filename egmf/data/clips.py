@@ -80,12 +80,18 @@ def _pictures(processor: EGMFProcessor, path: str, parts: Sequence[str]) -> Iter
         failed, length = error, LONGEST
     closed = [(start, length if end is None else end) for start, end in spans]
     read = iter(Recording(path, None, processor.num_frames, spans=[span for span in closed if span[0] < span[1]]))
-    for start, end in closed:
+    for place, (start, end) in enumerate(closed):
         clip = None
         if failed is None and start < end:
             try:
                 clip = next(read).video
+                if place == len(closed) - 1:
+                    next(read, None)  # a worker that has reached the end is used again
             except MediaError as error:
+                if len(parts) > 1:  # together they may need too much memory
+                    for name in parts[place:]:
+                        yield from _pictures(processor, path, [name])
+                    return
                 failed = error
         if failed is not None:
             yield processor.media_error(*failed.args)  # of the checkpoint's own code

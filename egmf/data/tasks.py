@@ -75,7 +75,7 @@ def infer_tasks(corpus: DatasetDict) -> list[AffectTask]:
 
 def _is_number(label: str) -> bool:
     try:
-        return math.isfinite(float(label))
+        return "_" not in label and math.isfinite(float(label))
     except ValueError:
         return False
 

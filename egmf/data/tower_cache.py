@@ -43,6 +43,7 @@ PACKAGES = ("av", "decord2", "numpy", "pillow", "soundfile", "soxr", "torch", "t
 PACKAGES += ("transformers",)
 
 
+TOGETHER = 96  # entries that one worker reads of a recording, so that others can read the rest
 Key = tuple[str, str, float]  # of an entry: modality, path and speed
 
 
@@ -246,7 +247,7 @@ class TowerCache:
 
 
 def _by_file(keys: Iterable[Key]) -> list[list[Key]]:
-    """Groups of keys that are read together: a file, or the parts of a recording in the order of their starts.
+    """Groups of keys that are read together: a file, or up to `TOGETHER` keys of a recording's parts, by their starts.
 
     The groups are sorted by modality, because audio and vision take different times.
     """
@@ -255,7 +256,8 @@ def _by_file(keys: Iterable[Key]) -> list[list[Key]]:
         path, start, _ = split_part(key[1])
         groups.setdefault((key[0], path, path == key[1]), []).append((start, key))
     by_modality = sorted(groups.items(), key=lambda item: item[0][0])
-    return [[key for _, key in sorted(group)] for _, group in by_modality]
+    in_order = ([key for _, key in sorted(group)] for _, group in by_modality)
+    return [group[first : first + TOGETHER] for group in in_order for first in range(0, len(group), TOGETHER)]
 
 
 @dataclass

@@ -129,6 +129,7 @@ def ignoring_sigterm(loader: DataLoader) -> DataLoader:
 
 
 def _kill_workers() -> None:
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise an error for a worker that is killed
     for worker in multiprocessing.active_children():
         worker.kill()
 

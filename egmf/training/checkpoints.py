@@ -59,10 +59,11 @@ def check_media(record: Path, errors: dict[tuple[str, str], str]) -> None:
     known = {(modality, row_id) for modality, row_id, _ in json.loads(record.read_text(encoding="utf-8"))}
     gone = [why for key, why in errors.items() if key not in known]
     if gone:
+        shown = " ".join([*dict.fromkeys(gone)][:10])
         raise RunStopped(
-            f"{len(gone)} files were readable when this run began and are not now: {' '.join(gone[:10])} Put them "
-            f"back and repeat the command, or begin another run in another output_dir ({record} lists the files that "
-            "were never readable)."
+            f"{len(gone)} rows could be read when this run began and cannot now: {shown} "
+            "Put the files back and repeat the command, or begin another run in another output_dir "
+            f"({record} lists the rows that could never be read)."
         )
 
 
