@@ -540,7 +540,7 @@ def test_a_file_that_is_gone_is_named_and_nothing_is_trained_on_without_it(phase
     content = clip.read_bytes()
     clip.write_bytes(content[:100])
     status, said = run()
-    assert status == 1 and "files were readable when this run began and are not now" in said and str(clip) in said
+    assert status == 1 and "rows could be read when this run began and cannot now" in said and str(clip) in said
     assert damage_of(run.folder / "audio_tower" / "checkpoint-4") is None
     clip.write_bytes(content)
     run.finish()
