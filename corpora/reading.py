@@ -4,6 +4,7 @@ import codecs
 import csv
 import io
 import logging
+import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -123,6 +124,15 @@ class Ids:
 def repair_text(text: str) -> str:
     """Strip outer whitespace; replace U+0080 to U+009F by the characters for these bytes in cp1252."""
     return text.translate(_CP1252).strip()
+
+
+def read_number(text: str) -> float | None:
+    """The finite number that a text is; None for other texts, also for 1_2, which Python would read as 12."""
+    try:
+        number = float("" if "_" in text else text)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
 
 
 def read_time(text: str) -> float:

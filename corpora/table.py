@@ -42,7 +42,7 @@ from unicodedata import normalize
 from datasets import DatasetDict
 
 from corpora.clips import name_part, split_part, store_clip
-from corpora.reading import read_time, repair_text
+from corpora.reading import read_number, read_time, repair_text
 from corpora.schema import build_split, check_count, check_flag
 from corpora.sources import SPLIT_NAMES, Part, media_kind, parts_of, table_part
 from corpora.splits import SPLITS, clip_key, make_splits
@@ -427,19 +427,10 @@ def _media_columns(name: str, file: str) -> tuple[str, ...]:
 
 
 def _number(name: str, text: str) -> float:
-    number = _finite(text)
+    number = read_number(text)
     if number is None:
         raise WrongRow(f"{name}: got {text!r}, wanted a number such as 0.5")
     return number
-
-
-def _finite(text: str) -> float | None:
-    """The number that a text is; None for other texts, also for 1_2, which Python would read as 12."""
-    try:
-        number = float("" if "_" in text else text)
-    except ValueError:
-        return None
-    return number if math.isfinite(number) else None
 
 
 def _seconds(name: str, text: str | None) -> float | None:
@@ -510,7 +501,7 @@ def _unify_accents(rows: list[dict]) -> None:
 
 def _number_labels(rows: list[dict]) -> bool:
     """Labels that are all numbers are scores as well; whether they are."""
-    numbers = [_finite(row["emotion"]) if row["emotion"] is not None else None for row in rows]
+    numbers = [read_number(row["emotion"]) if row["emotion"] is not None else None for row in rows]
     if None in numbers:
         return False
     if all(row["sentiment"] is None for row in rows):

@@ -8,6 +8,7 @@ from decimal import Decimal
 import numpy as np
 from datasets import DatasetDict
 
+from corpora.reading import read_number
 from egmf.processing_egmf import AffectTask
 
 
@@ -32,7 +33,7 @@ def infer_tasks(corpus: DatasetDict) -> list[AffectTask]:
         for column in ("emotion", "sentiment", "language")
     )
     named, numbered = (None not in values and bool(values) for values in (labels, scores))
-    numbers_as_labels = named and numbered and all(_is_number(label) for label in labels)
+    numbers_as_labels = named and numbered and all(read_number(label) is not None for label in labels)
     named_languages = [value.lower() for value in languages if value]
     is_chinese = bool(named_languages) and all(value.startswith(("zh", "chinese")) for value in named_languages)
     language = "zh" if is_chinese else "en"
@@ -48,7 +49,7 @@ def infer_tasks(corpus: DatasetDict) -> list[AffectTask]:
             logging.warning("label: got %d different labels; is it the right column?", len(set(labels)))
         if len(set(labels)) < 2:
             raise ValueError(f"label: got {labels[0]!r} in every row, wanted two or more different labels")
-        others = sorted({label for label in labels if not _is_number(label)})
+        others = sorted({label for label in labels if read_number(label) is None})
         if 2 * len(others) < len(set(labels)):
             shown = ", ".join(map(repr, others[:5]))
             logging.warning(
@@ -71,13 +72,6 @@ def infer_tasks(corpus: DatasetDict) -> list[AffectTask]:
     if not tasks:
         raise ValueError("tasks: got none, and rows without a label, wanted `label` or `score` in every row")
     return tasks
-
-
-def _is_number(label: str) -> bool:
-    try:
-        return "_" not in label and math.isfinite(float(label))
-    except ValueError:
-        return False
 
 
 def _score_task(name: str, scores: list[float], language: str) -> AffectTask:
